@@ -1,0 +1,44 @@
+"""The compiled parts of muenfast; everything static stands in pyproject.toml.
+
+Switches (environment variables): MUENFAST_WERROR=1 makes C warnings fatal.
+The FUSE front end is left out where pkg-config does not know fuse3.
+"""
+import os
+import shutil
+import subprocess
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+HEADERS = ["src/muenfast/_atomics.h", "src/muenfast/_wire.h", "src/muenfast/_guard.h"]
+CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+if os.environ.get("MUENFAST_WERROR") == "1":
+    CFLAGS.append("-Werror")
+
+
+def pkg_config(package: str, option: str) -> list[str] | None:
+    """The words pkg-config prints for *package*, or None where it or the package is missing."""
+    tool = shutil.which(os.environ.get("PKG_CONFIG", "pkg-config"))
+    if tool is None:
+        return None
+    run = subprocess.run([tool, option, package], capture_output=True, text=True, check=False)
+    return run.stdout.split() if run.returncode == 0 else None
+
+
+def extension(name: str, **more: list[str]) -> Extension:
+    source = "src/" + name.replace(".", "/") + ".pyx"
+    cflags = CFLAGS + more.pop("cflags", [])
+    return Extension(name, [source], include_dirs=["src/muenfast"], depends=HEADERS,
+                     extra_compile_args=cflags, **more)
+
+
+extensions = [extension("muenfast._ring"), extension("muenfast._blk")]
+fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
+if fuse_cflags is not None and fuse_libs is not None:
+    extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, extra_link_args=fuse_libs))
+else:
+    print("muenfast: pkg-config finds no fuse3 (Debian: libfuse3-dev): building without the FUSE front end")
+
+setup(ext_modules=cythonize(extensions, include_path=["src"], compiler_directives={
+    "language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
+    "initializedcheck": False, "embedsignature": True}))

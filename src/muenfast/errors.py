@@ -1,0 +1,64 @@
+"""The exception tree, split by whose fault it is; OS failures stay OSError with the path set.
+
+Results of a ring operation (no data, overrun, ...) are not errors: see muenfast.Result.
+"""
+
+from __future__ import annotations
+
+
+class MuenfastError(Exception):
+    """Root of everything muenfast raises on its own account."""
+
+
+class UsageError(MuenfastError, ValueError):
+    """The caller asked for something that no peer and no machine could make right.
+
+    option: the option or parameter at fault ("--req"), or None outside a command line.
+    index: position in a comma list, counted from 0, or None.
+    value: the text that was given. rule: what holds for it. hint: the next step, or None.
+    """
+
+    def __init__(self, rule: str, *, option: str | None = None, index: int | None = None,
+                 value: object = None, hint: str | None = None) -> None:
+        self.option, self.index, self.value, self.rule, self.hint = option, index, value, rule, hint
+        where = option or ""
+        if option and index is not None:
+            where += f", entry {index}"
+        if value is not None:
+            where += f"{' ' if where else ''}{str(value)!r}"
+        text = f"{where}: {rule}" if where else rule
+        super().__init__(f"{text} ({hint})" if hint else text)
+
+
+class PeerError(MuenfastError):
+    """What stands in a channel is not what the protocol allows.
+
+    channel: its locator. field: the header or message field. seen, expected: its value and the rule.
+    """
+
+    def __init__(self, channel: str, field: str, seen: object, expected: object, *,
+                 hint: str | None = None) -> None:
+        self.channel, self.field, self.seen, self.expected, self.hint = channel, field, seen, expected, hint
+        text = f"channel {channel}: {field} is {seen}, expected {expected}"
+        super().__init__(f"{text} ({hint})" if hint else text)
+
+
+class ClaimError(MuenfastError):
+    """Somebody else holds what may have one holder only: a channel's writer side, a disk, a device name.
+
+    what: the thing claimed. holder: who has it, as far as is known ("process 4711 (muenfast blk)").
+    """
+
+    def __init__(self, what: str, holder: str, *, hint: str | None = None) -> None:
+        self.what, self.holder, self.hint = what, holder, hint
+        text = f"{what} is already held by {holder}"
+        super().__init__(f"{text} ({hint})" if hint else text)
+
+
+class BrokenChannelError(MuenfastError):
+    """The owner of a region truncated or took away its memory while it was mapped here."""
+
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
+        super().__init__(f"channel {channel}: its memory was taken away (the region was truncated); "
+                         f"make it anew and start again")
