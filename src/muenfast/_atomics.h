@@ -1,0 +1,114 @@
+/* Typed C11 atomics over plain memory, the fences, and the futex; no Python.h.
+ *
+ * Shared memory is declared as plain integers (its layout is a wire format); every access to a word that the
+ * other side may change goes through these functions, so that it is one load or one store of full width and the
+ * compiler neither repeats nor splits it. docs/memory-model.md names each fence and its partner.
+ */
+#ifndef MUENFAST_ATOMICS_H
+#define MUENFAST_ATOMICS_H
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "64-bit atomics must be lock-free: shared memory has no lock table");
+_Static_assert(sizeof(_Atomic uint64_t) == sizeof(uint64_t), "atomic u64 must have the plain layout");
+_Static_assert(sizeof(_Atomic uint32_t) == sizeof(uint32_t), "atomic u32 must have the plain layout");
+
+#define MF_ATOMIC(type, p) ((_Atomic type *)(uintptr_t)(p))
+
+static inline uint64_t load_relaxed64(const uint64_t *p) {
+    return atomic_load_explicit(MF_ATOMIC(uint64_t, p), memory_order_relaxed);
+}
+static inline uint64_t load_acquire64(const uint64_t *p) {
+    return atomic_load_explicit(MF_ATOMIC(uint64_t, p), memory_order_acquire);
+}
+static inline void store_relaxed64(uint64_t *p, uint64_t v) {
+    atomic_store_explicit(MF_ATOMIC(uint64_t, p), v, memory_order_relaxed);
+}
+static inline void store_release64(uint64_t *p, uint64_t v) {
+    atomic_store_explicit(MF_ATOMIC(uint64_t, p), v, memory_order_release);
+}
+static inline uint32_t load_relaxed32(const uint32_t *p) {
+    return atomic_load_explicit(MF_ATOMIC(uint32_t, p), memory_order_relaxed);
+}
+static inline uint32_t load_acquire32(const uint32_t *p) {
+    return atomic_load_explicit(MF_ATOMIC(uint32_t, p), memory_order_acquire);
+}
+static inline void store_relaxed32(uint32_t *p, uint32_t v) {
+    atomic_store_explicit(MF_ATOMIC(uint32_t, p), v, memory_order_relaxed);
+}
+static inline void store_release32(uint32_t *p, uint32_t v) {
+    atomic_store_explicit(MF_ATOMIC(uint32_t, p), v, memory_order_release);
+}
+static inline uint32_t exchange_acqrel32(uint32_t *p, uint32_t v) {
+    return atomic_exchange_explicit(MF_ATOMIC(uint32_t, p), v, memory_order_acq_rel);
+}
+static inline uint32_t fetch_add_acqrel32(uint32_t *p, uint32_t v) {
+    return atomic_fetch_add_explicit(MF_ATOMIC(uint32_t, p), v, memory_order_acq_rel);
+}
+static inline uint64_t fetch_add_relaxed64(uint64_t *p, uint64_t v) {
+    return atomic_fetch_add_explicit(MF_ATOMIC(uint64_t, p), v, memory_order_relaxed);
+}
+/* A counter with one writing thread: readers of statistics see whole values. */
+static inline void count64(uint64_t *p, uint64_t n) { store_relaxed64(p, load_relaxed64(p) + n); }
+
+static inline void fence_acquire(void) { atomic_thread_fence(memory_order_acquire); }
+static inline void fence_release(void) { atomic_thread_fence(memory_order_release); }
+static inline void fence_seq_cst(void) { atomic_thread_fence(memory_order_seq_cst); }
+
+static inline void cpu_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+static inline void prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
+
+/* CLOCK_MONOTONIC in nanoseconds. */
+static inline uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+static inline void sleep_ns(uint64_t ns) {
+    struct timespec t = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    nanosleep(&t, NULL);
+}
+/* Shared futexes (no PRIVATE flag): the word may lie in memory of several processes. 0, or a negative errno. */
+static inline int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) {
+    struct timespec t = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    return syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0) < 0 ? -errno : 0;
+}
+static inline int futex_wake_all(uint32_t *word) {
+    return syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0) < 0 ? -errno : 0;
+}
+/* CPUs this thread may run on: with one, spinning only keeps the peer from running. */
+static inline int usable_cpus(void) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+/* Ownership flag of an object that one thread at a time may use. Under the GIL it changes only while the GIL is held;
+ * free-threaded builds need the atomic. */
+static inline int busy_enter(uint32_t *flag) {
+#ifdef Py_GIL_DISABLED
+    return exchange_acqrel32(flag, 1) == 0;
+#else
+    if (*flag)
+        return 0;
+    *flag = 1;
+    return 1;
+#endif
+}
+static inline void busy_leave(uint32_t *flag) { store_release32(flag, 0); }
+
+#endif

@@ -1,0 +1,107 @@
+/* Survives truncation of mapped shared memory; included by _ring alone (it owns the table); no Python.h.
+ *
+ * The owner of a region may truncate it while it is mapped here: the next access raises SIGBUS. The handler
+ * replaces the whole mapping by private zero pages, marks it broken and returns: the interrupted access goes on
+ * and reads an inactive channel (epoch 0). System calls that were given such memory return EFAULT instead.
+ * A fault outside every guarded mapping goes to whoever handled SIGBUS before.
+ */
+#ifndef MUENFAST_GUARD_H
+#define MUENFAST_GUARD_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define GUARDS 4096
+
+typedef struct {
+    _Atomic uintptr_t base; /* page-aligned; 0 = free. Stored last, with release */
+    uintptr_t length;
+    uint32_t broken;
+} guard_entry;
+
+static guard_entry guard_table[GUARDS];
+static _Atomic int guard_high;
+static struct sigaction guard_previous;
+static pthread_mutex_t guard_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void guard_on_sigbus(int number, siginfo_t *info, void *context) {
+    int saved = errno;
+    uintptr_t at = (uintptr_t)info->si_addr;
+    int high = atomic_load_explicit(&guard_high, memory_order_acquire);
+    int found = 0;
+    for (int i = 0; i < high; i++) {
+        guard_entry *g = &guard_table[i];
+        uintptr_t base = atomic_load_explicit(&g->base, memory_order_acquire);
+        if (base == 0 || at - base >= g->length)
+            continue;
+        /* Several guards may lie on one mapping: all of them are broken. */
+        if (mmap((void *)base, g->length, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) ==
+            MAP_FAILED)
+            break;
+        atomic_store_explicit((_Atomic uint32_t *)&g->broken, 1, memory_order_release);
+        found = 1;
+    }
+    errno = saved;
+    if (found)
+        return;
+    if (guard_previous.sa_flags & SA_SIGINFO) {
+        guard_previous.sa_sigaction(number, info, context);
+    } else if (guard_previous.sa_handler != SIG_DFL && guard_previous.sa_handler != SIG_IGN) {
+        guard_previous.sa_handler(number);
+    } else {
+        signal(number, SIG_DFL); /* the access repeats and ends the process as if we had never been here */
+    }
+}
+
+/* Guards [start, start + length); returns the word that becomes 1 when the mapping broke, NULL when the table is
+ * full or the handler cannot be installed. */
+static uint32_t *guard_add(const void *start, size_t length) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t base = (uintptr_t)start & ~(page - 1);
+    uintptr_t end = ((uintptr_t)start + length + page - 1) & ~(page - 1);
+    uint32_t *word = NULL;
+    struct sigaction now;
+    pthread_mutex_lock(&guard_lock);
+    if (sigaction(SIGBUS, NULL, &now) == 0 && !((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == guard_on_sigbus)) {
+        struct sigaction mine = {0};
+        mine.sa_sigaction = guard_on_sigbus;
+        mine.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigemptyset(&mine.sa_mask);
+        guard_previous = now;
+        if (sigaction(SIGBUS, &mine, NULL) != 0)
+            goto out;
+    }
+    for (int i = 0; i < GUARDS; i++) {
+        guard_entry *g = &guard_table[i];
+        if (atomic_load_explicit(&g->base, memory_order_relaxed) != 0)
+            continue;
+        g->length = end - base;
+        g->broken = 0;
+        atomic_store_explicit(&g->base, base, memory_order_release);
+        if (i >= atomic_load_explicit(&guard_high, memory_order_relaxed))
+            atomic_store_explicit(&guard_high, i + 1, memory_order_release);
+        word = &g->broken;
+        break;
+    }
+out:
+    pthread_mutex_unlock(&guard_lock);
+    return word;
+}
+
+/* Must precede munmap: afterwards the address range may belong to somebody else. */
+static void guard_remove(uint32_t *word) {
+    if (word == NULL)
+        return;
+    guard_entry *g = (guard_entry *)((char *)word - offsetof(guard_entry, broken));
+    pthread_mutex_lock(&guard_lock);
+    atomic_store_explicit(&g->base, 0, memory_order_release);
+    pthread_mutex_unlock(&guard_lock);
+}
+
+#endif

@@ -1,0 +1,98 @@
+"""The SHMStream v2 core for other compiled modules: free functions on plain structs.
+
+Everything here is `noexcept nogil`. A writer_t or reader_t belongs to one thread at a time.
+"""
+from cpython.buffer cimport Py_buffer
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+
+from muenfast._wire cimport bell_page, ring_header
+
+
+cpdef enum ring_status:
+    INACTIVE = 0
+    INCOMPATIBLE_INTERFACE = 1
+    EPOCH_CHANGED = 2
+    NO_DATA = 3
+    OVERRUN_DETECTED = 4
+    SUCCESS = 5
+
+
+cdef struct writer_t:
+    ring_header *hdr
+    uint8_t *slots
+    uint64_t protocol
+    uint64_t size           # bytes of an element
+    uint64_t elements
+    uint64_t epoch          # 0 while inactive
+    uint64_t wc             # private: the shared copy is only ever stored
+    uint64_t wsc            # private, never lowered within an epoch
+    uint64_t index          # wc mod elements
+    bell_page *bell         # NULL: nobody can be woken
+    const uint32_t *broken  # 1: the mapping was taken away (private zero pages stand there)
+    uint64_t batches
+    uint64_t wakes
+    uint64_t epochs
+
+
+cdef struct reader_t:
+    const ring_header *hdr
+    const uint8_t *slots
+    uint64_t capacity       # bytes mapped behind the header
+    uint64_t want_protocol  # 0: any
+    uint64_t want_size      # 0: any
+    uint64_t protocol       # of the synchronised epoch, checked copies
+    uint64_t size
+    uint64_t elements
+    uint64_t epoch          # 0: not synchronised
+    uint64_t refused        # epoch that was found incompatible, 0: none
+    uint64_t rc
+    uint64_t wc             # last seen, <= the shared one
+    uint64_t index          # rc mod elements
+    uint64_t lost           # by the last overrun
+    bell_page *bell
+    const uint32_t *broken
+    uint64_t poll_ns        # 0: adaptive, else the pause between polls
+    uint64_t idle_since_ns  # start of the current empty spell, 0: none
+    bint may_spin           # more than one CPU to run on
+    int spin_score          # > 0: recent spins ended with data
+    uint32_t spin_probe     # counts waits that did not spin
+    uint64_t batches
+    uint64_t delivered
+    uint64_t overruns
+    uint64_t lost_total
+    uint64_t epochs
+    uint64_t sleeps
+
+
+cdef void writer_init(writer_t *w, uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil
+cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil
+cdef void writer_stop(writer_t *w) noexcept nogil
+cdef void writer_reserve(writer_t *w, uint64_t n) noexcept nogil
+cdef uint8_t *writer_slot(const writer_t *w, uint64_t k) noexcept nogil
+cdef void writer_publish(writer_t *w, uint64_t n) noexcept nogil
+cdef uint64_t random_epoch() noexcept nogil
+
+cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil
+cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil
+cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil
+cdef bint reader_intact(const reader_t *r) noexcept nogil
+cdef ring_status reader_recover(reader_t *r) noexcept nogil
+cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
+cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
+cdef void reader_drain(reader_t *r) noexcept nogil
+cdef bint reader_ready(const reader_t *r) noexcept nogil
+cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil
+cdef void bell_kick(bell_page *bell) noexcept nogil
+
+
+cdef class Mapping:
+    """A buffer held for the life of a ring object, guarded against truncation."""
+    cdef Py_buffer buffer
+    cdef uint8_t *base
+    cdef uint64_t length
+    cdef uint32_t *broken
+    cdef bint held
+
+    cdef int hold(self, object memory, bint writable, uint64_t least) except -1
+    cdef void drop(self) noexcept
+    cdef bell_page *as_bell(self) except? NULL

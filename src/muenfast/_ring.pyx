@@ -1,0 +1,904 @@
+"""SHMStream version 2: one writer, any number of independent readers, one-way shared memory.
+
+The core is the `writer_*` and `reader_*` functions (nogil, no allocation); Writer and Reader give them to
+Python. The protocol never blocks the writer: a slow reader is overrun and told so. Ordering is that of
+docs/memory-model.md. Trust: a reader copies each header field once, checks the copy and uses the copy; it
+reads nothing outside the memory it was given whatever the region holds.
+"""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.exc cimport PyErr_CheckSignals
+from libc.string cimport memcpy, memset
+
+from muenfast._wire cimport *
+
+from enum import IntEnum
+
+from muenfast.errors import BrokenChannelError, UsageError
+
+cdef extern from "_guard.h" nogil:
+    uint32_t *guard_add(const void *start, size_t length)
+    void guard_remove(uint32_t *word)
+
+cdef extern from "<sys/random.h>" nogil:
+    ssize_t getrandom(void *buf, size_t n, unsigned int flags)
+
+# Waiting, in nanoseconds. A spin pays for itself only below the price of a wake-up from another CPU (measured:
+# about 50 us); a sleep on the bell is bounded so that a bell that stops ringing costs a pause, not a stall.
+cdef uint64_t SPIN_NS = 50_000
+cdef uint64_t SLEEP_NS = 100_000_000
+cdef uint64_t POLL_FIRST_NS = 20_000
+cdef uint64_t POLL_ACTIVE_NS = 1_000_000
+cdef uint64_t POLL_IDLE_NS = 10_000_000
+cdef uint64_t IDLE_AFTER_NS = 1_000_000_000
+cdef int SPIN_SCORE = 16
+cdef uint32_t SPIN_PROBE = 16
+# Python calls that move no more than this keep the GIL: releasing costs 13-24 ns, a copy of 16 KiB about 500.
+cdef uint64_t GIL_BYTES = 16384
+cdef uint64_t SIGNAL_SLICE_NS = 50_000_000
+
+
+# ------------------------------------------------------------------ writer
+
+cdef uint64_t random_epoch() noexcept nogil:
+    """A random non-zero epoch; the clock where the system has no entropy to give."""
+    cdef uint64_t value = 0
+    if getrandom(&value, sizeof(value), 0) != sizeof(value):
+        value = now_ns()
+    return value if value != 0 else 1
+
+
+cdef void writer_init(writer_t *w, uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil:
+    """Binds a writer to mapped memory. Precondition: the caller claimed the channel; size > 0, length >= 64 + size."""
+    memset(w, 0, sizeof(writer_t))
+    w.hdr = <ring_header *>base
+    w.slots = base + SHMSTREAM_HEADER_SIZE
+    w.protocol = protocol
+    w.size = size
+    w.elements = (length - SHMSTREAM_HEADER_SIZE) // size
+
+
+cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
+    """Starts epoch `epoch` (non-zero) on a zeroed region.
+
+    Ordering: epoch 0 is visible before any other change (release fence, pairs with reader_intact: whoever saw a
+    byte of the new life sees the epoch move); the new epoch after all of them (release store, pairs with
+    reader_sync's acquire load).
+    """
+    store_relaxed64(&w.hdr.epoch, 0)
+    fence_release()
+    memset(w.slots, 0, w.elements * w.size)
+    store_relaxed64(&w.hdr.transport, SHMSTREAM_TRANSPORT)
+    store_relaxed64(&w.hdr.protocol, w.protocol)
+    store_relaxed64(&w.hdr.size, w.size)
+    store_relaxed64(&w.hdr.elements, w.elements)
+    store_relaxed64(&w.hdr.reserved, 0)
+    store_relaxed64(&w.hdr.wsc, 0)
+    store_relaxed64(&w.hdr.wc, 0)
+    w.wc = w.wsc = w.index = 0
+    w.epoch = epoch
+    w.epochs += 1
+    if w.bell != NULL:
+        store_relaxed64(&w.bell.ringer, epoch)
+    store_release64(&w.hdr.epoch, epoch)
+    ring(w)
+
+
+cdef void writer_stop(writer_t *w) noexcept nogil:
+    """Ends the epoch: readers see the channel inactive."""
+    w.epoch = 0
+    store_release64(&w.hdr.epoch, 0)
+    ring(w)
+    if w.bell != NULL:
+        store_relaxed64(&w.bell.ringer, 0)
+
+
+cdef void writer_reserve(writer_t *w, uint64_t n) noexcept nogil:
+    """Announces that the next n slots change. Precondition: active, 1 <= n <= elements.
+
+    Ordering: WSC before any byte of the slots (release fence; pairs with the acquire fence of reader_intact).
+    A smaller reservation after a larger one never lowers WSC: the slots announced before may have been touched.
+    """
+    cdef uint64_t wsc = w.wc + n
+    if <int64_t>(wsc - w.wsc) > 0:
+        w.wsc = wsc
+        store_relaxed64(&w.hdr.wsc, wsc)
+    fence_release()
+
+
+cdef uint8_t *writer_slot(const writer_t *w, uint64_t k) noexcept nogil:
+    """The k-th reserved slot, k < elements."""
+    cdef uint64_t at = w.index + k
+    if at >= w.elements:
+        at -= w.elements
+    return w.slots + at * w.size
+
+
+cdef void writer_publish(writer_t *w, uint64_t n) noexcept nogil:
+    """Makes n complete slots readable and wakes a sleeping reader. Precondition: n <= what was reserved.
+
+    Ordering: all bytes before WC (release store; pairs with reader_peek's acquire load).
+    """
+    w.wc += n
+    w.index += n
+    if w.index >= w.elements:
+        w.index -= w.elements
+    if w.wc < n:                        # 2^64 elements: the slot is WC mod elements, not the next one
+        w.index = w.wc % w.elements
+    store_release64(&w.hdr.wc, w.wc)
+    w.batches += 1
+    prefetch_write(w.slots + w.index * w.size)
+    ring(w)
+
+
+cdef inline void ring(writer_t *w) noexcept nogil:
+    """Wakes readers that announced a sleep.
+
+    Ordering: the store to WC or epoch before the load of `waiters` (full fence; pairs with the one in reader_wait:
+    either we see the waiter or it sees our store).
+    """
+    if w.bell == NULL:
+        return
+    fence_seq_cst()
+    if load_relaxed32(&w.bell.waiters) != 0:
+        bell_kick(w.bell)
+        w.wakes += 1
+
+
+cdef void bell_kick(bell_page *bell) noexcept nogil:
+    """Wakes all sleepers of a bell, whether there are any or not."""
+    exchange_acqrel32(&bell.waiters, 0)
+    fetch_add_acqrel32(&bell.seq, 1)
+    futex_wake_all(&bell.seq)
+
+
+# ------------------------------------------------------------------ reader
+
+cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil:
+    """Binds a reader to mapped memory (length >= 64); size and protocol 0 accept any."""
+    memset(r, 0, sizeof(reader_t))
+    r.hdr = <const ring_header *>base
+    r.slots = base + SHMSTREAM_HEADER_SIZE
+    r.capacity = length - SHMSTREAM_HEADER_SIZE
+    r.want_size = size
+    r.want_protocol = protocol
+    r.may_spin = usable_cpus() > 1
+    r.spin_score = SPIN_SCORE
+
+
+cdef ring_status reader_sync(reader_t *r) noexcept nogil:
+    """Takes the channel's geometry anew: EPOCH_CHANGED (synchronised, RC = 0), INACTIVE or INCOMPATIBLE_INTERFACE.
+
+    Trust: transport, protocol, size and elements are loaded once each; the check that 64 + size * elements fits
+    divides by the checked, non-zero size and cannot overflow.
+    """
+    cdef uint64_t epoch = 0, transport, protocol, size, elements
+    cdef int attempt
+    for attempt in range(4):
+        epoch = load_acquire64(&r.hdr.epoch)
+        if epoch == 0:
+            break
+        transport = load_relaxed64(&r.hdr.transport)
+        protocol = load_relaxed64(&r.hdr.protocol)
+        size = load_relaxed64(&r.hdr.size)
+        elements = load_relaxed64(&r.hdr.elements)
+        fence_acquire()
+        if load_relaxed64(&r.hdr.epoch) != epoch:
+            continue                    # the writer restarts right now
+        if (transport != SHMSTREAM_TRANSPORT or protocol == 0 or size == 0 or elements == 0
+                or (r.want_protocol != 0 and protocol != r.want_protocol)
+                or (r.want_size != 0 and size != r.want_size)
+                or elements > r.capacity // size):
+            r.epoch = 0
+            r.refused = epoch
+            return INCOMPATIBLE_INTERFACE
+        r.protocol = protocol
+        r.size = size
+        r.elements = elements
+        r.rc = r.wc = r.index = 0
+        r.epoch = epoch
+        r.refused = 0
+        r.epochs += 1
+        if r.bell != NULL:
+            store_relaxed64(&r.bell.reader_rc, 0)
+            store_relaxed64(&r.bell.reader_epoch, epoch)
+        return EPOCH_CHANGED
+    r.epoch = 0
+    r.refused = 0
+    return INACTIVE
+
+
+cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
+    """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped."""
+    cdef uint64_t wc = load_acquire64(&r.hdr.wc)
+    if <int64_t>(wc - r.rc) < 0:        # the writer restarted under the same epoch
+        return reader_sync(r)
+    r.lost = wc - r.rc
+    r.lost_total += r.lost
+    r.overruns += 1
+    reader_goto(r, wc)
+    return OVERRUN_DETECTED
+
+
+cdef inline void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
+    r.rc = r.wc = wc
+    r.index = wc % r.elements
+    if r.bell != NULL:
+        store_relaxed64(&r.bell.reader_rc, wc)
+
+
+cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
+    """SUCCESS and how many elements can be read from slot 0 on, or one of the other five results.
+
+    The elements are not yet known to be intact: copy out, then ask reader_intact, then use the copy.
+    """
+    cdef uint64_t wc, behind
+    available[0] = 0
+    behind = r.wc - r.rc
+    if r.epoch == 0 or behind == 0:
+        wc = load_acquire64(&r.hdr.epoch)
+        if r.epoch == 0 or wc != r.epoch:
+            return reader_sync(r)
+        wc = load_acquire64(&r.hdr.wc)  # pairs with writer_publish
+        behind = wc - r.rc
+        if behind == 0:
+            return NO_DATA
+        if <int64_t>behind < 0:         # restarted under the same epoch
+            return reader_sync(r)
+        if behind > r.elements:
+            return reader_overrun(r)
+        r.wc = wc
+    if r.rc + behind < r.rc and r.rc + behind != 0:
+        behind = 0 - r.rc               # a batch ends where the counter wraps: slots are RC mod elements
+    available[0] = behind
+    return SUCCESS
+
+
+cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil:
+    """The k-th readable slot, k < elements."""
+    cdef uint64_t at = r.index + k
+    if at >= r.elements:
+        at -= r.elements
+    return r.slots + at * r.size
+
+
+cdef bint reader_intact(const reader_t *r) noexcept nogil:
+    """Whether everything copied since reader_peek, from slot 0 on, is what the writer published.
+
+    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch.
+    Ordering: the copy before the loads of WSC and epoch (acquire fence; pairs with writer_reserve and writer_start).
+    """
+    fence_acquire()
+    return (load_relaxed64(&r.hdr.wsc) - r.rc <= r.elements) and load_relaxed64(&r.hdr.epoch) == r.epoch
+
+
+cdef ring_status reader_recover(reader_t *r) noexcept nogil:
+    """After a copy that was not intact: EPOCH_CHANGED, INACTIVE, INCOMPATIBLE_INTERFACE or OVERRUN_DETECTED."""
+    if load_acquire64(&r.hdr.epoch) != r.epoch:
+        return reader_sync(r)
+    return reader_overrun(r)
+
+
+cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil:
+    """Consumes n elements, n <= what reader_peek granted."""
+    r.rc += n
+    r.index += n
+    if r.index >= r.elements:
+        r.index -= r.elements
+    if r.rc < n:
+        r.index = r.rc % r.elements
+    r.batches += 1
+    r.delivered += n
+    if r.bell != NULL:
+        store_relaxed64(&r.bell.reader_rc, r.rc)
+
+
+cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil:
+    """Reads up to `most` elements into dst (most * size bytes) with one validation; n = how many on SUCCESS."""
+    cdef uint64_t available, first
+    cdef ring_status status = reader_peek(r, &available)
+    n[0] = 0
+    if status != SUCCESS:
+        return status
+    if available > most:
+        available = most
+    first = r.elements - r.index
+    if first > available:
+        first = available
+    memcpy(dst, r.slots + r.index * r.size, first * r.size)
+    if available > first:
+        memcpy(dst + first * r.size, r.slots, (available - first) * r.size)
+    if not reader_intact(r):
+        return reader_recover(r)
+    reader_advance(r, available)
+    n[0] = available
+    return SUCCESS
+
+
+cdef void reader_drain(reader_t *r) noexcept nogil:
+    """Skips to WC; synchronises first where that is due."""
+    if r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch:
+        if reader_sync(r) != EPOCH_CHANGED:
+            return
+    reader_goto(r, load_acquire64(&r.hdr.wc))
+
+
+cdef bint reader_ready(const reader_t *r) noexcept nogil:
+    """Whether a read would tell something new: data, another epoch, or that the channel went inactive."""
+    cdef uint64_t epoch
+    if r.epoch != 0 and r.wc != r.rc:
+        return True
+    epoch = load_acquire64(&r.hdr.epoch)
+    if epoch != r.epoch:
+        return epoch != r.refused or epoch == 0
+    return epoch != 0 and load_acquire64(&r.hdr.wc) != r.rc
+
+
+cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
+    """Waits until reader_ready, at most ns nanoseconds or until stop[0]; whether it is ready.
+
+    Spins only while spinning paid lately; then sleeps on the bell while the writer's current epoch stands in it,
+    else polls: at most 1 ms apart while there was data within a second, 10 ms otherwise.
+    """
+    cdef uint64_t start, now, limit, epoch, step = POLL_FIRST_NS
+    cdef uint32_t seen
+    cdef int i, pauses = 8
+    if reader_ready(r):
+        r.idle_since_ns = 0
+        return True
+    if stop[0] != 0 or ns == 0:
+        return False
+    start = now = now_ns()
+    if r.idle_since_ns == 0:
+        r.idle_since_ns = start
+    if r.may_spin and r.epoch != 0:
+        r.spin_probe += 1
+        if r.spin_score > 0 or r.spin_probe % SPIN_PROBE == 0:
+            while True:
+                for i in range(pauses):
+                    cpu_pause()
+                if reader_ready(r):
+                    r.spin_score = SPIN_SCORE
+                    r.idle_since_ns = 0
+                    return True
+                if pauses < 64:
+                    pauses *= 2
+                now = now_ns()
+                if now - start >= SPIN_NS or now - start >= ns or load_relaxed32(stop) != 0:
+                    break
+            r.spin_score -= 4
+    while not reader_ready(r):
+        if load_relaxed32(stop) != 0 or now - start >= ns:
+            return False
+        epoch = load_relaxed64(&r.hdr.epoch)
+        if r.bell != NULL and epoch != 0 and load_relaxed64(&r.bell.ringer) == epoch:
+            limit = SLEEP_NS
+        elif r.poll_ns != 0:
+            limit = r.poll_ns
+        elif now - r.idle_since_ns < IDLE_AFTER_NS and r.epoch != 0:
+            limit = step
+            step = step * 2 if step * 2 < POLL_ACTIVE_NS else POLL_ACTIVE_NS
+        else:
+            limit = POLL_IDLE_NS
+        if limit > ns - (now - start):
+            limit = ns - (now - start)
+        r.sleeps += 1
+        if r.bell != NULL:
+            seen = load_acquire32(&r.bell.seq)
+            store_relaxed32(&r.bell.waiters, 1)
+            fence_seq_cst()             # pairs with ring(): the announcement before the last look
+            if reader_ready(r):
+                break
+            futex_wait_ns(&r.bell.seq, seen, limit)
+        else:
+            sleep_ns(limit)
+        now = now_ns()
+    r.idle_since_ns = 0
+    return True
+
+
+# ------------------------------------------------------------------ Python
+
+class Result(IntEnum):
+    """What a read of a channel came to; the names are those of the SHMStream specification."""
+
+    INACTIVE = 0
+    INCOMPATIBLE_INTERFACE = 1
+    EPOCH_CHANGED = 2
+    NO_DATA = 3
+    OVERRUN_DETECTED = 4
+    SUCCESS = 5
+
+
+cdef tuple RESULTS = tuple(Result)
+
+
+cdef class Mapping:
+    cdef int hold(self, object memory, bint writable, uint64_t least) except -1:
+        """Takes `memory` (at least `least` bytes) until drop(); raises UsageError or BufferError."""
+        PyObject_GetBuffer(memory, &self.buffer, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+        self.held = True
+        self.base = <uint8_t *>self.buffer.buf
+        self.length = self.buffer.len
+        if self.length < least:
+            self.drop()
+            raise UsageError(f"a region of {self.length} bytes is too small, at least {least} are needed")
+        if <uintptr_t>self.base % 8 != 0:
+            self.drop()
+            raise UsageError("a region must start at a multiple of 8 bytes")
+        self.broken = guard_add(self.base, self.length)
+        if self.broken == NULL:
+            self.drop()
+            raise UsageError("too many mapped regions in one process")
+        return 0
+
+    cdef void drop(self) noexcept:
+        if self.held:
+            guard_remove(self.broken)
+            self.broken = NULL
+            PyBuffer_Release(&self.buffer)
+            self.held = False
+            self.base = NULL
+
+    cdef bell_page *as_bell(self) except? NULL:
+        """The mapping as a bell; a fresh (zero) page is made one. None of ours: NULL."""
+        cdef bell_page *bell = <bell_page *>self.base
+        cdef uint64_t magic = load_relaxed64(&bell.magic)
+        if magic == 0:
+            store_relaxed64(&bell.magic, BELL_MAGIC)
+        elif magic != BELL_MAGIC:
+            return NULL
+        return bell
+
+    def __dealloc__(self):
+        self.drop()
+
+
+cdef class Endpoint:
+    """What Writer and Reader share: the mappings, the claim of one thread at a time, context management."""
+    cdef Mapping region
+    cdef Mapping bell_region
+    cdef bell_page *bell
+    cdef uint32_t busy
+    cdef str name
+
+    cdef int attach(self, object memory, object bell, str name, bint writable, uint64_t least) except -1:
+        self.name = name
+        self.region = Mapping.__new__(Mapping)
+        self.region.hold(memory, writable, least)
+        if bell is not None:
+            self.bell_region = Mapping.__new__(Mapping)
+            self.bell_region.hold(bell, True, sizeof(bell_page))
+            self.bell = self.bell_region.as_bell()
+        return 0
+
+    cdef int enter(self) except -1:
+        """Keeps a second thread out while the first is inside; raises UsageError."""
+        if not busy_enter(&self.busy):
+            raise UsageError(f"channel {self.name}: another thread is using this {type(self).__name__}; "
+                             "give each thread one of its own or take a lock")
+        if self.region is None or not self.region.held:
+            busy_leave(&self.busy)
+            raise UsageError(f"channel {self.name}: this {type(self).__name__} is closed")
+        return 0
+
+    cdef void detach(self) noexcept:
+        if self.region is not None:
+            self.region.drop()
+        self.bell = NULL
+        if self.bell_region is not None:
+            self.bell_region.drop()
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return self.region is None or not self.region.held
+
+    @property
+    def broken(self):
+        """Whether the region's owner took its memory away (truncated it) while it was mapped here."""
+        return self.region is not None and self.region.held and load_acquire32(self.region.broken) != 0
+
+    @property
+    def ringing(self):
+        """Whether the channel has a bell."""
+        return self.bell != NULL
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+cdef class Writer(Endpoint):
+    """The writing side of one channel.
+
+    memory: a writable buffer (a Region's view), at least 64 + size bytes; the caller has claimed the channel.
+    size: bytes of an element. protocol: non-zero u64. epoch: non-zero u64, by default random.
+    bell: a writable buffer of at least 128 bytes, or None: readers poll. name: for messages.
+
+    Activates the channel at once; close() deactivates it. One thread at a time: a second one gets UsageError.
+
+        with Writer(region.view, size=64, protocol=0x1234) as w:
+            w.write(b"hello")
+    """
+    cdef writer_t w
+
+    def __init__(self, memory, *, size, protocol, epoch=None, bell=None, name="(memory)"):
+        if not 0 < size < 1 << 62:
+            raise UsageError("the element size must be a positive number of bytes", value=size)
+        if not 0 < protocol < 1 << 64:
+            raise UsageError("a protocol is a non-zero 64-bit number", value=protocol)
+        if epoch is not None and not 0 < epoch < 1 << 64:
+            raise UsageError("an epoch is a non-zero 64-bit number", value=epoch)
+        if self.region is not None:
+            raise UsageError("a Writer is initialised once")
+        self.attach(memory, bell, name, True, SHMSTREAM_HEADER_SIZE + size)
+        writer_init(&self.w, self.region.base, self.region.length, size, protocol)
+        self.w.bell = self.bell
+        self.w.broken = self.region.broken
+        writer_start(&self.w, random_epoch() if epoch is None else epoch)
+
+    def __dealloc__(self):
+        if self.region is not None and self.region.held and self.w.hdr != NULL:
+            writer_stop(&self.w)
+
+    @property
+    def size(self):
+        """Bytes of one element."""
+        return self.w.size
+
+    @property
+    def elements(self):
+        """Elements the region holds."""
+        return self.w.elements
+
+    @property
+    def epoch(self):
+        """The current epoch, 0 while inactive."""
+        return self.w.epoch
+
+    @property
+    def written(self):
+        """Elements published in this epoch (WC)."""
+        return self.w.wc
+
+    @property
+    def counters(self):
+        """batches, wakes (system calls made to wake a reader), epochs, elements (of this epoch)."""
+        return {"elements": self.w.wc, "batches": self.w.batches, "wakes": self.w.wakes, "epochs": self.w.epochs}
+
+    def activate(self, epoch=None):
+        """Starts a new epoch (random unless given): readers resynchronise, what they had not read is gone."""
+        if epoch is not None and not 0 < epoch < 1 << 64:
+            raise UsageError("an epoch is a non-zero 64-bit number", value=epoch)
+        self.enter()
+        try:
+            writer_start(&self.w, random_epoch() if epoch is None else epoch)
+        finally:
+            busy_leave(&self.busy)
+
+    def deactivate(self):
+        """Ends the epoch: readers see INACTIVE. Writing needs activate() first."""
+        self.enter()
+        writer_stop(&self.w)
+        busy_leave(&self.busy)
+
+    cdef int enter_active(self) except -1:
+        self.enter()
+        if load_relaxed32(self.region.broken) != 0:
+            busy_leave(&self.busy)
+            raise BrokenChannelError(self.name)
+        if self.w.epoch == 0:
+            busy_leave(&self.busy)
+            raise UsageError(f"channel {self.name}: the writer is inactive; call activate() first")
+        return 0
+
+    def write(self, data):
+        """Publishes one element. data: a buffer of at most `size` bytes; a shorter one is padded with zeros.
+
+        Raises UsageError (too long, inactive, used by two threads), BrokenChannelError.
+        """
+        cdef Py_buffer view
+        cdef uint8_t *slot
+        self.enter_active()
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except BaseException:
+            busy_leave(&self.busy)
+            raise
+        if <uint64_t>view.len > self.w.size:
+            length = view.len
+            PyBuffer_Release(&view)
+            busy_leave(&self.busy)
+            raise UsageError(f"channel {self.name}: {length} bytes do not fit an element of {self.w.size}")
+        if <uint64_t>view.len > GIL_BYTES:
+            with nogil:
+                put_one(&self.w, <const uint8_t *>view.buf, view.len)
+        else:
+            put_one(&self.w, <const uint8_t *>view.buf, view.len)
+        PyBuffer_Release(&view)
+        busy_leave(&self.busy)
+
+    def write_many(self, data):
+        """Publishes many elements, in batches of at most a quarter of the ring; returns how many.
+
+        data: one contiguous buffer of whole elements (fast), or an iterable of buffers, one element each.
+        A batch is reserved, copied and published once.
+        """
+        cdef Py_buffer view
+        cdef uint64_t n
+        if not PyObject_CheckBuffer(data):
+            n = 0
+            for item in data:
+                self.write(item)
+                n += 1
+            return n
+        self.enter_active()
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except BaseException:
+            busy_leave(&self.busy)
+            raise
+        n = <uint64_t>view.len // self.w.size
+        if n * self.w.size != <uint64_t>view.len:
+            length = view.len
+            PyBuffer_Release(&view)
+            busy_leave(&self.busy)
+            raise UsageError(f"channel {self.name}: {length} bytes are no whole number of elements of {self.w.size}")
+        if <uint64_t>view.len > GIL_BYTES:
+            with nogil:
+                put_many(&self.w, <const uint8_t *>view.buf, n)
+        else:
+            put_many(&self.w, <const uint8_t *>view.buf, n)
+        PyBuffer_Release(&view)
+        busy_leave(&self.busy)
+        return n
+
+    def close(self):
+        """Deactivates the channel and lets go of its memory; may be called twice."""
+        if self.closed:
+            return
+        self.enter()
+        writer_stop(&self.w)
+        self.detach()
+        busy_leave(&self.busy)
+
+
+cdef void put_one(writer_t *w, const uint8_t *data, uint64_t length) noexcept nogil:
+    cdef uint8_t *slot
+    writer_reserve(w, 1)
+    slot = writer_slot(w, 0)
+    memcpy(slot, data, length)
+    if length < w.size:
+        memset(slot + length, 0, w.size - length)
+    writer_publish(w, 1)
+
+
+cdef void put_many(writer_t *w, const uint8_t *data, uint64_t n) noexcept nogil:
+    """Batches are capped at a quarter of the ring: a batch of n leaves a reader elements - n of head start."""
+    cdef uint64_t most = w.elements // 4 if w.elements >= 4 else 1
+    cdef uint64_t batch, first
+    while n > 0:
+        batch = n if n < most else most
+        first = w.elements - w.index
+        if first > batch:
+            first = batch
+        writer_reserve(w, batch)
+        memcpy(w.slots + w.index * w.size, data, first * w.size)
+        if batch > first:
+            memcpy(w.slots, data + first * w.size, (batch - first) * w.size)
+        writer_publish(w, batch)
+        data += batch * w.size
+        n -= batch
+
+
+cdef class Reader(Endpoint):
+    """The reading side of one channel; invisible to the writer, one of any number.
+
+    memory: a buffer (a Region's view, read-only) of at least 64 bytes. protocol, size: what must stand in the
+    header; None accepts any. bell: a writable buffer of at least 128 bytes, or None: wait() polls.
+    poll: pause between polls in microseconds, None: adaptive. name: for messages.
+
+    The first read after the writer (re)started says EPOCH_CHANGED and delivers nothing.
+
+        with Reader(region.view, protocol=0x1234) as r:
+            while r.wait(timeout=1.0):
+                if (element := r.read()) is None:
+                    print(r.result.name, r.lost)
+    """
+    cdef reader_t r
+    cdef ring_status status
+    cdef uint32_t stop
+
+    def __init__(self, memory, *, protocol=None, size=None, bell=None, poll=None, name="(memory)"):
+        if size is not None and not 0 < size < 1 << 64:
+            raise UsageError("the element size must be a positive number of bytes", value=size)
+        if protocol is not None and not 0 < protocol < 1 << 64:
+            raise UsageError("a protocol is a non-zero 64-bit number", value=protocol)
+        if poll is not None and not 0 < poll <= 10_000_000:
+            raise UsageError("the pause between polls is 1 to 10000000 microseconds", value=poll)
+        if self.region is not None:
+            raise UsageError("a Reader is initialised once")
+        self.attach(memory, bell, name, False, SHMSTREAM_HEADER_SIZE)
+        reader_init(&self.r, self.region.base, self.region.length, size or 0, protocol or 0)
+        self.r.bell = self.bell
+        self.r.broken = self.region.broken
+        self.r.poll_ns = 0 if poll is None else poll * 1000
+        self.status = INACTIVE
+
+    @property
+    def result(self):
+        """Result of the last read."""
+        return RESULTS[<int>self.status]
+
+    @property
+    def lost(self):
+        """Elements lost by the last overrun."""
+        return self.r.lost
+
+    @property
+    def size(self):
+        """Bytes of one element in the current epoch, 0 before the first."""
+        return self.r.size
+
+    @property
+    def elements(self):
+        """Elements the channel holds in the current epoch, 0 before the first."""
+        return self.r.elements
+
+    @property
+    def epoch(self):
+        """The epoch this reader is synchronised with, 0: none."""
+        return self.r.epoch
+
+    @property
+    def position(self):
+        """The read counter RC."""
+        return self.r.rc
+
+    @property
+    def pending(self):
+        """Elements published but not read, as far as the header tells now."""
+        self.enter()
+        cdef uint64_t n = load_acquire64(&self.r.hdr.wc) - self.r.rc if self.r.epoch != 0 else 0
+        busy_leave(&self.busy)
+        return n
+
+    @property
+    def counters(self):
+        """elements and batches delivered, overruns, lost (elements), epochs, sleeps."""
+        return {"elements": self.r.delivered, "batches": self.r.batches, "overruns": self.r.overruns,
+                "lost": self.r.lost_total, "epochs": self.r.epochs, "sleeps": self.r.sleeps}
+
+    def read(self):
+        """The next element as bytes, or None: then `result` says why (and `lost` how many an overrun cost)."""
+        cdef uint64_t n
+        self.enter()
+        if self.r.epoch == 0 or self.r.wc == self.r.rc:
+            self.status = reader_peek(&self.r, &n)
+            if self.status != SUCCESS:
+                busy_leave(&self.busy)
+                return None
+        try:
+            data = PyBytes_FromStringAndSize(NULL, self.r.size)
+        except BaseException:
+            busy_leave(&self.busy)
+            raise
+        self.take(<uint8_t *>PyBytes_AS_STRING(data), 1, &n)
+        busy_leave(&self.busy)
+        return data if self.status == SUCCESS else None
+
+    cdef void take(self, uint8_t *dst, uint64_t most, uint64_t *n) noexcept:
+        if most * self.r.size > GIL_BYTES:
+            with nogil:
+                self.status = reader_copy(&self.r, dst, most, n)
+        else:
+            self.status = reader_copy(&self.r, dst, most, n)
+
+    def read_into(self, buffer):
+        """Reads the next element into a writable buffer of at least `size` bytes; returns the Result."""
+        self.fill(buffer, 1)
+        return RESULTS[<int>self.status]
+
+    def read_many_into(self, buffer):
+        """Reads as many elements as there are and as fit, validated together; returns how many.
+
+        0: `result` says why. Elements stand in the buffer one after the other, `size` bytes each.
+        """
+        return self.fill(buffer, 0)
+
+    cdef uint64_t fill(self, object buffer, uint64_t most) except? 0:
+        cdef Py_buffer view
+        cdef uint64_t n = 0, room, available
+        self.enter()
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BaseException:
+            busy_leave(&self.busy)
+            raise
+        # The element size is known only after synchronising, which peek does and the copy below relies on.
+        self.status = reader_peek(&self.r, &available)
+        if self.status == SUCCESS:
+            room = <uint64_t>view.len // self.r.size
+            if room == 0:
+                length = view.len
+                PyBuffer_Release(&view)
+                busy_leave(&self.busy)
+                raise UsageError(f"channel {self.name}: a buffer of {length} bytes holds no element of {self.r.size}")
+            self.take(<uint8_t *>view.buf, most if most != 0 else room, &n)
+        PyBuffer_Release(&view)
+        busy_leave(&self.busy)
+        return n
+
+    def drain(self):
+        """Skips everything published so far."""
+        self.enter()
+        reader_drain(&self.r)
+        busy_leave(&self.busy)
+
+    def wait(self, timeout=None):
+        """Waits until a read would tell something new (data, another epoch, the end of one); whether it would.
+
+        timeout: seconds, None: without end. Signals are handled while waiting.
+        """
+        cdef uint64_t left, slice_ns, start
+        cdef bint forever = timeout is None
+        cdef bint ready = False
+        if not forever and not timeout >= 0:
+            raise UsageError("a timeout is a number of seconds, not negative", value=timeout)
+        left = 0 if forever else <uint64_t>(min(timeout, 1e9) * 1e9)
+        self.enter()
+        try:
+            while True:
+                slice_ns = SIGNAL_SLICE_NS if forever or left > SIGNAL_SLICE_NS else left
+                start = now_ns()
+                with nogil:
+                    ready = reader_wait(&self.r, slice_ns, &self.stop)
+                PyErr_CheckSignals()
+                if ready:
+                    return True
+                if not forever:
+                    start = now_ns() - start
+                    left = left - start if left > start else 0
+                    if left == 0:
+                        return False
+        finally:
+            busy_leave(&self.busy)
+
+    def close(self):
+        """Lets go of the channel's memory; may be called twice."""
+        if self.closed:
+            return
+        self.enter()
+        self.detach()
+        busy_leave(&self.busy)
+
+
+def layout():
+    """Constants, sizes and offsets as the C headers have them, for tests and for `chan dump`."""
+    return {"transport": SHMSTREAM_TRANSPORT, "header_size": SHMSTREAM_HEADER_SIZE,
+            "block_size": BLOCK_SIZE, "sector_size": SECTOR_SIZE, "event_size": sizeof(block_event),
+            "event_header_size": sizeof(block_event_header), "bell_size": sizeof(bell_page),
+            "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL}
+
+
+def bell_state(memory):
+    """What stands in a bell: a dict, or None when the buffer holds none. Values are a peer's claims, not facts."""
+    cdef Mapping m = Mapping.__new__(Mapping)
+    cdef const bell_page *b
+    cdef bell_page copy
+    m.hold(memory, False, sizeof(bell_page))
+    try:
+        b = <const bell_page *>m.base
+        if load_relaxed64(&b.magic) != BELL_MAGIC:
+            return None
+        memcpy(&copy, b, sizeof(bell_page))
+        return {"sequence": copy.seq, "waiters": copy.waiters, "ringer": copy.ringer, "state": copy.state,
+                "flags": copy.flags, "store": bytes(copy.store[:16]).hex(), "reader_rc": copy.reader_rc,
+                "reader_epoch": copy.reader_epoch}
+    finally:
+        m.drop()

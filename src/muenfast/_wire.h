@@ -1,0 +1,110 @@
+/* Wire formats: SHMStream v2 header, inline block events, and muenfast's own bell page; no Python.h.
+ *
+ * Byte order is the machine's: both sides run on one machine. All fields are naturally aligned within their
+ * struct; a ring element may start at any address, so elements are only ever touched through memcpy.
+ */
+#ifndef MUENFAST_WIRE_H
+#define MUENFAST_WIRE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MF_OFFSET(type, field, at) _Static_assert(offsetof(type, field) == (at), #type "." #field " moved")
+#define MF_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type " changed size")
+
+/* SHMStream v2, written by the channel's writer alone. `epoch`, `wsc` and `wc` change while readers look;
+ * the others are valid while epoch is non-zero. */
+#define SHMSTREAM_TRANSPORT UINT64_C(0x487312b6b79a9b6d)
+#define SHMSTREAM_HEADER_SIZE 64
+
+typedef struct {
+    uint64_t transport; /* SHMSTREAM_TRANSPORT, may be 0 while inactive */
+    uint64_t epoch;     /* 0 = inactive; atomic */
+    uint64_t protocol;  /* non-zero */
+    uint64_t size;      /* bytes of one element */
+    uint64_t elements;  /* number of elements */
+    uint64_t reserved;  /* zero, ignored */
+    uint64_t wsc;       /* write start counter: raised before an element is touched; atomic */
+    uint64_t wc;        /* write counter: raised after an element is complete; atomic */
+} ring_header;
+MF_SIZE(ring_header, SHMSTREAM_HEADER_SIZE);
+_Static_assert(_Alignof(ring_header) == 8, "ring_header alignment");
+MF_OFFSET(ring_header, transport, 0);
+MF_OFFSET(ring_header, epoch, 8);
+MF_OFFSET(ring_header, protocol, 16);
+MF_OFFSET(ring_header, size, 24);
+MF_OFFSET(ring_header, elements, 32);
+MF_OFFSET(ring_header, reserved, 40);
+MF_OFFSET(ring_header, wsc, 48);
+MF_OFFSET(ring_header, wc, 56);
+
+/* Inline block event (first generation of muenblock): request and response share the layout. The unit of `id`
+ * is inferred from one public peer (Gneiss' Muen block session): BLOCK_SIZE is the one place that says so. */
+#define BLOCK_SIZE 4096
+#define SECTOR_SIZE 512 /* unit of the answer to `size` */
+#define BLOCK_REQUEST_PROTOCOL UINT64_C(0x9570208dca77db19)
+#define BLOCK_RESPONSE_PROTOCOL UINT64_C(0x9851be3282fef0dc)
+
+enum { EVENT_READ = 0, EVENT_WRITE = 1, EVENT_COMMAND = 2 }; /* kind */
+enum { COMMAND_SYNC = 0, COMMAND_SIZE = 1 };                 /* id of a command */
+
+typedef struct {
+    uint32_t kind;
+    int32_t error; /* responses: 0 or a negative errno */
+    uint64_t id;   /* block number, or the command */
+    uint32_t valid; /* 1 */
+    uint32_t priv; /* the client's, copied into the response */
+} block_event_header;
+MF_SIZE(block_event_header, 24);
+_Static_assert(_Alignof(block_event_header) == 8, "block_event_header alignment");
+MF_OFFSET(block_event_header, kind, 0);
+MF_OFFSET(block_event_header, error, 4);
+MF_OFFSET(block_event_header, id, 8);
+MF_OFFSET(block_event_header, valid, 16);
+MF_OFFSET(block_event_header, priv, 20);
+
+typedef struct {
+    block_event_header header;
+    uint8_t data[BLOCK_SIZE];
+} block_event;
+MF_SIZE(block_event, 4120);
+_Static_assert(_Alignof(block_event) == 8, "block_event alignment");
+MF_OFFSET(block_event, header, 0);
+MF_OFFSET(block_event, data, 24);
+
+/* The bell: a page of its own beside a channel, writable by both sides, never part of a wire format that foreign
+ * peers see. A hostile value costs a wake-up or one bounded pause. First line: the channel's writer (and `waiters`:
+ * readers); second line: the reader. */
+#define BELL_MAGIC UINT64_C(0x4c4c45426e65754d) /* "MuenBELL" */
+
+enum { ENDPOINT_NONE = 0, ENDPOINT_SERVING = 1, ENDPOINT_BACK_LATER = 2, ENDPOINT_GONE = 3 }; /* state */
+enum { STORE_READ_ONLY = 1 };                                                                 /* flags */
+
+typedef struct {
+    uint64_t magic;
+    uint32_t seq;         /* futex word */
+    uint32_t waiters;     /* 1 = a reader may be asleep */
+    uint64_t ringer;      /* epoch of the writer that rings */
+    uint32_t state;       /* of the writer's endpoint */
+    uint32_t flags;
+    uint8_t store[16];    /* identity of the store behind the endpoint; zero = none */
+    uint64_t unused[2];
+    uint64_t reader_rc;   /* advice: the reader's RC ... */
+    uint64_t reader_epoch; /* ... in this epoch */
+    uint64_t unused2[6];
+} bell_page;
+MF_SIZE(bell_page, 128);
+_Static_assert(_Alignof(bell_page) == 8, "bell_page alignment");
+MF_OFFSET(bell_page, magic, 0);
+MF_OFFSET(bell_page, seq, 8);
+MF_OFFSET(bell_page, waiters, 12);
+MF_OFFSET(bell_page, ringer, 16);
+MF_OFFSET(bell_page, state, 24);
+MF_OFFSET(bell_page, flags, 28);
+MF_OFFSET(bell_page, store, 32);
+MF_OFFSET(bell_page, unused, 48);
+MF_OFFSET(bell_page, reader_rc, 64);
+MF_OFFSET(bell_page, reader_epoch, 72);
+MF_OFFSET(bell_page, unused2, 80);
+
+#endif

@@ -1,0 +1,81 @@
+"""Cython's view of _wire.h and _atomics.h; the headers own layout and meaning, this file only declares."""
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+
+cdef extern from "_atomics.h" nogil:
+    uint64_t load_relaxed64(const uint64_t *p) noexcept
+    uint64_t load_acquire64(const uint64_t *p) noexcept
+    void store_relaxed64(uint64_t *p, uint64_t v) noexcept
+    void store_release64(uint64_t *p, uint64_t v) noexcept
+    uint32_t load_relaxed32(const uint32_t *p) noexcept
+    uint32_t load_acquire32(const uint32_t *p) noexcept
+    void store_relaxed32(uint32_t *p, uint32_t v) noexcept
+    void store_release32(uint32_t *p, uint32_t v) noexcept
+    uint32_t exchange_acqrel32(uint32_t *p, uint32_t v) noexcept
+    uint32_t fetch_add_acqrel32(uint32_t *p, uint32_t v) noexcept
+    uint64_t fetch_add_relaxed64(uint64_t *p, uint64_t v) noexcept
+    void count64(uint64_t *p, uint64_t n) noexcept
+    void fence_acquire() noexcept
+    void fence_release() noexcept
+    void fence_seq_cst() noexcept
+    void cpu_pause() noexcept
+    void prefetch_write(const void *p) noexcept
+    uint64_t now_ns() noexcept
+    void sleep_ns(uint64_t ns) noexcept
+    int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) noexcept
+    int futex_wake_all(uint32_t *word) noexcept
+    int usable_cpus() noexcept
+    bint busy_enter(uint32_t *flag) noexcept
+    void busy_leave(uint32_t *flag) noexcept
+
+
+cdef extern from "_wire.h" nogil:
+    const uint64_t SHMSTREAM_TRANSPORT
+    const uint64_t SHMSTREAM_HEADER_SIZE
+    const uint64_t BLOCK_SIZE
+    const uint64_t SECTOR_SIZE
+    const uint64_t BLOCK_REQUEST_PROTOCOL
+    const uint64_t BLOCK_RESPONSE_PROTOCOL
+    const uint64_t BELL_MAGIC
+    const uint32_t EVENT_READ
+    const uint32_t EVENT_WRITE
+    const uint32_t EVENT_COMMAND
+    const uint64_t COMMAND_SYNC
+    const uint64_t COMMAND_SIZE
+    const uint32_t ENDPOINT_NONE
+    const uint32_t ENDPOINT_SERVING
+    const uint32_t ENDPOINT_BACK_LATER
+    const uint32_t ENDPOINT_GONE
+    const uint32_t STORE_READ_ONLY
+
+    ctypedef struct ring_header:
+        uint64_t transport
+        uint64_t epoch
+        uint64_t protocol
+        uint64_t size
+        uint64_t elements
+        uint64_t reserved
+        uint64_t wsc
+        uint64_t wc
+
+    ctypedef struct block_event_header:
+        uint32_t kind
+        int32_t error
+        uint64_t id
+        uint32_t valid
+        uint32_t priv
+
+    ctypedef struct block_event:
+        block_event_header header
+        uint8_t data[4096]
+
+    ctypedef struct bell_page:
+        uint64_t magic
+        uint32_t seq
+        uint32_t waiters
+        uint64_t ringer
+        uint32_t state
+        uint32_t flags
+        uint8_t store[16]
+        uint64_t reader_rc
+        uint64_t reader_epoch
