@@ -20,8 +20,8 @@ cdef struct io_t:
     void (*done)(io_t *io) noexcept nogil
     void *user              # the caller's
     int32_t error           # result: 0 or a negative errno
-    uint32_t issued         # the target's own
-    uint32_t pending        # the target's own
+    uint32_t issued         # the target's own: requests written to the ring
+    uint32_t pending        # the target's own: requests not answered
     io_t *next              # the target's own
 
 

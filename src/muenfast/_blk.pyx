@@ -1,38 +1,1473 @@
-"""Block engines (work in progress in another worktree: only the parts the front end needs)."""
+"""Block engines for the inline transport: Server (requests to a Store) and Client (io_t to requests).
+
+Both run without the GIL and allocate nothing per request. Trust: of every foreign event the 24-byte header is
+copied once, validated, and only the copy is used; payload is used in place and checked for being intact
+afterwards (server, writes) or copied and checked before anybody sees it (client, reads).
+"""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EFAULT, EINTR, EINVAL, EIO, EROFS, errno
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
-from libc.errno cimport EIO
+from libc.string cimport memcpy, memset
+from posix.types cimport off_t
+
+from muenfast._ring cimport *
+from muenfast._wire cimport *
+
+import os as _os
+
+from muenfast.errors import UsageError
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t preadv(int fd, const iovec *iov, int n, off_t offset)
+    ssize_t pwritev(int fd, const iovec *iov, int n, off_t offset)
+
+cdef extern from "<unistd.h>" nogil:
+    int fdatasync(int fd)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *m, void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *m)
+    int pthread_mutex_lock(pthread_mutex_t *m)
+    int pthread_mutex_unlock(pthread_mutex_t *m)
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long arg)
+    int PR_SET_TIMERSLACK
+
+cdef enum:
+    BATCH = 64              # most requests of one round: one validation, one publish
+    WINDOW = 1024           # most requests of a client in flight; also bounded by the rings
+    LINUX_ERRNO_MAX = 4095  # linux/err.h MAX_ERRNO
+
+# Pause before a new response epoch after an overrun, so that answers already published can be read.
+cdef uint64_t GRACE_NS = 10_000_000
+# How long a client that (re)connects waits for a server to notice that it had gone.
+cdef uint64_t FAREWELL_NS = 300_000_000
+# After this long without an answer to `size` from an active server the client starts over.
+cdef uint64_t ANSWER_NS = 1_000_000_000
+cdef uint64_t TICK_NS = 100_000_000
+cdef unsigned long TIMER_SLACK_NS = 1000
+# Blocking calls look for signals this often.
+cdef uint64_t SIGNALS_NS = 50_000_000
+
+
+# ------------------------------------------------------------------ stores
+
+cdef enum:
+    STORE_MEMORY = 0
+    STORE_FILE = 1
+    STORE_NULL = 2
+
+
+cdef struct store_t:
+    int kind
+    int fd
+    uint8_t *memory
+    uint64_t nblocks
+    bint read_only
+
+
+cdef class Store:
+    """What a server exports: nblocks blocks of 4096 bytes.
+
+    Made by in_memory(), in_file() or null(). identity: 16 bytes that name the data, stable for as long as they
+    live; a client re-issues requests only to the identity it knew.
+    """
+    cdef store_t s
+    cdef Py_buffer buffer
+    cdef bint held
+    cdef readonly bytes identity
+
+    @property
+    def nblocks(self):
+        """Size in blocks of 4096 bytes."""
+        return self.s.nblocks
+
+    @property
+    def read_only(self):
+        """Whether writes are refused."""
+        return self.s.read_only
+
+    @staticmethod
+    def in_memory(memory, *, read_only=False, identity=None):
+        """A store in a buffer (writable unless read_only), held until close()."""
+        cdef Store self = Store.__new__(Store)
+        PyObject_GetBuffer(memory, &self.buffer, PyBUF_SIMPLE if read_only else PyBUF_WRITABLE)
+        self.held = True
+        self.s.kind = STORE_MEMORY
+        self.s.memory = <uint8_t *>self.buffer.buf
+        return self.finish(self.buffer.len, read_only, identity)
+
+    @staticmethod
+    def in_file(int fd, size, *, read_only=False, identity=None):
+        """A store in an open file or block device of `size` bytes; the descriptor stays the caller's."""
+        cdef Store self = Store.__new__(Store)
+        self.s.kind = STORE_FILE
+        self.s.fd = fd
+        return self.finish(size, read_only, identity)
+
+    @staticmethod
+    def null(size, *, identity=None):
+        """Reads zeros, forgets writes."""
+        cdef Store self = Store.__new__(Store)
+        self.s.kind = STORE_NULL
+        return self.finish(size, False, identity)
+
+    cdef Store finish(self, object size, bint read_only, object identity):
+        if identity is None:
+            identity = _os.urandom(16)
+        if len(identity) != 16:
+            raise UsageError("a store's identity has 16 bytes", value=identity)
+        self.identity = bytes(identity)
+        self.s.nblocks = size // BLOCK_SIZE
+        self.s.read_only = read_only
+        if self.s.nblocks == 0:
+            raise UsageError("a disk has at least one block of 4096 bytes", value=size)
+        return self
+
+    def close(self):
+        """Lets go of the buffer. No server may still use the store."""
+        if self.held:
+            self.held = False
+            self.s.memory = NULL
+            self.s.nblocks = 0
+            PyBuffer_Release(&self.buffer)
+
+    def __dealloc__(self):
+        self.close()
+
+
+cdef int transfer(const store_t *s, bint write, iovec *iov, int n, uint64_t block) noexcept nogil:
+    """Moves n blocks (one iovec each, 4096 bytes) to or from a file; 0 or a negative errno.
+
+    EFAULT (the ring's memory was taken away) becomes EIO: it is no fault of the store.
+    """
+    cdef off_t at = <off_t>(block * BLOCK_SIZE)
+    cdef ssize_t moved
+    cdef size_t left
+    while n > 0:
+        moved = pwritev(s.fd, iov, n, at) if write else preadv(s.fd, iov, n, at)
+        if moved < 0:
+            if errno == EINTR:
+                continue
+            return -EIO if errno == EFAULT else -errno
+        if moved == 0:
+            return -EIO                 # the file was cut short behind our back
+        at += moved
+        left = <size_t>moved
+        while n > 0 and left >= iov[0].iov_len:
+            left -= iov[0].iov_len
+            iov += 1
+            n -= 1
+        if left:
+            iov[0].iov_base = <uint8_t *>iov[0].iov_base + left
+            iov[0].iov_len -= left
+    return 0
+
+
+# ------------------------------------------------------------------ server
+
+cdef enum server_event:
+    SERVER_TICK = 0
+    SERVER_CONNECTED = 1
+    SERVER_DISCONNECTED = 2
+    SERVER_INCOMPATIBLE = 3
+    SERVER_OVERRUN = 4
+    SERVER_STOPPED = 5
+
+
+cdef struct server_counters:
+    uint64_t reads
+    uint64_t writes
+    uint64_t syncs
+    uint64_t sizes
+    uint64_t bytes_read
+    uint64_t bytes_written
+    uint64_t batches
+    uint64_t merged
+    uint64_t rejected       # requests that broke a rule, answered with an error
+    uint64_t failed         # requests the store answered with an error
+    uint64_t torn           # writes overwritten by the client while they were executed
+    uint64_t voided         # requests of an earlier life, not answered
+    uint64_t connections
+
+
+cdef struct server_t:
+    reader_t r
+    writer_t w
+    const store_t *store
+    uint32_t stop
+    bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
+    uint64_t void_below     # requests of this epoch with a number below are void
+    uint64_t refused        # incompatible epoch that was reported
+    server_counters n
+    block_event_header heads[BATCH]
+    int32_t errors[BATCH]
+    iovec iov[BATCH]
+
+
+cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcept nogil:
+    """0, or the errno that answers a request which breaks a rule. h is a private copy."""
+    if h.valid != 1:
+        return -EINVAL
+    if h.kind == EVENT_COMMAND:
+        return 0 if h.id == COMMAND_SYNC or h.id == COMMAND_SIZE else -EINVAL
+    if h.kind != EVENT_READ and h.kind != EVENT_WRITE:
+        return -EINVAL
+    if h.id >= s.store.nblocks:
+        return -EINVAL
+    if h.kind == EVENT_WRITE and s.store.read_only:
+        return -EROFS
+    return 0
+
+
+cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
+    """Executes the reads or writes first..first+n-1 of the batch, whose blocks are consecutive.
+
+    Reads land in the response slots from `out` on; writes leave from the request slots.
+    """
+    cdef uint64_t k, block = s.heads[first].id
+    cdef bint write = s.heads[first].kind == EVENT_WRITE
+    cdef uint8_t *data
+    cdef int32_t error = 0
+    for k in range(n):
+        if write:
+            data = <uint8_t *>reader_slot(&s.r, first + k)
+        else:
+            data = writer_slot(&s.w, out + k)
+        data += sizeof(block_event_header)
+        if s.store.kind == STORE_FILE:
+            s.iov[k].iov_base = data
+            s.iov[k].iov_len = BLOCK_SIZE
+        elif s.store.kind == STORE_MEMORY:
+            if write:
+                memcpy(s.store.memory + (block + k) * BLOCK_SIZE, data, BLOCK_SIZE)
+            else:
+                memcpy(data, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
+        elif not write:
+            memset(data, 0, BLOCK_SIZE)
+    if s.store.kind == STORE_FILE:
+        error = transfer(s.store, write, s.iov, <int>n, block)
+        if error != 0:
+            count64(&s.n.failed, n)
+            for k in range(n):
+                s.errors[first + k] = error
+                if not write:           # no byte of an earlier answer goes out under an error
+                    memset(writer_slot(&s.w, out + k) + sizeof(block_event_header), 0, BLOCK_SIZE)
+    count64(&s.n.merged, n - 1)
+    if write:
+        count64(&s.n.writes, n)
+        count64(&s.n.bytes_written, n * BLOCK_SIZE)
+    else:
+        count64(&s.n.reads, n)
+        count64(&s.n.bytes_read, n * BLOCK_SIZE)
+
+
+cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
+    """Completes the headers of the batch's answers first..first+n-1 in the first n reserved slots; publishes them.
+
+    A write whose slot the client overwrote meanwhile is torn: WSC is looked at again after the data was used.
+    """
+    cdef uint64_t k, wsc
+    cdef bint same
+    fence_acquire()                     # the payload before WSC and epoch; pairs with writer_reserve, writer_start
+    wsc = load_relaxed64(&s.r.hdr.wsc)
+    same = load_relaxed64(&s.r.hdr.epoch) == s.r.epoch
+    for k in range(n):
+        if s.heads[first + k].kind == EVENT_WRITE and s.errors[first + k] == 0:
+            if not same or wsc - (s.r.rc + first + k) > s.r.elements:
+                s.errors[first + k] = -EIO
+                count64(&s.n.torn, 1)
+        s.heads[first + k].error = s.errors[first + k]
+        memcpy(writer_slot(&s.w, k), &s.heads[first + k], sizeof(block_event_header))
+    writer_publish(&s.w, n)
+
+
+cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
+    """One round: copy the headers out, check the copies, execute, answer with one publish."""
+    cdef uint64_t n, k, run, skip = 0, published = 0, sectors
+    cdef uint8_t *slot
+    cdef block_event_header *h
+    cdef int status
+    n = available if available < BATCH else BATCH
+    if n > s.w.elements:
+        n = s.w.elements
+    for k in range(n):
+        memcpy(&s.heads[k], reader_slot(&s.r, k), sizeof(block_event_header))
+    if not reader_intact(&s.r):
+        return reader_recover(&s.r)
+    if <int64_t>(s.void_below - s.r.rc) > 0:
+        # Requests of a predecessor's life: only `size` may be answered, one by one and in order.
+        h = &s.heads[0]
+        if h.kind != EVENT_COMMAND or h.id != COMMAND_SIZE:
+            count64(&s.n.voided, 1)
+            reader_advance(&s.r, 1)
+            return SUCCESS
+        n = 1
+    count64(&s.n.batches, 1)
+    writer_reserve(&s.w, n)
+    k = 0
+    while k < n:
+        h = &s.heads[k]
+        s.errors[k] = check_event(s, h)
+        if s.errors[k] != 0:
+            count64(&s.n.rejected, 1)
+            memset(writer_slot(&s.w, k - published) + sizeof(block_event_header), 0, BLOCK_SIZE)
+            k += 1
+        elif h.kind == EVENT_COMMAND:
+            slot = writer_slot(&s.w, k - published) + sizeof(block_event_header)
+            memset(slot, 0, BLOCK_SIZE)
+            if h.id == COMMAND_SIZE:
+                sectors = s.store.nblocks * (BLOCK_SIZE // SECTOR_SIZE)
+                memcpy(slot, &sectors, sizeof(sectors))
+                count64(&s.n.sizes, 1)
+            else:
+                if k > published and s.store.kind == STORE_FILE:
+                    server_answer(s, published, k - published)   # a slow flush holds nothing back
+                    published = k
+                count64(&s.n.syncs, 1)
+                if s.store.kind == STORE_FILE and not s.store.read_only:
+                    status = fdatasync(s.store.fd)
+                    if status != 0:
+                        s.errors[k] = -errno
+                        count64(&s.n.failed, 1)
+            k += 1
+        else:
+            run = 1
+            s.errors[k] = 0
+            while (k + run < n and s.heads[k + run].kind == h.kind and s.heads[k + run].id == h.id + run
+                    and check_event(s, &s.heads[k + run]) == 0):
+                s.errors[k + run] = 0
+                run += 1
+            server_run_blocks(s, k, run, k - published)
+            k += run
+    server_answer(s, published, n - published)
+    reader_advance(&s.r, n)
+    return SUCCESS
+
+
+cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
+    """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
+    cdef uint64_t available, start = now_ns(), passed
+    cdef ring_status status
+    cdef bint known
+    while load_relaxed32(&s.stop) == 0:
+        status = reader_peek(&s.r, &available)
+        if status == SUCCESS:
+            status = server_batch(s, available)
+        if status == SUCCESS:
+            if (s.r.batches & 0xff) == 0 and now_ns() - start >= ns:
+                return SERVER_TICK
+            continue
+        if status == EPOCH_CHANGED:
+            s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
+            s.knows_epoch = True
+            writer_start(&s.w, random_epoch())
+            count64(&s.n.connections, 1)
+            return SERVER_CONNECTED
+        if status == OVERRUN_DETECTED:
+            # What a first synchronisation has missed was void anyway.
+            if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
+                continue
+            sleep_ns(GRACE_NS)
+            writer_start(&s.w, random_epoch())
+            return SERVER_OVERRUN
+        if status == INACTIVE:
+            s.knows_epoch = True        # whatever epoch comes now began in this life
+        if (status == INACTIVE or status == INCOMPATIBLE_INTERFACE) and s.w.epoch != 0:
+            writer_stop(&s.w)
+            if status == INACTIVE:
+                return SERVER_DISCONNECTED
+        if status == INCOMPATIBLE_INTERFACE and s.refused != s.r.refused:
+            s.refused = s.r.refused
+            return SERVER_INCOMPATIBLE
+        passed = now_ns() - start
+        if passed >= ns:
+            return SERVER_TICK
+        reader_wait(&s.r, ns - passed, &s.stop)
+    return SERVER_STOPPED
+
+
+cdef class Server:
+    """Serves one Store over a pair of inline channels.
+
+    request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed
+    by the caller. request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive.
+
+    run() belongs to one thread; stop(), counters and state may be used from others.
+    """
+    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped")
+
+    cdef server_t *s
+    cdef Mapping request, response, request_bell, response_bell
+    cdef readonly Store store
+    cdef uint32_t busy
+    cdef readonly bint connected
+
+    def __cinit__(self):
+        self.s = <server_t *>calloc(1, sizeof(server_t))
+        if self.s == NULL:
+            raise MemoryError()
+
+    def __init__(self, request, response, Store store not None, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
+                 response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None):
+        cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
+        if self.store is not None:
+            raise UsageError("a Server is initialised once")
+        self.store = store
+        self.s.store = &store.s
+        self.request = hold(request, False, least)
+        self.response = hold(response, True, least)
+        reader_init(&self.s.r, self.request.base, self.request.length, sizeof(block_event), request_protocol)
+        writer_init(&self.s.w, self.response.base, self.response.length, sizeof(block_event), response_protocol)
+        self.s.r.broken = self.request.broken
+        self.s.w.broken = self.response.broken
+        self.s.r.poll_ns = 0 if poll is None else poll * 1000
+        if request_bell is not None:
+            self.request_bell = hold(request_bell, True, sizeof(bell_page))
+            self.s.r.bell = self.request_bell.as_bell()
+        if response_bell is not None:
+            self.response_bell = hold(response_bell, True, sizeof(bell_page))
+            self.s.w.bell = self.response_bell.as_bell()
+        announce(self.s.w.bell, ENDPOINT_SERVING, store)
+        # A dead predecessor's epoch must not look alive: its answers are nobody's.
+        writer_stop(&self.s.w)
+
+    def run(self, seconds=1.0):
+        """Serves for about `seconds` or until something happened; the event's name (one of EVENTS)."""
+        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
+        cdef server_event event
+        if not busy_enter(&self.busy):
+            raise UsageError("another thread runs this Server")
+        if self.response is None or not self.response.held:
+            busy_leave(&self.busy)
+            raise UsageError("this Server is closed")
+        with nogil:
+            prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS)
+            event = server_loop(self.s, ns)
+        busy_leave(&self.busy)
+        if event == SERVER_CONNECTED:
+            self.connected = True
+        elif event == SERVER_DISCONNECTED or event == SERVER_INCOMPATIBLE:
+            self.connected = False
+        return self.EVENTS[<int>event]
+
+    def stop(self):
+        """Makes run() return "stopped" soon; from any thread."""
+        store_release32(&self.s.stop, 1)
+        if self.s.r.bell != NULL:
+            bell_kick(self.s.r.bell)
+
+    @property
+    def broken(self):
+        """Name of the channel whose memory was taken away ("request", "response"), or None."""
+        if self.request is not None and self.request.held and load_acquire32(self.request.broken):
+            return "request"
+        if self.response is not None and self.response.held and load_acquire32(self.response.broken):
+            return "response"
+        return None
+
+    @property
+    def fault(self):
+        """What an incompatible request channel's header holds: (protocol, size, elements), as read now."""
+        return (load_relaxed64(&self.s.r.hdr.protocol), load_relaxed64(&self.s.r.hdr.size),
+                load_relaxed64(&self.s.r.hdr.elements))
+
+    @property
+    def counters(self):
+        """All counters of this server's life; readable while it runs."""
+        cdef server_counters n = self.s.n
+        return {"reads": n.reads, "writes": n.writes, "syncs": n.syncs, "sizes": n.sizes,
+                "bytes_read": n.bytes_read, "bytes_written": n.bytes_written, "batches": n.batches,
+                "merged": n.merged, "rejected": n.rejected, "failed": n.failed, "torn": n.torn,
+                "voided": n.voided, "connections": n.connections, "overruns": self.s.r.overruns,
+                "lost": self.s.r.lost_total, "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
+
+    def inherit(self, Server other not None):
+        """Goes on with another (closed) server's counters, after its channels were made anew."""
+        self.s.n = other.s.n
+        self.s.r.overruns = other.s.r.overruns
+        self.s.r.lost_total = other.s.r.lost_total
+
+    def close(self, *, gone=False):
+        """Deactivates the response channel. gone: for good, not "back later"."""
+        if self.response is None or not self.response.held:
+            return
+        if not busy_enter(&self.busy):
+            raise UsageError("stop this Server before closing it")
+        writer_stop(&self.s.w)
+        announce(self.s.w.bell, ENDPOINT_GONE if gone else ENDPOINT_BACK_LATER, None)
+        if self.s.w.bell != NULL:
+            bell_kick(self.s.w.bell)
+        self.s.r.bell = NULL
+        self.s.w.bell = NULL
+        for m in (self.request, self.response, self.request_bell, self.response_bell):
+            if m is not None:
+                (<Mapping>m).drop()
+        self.connected = False
+        busy_leave(&self.busy)
+
+    def __dealloc__(self):
+        if self.s != NULL:
+            if self.response is not None and self.response.held:
+                writer_stop(&self.s.w)
+            free(self.s)
+            self.s = NULL
+
+
+cdef Mapping hold(object memory, bint writable, uint64_t least):
+    cdef Mapping m = Mapping.__new__(Mapping)
+    m.hold(memory, writable, least)
+    return m
+
+
+cdef void announce(bell_page *bell, uint32_t state, Store store) noexcept:
+    """Tells the other side, who may believe it or not, what stands behind the channel."""
+    if bell == NULL:
+        return
+    if store is not None:
+        memcpy(bell.store, PyBytes_AS_STRING(store.identity), 16)
+        store_relaxed32(&bell.flags, STORE_READ_ONLY if store.s.read_only else 0)
+    store_release32(&bell.state, state)
+
+
+# ------------------------------------------------------------------ targets
 
 cdef class Target:
-    """Anything that executes block I/O in blocks of 4096 bytes."""
+    """Anything that executes block I/O in blocks of 4096 bytes; what a front end stands on."""
 
-cdef struct memory_t:
-    uint8_t *base
-    uint64_t nblocks
 
 cdef void memory_submit(void *ctx, io_t *io) noexcept nogil:
-    cdef memory_t *m = <memory_t *>ctx
+    cdef store_t *s = <store_t *>ctx
+    cdef uint64_t bytes = <uint64_t>io.nblocks * BLOCK_SIZE
     io.error = 0
     if io.kind != IO_SYNC:
-        if io.block > m.nblocks or io.nblocks > m.nblocks - io.block:
-            io.error = -EIO
+        if io.block > s.nblocks or io.nblocks > s.nblocks - io.block:
+            io.error = -EINVAL
         elif io.kind == IO_READ:
-            memcpy(io.buf, m.base + io.block * 4096, <size_t>io.nblocks * 4096)
+            memcpy(io.buf, s.memory + io.block * BLOCK_SIZE, bytes)
         else:
-            memcpy(m.base + io.block * 4096, io.buf, <size_t>io.nblocks * 4096)
+            memcpy(s.memory + io.block * BLOCK_SIZE, io.buf, bytes)
     io.done(io)
 
+
 cdef class Memory(Target):
-    """A disk in plain memory, executed inside submit(): the limit a front end can reach."""
-    cdef memory_t m
+    """A disk in plain memory, executed inside submit(): the most a front end can reach, for tests and benchmarks."""
+    cdef store_t store
+
     def __cinit__(self, uint64_t nblocks):
-        self.m.base = <uint8_t *>calloc(nblocks, 4096)
-        if self.m.base == NULL:
+        self.store.memory = <uint8_t *>calloc(nblocks, BLOCK_SIZE)
+        if self.store.memory == NULL:
             raise MemoryError()
-        self.m.nblocks = nblocks
-        self.nblocks = nblocks
-        self.read_only = False
-        self.ctx = <void *>&self.m
+        self.store.nblocks = self.nblocks = nblocks
+        self.ctx = <void *>&self.store
         self.submit = memory_submit
+
     def __dealloc__(self):
-        free(self.m.base)
+        free(self.store.memory)
+
+
+# ------------------------------------------------------------------ client
+
+cdef enum:
+    ENTRY_FREE = 0
+    ENTRY_ISSUED = 1        # by the issuer, with the lock
+    ENTRY_MATCHED = 2       # by the reaper: an answer was seen, not yet validated
+
+
+cdef enum client_state:
+    CLIENT_CONNECTING = 0   # no answer to `size` yet; requests queue
+    CLIENT_READY = 1
+    CLIENT_LOST = 2         # the server restarted, vanished or overran us; requests queue or fail
+    CLIENT_FAILED = 3       # for good: everything fails
+    CLIENT_CLOSED = 4
+
+
+cdef enum client_phase:
+    PHASE_FAREWELL = 0      # inactive; waiting for the response channel to become so
+    PHASE_SIZE = 1          # active; waiting for the answer to `size`
+    PHASE_ANSWERED = 2
+
+
+cdef struct entry_t:
+    uint32_t state
+    uint32_t priv
+    uint32_t kind
+    uint32_t index          # block within io
+    uint64_t id
+    io_t *io                # NULL: the caller has given up on it
+
+
+cdef struct client_counters:
+    uint64_t reads
+    uint64_t writes
+    uint64_t syncs
+    uint64_t bytes_read
+    uint64_t bytes_written
+    uint64_t errors
+    uint64_t stale          # answers that match no request in flight
+    uint64_t reissued
+    uint64_t lives          # connections made
+    uint64_t batches
+
+
+cdef struct client_t:
+    writer_t w
+    reader_t r
+    # Issuers: everything up to the next group belongs to whoever holds `lock`.
+    pthread_mutex_t lock
+    uint64_t head           # requests issued in this epoch; entry = number mod window
+    io_t *first             # not fully issued, oldest first
+    io_t *last
+    uint32_t base           # priv of request 0 of this epoch
+    uint32_t window
+    uint32_t state
+    bint fail_fast          # while lost, new requests fail
+    # The reaper: belongs to whoever set `reaping`.
+    uint32_t reaping
+    uint64_t tail           # all requests below are answered; read by issuers
+    uint32_t phase
+    uint64_t phase_since
+    uint64_t sectors
+    uint64_t answers        # progress, for the stuck detector
+    # Threads that wait for an answer.
+    uint32_t turn           # futex: somebody finished or stopped reaping
+    uint32_t sleepers
+    uint32_t callers        # threads inside a blocking call
+    uint32_t wanted         # 1: a caller would rather reap itself
+    uint32_t background     # 1: the background thread reaps always (a front end submits)
+    uint32_t chore          # futex: the background thread is wanted
+    uint32_t stop
+    client_counters n
+    entry_t entries[WINDOW]
+
+
+cdef void client_issue(client_t *c) noexcept nogil:
+    """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY.
+
+    Invariant: head - tail <= window <= elements of either ring, and tail counts answered requests only, so that
+    neither the request ring (the server has read what it answered) nor the response ring can overrun.
+    """
+    cdef uint64_t n, k, room
+    cdef io_t *io
+    cdef entry_t *e
+    cdef block_event_header h
+    cdef uint8_t *slot
+    h.error = 0
+    h.valid = 1
+    while c.first != NULL:
+        room = c.window - (c.head - load_acquire64(&c.tail))
+        if room == 0:
+            return
+        n = 0
+        io = c.first
+        while io != NULL and n < room and n < BATCH:
+            n += io.nblocks - io.issued if io.kind != IO_SYNC else 1
+            io = io.next
+        n = min(n, min(room, <uint64_t>BATCH))
+        writer_reserve(&c.w, n)
+        for k in range(n):
+            io = c.first
+            e = &c.entries[c.head % c.window]
+            h.kind = EVENT_COMMAND if io.kind == IO_SYNC else (EVENT_WRITE if io.kind == IO_WRITE else EVENT_READ)
+            h.id = COMMAND_SYNC if io.kind == IO_SYNC else io.block + io.issued
+            h.priv = c.base + <uint32_t>c.head
+            slot = writer_slot(&c.w, k)
+            memcpy(slot, &h, sizeof(h))
+            if io.kind == IO_WRITE:
+                memcpy(slot + sizeof(h), io.buf + <uint64_t>io.issued * BLOCK_SIZE, BLOCK_SIZE)
+            e.priv = h.priv
+            e.kind = h.kind
+            e.id = h.id
+            e.index = io.issued
+            e.io = io
+            store_release32(&e.state, ENTRY_ISSUED)
+            store_release64(&c.head, c.head + 1)
+            io.issued += 1
+            if io.kind == IO_SYNC or io.issued == io.nblocks:
+                c.first = io.next       # once published, io may be done and gone
+        writer_publish(&c.w, n)
+
+
+cdef void client_submit_list(client_t *c, io_t *first, io_t *last) noexcept nogil:
+    """Takes a list of requests (linked by next, last.next NULL)."""
+    cdef io_t *io = first
+    cdef io_t *following
+    cdef bint refuse
+    while io != NULL:
+        io.error = 0
+        io.issued = 0
+        io.pending = io.nblocks if io.kind != IO_SYNC else 1
+        io = io.next
+    pthread_mutex_lock(&c.lock)
+    refuse = c.state >= CLIENT_FAILED or (c.state == CLIENT_LOST and c.fail_fast)
+    if not refuse:
+        if c.first == NULL:
+            c.first = first
+        else:
+            c.last.next = first
+        c.last = last
+        if c.state == CLIENT_READY:
+            client_issue(c)
+    pthread_mutex_unlock(&c.lock)
+    if refuse:
+        io = first
+        while io != NULL:
+            following = io.next
+            io.error = -EIO
+            fetch_add_relaxed64(&c.n.errors, 1)
+            io.done(io)
+            io = following
+
+
+cdef void client_submit(void *ctx, io_t *io) noexcept nogil:
+    io.next = NULL
+    client_submit_list(<client_t *>ctx, io, io)
+
+
+cdef void client_finish(client_t *c, io_t *finished) noexcept nogil:
+    """Calls done of a list of finished requests, counting them."""
+    cdef io_t *io
+    while finished != NULL:
+        io = finished
+        finished = io.next
+        if io.error != 0:
+            fetch_add_relaxed64(&c.n.errors, 1)
+        elif io.kind == IO_READ:
+            count64(&c.n.reads, io.nblocks)
+            count64(&c.n.bytes_read, <uint64_t>io.nblocks * BLOCK_SIZE)
+        elif io.kind == IO_WRITE:
+            count64(&c.n.writes, io.nblocks)
+            count64(&c.n.bytes_written, <uint64_t>io.nblocks * BLOCK_SIZE)
+        else:
+            count64(&c.n.syncs, 1)
+        io.done(io)
+
+
+cdef ring_status client_reap(client_t *c) noexcept nogil:
+    """Takes one batch of answers. Precondition: reaping is ours.
+
+    Payload is copied to the callers' buffers before the batch is validated; nothing is finished before that, and
+    an answer that turns out void leaves its request in flight.
+    """
+    cdef uint64_t available, n, k, tail, head
+    cdef ring_status status = reader_peek(&c.r, &available)
+    cdef block_event_header h
+    cdef const uint8_t *slot
+    cdef entry_t *e
+    cdef entry_t *matched[BATCH]
+    cdef int32_t errors[BATCH]
+    cdef uint64_t matches = 0, stale = 0
+    cdef io_t *io
+    cdef io_t *finished = NULL
+    cdef io_t **link = &finished
+    if status != SUCCESS:
+        return status
+    n = available if available < BATCH else BATCH
+    for k in range(n):
+        slot = reader_slot(&c.r, k)
+        memcpy(&h, slot, sizeof(h))
+        e = &c.entries[<uint32_t>(h.priv - c.base) % c.window]
+        if (load_acquire32(&e.state) != ENTRY_ISSUED or e.priv != h.priv or e.kind != h.kind or e.id != h.id):
+            stale += 1
+            continue
+        e.state = ENTRY_MATCHED
+        if h.kind == EVENT_READ and h.error == 0 and e.io != NULL:
+            memcpy(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, slot + sizeof(h), BLOCK_SIZE)
+        matched[matches] = e
+        errors[matches] = h.error
+        matches += 1
+    if not reader_intact(&c.r):
+        for k in range(matches):
+            matched[k].state = ENTRY_ISSUED
+        return reader_recover(&c.r)
+    reader_advance(&c.r, n)
+    count64(&c.n.stale, stale)
+    count64(&c.n.batches, 1)
+    count64(&c.answers, matches)
+    for k in range(matches):
+        e = matched[k]
+        io = e.io
+        store_release32(&e.state, ENTRY_FREE)
+        if io == NULL:
+            continue
+        if errors[k] != 0:
+            io.error = errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO
+        io.pending -= 1
+        if io.pending == 0:
+            io.next = NULL
+            link[0] = io
+            link = &io.next
+    tail = c.tail
+    head = load_acquire64(&c.head)
+    while tail != head and load_acquire32(&c.entries[tail % c.window].state) == ENTRY_FREE:
+        tail += 1
+    store_release64(&c.tail, tail)
+    pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
+    if c.state == CLIENT_READY:
+        client_issue(c)
+    pthread_mutex_unlock(&c.lock)
+    client_finish(c, finished)
+    return SUCCESS
+
+
+cdef void client_lost(client_t *c) noexcept nogil:
+    """Stops issuing; the background thread will reconnect. Precondition: reaping is ours."""
+    pthread_mutex_lock(&c.lock)
+    if c.state == CLIENT_READY:
+        store_release32(&c.state, CLIENT_LOST)
+        c.phase = PHASE_FAREWELL
+        c.phase_since = 0
+    pthread_mutex_unlock(&c.lock)
+    fetch_add_acqrel32(&c.chore, 1)
+    futex_wake_all(&c.chore)
+
+
+cdef bint client_grab(client_t *c) noexcept nogil:
+    return exchange_acqrel32(&c.reaping, 1) == 0
+
+
+cdef void client_release(client_t *c) noexcept nogil:
+    store_release32(&c.reaping, 0)
+    wake_callers(c)
+
+
+cdef void wake_callers(client_t *c) noexcept nogil:
+    """Ordering: what the callers wait for was stored before; pairs with the fence in client_await."""
+    fence_seq_cst()
+    if load_relaxed32(&c.sleepers) != 0:
+        fetch_add_acqrel32(&c.turn, 1)
+        futex_wake_all(&c.turn)
+
+
+cdef ring_status client_serve(client_t *c, uint64_t ns, const uint32_t *until) noexcept nogil:
+    """Reaps for at most ns nanoseconds or until until[0]; the last status. Precondition: reaping is ours."""
+    cdef uint64_t start = now_ns(), passed
+    cdef ring_status status
+    while True:
+        status = client_reap(c)
+        if load_acquire32(until) != 0:
+            return status
+        if status != SUCCESS and status != NO_DATA:
+            client_lost(c)
+            return status
+        if status == NO_DATA:
+            passed = now_ns() - start
+            if passed >= ns:
+                return status
+            reader_wait(&c.r, ns - passed, until)
+
+
+cdef struct blocking_t:
+    client_t *c
+    uint32_t left           # requests not done
+    uint32_t done
+    int32_t error           # of the first that failed
+
+
+cdef void blocking_done(io_t *io) noexcept nogil:
+    cdef blocking_t *b = <blocking_t *>io.user
+    cdef client_t *c = b.c
+    if io.error != 0 and b.error == 0:
+        b.error = io.error
+    # Requests of one call are finished by one thread at a time: the reaper, or the submitter when refused.
+    b.left -= 1
+    if b.left == 0:
+        store_release32(&b.done, 1)     # b may be gone after this
+        wake_callers(c)
+
+
+cdef void client_await(client_t *c, blocking_t *b, uint64_t ns) noexcept nogil:
+    """Waits until b is done, at most ns nanoseconds: reaps itself where nobody else does."""
+    cdef uint64_t start = now_ns(), passed = 0
+    cdef uint32_t seen
+    while load_acquire32(&b.done) == 0 and passed < ns:
+        if (load_relaxed32(&c.background) == 0 and load_acquire32(&c.state) == CLIENT_READY and client_grab(c)):
+            if load_acquire32(&c.state) == CLIENT_READY:
+                client_serve(c, ns - passed, &b.done)
+            client_release(c)
+        else:
+            seen = load_acquire32(&c.turn)
+            fetch_add_acqrel32(&c.sleepers, 1)
+            fence_seq_cst()             # pairs with wake_callers
+            if load_acquire32(&b.done) == 0:
+                futex_wait_ns(&c.turn, seen, min(ns - passed, <uint64_t>5_000_000))
+            fetch_add_acqrel32(&c.sleepers, <uint32_t>-1)
+        passed = now_ns() - start
+
+
+cdef bint client_take(client_t *c) noexcept nogil:
+    """Takes the right to reap from whoever has it; bounded by the longest reader_wait."""
+    cdef uint64_t start = now_ns()
+    while not client_grab(c):
+        if c.r.bell != NULL:
+            bell_kick(c.r.bell)
+        sleep_ns(100_000)
+        if now_ns() - start > 10 * TICK_NS:
+            return False
+    return True
+
+
+cdef void client_forget(client_t *c, blocking_t *b) noexcept nogil:
+    """Gives up on all requests of an interrupted call: nobody touches its memory afterwards.
+
+    Precondition: reaping is ours.
+    """
+    cdef uint64_t k
+    cdef io_t **link
+    cdef io_t *io
+    pthread_mutex_lock(&c.lock)
+    for k in range(c.window):
+        if c.entries[k].state != ENTRY_FREE and c.entries[k].io != NULL and c.entries[k].io.user == <void *>b:
+            c.entries[k].io = NULL
+    link = &c.first
+    c.last = NULL
+    while link[0] != NULL:
+        io = link[0]
+        if io.user == <void *>b:
+            link[0] = io.next
+        else:
+            c.last = io
+            link = &io.next
+    pthread_mutex_unlock(&c.lock)
+
+
+cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
+    """Answers everything outstanding with EIO. Precondition: reaping is ours. state: the new one."""
+    cdef uint64_t k
+    cdef entry_t *e
+    cdef io_t *io
+    cdef io_t *finished = NULL
+    cdef io_t *following
+    pthread_mutex_lock(&c.lock)
+    store_release32(&c.state, state)
+    io = c.first
+    c.first = c.last = NULL
+    while io != NULL:                   # queued, perhaps partly issued: unissued blocks are answered here
+        following = io.next
+        io.error = -EIO
+        io.pending -= (io.nblocks if io.kind != IO_SYNC else 1) - io.issued
+        if io.pending == 0:
+            io.next = finished
+            finished = io
+        io = following
+    for k in range(c.window):
+        e = &c.entries[k]
+        if e.state == ENTRY_FREE:
+            continue
+        store_release32(&e.state, ENTRY_FREE)
+        io = e.io
+        if io == NULL:
+            continue
+        io.error = -EIO
+        io.pending -= 1
+        if io.pending == 0:
+            io.next = finished
+            finished = io
+    store_release64(&c.tail, c.head)
+    pthread_mutex_unlock(&c.lock)
+    client_finish(c, finished)
+
+
+cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
+    """Looks through one batch of answers for the one to `size`; whether it was there and good."""
+    cdef uint64_t n = available if available < BATCH else BATCH
+    cdef uint64_t k, sectors = 0
+    cdef block_event_header h
+    cdef const uint8_t *slot
+    cdef bint found = False
+    for k in range(n):
+        slot = reader_slot(&c.r, k)
+        memcpy(&h, slot, sizeof(h))
+        if h.kind == EVENT_COMMAND and h.id == COMMAND_SIZE and h.priv == c.base - 1 and h.error == 0:
+            memcpy(&sectors, slot + sizeof(h), sizeof(sectors))
+            found = True
+    if not reader_intact(&c.r):
+        reader_recover(&c.r)
+        return False
+    reader_advance(&c.r, n)
+    if found:
+        c.sectors = sectors
+    return found
+
+
+cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
+    """Goes on with connecting for at most ns nanoseconds; True once `size` was answered (sectors is set).
+
+    First the request channel is made inactive and left untouched until the server, if there is one, has followed
+    (bounded): it may still be executing writes out of the slots that a new epoch zeroes.
+    Precondition: reaping is ours, state is CONNECTING or LOST.
+    """
+    cdef uint64_t start = now_ns(), now, passed, available, epoch
+    cdef block_event_header h
+    cdef uint8_t *slot
+    cdef ring_status status
+    while True:
+        now = now_ns()
+        passed = now - start
+        if passed >= ns or load_relaxed32(&c.stop) != 0:
+            return False
+        if c.phase == PHASE_FAREWELL:
+            if c.phase_since == 0:
+                c.phase_since = now
+                writer_stop(&c.w)
+            if load_acquire64(&c.r.hdr.epoch) != 0 and now - c.phase_since < FAREWELL_NS:
+                sleep_ns(50_000)
+                continue
+            c.base = <uint32_t>random_epoch()
+            c.r.epoch = c.r.refused = 0
+            writer_start(&c.w, random_epoch())
+            memset(&h, 0, sizeof(h))
+            h.kind = EVENT_COMMAND
+            h.id = COMMAND_SIZE
+            h.valid = 1
+            h.priv = c.base - 1
+            writer_reserve(&c.w, 1)
+            slot = writer_slot(&c.w, 0)
+            memcpy(slot, &h, sizeof(h))
+            writer_publish(&c.w, 1)
+            c.phase = PHASE_SIZE
+            c.phase_since = now
+        status = reader_peek(&c.r, &available)
+        if status == SUCCESS:
+            if client_take_size(c, available):
+                c.phase = PHASE_ANSWERED
+                return True
+        elif status == INACTIVE or status == INCOMPATIBLE_INTERFACE:
+            c.phase_since = now         # nobody there: waiting costs nothing
+            reader_wait(&c.r, ns - passed, &c.stop)
+        elif status == NO_DATA:
+            if now - c.phase_since > ANSWER_NS:
+                c.phase = PHASE_FAREWELL
+                c.phase_since = 0
+                continue
+            reader_wait(&c.r, min(ns - passed, ANSWER_NS), &c.stop)
+
+
+cdef void client_resume(client_t *c) noexcept nogil:
+    """Becomes READY in the new epoch and issues again, in their order, all requests not answered.
+
+    Precondition: reaping is ours, phase ANSWERED.
+    """
+    cdef entry_t again[WINDOW]
+    cdef uint64_t n = 0, k, at, done
+    cdef io_t *io
+    cdef io_t *finished = NULL
+    cdef entry_t *e
+    cdef block_event_header h
+    cdef uint8_t *slot
+    pthread_mutex_lock(&c.lock)
+    while c.tail != c.head:
+        e = &c.entries[c.tail % c.window]
+        if e.state != ENTRY_FREE and e.io != NULL:
+            again[n] = e[0]
+            n += 1
+        e.state = ENTRY_FREE
+        store_release64(&c.tail, c.tail + 1)
+    c.head = 0
+    store_release64(&c.tail, 0)
+    c.window = WINDOW
+    while c.window > c.w.elements or c.window > c.r.elements:
+        c.window //= 2
+    c.n.lives += 1
+    count64(&c.n.reissued, n)
+    h.error = 0
+    h.valid = 1
+    done = 0
+    while done < n:
+        k = min(n - done, min(<uint64_t>BATCH, c.window - c.head))
+        if k == 0:
+            break
+        writer_reserve(&c.w, k)
+        for at in range(k):
+            e = &c.entries[c.head % c.window]
+            e[0] = again[done + at]
+            e.priv = c.base + <uint32_t>c.head
+            h.kind = e.kind
+            h.id = e.id
+            h.priv = e.priv
+            slot = writer_slot(&c.w, at)
+            memcpy(slot, &h, sizeof(h))
+            if e.kind == EVENT_WRITE:
+                memcpy(slot + sizeof(h), e.io.buf + <uint64_t>e.index * BLOCK_SIZE, BLOCK_SIZE)
+            store_release32(&e.state, ENTRY_ISSUED)
+            store_release64(&c.head, c.head + 1)
+        writer_publish(&c.w, k)
+        done += k
+    while done < n:                     # the new response ring is smaller than what was in flight
+        io = again[done].io
+        io.error = -EIO
+        io.pending -= 1
+        if io.pending == 0:
+            io.next = finished
+            finished = io
+        done += 1
+    store_release32(&c.state, CLIENT_READY)
+    client_issue(c)
+    pthread_mutex_unlock(&c.lock)
+    client_finish(c, finished)
+    wake_callers(c)
+
+
+cdef class Client(Target):
+    """The client engine of one disk over a pair of inline channels.
+
+    request: the request channel's memory, writable, claimed by the caller; response: the response channel's.
+    request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. fail_fast: while the
+    server is lost, new requests fail instead of waiting for it.
+
+    One background thread calls run() over and over; any number of threads use the blocking calls or submit().
+    """
+    STATES = ("connecting", "ready", "lost", "failed", "closed")
+
+    cdef client_t *c
+    cdef Mapping request, response, request_bell, response_bell
+    cdef uint32_t busy
+
+    def __cinit__(self):
+        self.c = <client_t *>calloc(1, sizeof(client_t))
+        if self.c == NULL:
+            raise MemoryError()
+        pthread_mutex_init(&self.c.lock, NULL)
+
+    def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
+                 response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
+                 fail_fast=False):
+        cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
+        cdef client_t *c = self.c
+        if self.request is not None:
+            raise UsageError("a Client is initialised once")
+        self.request = hold(request, True, least)
+        self.response = hold(response, False, least)
+        writer_init(&c.w, self.request.base, self.request.length, sizeof(block_event), request_protocol)
+        reader_init(&c.r, self.response.base, self.response.length, sizeof(block_event), response_protocol)
+        c.w.broken = self.request.broken
+        c.r.broken = self.response.broken
+        c.r.poll_ns = 0 if poll is None else poll * 1000
+        if request_bell is not None:
+            self.request_bell = hold(request_bell, True, sizeof(bell_page))
+            c.w.bell = self.request_bell.as_bell()
+        if response_bell is not None:
+            self.response_bell = hold(response_bell, True, sizeof(bell_page))
+            c.r.bell = self.response_bell.as_bell()
+        c.fail_fast = fail_fast
+        c.window = 1
+        self.ctx = <void *>c
+        self.submit = client_submit
+
+    # -------------------------------------------------------------- the background thread
+
+    def run(self, seconds=0.1):
+        """One step of the background thread, about `seconds` long; returns what stands now:
+
+        "connecting", "answered" (call resume() or fail()), "ready", "lost", "failed", "closed", "stopped".
+        """
+        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
+        cdef client_t *c = self.c
+        cdef bint answered = False
+        cdef uint32_t seen
+        if not busy_enter(&self.busy):
+            raise UsageError("another thread runs this Client")
+        with nogil:
+            prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS)
+            seen = load_acquire32(&c.chore)
+            if load_relaxed32(&c.stop) != 0:
+                pass
+            elif c.state == CLIENT_CONNECTING or c.state == CLIENT_LOST:
+                if client_take(c):
+                    answered = client_connect(c, ns)
+                    client_release(c)
+            elif c.state == CLIENT_READY:
+                if load_relaxed32(&c.background) != 0:
+                    if client_take(c):
+                        client_serve(c, ns, &c.stop)
+                        client_release(c)
+                else:
+                    store_relaxed32(&c.wanted, 0)
+                    fence_seq_cst()
+                    if load_acquire32(&c.callers) == 0 and client_grab(c):
+                        if c.state == CLIENT_READY:
+                            client_serve(c, ns, &c.wanted)
+                        client_release(c)
+                    elif c.state == CLIENT_READY:
+                        futex_wait_ns(&c.chore, seen, ns)
+            else:
+                futex_wait_ns(&c.chore, seen, ns)
+        busy_leave(&self.busy)
+        if load_relaxed32(&c.stop) != 0:
+            return "stopped"
+        return "answered" if answered else self.STATES[c.state]
+
+    def stop(self):
+        """Makes run() return "stopped" soon; from any thread."""
+        store_release32(&self.c.stop, 1)
+        store_release32(&self.c.wanted, 1)
+        fetch_add_acqrel32(&self.c.chore, 1)
+        futex_wake_all(&self.c.chore)
+        if self.c.r.bell != NULL:
+            bell_kick(self.c.r.bell)
+
+    def resume(self):
+        """After "answered": takes the geometry and (re-)issues everything not answered."""
+        self.nblocks = self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
+        self.read_only = (self.response_bell is not None and self.c.r.bell != NULL
+                          and load_relaxed32(&self.c.r.bell.flags) & STORE_READ_ONLY != 0)
+        with nogil:
+            while not client_take(self.c):
+                pass
+            client_resume(self.c)
+            client_release(self.c)
+
+    def fail(self, *, forever=True):
+        """Answers everything outstanding with EIO; forever: everything to come, too."""
+        cdef uint32_t state = CLIENT_FAILED if forever else CLIENT_LOST
+        with nogil:
+            while not client_take(self.c):
+                pass
+            if self.c.state < CLIENT_FAILED:
+                if state == CLIENT_LOST and self.c.state == CLIENT_CONNECTING:
+                    state = CLIENT_CONNECTING
+                client_fail(self.c, state)
+                if state == CLIENT_FAILED:
+                    writer_stop(&self.c.w)
+            client_release(self.c)
+
+    @property
+    def background(self):
+        """Whether the background thread takes all answers (a front end submits), not the blocking callers."""
+        return self.c.background != 0
+
+    @background.setter
+    def background(self, value):
+        store_release32(&self.c.background, 1 if value else 0)
+        store_release32(&self.c.wanted, 1)
+        fetch_add_acqrel32(&self.c.chore, 1)
+        futex_wake_all(&self.c.chore)
+
+    # -------------------------------------------------------------- what the peer says
+
+    @property
+    def state(self):
+        """One of STATES."""
+        return self.STATES[self.c.state]
+
+    @property
+    def answered_blocks(self):
+        """Blocks of 4096 bytes of the disk, from the last answer to `size`."""
+        return self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
+
+    @property
+    def store(self):
+        """The identity the server announces (16 bytes), None where it announces none."""
+        cdef uint8_t copy[16]
+        if self.c.r.bell == NULL:
+            return None
+        memcpy(copy, self.c.r.bell.store, 16)
+        identity = PyBytes_FromStringAndSize(<char *>copy, 16)
+        return identity if any(identity) else None
+
+    @property
+    def server_state(self):
+        """What the server's endpoint says of itself: "none", "serving", "back later", "gone"."""
+        cdef uint32_t state = 0
+        if self.c.r.bell != NULL:
+            state = load_acquire32(&self.c.r.bell.state)
+        return ("none", "serving", "back later", "gone")[state] if state < 4 else "none"
+
+    @property
+    def server_active(self):
+        """Whether the response channel is active now."""
+        return load_acquire64(&self.c.r.hdr.epoch) != 0
+
+    @property
+    def incompatible(self):
+        """(protocol, size, elements) of a response channel that was refused, or None."""
+        if self.c.r.refused == 0:
+            return None
+        return (load_relaxed64(&self.c.r.hdr.protocol), load_relaxed64(&self.c.r.hdr.size),
+                load_relaxed64(&self.c.r.hdr.elements))
+
+    @property
+    def broken(self):
+        """Name of the channel whose memory was taken away, or None."""
+        if self.request is not None and self.request.held and load_acquire32(self.request.broken):
+            return "request"
+        if self.response is not None and self.response.held and load_acquire32(self.response.broken):
+            return "response"
+        return None
+
+    @property
+    def in_flight(self):
+        """Requests written and not answered."""
+        return load_acquire64(&self.c.head) - load_acquire64(&self.c.tail)
+
+    @property
+    def progress(self):
+        """Answers taken so far; what stands still while in_flight > 0 is stuck."""
+        return load_relaxed64(&self.c.answers)
+
+    @property
+    def counters(self):
+        """All counters of this client's life; readable while it runs."""
+        cdef client_counters n = self.c.n
+        return {"reads": n.reads, "writes": n.writes, "syncs": n.syncs, "bytes_read": n.bytes_read,
+                "bytes_written": n.bytes_written, "errors": n.errors, "stale": n.stale, "reissued": n.reissued,
+                "lives": n.lives, "batches": n.batches, "overruns": self.c.r.overruns,
+                "lost": self.c.r.lost_total, "wakes": self.c.w.wakes, "sleeps": self.c.r.sleeps}
+
+    # -------------------------------------------------------------- blocking calls
+
+    cdef int execute(self, io_t *ios, uint64_t n) except -1:
+        """Runs n requests (an array) to their end without the GIL; raises OSError with the first error."""
+        cdef blocking_t b
+        cdef client_t *c = self.c
+        cdef uint64_t k
+        b.c = c
+        b.left = <uint32_t>n
+        b.done = 0
+        b.error = 0
+        for k in range(n):
+            ios[k].done = blocking_done
+            ios[k].user = &b
+            ios[k].next = &ios[k + 1] if k + 1 < n else NULL
+        if c.state == CLIENT_CLOSED:
+            raise UsageError("this device is closed")
+        fetch_add_acqrel32(&c.callers, 1)
+        store_release32(&c.wanted, 1)
+        try:
+            with nogil:
+                client_submit_list(c, &ios[0], &ios[n - 1])
+                client_await(c, &b, SIGNALS_NS)
+            while load_acquire32(&b.done) == 0:
+                try:
+                    PyErr_CheckSignals()
+                except BaseException:
+                    with nogil:
+                        while not client_take(c):
+                            pass
+                        client_forget(c, &b)
+                        client_release(c)
+                    raise
+                with nogil:
+                    client_await(c, &b, SIGNALS_NS)
+        finally:
+            fetch_add_acqrel32(&c.callers, <uint32_t>-1)
+        if b.error != 0:
+            raise OSError(-b.error, _os.strerror(-b.error))
+        return 0
+
+    cdef int blocks(self, uint32_t kind, object block, object buffer) except -1:
+        cdef Py_buffer view
+        cdef io_t io
+        cdef object first = block
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE if kind == IO_READ else PyBUF_SIMPLE)
+        try:
+            if view.len % BLOCK_SIZE != 0 or view.len // BLOCK_SIZE > 0xffffffff:
+                raise UsageError(f"{view.len} bytes are no whole number of blocks of {BLOCK_SIZE}")
+            if first < 0 or first + view.len // BLOCK_SIZE > self.nblocks:
+                raise UsageError(f"blocks {first} to {first + view.len // BLOCK_SIZE - 1} reach beyond the disk's "
+                                 f"{self.nblocks}")
+            if view.len == 0:
+                return 0
+            io.kind = kind
+            io.block = first
+            io.nblocks = <uint32_t>(<uint64_t>view.len // BLOCK_SIZE)
+            io.buf = <uint8_t *>view.buf
+            self.execute(&io, 1)
+        finally:
+            PyBuffer_Release(&view)
+        return 0
+
+    def read_blocks(self, block, buffer):
+        """Fills a writable buffer (whole blocks) from block number `block` on; raises OSError, UsageError."""
+        self.blocks(IO_READ, block, buffer)
+
+    def write_blocks(self, block, buffer):
+        """Writes a buffer (whole blocks) from block number `block` on; raises OSError, UsageError."""
+        self.blocks(IO_WRITE, block, buffer)
+
+    def scattered(self, bint write, blocks, buffer):
+        """One request per block number in `blocks`, all in flight together; buffer holds len(blocks) equal pieces."""
+        cdef Py_buffer view
+        cdef io_t *ios
+        cdef uint64_t n = len(blocks), k, each, at
+        if n == 0:
+            return
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
+        ios = <io_t *>calloc(n, sizeof(io_t))
+        try:
+            if ios == NULL:
+                raise MemoryError()
+            each = <uint64_t>view.len // n
+            if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % BLOCK_SIZE != 0:
+                raise UsageError(f"{view.len} bytes are not {n} equal pieces of whole blocks of {BLOCK_SIZE}")
+            each //= BLOCK_SIZE
+            k = 0
+            for block in blocks:
+                if k == n:
+                    break
+                at = block
+                if at > self.nblocks or each > self.nblocks - at:
+                    raise UsageError(f"{each} blocks from {at} on reach beyond the disk's {self.nblocks}")
+                ios[k].kind = IO_WRITE if write else IO_READ
+                ios[k].block = at
+                ios[k].nblocks = <uint32_t>each
+                ios[k].buf = <uint8_t *>view.buf + k * each * BLOCK_SIZE
+                k += 1
+            if k != n:
+                raise UsageError("the list of blocks changed while it was read")
+            self.execute(ios, n)
+        finally:
+            free(ios)
+            PyBuffer_Release(&view)
+
+    def sync(self):
+        """Makes every write answered so far durable; raises OSError."""
+        cdef io_t io
+        io.kind = IO_SYNC
+        io.block = 0
+        io.nblocks = 0
+        io.buf = NULL
+        self.execute(&io, 1)
+
+    def close(self):
+        """Fails what is outstanding and deactivates the request channel. No front end may still submit."""
+        cdef client_t *c = self.c
+        if self.request is None or not self.request.held:
+            return
+        self.stop()
+        if not busy_enter(&self.busy):
+            raise UsageError("end the background thread before closing a Client")
+        with nogil:
+            while not client_take(c):
+                pass
+            client_fail(c, CLIENT_CLOSED)
+            writer_stop(&c.w)
+            store_release32(&c.reaping, 0)
+            wake_callers(c)
+            while load_acquire32(&c.callers) != 0:
+                sleep_ns(100_000)
+        c.r.bell = NULL
+        c.w.bell = NULL
+        for m in (self.request, self.response, self.request_bell, self.response_bell):
+            if m is not None:
+                (<Mapping>m).drop()
+        busy_leave(&self.busy)
+
+    def __dealloc__(self):
+        if self.c != NULL:
+            if self.request is not None and self.request.held:
+                writer_stop(&self.c.w)
+            pthread_mutex_destroy(&self.c.lock)
+            free(self.c)
+            self.c = NULL
