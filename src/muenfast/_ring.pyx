@@ -463,6 +463,7 @@ cdef class Endpoint:
     cdef bell_page *bell
     cdef uint32_t busy
     cdef str name
+    cdef public object owner    # closed after this: the region behind `memory`
 
     cdef int attach(self, object memory, object bell, str name, bint writable, uint64_t least) except -1:
         self.name = name
@@ -666,6 +667,8 @@ cdef class Writer(Endpoint):
         writer_stop(&self.w)
         self.detach()
         busy_leave(&self.busy)
+        if self.owner is not None:
+            self.owner.close()
 
 
 cdef void put_one(writer_t *w, const uint8_t *data, uint64_t length) noexcept nogil:
@@ -876,11 +879,15 @@ cdef class Reader(Endpoint):
         self.enter()
         self.detach()
         busy_leave(&self.busy)
+        if self.owner is not None:
+            self.owner.close()
 
 
 def layout():
     """Constants, sizes and offsets as the C headers have them, for tests and for `chan dump`."""
     return {"transport": SHMSTREAM_TRANSPORT, "header_size": SHMSTREAM_HEADER_SIZE,
+            "header_fields": {"transport": 0, "epoch": 8, "protocol": 16, "size": 24, "elements": 32, "reserved": 40,
+                              "wsc": 48, "wc": 56},
             "block_size": BLOCK_SIZE, "sector_size": SECTOR_SIZE, "event_size": sizeof(block_event),
             "event_header_size": sizeof(block_event_header), "bell_size": sizeof(bell_page),
             "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL}

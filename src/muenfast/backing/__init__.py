@@ -1,0 +1,78 @@
+"""What stands behind an export: ram:SIZE[:NAME], null:SIZE, or a file, disk or partition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from muenfast import params
+from muenfast._blk import Store
+from muenfast._ring import layout
+from muenfast.errors import UsageError
+
+BLOCK = layout()["block_size"]
+DEFAULT_DEVICE = "ram:64M"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One parsed entry of --device; nothing is opened yet.
+
+    kind: "ram", "null" or "file". size: bytes, for ram and null. name: of the region that keeps a RAM disk.
+    path: of the file.
+    """
+
+    text: str
+    kind: str
+    size: int = 0
+    name: str | None = None
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str, *, option: str | None = None, index: int | None = None) -> Device:
+        """Raises UsageError. A file called ram:x is reached as ./ram:x."""
+        kind, colon, rest = text.partition(":")
+        if colon and kind in ("ram", "null"):
+            size, colon, name = rest.partition(":")
+            if colon and (kind == "null" or not name):
+                raise UsageError("a RAM disk is ram:SIZE or ram:SIZE:NAME, a null disk null:SIZE",
+                                 option=option, index=index, value=text)
+            try:
+                nbytes = params.size(option, index, size, multiple=BLOCK, least=BLOCK)
+            except UsageError as error:
+                raise UsageError(error.rule, option=option, index=index, value=text) from None
+            return cls(text, kind, size=nbytes, name=name or None)
+        if not text:
+            raise UsageError("an entry must not be empty", option=option, index=index, value=text)
+        return cls(text, "file", path=text)
+
+
+class Backing:
+    """An opened device and the Store that the engine uses; context manager."""
+
+    store: Store
+
+    def close(self) -> None:
+        """Gives the device back. No engine may still use the store."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Backing:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_device(device: Device, *, read_only: bool = False, option: str | None = None,
+                index: int | None = None) -> Backing:
+    """Opens a device, exclusively unless read_only. Raises UsageError, ClaimError, OSError."""
+    if device.kind == "ram":
+        from muenfast.backing.ram import RamBacking
+
+        return RamBacking(device, read_only=read_only)
+    if device.kind == "null":
+        from muenfast.backing.null import NullBacking
+
+        return NullBacking(device)
+    from muenfast.backing.file import FileBacking
+
+    return FileBacking(device, read_only=read_only, option=option, index=index)

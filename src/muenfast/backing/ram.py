@@ -1,0 +1,54 @@
+"""ram:SIZE lives as long as its server; ram:SIZE:NAME lives in a named region and is adopted by the next server."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+from contextlib import ExitStack
+
+from muenfast import shm
+from muenfast._blk import Store
+from muenfast.backing import Backing, Device
+from muenfast.errors import UsageError
+
+
+class RamBacking(Backing):
+    """A RAM disk. A named one is a POSIX region of exactly its size, kept until `chan rm NAME`."""
+
+    def __init__(self, device: Device, *, read_only: bool) -> None:
+        with ExitStack() as stack:
+            if device.name is None:
+                # Private and not reserved: pages come with the first write to them.
+                memory = mmap.mmap(-1, device.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+                stack.callback(memory.close)
+                self.store = Store.in_memory(memory, read_only=read_only)
+            else:
+                locator = shm.Locator.parse(device.name)
+                try:
+                    shm.make_region(locator, device.size)
+                except FileExistsError:
+                    pass
+                region = stack.enter_context(shm.Region.open(locator, writable=True))
+                if len(region.view) != device.size:
+                    raise UsageError(f"the region {device.name} has {len(region.view)} bytes, not {device.size}",
+                                     hint="name its size, or remove it with `muenfast chan rm`")
+                stack.enter_context(shm.claim(f"ram-{region.device}-{region.inode}", f"RAM disk {device.name}"))
+                identity = hashlib.blake2b(f"ram:{region.device}:{region.inode}:{_boot()}".encode(), digest_size=16)
+                self.store = Store.in_memory(region.view, read_only=read_only, identity=identity.digest())
+            stack.callback(self.store.close)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _boot() -> str:
+    """The boot's id: inode numbers of /dev/shm start anew with each."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EACCES):
+            raise
+        return ""

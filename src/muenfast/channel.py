@@ -1,0 +1,110 @@
+"""One process's end of a channel: its region, its bell and, on the writing side, the claim on it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from contextlib import ExitStack
+
+from muenfast import shm
+from muenfast._ring import Reader, Writer, layout
+from muenfast.errors import UsageError
+
+log = logging.getLogger("muenfast")
+
+_HEADER = layout()["header_size"]
+_BELL = 4096  # bytes of a bell region: one page
+# What the making of a bell may fail with where the channel is no place for one: a file system that takes no new
+# files (muenfs, sysfs), a directory or a peer's bell that we may not write. Then both sides poll.
+_NO_BELL = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTSUP, errno.EINVAL,
+                      errno.ENAMETOOLONG))
+
+
+class End:
+    """The end of one channel; a context manager.
+
+    locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
+    name of `role`. create: bytes of the region when a POSIX name is missing, None: it must exist. least: bytes it
+    must have. bell: False: none is made or used (strict one-way).
+
+    Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
+    """
+
+    def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str, create: int | None = None,
+                 least: int = _HEADER + 1, bell: bool = True) -> None:
+        self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
+        self.claim: shm.Claim | None = None
+        self.bell: shm.Region | None = None
+        with ExitStack() as stack:
+            self.region = stack.enter_context(shm.Region.open(
+                self.locator, writable=writes, create=create if self.locator.posix else None))
+            if len(self.region.view) < least:
+                raise UsageError(f"channel {self.locator.text} has {len(self.region.view)} bytes, at least {least} "
+                                 "are needed", hint="remove it, or name another")
+            if writes:
+                self.claim = stack.enter_context(shm.claim_writer(self.region, role))
+            where = self.locator.bell if bell else None
+            if where is not None:
+                try:
+                    self.bell = stack.enter_context(shm.Region.open(where, writable=True, create=_BELL))
+                except OSError as error:
+                    if error.errno not in _NO_BELL:
+                        raise
+                    log.info("channel %s: no bell (%s), waiting means polling", self.locator.text, error.strerror)
+            self._stack = stack.pop_all()
+
+    @property
+    def view(self) -> memoryview:
+        """The region's memory."""
+        return self.region.view
+
+    @property
+    def bell_view(self) -> memoryview | None:
+        """The bell's memory, None without one."""
+        return None if self.bell is None else self.bell.view
+
+    def replaced(self) -> bool:
+        """Whether the channel's name means another region now, or none."""
+        return self.region.replaced()
+
+    def close(self) -> None:
+        """Leaves the channel; the last clean leaver removes what was made automatically."""
+        self._stack.close()
+
+    def __enter__(self) -> End:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_writer(name: str, *, size: int, protocol: int, region_size: int = 1 << 20, epoch: int | None = None,
+                bell: bool = True) -> Writer:
+    """Claims the writing side of the channel `name` (made with region_size bytes if missing) and activates it.
+
+    size: bytes of an element. Raises UsageError, ClaimError, PeerError, OSError.
+    """
+    end = End(name, writes=True, role="writer", create=region_size, least=_HEADER + size, bell=bell)
+    try:
+        writer = Writer(end.view, size=size, protocol=protocol, epoch=epoch, bell=end.bell_view, name=name)
+    except BaseException:
+        end.close()
+        raise
+    writer.owner = end
+    return writer
+
+
+def open_reader(name: str, *, protocol: int | None = None, size: int | None = None, region_size: int = 1 << 20,
+                bell: bool = True, poll: int | None = None) -> Reader:
+    """A reader of the channel `name` (made with region_size bytes if missing), mapped read-only.
+
+    protocol, size: what the channel must have, None accepts any. Raises UsageError, PeerError, OSError.
+    """
+    end = End(name, writes=False, role="reader", create=region_size, bell=bell)
+    try:
+        reader = Reader(end.view, protocol=protocol, size=size, bell=end.bell_view, poll=poll, name=name)
+    except BaseException:
+        end.close()
+        raise
+    reader.owner = end
+    return reader

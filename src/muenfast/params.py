@@ -1,0 +1,77 @@
+"""Comma lists as kernel modules take them: split, paired by position, each entry checked where it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from muenfast.errors import UsageError
+
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGT]?)(?:i?B)?\Z")
+_UNIT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_YES, _NO = frozenset(("1", "y", "yes", "true", "on")), frozenset(("0", "n", "no", "false", "off"))
+
+
+def split(option: str, text: str, *, empty: bool = False) -> list[str]:
+    """The entries of a comma list. empty: whether an entry may be empty. Raises UsageError."""
+    entries = [entry.strip() for entry in text.split(",")]
+    if not empty:
+        for index, entry in enumerate(entries):
+            if not entry:
+                raise UsageError("an entry must not be empty", option=option, index=index, value=text)
+    return entries
+
+
+def same_length(lists: Mapping[str, Sequence[object] | None]) -> int:
+    """The common length of all given lists (None: not given); raises UsageError naming the odd one."""
+    given = [(option, entries) for option, entries in lists.items() if entries is not None]
+    first_option, first = given[0]
+    for option, entries in given[1:]:
+        if len(entries) != len(first):
+            raise UsageError(f"lists are paired by position: {len(entries)} "
+                             f"{'entry' if len(entries) == 1 else 'entries'}, but {first_option} has {len(first)}",
+                             option=option, index=min(len(entries), len(first)),
+                             value=",".join(str(entry) for entry in entries))
+    return len(first)
+
+
+def distinct(entries: Sequence[tuple[str, int, str, object]], rule: str) -> None:
+    """Raises UsageError for the second of two (option, index, text, key) with the same key."""
+    seen: dict[object, tuple[str, int]] = {}
+    for option, index, text, key in entries:
+        if key in seen:
+            raise UsageError(f"{rule}; it is {seen[key][0]}, entry {seen[key][1]}, too",
+                             option=option, index=index, value=text)
+        seen[key] = (option, index)
+
+
+def size(option: str | None, index: int | None, text: str, *, multiple: int = 1, least: int = 1) -> int:
+    """Bytes from "4096", "0x8000", "64M" (K, M, G, T are powers of 1024). Raises UsageError."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise UsageError("a size is a number of bytes, with K, M, G or T for powers of 1024, like 64M",
+                         option=option, index=index, value=text)
+    value = int(match[1], 0 if match[1][:2] in ("0x", "0X") else 10) << _UNIT[match[2]]
+    if value < least or value % multiple or value >= 1 << 62:
+        rule = f"a size here is at least {least} bytes"
+        if multiple > 1:
+            rule += f" and a multiple of {multiple}"
+        raise UsageError(rule, option=option, index=index, value=text)
+    return value
+
+
+def protocol(option: str | None, index: int | None, text: str) -> int:
+    """A protocol id: hexadecimal, with or without 0x, 64 bits, not zero. Raises UsageError."""
+    if not re.fullmatch(r"(0[xX])?[0-9a-fA-F]{1,16}", text) or int(text, 16) == 0:
+        raise UsageError("a protocol is a non-zero hexadecimal number of at most 64 bits",
+                         option=option, index=index, value=text)
+    return int(text, 16)
+
+
+def flag(option: str | None, index: int | None, text: str) -> bool:
+    """yes/no, true/false, on/off, y/n, 1/0. Raises UsageError."""
+    if text.lower() in _YES:
+        return True
+    if text.lower() in _NO:
+        return False
+    raise UsageError("an entry is yes or no", option=option, index=index, value=text)
