@@ -53,6 +53,7 @@ check-hints: $(V)/.build-group ## compile every .pyx to C; fail on a warning or 
 clean: ## remove what was built
 	@rm -rf build dist src/*.egg-info .pytest_cache .hypothesis .benchmarks
 	@find src tests $(wildcard bench tools) -name __pycache__ -prune -exec rm -rf {} +
+	@find src -name '*.so' -delete
 	@rm -f $(V)/.installed
 
 distclean: clean ## remove .venv, too

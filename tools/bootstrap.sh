@@ -48,10 +48,11 @@ if ! printf '#include <stdatomic.h>\n#include <stdio.h>\nint main(void) { return
     need "gcc libc6-dev" "a C compiler"
 fi
 
-have "${PKG_CONFIG:-pkg-config}" || want pkg-config "to find libfuse3"
-"${PKG_CONFIG:-pkg-config}" --exists fuse3 2>/dev/null || {
-    # A machine that has the header but no pkg-config lacks only that.
-    [ -e /usr/include/fuse3/fuse_lowlevel.h ] || want libfuse3-dev "the FUSE front end"; }
+if [ -z "${PKG_CONFIG:-}" ]; then     # one that was chosen is believed
+    have pkg-config || want pkg-config "to find libfuse3"
+    pkg-config --exists fuse3 2>/dev/null || [ -e /usr/include/fuse3/fuse_lowlevel.h ] ||
+        want libfuse3-dev "the FUSE front end"
+fi
 have mkfs.ext4 && have fsck.ext4 || want e2fsprogs "file systems on the disks"
 have losetup && have mount || want mount "to attach and mount the disks"
 if [ "$goal" = test ]; then
@@ -93,6 +94,6 @@ if [ -n "$need" ]; then
 fi
 if [ -n "$want" ]; then
     echo "muenfast: installing $want ($want_why)"
-    install "$want" || { tail -n 5 "$log" >&2; echo "muenfast: apt-get could not install $want: going on without" >&2; }
+    install "$want" || { grep "^E:" "$log" >&2; echo "muenfast: apt-get could not install $want: going on without" >&2; }
 fi
 exit 0
