@@ -27,7 +27,7 @@ def main() -> int:
                         ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__"))
         # A pkg-config that knows every package: _fuse.pyx is compiled to C without libfuse3, too.
         run = subprocess.run([sys.executable, "setup.py", "--quiet", "--name"], cwd=tree,
-                             env=os.environ | {"PKG_CONFIG": "true", "CYTHON_FORCE_REGEN": "1"},
+                             env=os.environ | {"PKG_CONFIG": "true"},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         modules = {path.relative_to(tree).with_suffix("") for path in tree.glob("src/**/*.pyx")}
         made = {path.relative_to(tree / "build/cython").with_suffix("") for path in tree.glob("build/cython/**/*.c")}
