@@ -39,6 +39,8 @@ if fuse_cflags is not None and fuse_libs is not None:
 else:
     print("muenfast: pkg-config finds no fuse3 (Debian: libfuse3-dev): building without the FUSE front end")
 
-setup(ext_modules=cythonize(extensions, include_path=["src"], compiler_directives={
+# The C goes to build/, away from the sources, and the extensions are compiled side by side.
+setup(ext_modules=cythonize(extensions, include_path=["src"], build_dir="build/cython", compiler_directives={
     "language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
-    "initializedcheck": False, "embedsignature": True}))
+    "initializedcheck": False, "embedsignature": True}),
+    options={"build_ext": {"parallel": os.cpu_count() or 1}})

@@ -1,0 +1,94 @@
+# Everything that is built or tested goes through the venv in .venv, where the package is
+# installed as users get it: compiled, from a wheel, not editable.
+# make PYTHON=python3.12 ... picks the interpreter, make test ARGS="-k ring" some of the tests,
+# NO_INSTALL=1 keeps apt-get out of it.
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+KEEP_PYTHON := yes
+endif
+V := .venv
+PY := $(V)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+LOG := $(V)/build.log
+
+SOURCES := $(shell find src -type f ! -path '*.egg-info/*' \( \
+	-name '*.py' -o -name '*.py[xi]' -o -name '*.pxd' -o -name '*.h' -o -name py.typed \) | LC_ALL=C sort)
+
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DELETE_ON_ERROR:
+# One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test build wheel sdist check-hints clean distclean bootstrap FORCE
+
+# $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
+quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(V)/.installed ## install what is missing, build, and show a disk crossing shared memory
+	@$(V)/bin/muenfast demo
+
+test: $(V)/.installed $(V)/.test-group ## install what is missing, build, and run the tests on the installed package
+	@$(PY) -m pytest $(ARGS)
+
+build: $(V)/.installed ## build the package and install it into .venv
+
+sdist: $(V)/.test-group ## the source archive, in dist/
+	@rm -rf src/*.egg-info
+	@$(call quietly,building the sdist,$(PY) -m build --no-isolation --sdist .)
+	@ls dist/*.tar.gz
+
+wheel: $(V)/.test-group ## the source archive, and a wheel built from it, in dist/
+	@rm -rf src/*.egg-info
+	@$(call quietly,building the sdist and the wheel,$(PY) -m build --no-isolation .)
+	@ls dist/*.whl
+
+check-hints: $(V)/.build-group ## compile every .pyx to C; fail on a warning or performance hint of Cython
+	@$(PY) tools/check_hints.py
+
+clean: ## remove what was built
+	@rm -rf build dist src/*.egg-info .pytest_cache .hypothesis .benchmarks
+	@find src tests $(wildcard bench tools) -name __pycache__ -prune -exec rm -rf {} +
+	@find src -name '*.so' -delete
+	@rm -f $(V)/.installed
+
+distclean: clean ## remove .venv, too
+	@rm -rf $(V)
+
+bootstrap:
+	@NO_INSTALL=$(NO_INSTALL) tools/bootstrap.sh "$(if $(KEEP_PYTHON),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))" \
+		$(if $(filter test,$(MAKECMDGOALS)),test)
+
+# A venv is bound to its interpreter and its place. A PYTHON that was asked for replaces another
+# one's venv; the default keeps what is there.
+$(V)/.python: FORCE | bootstrap
+	@python=$(if $(KEEP_PYTHON),$$([ -x $(PY) ] && echo $(PY) || echo $(PYTHON)),$(PYTHON)); \
+	this=$$($$python -c 'import sys; print(*sys.version_info[:3], sys.base_prefix, sys.argv[1])' '$(CURDIR)') || exit 1; \
+	[ "$$(cat $@ 2>/dev/null)" = "$$this" ] && exit 0; \
+	base=$$($$python -c 'import sys; print(sys._base_executable)') && rm -rf $(V) && mkdir $(V) || exit 1; \
+	$(call quietly,making .venv,$$base -m venv $(V)); \
+	$(call quietly,upgrading pip for dependency groups,$(PIP) install --upgrade "pip>=25.1"); \
+	echo "$$this" >$@
+
+$(V)/.%-group: pyproject.toml $(V)/.python
+	@$(call quietly,installing the $* requirements,$(PIP) install --group $*)
+	@touch $@
+
+# What decides about the build besides the contents of the sources: rewritten only when it changes.
+$(V)/.inputs: FORCE $(V)/.python
+	@{ printf '%s\n' $(SOURCES); echo "$$CC $$CFLAGS $$MUENFAST_WERROR"; \
+	   "$${PKG_CONFIG:-pkg-config}" --modversion fuse3 2>/dev/null || echo "no fuse3"; } >$@.new; \
+	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# Up-to-date .so files in build/lib are kept from one build to the next. The rest of build/lib is
+# not: everything in it would land in the wheel, also what is no longer in src.
+$(V)/.installed: $(SOURCES) setup.py pyproject.toml README.md LICENSE $(V)/.inputs $(V)/.build-group
+	@$(if $(filter setup.py $(V)/%,$?),rm -rf build,find build/lib* -type f ! -name '*.so' -delete 2>/dev/null || true)
+	@rm -rf src/*.egg-info
+	@$(call quietly,building and installing muenfast,$(PIP) install -v --no-build-isolation .)
+	@grep -h 'building without the FUSE' $(LOG) | sort -u || true
+	@touch $@
