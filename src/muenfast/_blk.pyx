@@ -1132,6 +1132,7 @@ cdef class Client(Target):
 
     cdef client_t *c
     cdef Mapping request, response, request_bell, response_bell
+    cdef tuple protocols
     cdef uint32_t busy
 
     def __cinit__(self):
@@ -1143,27 +1144,69 @@ cdef class Client(Target):
     def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
                  fail_fast=False):
-        cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
         cdef client_t *c = self.c
         if self.request is not None:
             raise UsageError("a Client is initialised once")
-        self.request = hold(request, True, least)
-        self.response = hold(response, False, least)
-        writer_init(&c.w, self.request.base, self.request.length, sizeof(block_event), request_protocol)
-        reader_init(&c.r, self.response.base, self.response.length, sizeof(block_event), response_protocol)
-        c.w.broken = self.request.broken
-        c.r.broken = self.response.broken
-        c.r.poll_ns = 0 if poll is None else poll * 1000
-        if request_bell is not None:
-            self.request_bell = hold(request_bell, True, sizeof(bell_page))
-            c.w.bell = self.request_bell.as_bell()
-        if response_bell is not None:
-            self.response_bell = hold(response_bell, True, sizeof(bell_page))
-            c.r.bell = self.response_bell.as_bell()
+        self.protocols = (request_protocol, response_protocol)
+        self.bind(request, response, request_bell, response_bell, 0 if poll is None else poll * 1000)
         c.fail_fast = fail_fast
         c.window = 1
         self.ctx = <void *>c
         self.submit = client_submit
+
+    cdef int bind(self, object request, object response, object request_bell, object response_bell,
+                  uint64_t poll_ns) except -1:
+        """Takes the channels' memory; what was bound before stays bound when this raises."""
+        cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
+        cdef client_t *c = self.c
+        cdef writer_t w
+        cdef reader_t r
+        cdef Mapping q = hold(request, True, least)
+        cdef Mapping p = hold(response, False, least)
+        cdef Mapping qb = None if request_bell is None else hold(request_bell, True, sizeof(bell_page))
+        cdef Mapping pb = None if response_bell is None else hold(response_bell, True, sizeof(bell_page))
+        writer_init(&w, q.base, q.length, sizeof(block_event), self.protocols[0])
+        reader_init(&r, p.base, p.length, sizeof(block_event), self.protocols[1])
+        w.broken = q.broken
+        r.broken = p.broken
+        w.bell = NULL if qb is None else qb.as_bell()
+        r.bell = NULL if pb is None else pb.as_bell()
+        r.poll_ns = poll_ns
+        r.overruns = c.r.overruns
+        r.lost_total = c.r.lost_total
+        r.sleeps = c.r.sleeps
+        w.wakes = c.w.wakes
+        c.w = w
+        c.r = r
+        self.request, self.response, self.request_bell, self.response_bell = q, p, qb, pb
+        return 0
+
+    def rebind(self, request, response, request_bell=None, response_bell=None):
+        """Goes on in other memory, after the channels were made anew: as after a restart of the server.
+
+        What is in flight stays so until resume() or fail(). The old memory may be unmapped afterwards.
+        """
+        cdef client_t *c = self.c
+        old = (self.request, self.response, self.request_bell, self.response_bell)
+        with nogil:
+            while not client_take(c):
+                pass
+        pthread_mutex_lock(&c.lock)
+        try:
+            if c.state >= CLIENT_FAILED:
+                raise UsageError("this device has failed or is closed")
+            self.bind(request, response, request_bell, response_bell, c.r.poll_ns)
+            if c.state == CLIENT_READY:
+                store_release32(&c.state, CLIENT_LOST)
+            c.phase = PHASE_FAREWELL
+            c.phase_since = 0
+        finally:
+            pthread_mutex_unlock(&c.lock)
+            with nogil:
+                client_release(c)
+        for m in old:
+            if m is not None:
+                (<Mapping>m).drop()
 
     # -------------------------------------------------------------- the background thread
 
