@@ -1,0 +1,840 @@
+"""Regions of shared memory by name, who uses them, and claims on what may have one holder only.
+
+Book-keeping, in runtime_dir() (private to one user; nothing in it is a peer's word):
+
+    regions/DEV-INO             JSON {"name", "path", "auto": true, "boot"}: muenfast made this inode by itself, and
+                                its last clean leaver unlinks it. Absent: made by `chan create` or by somebody else.
+    regions/DEV-INO~PID-RANDOM  one per open Region, its JSON says who; flocked by that Region
+    claims/KEY                  one per exclusive claim, flocked by its holder
+    claims/KEY~PID-RANDOM       one per shared claim, flocked by its holder
+
+A record counts only while it is locked, so the kernel ends those of a dead process. Invariant: records are made,
+probed and swept only under an exclusive flock on the directory they are in; so a probe is never mistaken for a holder,
+and nobody sweeps a record between its making and its locking. Dropping one's own record needs no such lock.
+Whoever holds the directory's lock does no more than a few system calls, and others wait for it for 5 s at most.
+
+Fork: an flock belongs to the open file, which a forked child shares. A child that goes on without exec therefore keeps
+its parent's records alive until it ends too; close() and release() in such a child let go of its own copies only.
+Threads: a Region or Claim may be used and closed from any thread. All sizes and offsets are in bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import mmap
+import os
+import re
+import secrets
+import stat
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import posix_ipc  # type: ignore[import-not-found]
+
+from muenfast.errors import ClaimError, PeerError, UsageError
+
+_SHM = "/dev/shm/"
+_TEMPORARY = ".muenfast-"
+_NAME_MAX = 240  # leaves room for ".bell" and the temporary prefix below NAME_MAX of 255
+
+_MUTEX_TIMEOUT = 5.0  # s: for the lock of a book-keeping directory
+_REPLACED_TIMEOUT = 5.0  # s: for a name that means another inode whenever we look
+_EMPTY_TIMEOUT = 1.0  # s: for a foreign peer between shm_open and ftruncate
+
+_SIZE = r"(0[xX][0-9a-fA-F]{1,20}|[0-9]{1,20})([KkMmGg]?)"
+_SLICE = re.compile(rf"{_SIZE}\+{_SIZE}")
+_UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+# ---- locators
+
+
+def _bytes(digits: str, unit: str) -> int:
+    value = int(digits, 16) if digits[:2] in ("0x", "0X") else int(digits)
+    return value * _UNIT[unit.lower()]
+
+
+@dataclass(frozen=True, slots=True)
+class Locator:
+    """The name of a region: NAME (POSIX shared memory), /path, or /path@OFFSET+SIZE (a slice).
+
+    text: as given. path: the file that it means. posix: it was a NAME. offset, size: of the slice; size None is all.
+    """
+
+    text: str
+    path: str
+    posix: bool
+    offset: int = 0
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, option: str | None = None, index: int | None = None) -> Locator:
+        """OFFSET and SIZE are decimal or 0x hexadecimal, with K, M or G (powers of 1024). Raises UsageError.
+
+        The last "@" in the last component of a path begins a slice, always. option and index only serve the message.
+        """
+
+        def check(good: bool, rule: str) -> None:
+            if not good:
+                raise UsageError(rule, option=option, index=index, value=text)
+
+        check(text != "", "a locator must not be empty")
+        check("\0" not in text, "a locator must not contain NUL")
+        try:
+            encoded = os.fsencode(text)
+        except UnicodeEncodeError:
+            check(False, "a locator must be encodable as a file name")
+        check(not text.endswith(".bell"), "the ending .bell is reserved for the bell beside a region")
+        if not text.startswith("/"):
+            check("/" not in text, "a name must not contain '/'; a path must be absolute")
+            check(text not in (".", ".."), "'.' and '..' are not names")
+            check(len(encoded) <= _NAME_MAX, f"a name must not be longer than {_NAME_MAX} bytes")
+            check(not text.startswith(_TEMPORARY), f"names that begin with {_TEMPORARY} are reserved")
+            return cls(text, _SHM + text, True)
+        check(not text.endswith("/"), "a path must name a file")
+        directory, _, last = text.rpartition("/")
+        name, at, numbers = last.rpartition("@")
+        if not at:
+            return cls(text, text, False)
+        found = _SLICE.fullmatch(numbers) if name else None
+        if found is None:
+            raise UsageError("a slice is /path@OFFSET+SIZE", option=option, index=index, value=text)
+        offset, size = _bytes(found[1], found[2]), _bytes(found[3], found[4])
+        check(size > 0, "a slice must not be empty")
+        check(offset + size < 1 << 63, "a slice must end below 2^63")
+        return cls(text, f"{directory}/{name}", False, offset, size)
+
+    @property
+    def bell(self) -> Locator | None:
+        """The bell beside it; None where nothing can be made (sysfs, muenfs), and for a bell."""
+        clean = os.path.normpath("/" + self.path.lstrip("/")) + "/"
+        if clean.startswith(("/sys/", "/muenfs/")) or self.path.endswith(".bell"):
+            return None
+        if self.posix:
+            return Locator(self.text + ".bell", self.path + ".bell", True)
+        path = f"{self.path}.bell" if self.size is None else f"{self.path}@{self.offset}.bell"
+        return Locator(path, path, False)
+
+
+# ---- small tools
+
+
+@contextlib.contextmanager
+def _named(path: str, text: str | None = None) -> Iterator[None]:
+    """Gives an OSError of the block the path that it is about."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, text or error.strerror, path) from error
+
+
+def _unlink(path: str, only: os.stat_result | None = None) -> None:
+    """Gone is fine. only: unless path names another inode than this."""
+    with contextlib.suppress(FileNotFoundError):
+        if only is None or _means(path, only.st_dev, only.st_ino, follow=False):
+            os.unlink(path)
+
+
+def _means(path: str, device: int, inode: int, *, follow: bool = True) -> bool:
+    """path names this very inode now."""
+    try:
+        now = os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return (now.st_dev, now.st_ino) == (device, inode)
+
+
+def _write(fd: int, value: dict[str, Any]) -> None:
+    os.ftruncate(fd, 0)
+    data = json.dumps(value).encode() + b"\n"
+    written = os.pwrite(fd, data, 0)
+    if written != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _read(fd: int) -> dict[str, Any]:
+    """{} when there is no JSON object (its writer died)."""
+    try:
+        value = json.loads(os.pread(fd, 1 << 16, 0))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@functools.cache
+def _boot() -> str:
+    """Inode numbers of a tmpfs start again with each boot, files of /tmp may outlive it."""
+    with contextlib.suppress(FileNotFoundError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return ""
+
+
+def _identity(what: str, extra: dict[str, Any] | None) -> dict[str, Any]:
+    program, *arguments = sys.argv or [""]
+    if os.path.basename(program) == "__main__.py":
+        program = os.path.dirname(program)
+    role = os.path.basename(program)
+    if role in ("", "-", "-c", "-m"):
+        role = "python"
+    if arguments and re.fullmatch("[a-z][a-z-]*", arguments[0]):
+        role += " " + arguments[0]
+    with open("/proc/self/comm", errors="replace") as file:
+        comm = file.read().strip()
+    return {"role": role, **(extra or {}), "pid": os.getpid(), "comm": comm, "what": what, "since": time.time()}
+
+
+def _describe(info: dict[str, Any]) -> str:
+    since = time.strftime("%H:%M:%S", time.localtime(info["since"]))
+    return f"process {info['pid']} ({info['role']}, since {since})"
+
+
+# ---- the runtime directory and its records
+
+
+def runtime_dir() -> str:
+    """The directory of claims, presence and control sockets of this user, made when missing (mode 0700).
+
+    $MUENFAST_RUNTIME_DIR, else /run/muenfast for root, else $XDG_RUNTIME_DIR/muenfast, else /tmp/muenfast-UID.
+    Raises PermissionError when it is somebody else's or others may write to it, OSError when it cannot be made.
+    """
+    uid = os.geteuid()
+    if given := os.environ.get("MUENFAST_RUNTIME_DIR"):
+        path = os.path.abspath(given)
+    elif uid == 0:
+        path = "/run/muenfast"
+    elif given := os.environ.get("XDG_RUNTIME_DIR"):
+        path = os.path.join(os.path.abspath(given), "muenfast")
+    else:
+        path = f"/tmp/muenfast-{uid}"
+    try:
+        seen = os.lstat(path)
+    except FileNotFoundError:
+        os.makedirs(path, 0o700, exist_ok=True)
+        seen = os.lstat(path)
+    if not stat.S_ISDIR(seen.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    if seen.st_uid != uid:
+        raise PermissionError(errno.EPERM, f"runtime directory belongs to user {seen.st_uid}, not to {uid}", path)
+    if seen.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, f"others may write here (mode {seen.st_mode & 0o7777:o})", path)
+    return path
+
+
+def _room(name: str) -> str:
+    path = os.path.join(runtime_dir(), name)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    return path
+
+
+@contextlib.contextmanager
+def _mutex(room: str) -> Iterator[None]:
+    """Alone in room, among all processes and threads of this user. Not recursive.
+
+    Raises TimeoutError after _MUTEX_TIMEOUT: its holder was stopped in the middle.
+    """
+    fd = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _MUTEX_TIMEOUT
+        while True:
+            with contextlib.suppress(BlockingIOError), _named(room):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "a process that was stopped holds the book-keeping", room)
+            time.sleep(0.0005)
+        yield
+    finally:
+        # Unlock, not only close: another thread may have forked, and the child has the descriptor too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+class _Record:
+    """A file that says who we are, and that we live: locked until drop() or our end."""
+
+    __slots__ = ("_fd", "_lock", "_path", "pid")
+
+    def __init__(self, path: str, info: dict[str, Any]) -> None:
+        """Precondition: the room's mutex is held, and no file stands at path."""
+        self._path, self._lock, self.pid = path, threading.Lock(), os.getpid()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with _named(path):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _write(self._fd, info)
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Idempotent. Unlinks before it unlocks: a free name never carries our lock."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd < 0:
+                return
+            try:
+                if self.pid == os.getpid():
+                    _unlink(self._path, os.fstat(fd))
+            finally:
+                os.close(fd)
+
+
+def _probe(path: str) -> dict[str, Any] | None:
+    """Info of a record's live holder; a dead one's file is removed. Precondition: the room's mutex is held."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        with _named(path):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        info = _read(fd)
+        return {"key": os.path.basename(path), "role": "unknown", "what": "unknown", "pid": 0, "since": 0.0, **info}
+    else:
+        _unlink(path)
+        return None
+    finally:
+        os.close(fd)
+
+
+def _live(room: str, name: str | None = None) -> list[dict[str, Any]]:
+    """Live records of one name (or all), oldest first. Precondition: the room's mutex is held."""
+    found = []
+    for entry in os.listdir(room):
+        stem, tilde, _ = entry.partition("~")
+        if name in (None, stem) and (tilde or os.path.basename(room) == "claims"):
+            info = _probe(os.path.join(room, entry))
+            if info is not None:
+                found.append(info)
+    return sorted(found, key=lambda info: float(info["since"]))
+
+
+_swept: set[str] = set()
+
+
+def _sweep() -> None:
+    """Once per process: what dead processes left, about inodes whose name no longer means them."""
+    base = runtime_dir()
+    if base in _swept:
+        return
+    _swept.add(base)
+    claimed, room = _room("claims"), _room("regions")
+    with _mutex(claimed):
+        _live(claimed)
+    with _mutex(room):
+        _live(room)
+        for entry in os.listdir(room):
+            if "~" not in entry:
+                _auto(room, entry)
+        for entry in os.listdir(_SHM) if os.path.isdir(_SHM) else ():
+            if entry.startswith(_TEMPORARY):
+                with contextlib.suppress(OSError):  # another user's, or not a file
+                    if os.lstat(_SHM + entry).st_uid == os.geteuid():
+                        _probe(_SHM + entry)
+
+
+# ---- who uses a region
+
+
+def _key(device: int, inode: int) -> str:
+    return f"{device}-{inode}"
+
+
+def _auto(room: str, key: str) -> str | None:
+    """The path of an automatic region while it still means the inode of key, else None; a stale note is removed.
+
+    Precondition: the room's mutex is held. A note is made before the link and under the same mutex, so one whose path
+    means something else is stale, whoever uses that inode.
+    """
+    note = os.path.join(room, key)
+    try:
+        fd = os.open(note, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        state = _read(fd)
+    finally:
+        os.close(fd)
+    path = state.get("path")
+    device, _, inode = key.partition("-")
+    if isinstance(path, str) and state.get("auto") is True and state.get("boot") == _boot():
+        if _means(path, int(device), int(inode), follow=False):
+            return path
+    _unlink(note)
+    return None
+
+
+class _Presence:
+    """That one Region uses an inode. Precondition of making one: the room's mutex is held."""
+
+    __slots__ = ("_key", "_record", "_room")
+
+    def __init__(self, room: str, seen: os.stat_result, locator: Locator, writable: bool) -> None:
+        self._room, self._key = room, _key(seen.st_dev, seen.st_ino)
+        info = _identity(f"region {locator.text}", {"name": locator.text, "writable": writable})
+        info["key"] = self._key
+        self._record = _Record(os.path.join(room, f"{self._key}~{os.getpid()}-{secrets.token_hex(8)}"), info)
+
+    def drop(self) -> None:
+        """Leaves without looking whether somebody else is still there. Idempotent."""
+        self._record.drop()
+
+    def leave(self, keep: bool = False) -> None:
+        """A clean leave: the last one takes an automatic region's name away, unless keep."""
+        try:
+            if keep or self._record.pid != os.getpid():
+                return
+            with contextlib.suppress(FileNotFoundError), _mutex(self._room):  # the book-keeping was removed: not ours
+                self.drop()
+                if _live(self._room, self._key):
+                    return
+                path = _auto(self._room, self._key)
+                if path is not None:
+                    _unlink(path)
+                    _unlink(os.path.join(self._room, self._key))
+        finally:
+            self.drop()
+
+
+# ---- making a region
+
+
+def _make_inode(stack: contextlib.ExitStack, path: str, size: int, mode: int) -> tuple[int, str]:
+    """A new inode beside path, allocated in full: its descriptor (read-write) and a name for _link; stack owns both.
+
+    It has no name at all where O_TMPFILE exists. Elsewhere its temporary one is locked while its maker lives (_sweep).
+    """
+    directory = os.path.dirname(path)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd = os.open(directory, flags | os.O_TMPFILE, 0o600)
+        stack.callback(os.close, fd)
+        source = f"/proc/self/fd/{fd}"
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise OSError(error.errno, error.strerror, path) from error
+        while True:
+            source = os.path.join(directory, f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+            with _named(path):
+                fd = os.open(source, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+                stack.callback(os.close, fd)
+                stack.callback(_unlink, source)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                if os.fstat(fd).st_nlink:  # else swept before we had the lock
+                    break
+    with _named(path, f"cannot allocate {size} bytes for the region"):
+        os.posix_fallocate(fd, 0, size)
+    with _named(path):
+        os.fchmod(fd, mode)
+    return fd, source
+
+
+def _link(fd: int, source: str, path: str) -> None:
+    with _named(path):
+        # A directory descriptor makes Python call linkat, with AT_SYMLINK_FOLLOW; source is absolute, so any will do.
+        os.link(source, path, src_dir_fd=fd, follow_symlinks=True)
+
+
+def _create(locator: Locator, size: int, mode: int, writable: bool) -> tuple[int, _Presence] | None:
+    """Makes an automatic region and uses it: descriptor and presence. None when somebody else was faster."""
+    with contextlib.ExitStack() as stack:
+        room = _room("regions")
+        fd, source = _make_inode(stack, locator.path, size, mode)
+        seen = os.fstat(fd)
+        note = os.path.join(room, _key(seen.st_dev, seen.st_ino))
+        with _mutex(room), contextlib.ExitStack() as undo:
+            presence = _Presence(room, seen, locator, writable)
+            undo.callback(presence.drop)
+            # Before the link: whenever the maker dies, the name is either not there or known as automatic.
+            undo.callback(_unlink, note)
+            undo.callback(_unlink, locator.path, seen)
+            with _named(note):
+                _note(note, {"name": locator.text, "path": locator.path, "auto": True, "boot": _boot()})
+            try:
+                _link(fd, source, locator.path)
+            except FileExistsError:
+                return None
+            undo.pop_all()
+        with contextlib.ExitStack() as undo:
+            undo.callback(presence.leave)
+            # By its name: read-only for a reader, and the name is what /proc/PID/maps shows.
+            try:
+                own = _open(locator, writable)
+            except FileNotFoundError:
+                return None
+            undo.callback(os.close, own)
+            again = os.fstat(own)
+            if (again.st_dev, again.st_ino) != (seen.st_dev, seen.st_ino):
+                return None
+            undo.pop_all()
+            return own, presence
+
+
+def _note(path: str, state: dict[str, Any]) -> None:
+    # An old note of this key is about an inode that is no more: we have just been given its number.
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _write(fd, state)
+    finally:
+        os.close(fd)
+
+
+def _open(locator: Locator, writable: bool) -> int:
+    if not locator.posix:
+        access = os.O_RDWR if writable else os.O_RDONLY
+        # O_NONBLOCK: opening a FIFO must not wait for its other end.
+        return os.open(locator.path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        return int(posix_ipc.SharedMemory(locator.path[len(_SHM) - 1:], read_only=not writable).fd)
+    except posix_ipc.ExistentialError:
+        number = errno.ENOENT
+    except posix_ipc.PermissionsError:
+        number = errno.EACCES
+    except OSError as error:
+        number = error.errno or errno.EIO
+    raise OSError(number, os.strerror(number), locator.path)
+
+
+# ---- regions
+
+
+class Region:
+    """One mapping of a region (or slice), and the note that this process uses it; a context manager.
+
+    size: bytes mapped. device, inode: what the name meant. created: this process made it.
+    view: exactly the region or slice; read-only unless writable. Dead after close(), but a buffer taken from it before
+    keeps the mapping until it is released itself.
+    """
+
+    __slots__ = ("_fd", "_lock", "_mmap", "_presence", "created", "device", "inode", "locator", "size", "view",
+                 "writable")
+
+    def __init__(self, locator: Locator, writable: bool, created: bool, fd: int, seen: os.stat_result,
+                 presence: _Presence) -> None:
+        """Use Region.open. Takes fd and presence over unless it raises."""
+        regular = stat.S_ISREG(seen.st_mode)
+        end = seen.st_size if regular else 1 << 63
+        if locator.size is not None:
+            size = locator.size
+            if locator.offset + size > end:
+                raise UsageError(f"the slice ends at {locator.offset + size}, beyond the file's {end} bytes",
+                                 value=locator.text)
+        elif regular:
+            size = end
+        else:
+            raise UsageError("a device needs a slice, /path@OFFSET+SIZE", value=locator.text)
+        within = locator.offset % mmap.ALLOCATIONGRANULARITY
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        try:
+            with _named(locator.path):
+                self._mmap = mmap.mmap(fd, within + size, mmap.MAP_SHARED, protection, offset=locator.offset - within)
+        except (ValueError, OverflowError) as error:
+            raise PeerError(locator.text, "size", os.fstat(fd).st_size, f"{end}, as it was before mapping") from error
+        with memoryview(self._mmap) as whole:
+            self.view = whole[within:within + size]
+        self._lock = threading.Lock()
+        self.locator, self.size, self.writable, self.created = locator, size, writable, created
+        self.device, self.inode = seen.st_dev, seen.st_ino
+        self._fd, self._presence = fd, presence
+
+    @classmethod
+    def open(cls, locator: Locator, *, writable: bool, create: int | None = None, mode: int = 0o600) -> Region:
+        """Maps what locator names; with create, makes it of that many bytes and of that mode when it is missing.
+
+        What exists is taken as large as it is. One that create made is automatic: the last process to close() it
+        unlinks it. Raises UsageError (slice beyond the file), PeerError (still empty after 1 s), OSError.
+        """
+        if create is not None and create <= 0:
+            raise UsageError("a region's size must be above 0", value=create)
+        _sweep()
+        deadline = time.monotonic() + _REPLACED_TIMEOUT
+        empty = 0.0
+        while True:
+            with contextlib.ExitStack() as undo:
+                made = None
+                try:
+                    fd = _open(locator, writable)
+                except FileNotFoundError:
+                    if create is None:
+                        raise
+                    made = _create(locator, create, mode, writable)
+                    if made is None:
+                        _expire(deadline, locator.path)
+                        continue
+                    fd, presence = made
+                    undo.callback(presence.leave)
+                undo.callback(os.close, fd)
+                seen = os.fstat(fd)
+                if stat.S_ISREG(seen.st_mode) and seen.st_size == 0:
+                    empty = empty or time.monotonic()
+                    if time.monotonic() - empty > _EMPTY_TIMEOUT:
+                        raise PeerError(locator.text, "size", 0, "above 0", hint="is its maker still at work?")
+                    time.sleep(0.005)
+                    continue
+                if not any(kind(seen.st_mode) for kind in (stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)):
+                    raise OSError(errno.ENODEV, "not a file that can be mapped", locator.path)
+                if made is None:
+                    room = _room("regions")
+                    with _mutex(room):
+                        presence = _Presence(room, seen, locator, writable)
+                        undo.callback(presence.leave)
+                    # From here on no leaver takes the name away. If one did before, we start over.
+                    if not _means(locator.path, seen.st_dev, seen.st_ino, follow=not locator.posix):
+                        _expire(deadline, locator.path)
+                        continue
+                region = cls(locator, writable, made is not None, fd, seen, presence)
+                undo.pop_all()
+                return region
+
+    def replaced(self) -> bool:
+        """The name is gone, or means another inode now. Raises OSError when that cannot be seen."""
+        return not _means(self.locator.path, self.device, self.inode, follow=not self.locator.posix)
+
+    def truncated(self) -> bool:
+        """The file is shorter than what is mapped: an access beyond its end is a SIGBUS. ValueError after close()."""
+        with self._lock:
+            if self._fd < 0:
+                raise ValueError("region is closed")
+            now = os.fstat(self._fd)
+        return stat.S_ISREG(now.st_mode) and now.st_size < self.locator.offset + self.size
+
+    def close(self, *, keep: bool = False) -> None:
+        """Leaves; idempotent. The last leaver of an automatic region unlinks it, unless keep.
+
+        A mere observer passes keep: it may be the last one left where a killed peer is about to come back.
+        Raises OSError when the name could not be seen to; the region is left, unmapped and closed all the same.
+        """
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd < 0:
+                return
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._presence.leave, keep)
+                stack.callback(os.close, fd)
+                with contextlib.suppress(BufferError):  # somebody's buffer owns the mapping now
+                    self.view.release()
+                    self._mmap.close()
+                self.view = memoryview(b"")
+                self.view.release()
+                del self._mmap
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Region {self.locator.text} {self.size} bytes{'' if self._fd >= 0 else ', closed'}>"
+
+
+def _expire(deadline: float, path: str) -> None:
+    if time.monotonic() > deadline:
+        raise OSError(errno.EBUSY, "the name means another region whenever it is opened", path)
+
+
+def users(region_or_locator: Region | Locator) -> list[dict[str, Any]]:
+    """Live users of a region, oldest first: pid, role, comm, name, writable, since. [] when there is no such region."""
+    if isinstance(region_or_locator, Region):
+        key = _key(region_or_locator.device, region_or_locator.inode)
+    else:
+        try:
+            seen = os.stat(region_or_locator.path, follow_symlinks=not region_or_locator.posix)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        key = _key(seen.st_dev, seen.st_ino)
+    room = _room("regions")
+    with _mutex(room):
+        return _live(room, key)
+
+
+def make_region(locator: Locator, size: int, mode: int = 0o600) -> None:
+    """Makes a region that stays until remove_region. Raises FileExistsError, OSError, UsageError."""
+    if size <= 0:
+        raise UsageError("a region's size must be above 0", value=size)
+    if locator.size is not None:
+        raise UsageError("a slice cannot be made, only the file that it is in", value=locator.text)
+    room = _room("regions")
+    with contextlib.ExitStack() as stack:
+        fd, source = _make_inode(stack, locator.path, size, mode)
+        seen = os.fstat(fd)
+        with _mutex(room):
+            _unlink(os.path.join(room, _key(seen.st_dev, seen.st_ino)))  # about an inode that is no more
+            _link(fd, source, locator.path)
+
+
+def remove_region(locator: Locator, *, force: bool = False) -> None:
+    """Removes a region and its bell. Users keep what they have mapped, and see replaced().
+
+    Raises ClaimError when it is in use and not force, UsageError for a slice, FileNotFoundError, OSError.
+    """
+    if locator.size is not None:
+        raise UsageError("a slice cannot be removed, only the file that it is in", value=locator.text)
+    room = _room("regions")
+    with _mutex(room):
+        found = []
+        for each in (locator, locator.bell):
+            if each is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    seen = os.stat(each.path, follow_symlinks=not each.posix)
+                    found.append((each, _key(seen.st_dev, seen.st_ino)))
+        for _, key in found:
+            live = _live(room, key)
+            if live and not force:
+                raise ClaimError(f"region {locator.text}", _describe(live[0]))
+        for each, key in found:
+            _unlink(each.path)
+            _unlink(os.path.join(room, key))
+    if locator not in (each for each, _ in found):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), locator.path)
+
+
+def list_regions() -> list[dict[str, Any]]:
+    """POSIX regions that this user can read, without bells: name, size, device, inode, mtime (s), auto, users (count).
+
+    auto and users are as far as this user's own book-keeping knows.
+    """
+    found: list[dict[str, Any]] = []
+    room = _room("regions")
+    with _mutex(room):
+        for name in sorted(os.listdir(_SHM)):
+            try:
+                path = Locator.parse(name).path
+                seen = os.lstat(path)
+            except (UsageError, FileNotFoundError):
+                continue
+            if stat.S_ISREG(seen.st_mode) and os.access(path, os.R_OK, effective_ids=True):
+                key = _key(seen.st_dev, seen.st_ino)
+                found.append({"name": name, "size": seen.st_size, "device": seen.st_dev, "inode": seen.st_ino,
+                              "mtime": seen.st_mtime, "auto": _auto(room, key) is not None,
+                              "users": len(_live(room, key))})
+    return found
+
+
+# ---- claims
+
+
+class Claim:
+    """What one process (or thread) holds until release() or its end; a context manager. info: what others see."""
+
+    __slots__ = ("_fd", "_lock", "_record", "info")
+
+    def __init__(self, record: _Record, info: dict[str, Any]) -> None:
+        """Use claim, claim_writer or claim_backing."""
+        self._record, self.info, self._fd, self._lock = record, info, -1, threading.Lock()
+
+    def release(self) -> None:
+        """Idempotent. What claim_backing locked stays locked until its descriptors are closed and its I/O has ended."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        try:
+            if fd >= 0:
+                os.close(fd)
+        finally:
+            self._record.drop()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.release()
+
+
+def _file_name(key: str) -> str:
+    """Injective, without '~' and '/'."""
+    if not key:
+        raise UsageError("a claim's key must not be empty")
+    name = urllib.parse.quote(key, safe="", errors="surrogateescape").replace("~", "%7E")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    return name if len(name) <= 200 else f"{name[:100]}%{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def _claim(key: str, what: str, info: dict[str, Any] | None, shared: bool) -> Claim:
+    name = _file_name(key)
+    _sweep()
+    full = {**_identity(what, info), "key": key, "shared": shared}
+    room = _room("claims")
+    with _mutex(room):
+        for other in _live(room, name):
+            if not (shared and other.get("shared")):
+                raise ClaimError(what, _describe(other))
+        suffix = f"~{os.getpid()}-{secrets.token_hex(8)}" if shared else ""
+        return Claim(_Record(os.path.join(room, name + suffix), full), full)
+
+
+def claim(key: str, what: str, info: dict[str, Any] | None = None) -> Claim:
+    """Claims key for this process alone; info is added to what others see (JSON values). Raises ClaimError, OSError."""
+    return _claim(key, what, info, False)
+
+
+def claim_writer(region: Region, role: str) -> Claim:
+    """Claims the writer's side of a channel: its device, inode and offset. Raises ClaimError, OSError."""
+    key = f"writer-{region.device}-{region.inode}-{region.locator.offset}"
+    return _claim(key, f"the writer's side of channel {region.locator.text}", {"role": role}, False)
+
+
+def claim_backing(fd: int, path: str, *, shared: bool, timeout: float = 5.0) -> Claim:
+    """Claims a disk image or block device, open at fd: alone, or (shared) among those who only read.
+
+    fd's open file is flocked as well: the kernel keeps that lock until a dead holder's last I/O has ended, and other
+    users' processes see it. For that one we wait up to timeout seconds.
+    Raises ClaimError, OSError.
+    """
+    with _named(path):
+        seen = os.fstat(fd)
+    # A block device is itself whatever node names it; no file has inode 0.
+    key = f"backing-{seen.st_rdev}-0" if stat.S_ISBLK(seen.st_mode) else f"backing-{seen.st_dev}-{seen.st_ino}"
+    with contextlib.ExitStack() as undo:
+        held = _claim(key, path, {"path": path}, shared)
+        undo.callback(held.release)
+        with _named(path):
+            held._fd = os.dup(fd)  # the same open file: the caller may close fd first
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(held._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ClaimError(path, "an open file that is locked", hint="the last I/O of a server that ended, "
+                                     "or another program or user; lslocks may tell") from None
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, path) from error
+            time.sleep(0.01)
+        undo.pop_all()
+        return held
+
+
+def holder(key: str) -> dict[str, Any] | None:
+    """Who holds key: pid, role, comm, what, since (s since 1970), key, shared. None when nobody lives who does.
+
+    Never waits for a holder and never takes the claim.
+    """
+    name, room = _file_name(key), _room("claims")
+    with _mutex(room):
+        live = _live(room, name)
+    return live[0] if live else None
+
+
+def claims() -> list[dict[str, Any]]:
+    """All live claims of this user, oldest first, each as holder() tells it."""
+    room = _room("claims")
+    with _mutex(room):
+        return _live(room)
