@@ -1,0 +1,814 @@
+"""One FUSE file that is a disk: libfuse3's low-level session in front of a block Target, without the GIL.
+
+The mount has a root directory and one file, "disk", of nblocks * 4096 bytes, opened with direct I/O;
+a loop device on it makes the block device (attach/fuse.py). This module mounts by itself (mount(2),
+no fusermount, no /etc/mtab) and hands the open /dev/fuse to libfuse.
+
+Life of a request object: free list -> a receive thread (the kernel writes the request into its
+buffer) -> the target, if a callback submitted its io -> request_done() on any thread, which replies
+and puts it back. It has one owner at a time; its buffer is never copied and never reused while the
+target has it. Whatever libfuse finishes inside process_buf (INTERRUPT, FORGET, GETATTR, ...) leaves the
+object with the receive thread.
+
+libfuse allocates its own small fuse_req per request; nothing here allocates after construction.
+"""
+cimport cython
+from cpython.exc cimport PyErr_SetFromErrnoWithFilenameObject
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOENT, EPERM, EPROTO, EROFS, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset, strcmp
+
+import os
+
+from muenfast._blk cimport IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
+
+cdef extern from *:
+    """
+    #define FUSE_USE_VERSION 35
+    #define _GNU_SOURCE 1
+    #include <fcntl.h>
+    #include <linux/fuse.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    #ifndef FOPEN_NOFLUSH                   /* uapi/linux/fuse.h, 7.35 */
+    #define FOPEN_NOFLUSH (1 << 5)
+    #endif
+    #ifndef FOPEN_PARALLEL_DIRECT_WRITES    /* uapi/linux/fuse.h, 7.38 */
+    #define FOPEN_PARALLEL_DIRECT_WRITES (1 << 6)
+    #endif
+    #ifndef PR_SET_IO_FLUSHER               /* uapi/linux/prctl.h, Linux 5.6 */
+    #define PR_SET_IO_FLUSHER 57
+    #endif
+
+    /* What the kernel puts before the payload of a FUSE_WRITE. */
+    enum { WRITE_HEADER = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in) };
+
+    /* The request object this thread is receiving into; a callback that submits it sets NULL. */
+    static __thread void *current_request;
+
+    static int fusectl_open(void)
+    {
+        /* A detached mount: no directory, no namespace, gone when the last descriptor in it is closed. */
+        /* uapi/linux/mount.h, not included here: it and sys/mount.h exclude each other in some libcs */
+        enum { OPEN_CLOEXEC = 1, CMD_CREATE = 6, MOUNT_CLOEXEC = 1 };
+        int fd, fs = (int)syscall(SYS_fsopen, "fusectl", OPEN_CLOEXEC);
+        if (fs < 0)
+            return -1;
+        fd = (int)syscall(SYS_fsconfig, fs, CMD_CREATE, NULL, NULL, 0);
+        if (fd == 0)
+            fd = (int)syscall(SYS_fsmount, fs, MOUNT_CLOEXEC, 0);
+        close(fs);
+        return fd;
+    }
+
+    /* The device number of a mount's root, without asking the file system (it may not answer yet). */
+    static int root_device(const char *path, unsigned *major, unsigned *minor)
+    {
+        struct statx st;
+        if (statx(AT_FDCWD, path, AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, 0, &st))
+            return -1;
+        *major = st.stx_dev_major;
+        *minor = st.stx_dev_minor;
+        return 0;
+    }
+    """
+    enum: WRITE_HEADER
+    enum: FOPEN_DIRECT_IO
+    enum: FOPEN_NOFLUSH
+    enum: FOPEN_PARALLEL_DIRECT_WRITES
+    enum: PR_SET_IO_FLUSHER
+    struct fuse_open_out:
+        uint32_t open_flags
+    void *current_request
+    int fusectl_open()
+    int root_device(const char *path, unsigned *major, unsigned *minor) nogil
+
+cdef extern from "<fuse_lowlevel.h>" nogil:
+    ctypedef unsigned long fuse_ino_t
+    ctypedef long off_t
+    struct fuse_req
+    ctypedef fuse_req *fuse_req_t
+    struct fuse_session
+    struct fuse_args:
+        int argc
+        char **argv
+        int allocated
+    struct fuse_buf:
+        void *mem
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    struct stat_t "stat":
+        fuse_ino_t st_ino
+        unsigned st_mode
+        unsigned st_nlink
+        unsigned st_uid
+        unsigned st_gid
+        long st_size
+        long st_blksize
+        long st_blocks
+    struct statvfs_t "statvfs":
+        unsigned long f_bsize
+        unsigned long f_frsize
+        unsigned long f_blocks
+        unsigned long f_files
+        unsigned long f_namemax
+    struct fuse_file_info:
+        int flags
+    struct fuse_entry_param:
+        fuse_ino_t ino
+        stat_t attr
+        double attr_timeout
+        double entry_timeout
+    struct fuse_conn_info:
+        unsigned max_write
+        unsigned max_read
+        unsigned want
+        unsigned capable
+        unsigned max_background
+        unsigned congestion_threshold
+    enum: FUSE_ROOT_ID
+    enum: FUSE_CAP_ASYNC_DIO
+    enum: FUSE_CAP_PARALLEL_DIROPS
+    enum: FUSE_CAP_SPLICE_READ
+    enum: FUSE_CAP_SPLICE_WRITE
+    enum: FUSE_CAP_SPLICE_MOVE
+    enum: FUSE_CAP_WRITEBACK_CACHE
+    enum: S_IFDIR
+    enum: S_IFREG
+    struct fuse_lowlevel_ops:
+        void (*init)(void *userdata, fuse_conn_info *conn) noexcept nogil
+        void (*lookup)(fuse_req_t req, fuse_ino_t parent, const char *name) noexcept nogil
+        void (*getattr)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
+        void (*setattr)(fuse_req_t req, fuse_ino_t ino, stat_t *attr, int to_set, fuse_file_info *fi) noexcept nogil
+        void (*open)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
+        void (*read)(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil
+        void (*write)(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
+                      fuse_file_info *fi) noexcept nogil
+        void (*flush)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
+        void (*release)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
+        void (*fsync)(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil
+        void (*readdir)(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil
+        void (*statfs)(fuse_req_t req, fuse_ino_t ino) noexcept nogil
+    void fuse_opt_free_args(fuse_args *args)
+    fuse_session *fuse_session_new(fuse_args *args, const fuse_lowlevel_ops *op, size_t op_size, void *userdata)
+    int fuse_session_mount(fuse_session *se, const char *mountpoint)
+    void fuse_session_destroy(fuse_session *se)
+    void fuse_session_exit(fuse_session *se)
+    int fuse_session_exited(fuse_session *se)
+    int fuse_session_receive_buf(fuse_session *se, fuse_buf *buf)
+    void fuse_session_process_buf(fuse_session *se, const fuse_buf *buf)
+    void *fuse_req_userdata(fuse_req_t req)
+    int fuse_reply_err(fuse_req_t req, int err)
+    int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *e)
+    int fuse_reply_attr(fuse_req_t req, const stat_t *attr, double attr_timeout)
+    int fuse_reply_buf(fuse_req_t req, const char *buf, size_t size)
+    int fuse_reply_write(fuse_req_t req, size_t count)
+    int fuse_reply_statfs(fuse_req_t req, const statvfs_t *stbuf)
+    size_t fuse_add_direntry(fuse_req_t req, char *buf, size_t bufsize, const char *name, const stat_t *stbuf,
+                             off_t off)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef struct pthread_condattr_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *m, void *attr)
+    int pthread_mutex_destroy(pthread_mutex_t *m)
+    int pthread_mutex_lock(pthread_mutex_t *m)
+    int pthread_mutex_unlock(pthread_mutex_t *m)
+    int pthread_condattr_init(pthread_condattr_t *attr)
+    int pthread_condattr_setclock(pthread_condattr_t *attr, int clock)
+    int pthread_condattr_destroy(pthread_condattr_t *attr)
+    int pthread_cond_init(pthread_cond_t *c, pthread_condattr_t *attr)
+    int pthread_cond_destroy(pthread_cond_t *c)
+    int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
+    int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const timespec *until)
+    int pthread_cond_broadcast(pthread_cond_t *c)
+
+cdef extern from "<time.h>" nogil:
+    enum: CLOCK_MONOTONIC
+    int clock_gettime(int clock, timespec *t)
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum: PROT_READ
+    enum: PROT_WRITE
+    enum: MAP_PRIVATE
+    enum: MAP_ANONYMOUS
+    enum: MAP_NORESERVE
+    enum: MADV_NOHUGEPAGE
+    enum: MADV_DONTFORK
+    void *MAP_FAILED
+    void *mmap(void *addr, size_t size, int prot, int flags, int fd, off_t off)
+    int munmap(void *addr, size_t size)
+    int madvise(void *addr, size_t size, int advice)
+
+cdef extern from "<sys/mount.h>" nogil:
+    enum: MS_RDONLY
+    enum: MS_NOSUID
+    enum: MS_NODEV
+    enum: MS_NOEXEC
+    enum: MNT_FORCE
+    enum: MNT_DETACH
+    int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
+    int umount2(const char *target, int flags)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum: POLLIN
+    int poll(pollfd *fds, unsigned long count, int timeout)
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, ...)
+
+cdef extern from "<unistd.h>" nogil:
+    int c_close "close"(int fd)
+    ssize_t c_write "write"(int fd, const void *buf, size_t size)
+
+cdef extern from "<fcntl.h>" nogil:
+    enum: O_ACCMODE
+    enum: O_RDONLY
+
+
+cdef enum:
+    BLOCK = 4096
+    # max_write of the session. libfuse derives max_pages from it (256, the kernel's default limit), so that
+    # the kernel never has to cut one of our at most 128 KiB requests, however scattered its pages, at a
+    # place that is no block boundary. The bytes per request are bounded elsewhere: max_read, and the loop
+    # device's max_sectors_kb.
+    FUSE_MAX_WRITE = 256 * 4096
+    FUSE_HEADER = 4096          # FUSE_BUFFER_HEADER_SIZE of libfuse's fuse_lowlevel.c
+    STRIDE = BLOCK + FUSE_MAX_WRITE + FUSE_HEADER
+    INO_DISK = 2
+
+cdef double FOREVER = 86400.0   # seconds the kernel may cache names and attributes: they never change
+
+
+cdef struct request_t:
+    disk_t *disk
+    fuse_req_t req
+    fuse_buf buf                # buf.mem: WRITE_HEADER bytes before a page, so that payloads are aligned
+    io_t io
+    request_t *next             # in the free list
+
+
+cdef struct disk_t:
+    submit_fn submit
+    void *ctx
+    uint64_t size               # bytes
+    bint read_only
+    unsigned depth
+    unsigned max_io
+    bint burst
+    int fuse_fd                 # libfuse's after construction
+    fuse_session *session
+    request_t *requests
+    uint8_t *arena
+    # all below: under lock
+    pthread_mutex_t lock
+    pthread_cond_t changed      # a request came back while somebody waits; a run() ended; stop was set
+    request_t *free
+    unsigned in_flight          # objects the target has
+    unsigned runners
+    unsigned waiters
+    bint stop
+    bint got_init
+    uint64_t reads
+    uint64_t writes
+    uint64_t syncs
+    uint64_t bytes
+    uint64_t errors
+    uint64_t waits
+    uint64_t unsent             # replies the kernel refused: the request was aborted meanwhile
+
+
+cdef request_t *take(disk_t *d) noexcept nogil:
+    """An object for the calling receive thread; waits while the target has all; NULL once stopped."""
+    cdef request_t *r = NULL
+    pthread_mutex_lock(&d.lock)
+    if d.free == NULL and not d.stop:
+        d.waits += 1
+        d.waiters += 1
+        while d.free == NULL and not d.stop:
+            pthread_cond_wait(&d.changed, &d.lock)
+        d.waiters -= 1
+    if not d.stop:
+        r = d.free
+        d.free = r.next
+    pthread_mutex_unlock(&d.lock)
+    return r
+
+
+cdef void request_done(io_t *io) noexcept nogil:
+    """The target's answer, from any thread: reply, then give the object back.
+
+    Ordering: the reply leaves before the object returns (a read is answered from its buffer), and the
+    unlock is the last touch of the disk: after it close() may free everything.
+    """
+    cdef request_t *r = <request_t *>io.user
+    cdef disk_t *d = r.disk
+    cdef size_t size = <size_t>io.nblocks * BLOCK
+    cdef int unsent
+    if io.error != 0:
+        unsent = fuse_reply_err(r.req, -io.error if io.error < 0 else EIO)
+    elif io.kind == IO_READ:
+        unsent = fuse_reply_buf(r.req, <char *>io.buf, size)
+    elif io.kind == IO_WRITE:
+        unsent = fuse_reply_write(r.req, size)
+    else:
+        unsent = fuse_reply_err(r.req, 0)
+    pthread_mutex_lock(&d.lock)
+    if io.kind == IO_READ:
+        d.reads += 1
+    elif io.kind == IO_WRITE:
+        d.writes += 1
+    else:
+        d.syncs += 1
+    if io.error != 0:
+        d.errors += 1
+    else:
+        d.bytes += size
+    if unsent != 0:
+        d.unsent += 1
+    d.in_flight -= 1
+    r.next = d.free
+    d.free = r
+    if d.waiters != 0:
+        pthread_cond_broadcast(&d.changed)
+    pthread_mutex_unlock(&d.lock)
+
+
+cdef void submit(disk_t *d, fuse_req_t req, uint32_t kind, uint64_t block, uint32_t nblocks,
+                 uint8_t *payload) noexcept nogil:
+    """Hand this thread's request object to the target; it may be done, and reused, before this returns.
+
+    libfuse does not look at the buffer again after a callback (fuse_session_process_buf_int, 3.14 to 3.17).
+    """
+    global current_request
+    cdef request_t *r = <request_t *>current_request
+    current_request = NULL
+    r.req = req
+    r.io.kind = kind
+    r.io.nblocks = nblocks
+    r.io.block = block
+    r.io.buf = payload if payload != NULL else <uint8_t *>r.buf.mem + WRITE_HEADER
+    r.io.done = request_done
+    r.io.user = r
+    r.io.error = 0
+    r.io.next = NULL
+    pthread_mutex_lock(&d.lock)
+    d.in_flight += 1
+    pthread_mutex_unlock(&d.lock)
+    d.submit(d.ctx, &r.io)
+
+
+cdef void fill_attr(disk_t *d, fuse_ino_t ino, stat_t *st) noexcept nogil:
+    memset(st, 0, sizeof(stat_t))
+    st.st_ino = ino
+    st.st_blksize = BLOCK
+    if ino == FUSE_ROOT_ID:
+        st.st_mode = S_IFDIR | 0o500
+        st.st_nlink = 2
+    else:
+        st.st_mode = S_IFREG | (0o400 if d.read_only else 0o600)
+        st.st_nlink = 1
+        st.st_size = <long>d.size
+        st.st_blocks = <long>(d.size // 512)
+
+
+cdef void op_init(void *userdata, fuse_conn_info *conn) noexcept nogil:
+    cdef disk_t *d = <disk_t *>userdata
+    conn.max_write = FUSE_MAX_WRITE
+    conn.max_read = d.max_io
+    conn.max_background = d.depth
+    conn.congestion_threshold = d.depth * 3 // 4
+    conn.want |= conn.capable & <unsigned>(FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS)
+    conn.want &= ~<unsigned>(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE
+                             | FUSE_CAP_WRITEBACK_CACHE)
+    d.got_init = True
+
+
+cdef void op_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) noexcept nogil:
+    cdef fuse_entry_param entry
+    if parent != FUSE_ROOT_ID or strcmp(name, "disk") != 0:
+        fuse_reply_err(req, ENOENT)
+        return
+    memset(&entry, 0, sizeof(entry))
+    entry.ino = INO_DISK
+    entry.attr_timeout = FOREVER
+    entry.entry_timeout = FOREVER
+    fill_attr(<disk_t *>fuse_req_userdata(req), INO_DISK, &entry.attr)
+    fuse_reply_entry(req, &entry)
+
+
+cdef void op_getattr(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil:
+    cdef stat_t st
+    fill_attr(<disk_t *>fuse_req_userdata(req), ino, &st)
+    fuse_reply_attr(req, &st, FOREVER)
+
+
+cdef void op_setattr(fuse_req_t req, fuse_ino_t ino, stat_t *attr, int to_set, fuse_file_info *fi) noexcept nogil:
+    fuse_reply_err(req, EPERM)
+
+
+cdef void op_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil:
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef char buf[256]
+    cdef stat_t st
+    cdef size_t used
+    if off != 0:
+        fuse_reply_buf(req, NULL, 0)
+        return
+    fill_attr(d, FUSE_ROOT_ID, &st)
+    used = fuse_add_direntry(req, buf, sizeof(buf), ".", &st, 1)
+    used += fuse_add_direntry(req, buf + used, sizeof(buf) - used, "..", &st, 2)
+    fill_attr(d, INO_DISK, &st)
+    used += fuse_add_direntry(req, buf + used, sizeof(buf) - used, "disk", &st, 3)
+    if used > size:
+        fuse_reply_err(req, EINVAL)
+    else:
+        fuse_reply_buf(req, buf, used)
+
+
+cdef void op_open(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil:
+    """Answers with the kernel's own struct: libfuse 3.14 has no field for parallel direct writes."""
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef fuse_open_out out
+    if d.read_only and (fi.flags & O_ACCMODE) != O_RDONLY:
+        fuse_reply_err(req, EROFS)
+        return
+    memset(&out, 0, sizeof(out))
+    out.open_flags = FOPEN_DIRECT_IO | FOPEN_NOFLUSH | FOPEN_PARALLEL_DIRECT_WRITES
+    fuse_reply_buf(req, <char *>&out, sizeof(out))
+
+
+cdef void op_flush(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil:
+    fuse_reply_err(req, 0)      # also release: nothing is kept per open file
+
+
+cdef void op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil:
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef uint64_t start = <uint64_t>off
+    if off < 0 or (start | size) % BLOCK != 0 or size > FUSE_MAX_WRITE:
+        fuse_reply_err(req, EINVAL)
+        return
+    if start >= d.size or size == 0:
+        fuse_reply_buf(req, NULL, 0)
+        return
+    if size > d.size - start:
+        size = <size_t>(d.size - start)
+    submit(d, req, IO_READ, start // BLOCK, <uint32_t>(size // BLOCK), NULL)
+
+
+cdef void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
+                   fuse_file_info *fi) noexcept nogil:
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef uint64_t start = <uint64_t>off
+    if d.read_only:
+        fuse_reply_err(req, EROFS)
+    elif off < 0 or (start | size) % BLOCK != 0:
+        fuse_reply_err(req, EINVAL)
+    elif start > d.size or size > d.size - start:
+        fuse_reply_err(req, EIO)
+    elif size == 0:
+        fuse_reply_write(req, 0)
+    else:
+        # Not spliced and no write_buf callback: buf points into this object's own fuse_buf.
+        submit(d, req, IO_WRITE, start // BLOCK, <uint32_t>(size // BLOCK), <uint8_t *>buf)
+
+
+cdef void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil:
+    submit(<disk_t *>fuse_req_userdata(req), req, IO_SYNC, 0, 0, NULL)
+
+
+cdef void op_statfs(fuse_req_t req, fuse_ino_t ino) noexcept nogil:
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef statvfs_t st
+    memset(&st, 0, sizeof(st))
+    st.f_bsize = st.f_frsize = BLOCK
+    st.f_blocks = d.size // BLOCK
+    st.f_files = 1
+    st.f_namemax = 255
+    fuse_reply_statfs(req, &st)
+
+
+cdef fuse_lowlevel_ops OPS
+memset(&OPS, 0, sizeof(OPS))
+OPS.init = op_init
+OPS.lookup = op_lookup
+OPS.getattr = op_getattr
+OPS.setattr = op_setattr
+OPS.readdir = op_readdir
+OPS.open = op_open
+OPS.flush = op_flush
+OPS.release = op_flush
+OPS.read = op_read
+OPS.write = op_write
+OPS.fsync = op_fsync
+OPS.statfs = op_statfs
+
+
+cdef int receive(disk_t *d) noexcept nogil:
+    """One receive thread: 0 when the session ended (unmounted, aborted, exit()), else -errno."""
+    global current_request
+    cdef request_t *r = NULL
+    cdef pollfd waiting
+    cdef int n = 0
+    waiting.fd = d.fuse_fd
+    waiting.events = POLLIN
+    while True:
+        if r == NULL:
+            r = take(d)
+            if r == NULL:
+                n = 0
+                break
+        n = fuse_session_receive_buf(d.session, &r.buf)
+        if n == -EINTR:
+            continue
+        if n == -EAGAIN:
+            poll(&waiting, 1, -1)       # an abort is POLLERR here and ENODEV in the next receive
+            continue
+        if n <= 0:
+            break
+        current_request = r
+        fuse_session_process_buf(d.session, &r.buf)
+        r = <request_t *>current_request
+    pthread_mutex_lock(&d.lock)
+    if r != NULL:
+        r.next = d.free
+        d.free = r
+    d.runners -= 1
+    pthread_cond_broadcast(&d.changed)
+    pthread_mutex_unlock(&d.lock)
+    return n
+
+
+cdef bint drain(disk_t *d, double timeout) noexcept nogil:
+    """Wait until no receive thread runs and the target has nothing; False when the time is up."""
+    cdef timespec until
+    cdef int status = 0
+    cdef bint idle
+    clock_gettime(CLOCK_MONOTONIC, &until)
+    until.tv_sec += <long>timeout
+    until.tv_nsec += <long>((timeout - <long>timeout) * 1e9)
+    if until.tv_nsec >= 1000000000:
+        until.tv_sec += 1
+        until.tv_nsec -= 1000000000
+    pthread_mutex_lock(&d.lock)
+    d.waiters += 1
+    while (d.runners != 0 or d.in_flight != 0) and status == 0:
+        status = pthread_cond_timedwait(&d.changed, &d.lock, &until)
+    d.waiters -= 1
+    idle = d.runners == 0 and d.in_flight == 0
+    pthread_mutex_unlock(&d.lock)
+    return idle
+
+
+cdef void destroy(disk_t *d) noexcept:
+    """Free everything. Precondition: drained; no other thread knows the disk."""
+    if d.session != NULL:
+        fuse_session_destroy(d.session)     # closes fuse_fd
+    elif d.fuse_fd >= 0:
+        c_close(d.fuse_fd)
+    if d.arena != NULL:
+        munmap(d.arena, <size_t>d.depth * STRIDE)
+    free(d.requests)
+    pthread_cond_destroy(&d.changed)
+    pthread_mutex_destroy(&d.lock)
+    free(d)
+
+
+@cython.final
+cdef class FuseDisk:
+    """A mounted FUSE session whose file "disk" is *target*.
+
+    target: executes the I/O; its submit() is called from every thread inside run(), its done from any.
+    mountpoint: an existing directory of the caller's; only the caller's user may look into the mount.
+    depth: request objects, and so the most I/Os the target ever has at a time (1 to 4096).
+    max_io: bytes of one request, a multiple of 4096, at most 1 MiB; the caller holds the loop device to it
+    (max_sectors_kb), so that resident memory stays near depth * (max_io + 4096).
+    burst: receive without blocking until nothing is left, then poll; else block in each receive.
+
+    After construction the kernel's INIT has been answered and the file system waits for run().
+    Raises ValueError for a bad depth, max_io or disk size, OSError (filename set) when the device, the
+    mount or the session fails.
+    """
+    cdef disk_t *d
+    cdef readonly Target target
+    cdef readonly str mountpoint
+    cdef readonly int connection    # the kernel's id: the directory below /sys/fs/fuse/connections
+    cdef readonly int abort_fd      # that connection's fusectl "abort", or -1 where there is no fusectl
+    cdef bytes path
+
+    def __cinit__(self, Target target not None, str mountpoint not None, *, unsigned depth=64,
+                  unsigned max_io=131072, bint burst=False):
+        cdef pthread_condattr_t attr
+        cdef disk_t *d
+        cdef request_t *r
+        cdef unsigned i
+        self.abort_fd = -1
+        if not 1 <= depth <= 4096:
+            raise ValueError(f"depth is {depth}: 1 to 4096")
+        if not BLOCK <= max_io <= FUSE_MAX_WRITE or max_io % BLOCK:
+            raise ValueError(f"max_io is {max_io}: a multiple of {BLOCK}, at most {FUSE_MAX_WRITE}")
+        if target.submit == NULL or not 1 <= target.nblocks <= (<uint64_t>1 << 63) // BLOCK - 1:
+            raise ValueError(f"the target has {target.nblocks} blocks: a disk has at least one")
+        self.target, self.mountpoint, self.path = target, mountpoint, os.fsencode(mountpoint)
+        d = <disk_t *>calloc(1, sizeof(disk_t))
+        if d == NULL:
+            raise MemoryError()
+        pthread_mutex_init(&d.lock, NULL)
+        pthread_condattr_init(&attr)
+        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
+        pthread_cond_init(&d.changed, &attr)
+        pthread_condattr_destroy(&attr)
+        self.d = d                      # from here on __dealloc__ frees it
+        d.fuse_fd = -1
+        d.submit, d.ctx = target.submit, target.ctx
+        d.size, d.read_only = target.nblocks * BLOCK, target.read_only
+        d.depth, d.max_io, d.burst = depth, max_io, burst
+        d.requests = <request_t *>calloc(depth, sizeof(request_t))
+        if d.requests == NULL:
+            raise MemoryError()
+        # Only what a request really carried becomes resident; a huge page would make it all so.
+        d.arena = <uint8_t *>mmap(NULL, <size_t>depth * STRIDE, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if d.arena == MAP_FAILED:
+            d.arena = NULL
+            raise MemoryError()
+        madvise(d.arena, <size_t>depth * STRIDE, MADV_NOHUGEPAGE)   # EINVAL: a kernel without huge pages
+        for i in range(depth):
+            r = &d.requests[depth - 1 - i]
+            r.disk = d
+            r.buf.mem = d.arena + <size_t>(depth - 1 - i) * STRIDE + BLOCK - WRITE_HEADER
+            r.next = d.free
+            d.free = r
+        d.fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        self._mount()
+        try:
+            self._start()
+        except BaseException:
+            umount2(self.path, MNT_FORCE | MNT_DETACH)
+            raise
+
+    cdef _mount(self):
+        cdef unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | (MS_RDONLY if self.d.read_only else 0)
+        cdef bytes options = (f"fd={self.d.fuse_fd},rootmode=40000,user_id={os.geteuid()},"
+                              f"group_id={os.getegid()},max_read={self.d.max_io}").encode()
+        if mount("muenfast", self.path, "fuse.muenfast", flags, <char *>options) != 0:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+
+    cdef _start(self):
+        """Session, INIT, connection id, the abort file."""
+        cdef disk_t *d = self.d
+        cdef fuse_buf first
+        cdef fuse_args args
+        cdef unsigned major = 0, minor = 0
+        cdef int n, control
+        cdef bytes option = f"-omax_read={d.max_io}".encode()   # must equal conn.max_read, else EPROTO
+        cdef char *argv[3]
+        argv[0], argv[1], argv[2] = "muenfast", option, NULL
+        args.argc, args.argv, args.allocated = 2, argv, 0
+        d.session = fuse_session_new(&args, &OPS, sizeof(OPS), d)
+        fuse_opt_free_args(&args)
+        if d.session == NULL:
+            raise OSError(EINVAL, "libfuse made no session", self.mountpoint)
+        # "/dev/fd/N": libfuse takes the open device and leaves the mount to us.
+        if fuse_session_mount(d.session, f"/dev/fd/{d.fuse_fd}".encode()) != 0:
+            raise OSError(EINVAL, "libfuse refused the session's descriptor", self.mountpoint)
+        # The first receive wants libfuse's own, larger buffer; INIT then sets the size to max_write + header.
+        memset(&first, 0, sizeof(first))
+        with nogil:
+            n = fuse_session_receive_buf(d.session, &first)
+            if n > 0:
+                fuse_session_process_buf(d.session, &first)
+            free(first.mem)
+        if n <= 0 or not d.got_init or fuse_session_exited(d.session):
+            raise OSError(-n if n < 0 else EPROTO, "FUSE INIT failed", self.mountpoint)
+        if d.burst:
+            os.set_blocking(d.fuse_fd, False)
+        if root_device(self.path, &major, &minor) != 0:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+        # fc->dev = new_decode_dev(s_dev), fs/fuse/inode.c; an anonymous device's major is 0
+        self.connection = (minor & 0xff) | (major << 8) | ((minor & ~0xffu) << 12)
+        control = fusectl_open()
+        if control >= 0:
+            try:
+                self.abort_fd = os.open(f"{self.connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+            finally:
+                os.close(control)
+
+    def __dealloc__(self):
+        if self.abort_fd >= 0:
+            c_close(self.abort_fd)
+        # A receive thread or the target still knows the disk: its memory is left to the process.
+        if self.d != NULL and self.d.runners == 0 and self.d.in_flight == 0:
+            destroy(self.d)
+
+    cdef disk_t *_open(self) except NULL:
+        if self.d == NULL:
+            raise ValueError("operation on a closed FuseDisk")
+        return self.d
+
+    def run(self):
+        """Receive and dispatch on the calling thread until the session ends; several threads may.
+
+        Returns 0 (unmounted, aborted, exit()) or a negative errno of the receive. The thread is marked as
+        one that writeback depends on (PR_SET_IO_FLUSHER), where the kernel lets it be.
+        """
+        cdef disk_t *d = self._open()
+        cdef int status
+        with nogil:
+            prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)    # EPERM or EINVAL: without it, as any FUSE server
+            pthread_mutex_lock(&d.lock)
+            d.runners += 1
+            pthread_mutex_unlock(&d.lock)
+            status = receive(d)
+        return status
+
+    def exit(self):
+        """End the session now: abort the connection, so that whoever waits for it gets an error.
+
+        Idempotent. run() returns soon after; what the target still has is answered into the void.
+        Raises OSError (filename set) when neither the abort file nor a forced unmount worked.
+        """
+        cdef disk_t *d = self._open()
+        pthread_mutex_lock(&d.lock)
+        d.stop = True
+        pthread_cond_broadcast(&d.changed)
+        pthread_mutex_unlock(&d.lock)
+        fuse_session_exit(d.session)
+        self.abort()
+
+    def abort(self):
+        """Abort the connection (as exit()), leaving run() to see it by itself."""
+        cdef const char *path = self.path
+        cdef int control = self.abort_fd
+        cdef bint aborted
+        with nogil:
+            if control >= 0:
+                aborted = c_write(control, "1", 1) == 1
+            else:
+                aborted = umount2(path, MNT_FORCE | MNT_DETACH) == 0
+        if not aborted:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+
+    def unmount(self):
+        """Take the mount out of the tree (lazily); the session ends when its last user has gone.
+
+        Nothing is to be done when it is not mounted any more. Raises OSError (filename set).
+        """
+        cdef const char *path = self.path
+        cdef int status
+        with nogil:
+            status = umount2(path, MNT_DETACH)
+        if status != 0 and errno != EINVAL:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+
+    @property
+    def in_flight(self):
+        """I/Os the target has at this moment."""
+        return 0 if self.d == NULL else self.d.in_flight
+
+    @property
+    def counters(self):
+        """reads, writes, syncs, errors: I/Os answered; bytes: moved by the good ones; waits: times a receive
+        thread found all `depth` objects in flight; unsent: replies to requests aborted meanwhile."""
+        cdef disk_t *d = self._open()
+        pthread_mutex_lock(&d.lock)
+        try:
+            return {"reads": d.reads, "writes": d.writes, "syncs": d.syncs, "bytes": d.bytes,
+                    "errors": d.errors, "waits": d.waits, "unsent": d.unsent}
+        finally:
+            pthread_mutex_unlock(&d.lock)
+
+    def close(self, double timeout=5.0):
+        """Free session and buffers, once run() has returned everywhere and the target has nothing left.
+
+        Contract: the caller has ended the session (unmount() or exit()), and the target completes every io
+        it has, with an error if it must, once it is told to. Idempotent. Raises TimeoutError after
+        *timeout* seconds otherwise; the object then stays usable, and collecting it leaks its memory
+        rather than freeing what a late done() will touch.
+        """
+        cdef bint idle
+        cdef disk_t *d = self.d
+        if d == NULL:
+            return
+        with nogil:
+            idle = drain(d, timeout)
+        if not idle:
+            raise TimeoutError(f"{self.mountpoint}: {d.runners} receive threads and {d.in_flight} requests "
+                               f"are still out after {timeout:g} s")
+        self.d = NULL
+        destroy(d)
+        if self.abort_fd >= 0:
+            os.close(self.abort_fd)
+            self.abort_fd = -1

@@ -1,0 +1,298 @@
+"""A disk's block device where the kernel has neither ublk nor nbd: FUSE file, loop device, node, watchdog.
+
+Who may wait for whom: only the receive threads (and the target) answer I/O, and they touch neither the
+mount nor the loop device. Every call here that may wait for an answer of theirs (open of the file,
+fsync, LOOP_CLR_FD, last close) runs without the GIL, and in detach() on a thread of its own that is
+waited for with a limit; the abort of the FUSE connection frees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from muenfast.attach import loop, watchdog
+from muenfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from muenfast._blk import Target
+
+try:
+    from muenfast.attach._fuse import FuseDisk
+except ImportError as error:
+    FuseDisk = None
+    _missing = str(error)
+
+CAP_SYS_ADMIN = 21      # uapi/linux/capability.h
+GRACE = 1.0             # seconds for short users of the device (a probe, a last close) before it counts as busy
+AFTER_ABORT = 1.0       # seconds for each thing that an abort sets free
+
+Info = TypedDict("Info", {"pid": int, "name": str, "device": str, "mountpoint": str, "loop": int,
+                          "connection": int, "watchdog": int})
+
+
+def available() -> str | None:
+    """None where this front end works, else the reason why not, with the next step."""
+    if FuseDisk is None:
+        return f"muenfast was built without it ({_missing}): install libfuse3-dev and build again"
+    for path, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
+        if not os.path.exists(path):
+            return f"{path} is missing: modprobe {module}"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:") and not int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1:
+            return "mounting and making device nodes need CAP_SYS_ADMIN: run as root"
+    return None
+
+
+class FuseAttachment:
+    """The block device /dev/NAME of a Target, from attach() to detach().
+
+    device: its path. loop: number of the loop device behind it. disk: the FUSE session (counters).
+    """
+
+    def __init__(self, name: str, mountpoint: str) -> None:
+        """For attach() only."""
+        self.name, self.mountpoint = name, mountpoint
+        self.device = f"/dev/{name}"
+        self.disk: FuseDisk
+        self.loop: int
+        self._status: list[int] = []
+        self._threads: list[threading.Thread] = []
+        self._dog: subprocess.Popen[bytes]
+        self._leash: int
+        self._attached = False
+
+    @classmethod
+    def attach(cls, target: Target, name: str, runtime_dir: str | os.PathLike[str], *, threads: int = 1,
+               depth: int = 64, max_io: int = 131072) -> FuseAttachment:
+        """Make *target* appear as /dev/*name*; all or nothing.
+
+        The caller holds the claim on *name* and stores info() in it. runtime_dir: the private mount point
+        becomes runtime_dir/mnt/NAME-PID. threads: receive threads. depth, max_io: see FuseDisk.
+        Raises UsageError where available() says why not, OSError (filename set) for what the kernel refuses.
+        """
+        if reason := available():
+            raise UsageError("the FUSE front end is not to be had here", option="--attach", value="fuse",
+                             hint=reason)
+        directory = Path(os.path.abspath(runtime_dir), "mnt", f"{name}-{os.getpid()}")
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if directory.exists():      # an earlier process of this number, for the name is claimed by us
+            _release(str(directory), name)
+        new = cls(name, str(directory))
+        with contextlib.ExitStack() as undo:
+            directory.mkdir(mode=0o700)
+            undo.callback(directory.rmdir)
+            new.disk = FuseDisk(target, new.mountpoint, depth=depth, max_io=max_io)
+            undo.callback(new._end_session)
+            for number in range(threads):
+                thread = threading.Thread(target=new._receive, name=f"fuse-{name}-{number}", daemon=True)
+                thread.start()
+                new._threads.append(thread)
+            new._start_watchdog()
+            undo.callback(new._end_watchdog)
+            new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=target.read_only, max_io=max_io)
+            undo.callback(loop.detach, new.loop)
+            loop.make_node(name, new.loop)
+            undo.pop_all()
+        new._attached = True
+        return new
+
+    def info(self) -> Info:
+        """What reclaim() needs should this process die; fit for JSON."""
+        return {"pid": os.getpid(), "name": self.name, "device": self.device, "mountpoint": self.mountpoint,
+                "loop": self.loop, "connection": self.disk.connection, "watchdog": self._dog.pid}
+
+    @property
+    def failed(self) -> bool:
+        """Whether the session ended by itself (somebody aborted it): the device only fails from then on."""
+        return self._attached and not all(thread.is_alive() for thread in self._threads)
+
+    def detach(self, timeout: float = 5.0) -> list[str]:
+        """Remove the device; returns within *timeout* and little more, whatever the target does.
+
+        Dirty data is written first, while the target still answers. Returns sentences on what was still in
+        use or could not be finished; empty: nothing is left. A device in use loses its node, goes to
+        autoclear and has its FUSE connection aborted: its users get EIO, and the kernel frees the loop
+        device with its last close. Idempotent.
+        """
+        if not self._attached:
+            return []
+        self._attached = False
+        end = time.monotonic() + timeout
+        left: list[str] = []
+        freed: list[bool] = []
+        if not self._tell_watchdog(f"detaching {timeout + AFTER_ABORT:.3f}"):
+            left.append(f"the watchdog of {self.device} had ended before")
+
+        def take_down() -> None:
+            try:
+                if loop.loop_of(self.device) == self.loop:
+                    os.unlink(self.device)
+                if not self._owns_loop():
+                    freed.append(True)      # the watchdog or an administrator was faster
+                    return
+                _flush(self.loop, left)
+                freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
+            except OSError as problem:
+                left.append(f"{self.device}: {problem}")
+
+        worker = threading.Thread(target=take_down, name=f"detach-{self.name}", daemon=True)
+        worker.start()
+        worker.join(timeout)
+        if worker.is_alive():
+            left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")
+        if freed != [True]:
+            left += users_of(self.loop, self.device)
+            left += self._try(self.disk.exit)
+            worker.join(AFTER_ABORT)
+        left += self._try(self._end_session, max(AFTER_ABORT, end - time.monotonic()))
+        left += self._try(os.rmdir, self.mountpoint)
+        left += self._try(self._end_watchdog)
+        return left
+
+    def _owns_loop(self) -> bool:
+        return loop.backing_file(self.loop) == f"{self.mountpoint}/disk"
+
+    def _receive(self) -> None:
+        self._status.append(self.disk.run())
+
+    def _end_session(self, timeout: float = AFTER_ABORT) -> None:
+        """Unmount and free. Where that alone does not end the session, abort it: the loop device may keep it."""
+        self.disk.unmount()
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(min(GRACE, timeout / 2))
+            if thread.is_alive():
+                self.disk.exit()
+                thread.join(max(0.1, end - time.monotonic()))
+        self.disk.close(max(0.1, end - time.monotonic()))
+        if bad := [status for status in self._status if status]:
+            raise OSError(-bad[0], os.strerror(-bad[0]), "/dev/fuse")
+
+    def _start_watchdog(self) -> None:
+        control, self._leash = os.pipe()        # both close-on-exec; one is passed on
+        try:
+            passed = [control] + ([self.disk.abort_fd] if self.disk.abort_fd >= 0 else [])
+            self._dog = subprocess.Popen(
+                [sys.executable, "-I", "-S", watchdog.__file__, str(control), str(self.disk.abort_fd),
+                 str(os.getpid()), str(self._threads[0].native_id), self.mountpoint, self.device],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                pass_fds=passed, start_new_session=True, cwd="/")
+        except BaseException:
+            os.close(self._leash)
+            raise
+        finally:
+            os.close(control)
+
+    def _tell_watchdog(self, message: str) -> bool:
+        try:
+            os.write(self._leash, message.encode() + b"\n")
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _end_watchdog(self) -> None:
+        self._tell_watchdog("done")
+        os.close(self._leash)
+        try:
+            self._dog.wait(AFTER_ABORT)
+        except subprocess.TimeoutExpired:
+            self._dog.kill()
+            self._dog.wait()
+            raise TimeoutError(errno.ETIMEDOUT, "the watchdog did not end and was killed") from None
+
+    @staticmethod
+    def _try(action, *arguments) -> list[str]:
+        try:
+            action(*arguments)
+        except FileNotFoundError:
+            return []       # the watchdog was faster
+        except OSError as problem:
+            return [f"{action.__name__.strip('_').replace('_', ' ')}: {problem}"]
+        return []
+
+
+def _mounts_of(number: int) -> list[tuple[str, str]]:
+    """(directory, file system type) of each mount of a loop device in this namespace."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, right = line.split(" - ", 1)
+        fields = left.split(" ")
+        if fields[2] == f"{loop.LOOP_MAJOR}:{number}":
+            found.append((fields[4].encode().decode("unicode_escape"), right.split(" ")[0]))
+    return found
+
+
+def _flush(number: int, left: list[str]) -> None:
+    """Write down what is dirty: file systems mounted from the device, then the device's own cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for directory, _ in _mounts_of(number):
+        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if libc.syncfs(fd) != 0:
+                left.append(f"{directory}: not all data was written: {os.strerror(ctypes.get_errno())}")
+        finally:
+            os.close(fd)
+    fd = os.open(loop.path_of(number), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def users_of(number: int, device: str) -> list[str]:
+    """Who has a loop device in use, as sentences. Only names are compared: asking files could wait for them."""
+    found = [f"{device} is still mounted on {directory} ({kind})" for directory, kind in _mounts_of(number)]
+    names = {device, f"{device} (deleted)", loop.path_of(number)}
+    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
+        if line.split()[0] in names | {f"{device}\\040(deleted)"}:
+            found.append(f"{device} is still used as swap space")
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            if any(os.readlink(entry) in names for entry in os.scandir(process / "fd")):
+                command = (process / "comm").read_text().strip()
+                found.append(f"process {process.name} ({command}) still has {device} open")
+        except OSError:
+            continue        # ended, or closed the descriptor, while we looked
+    holders = os.listdir(f"/sys/block/loop{number}/holders")
+    found += [f"{device} is still part of /dev/{holder}" for holder in holders]
+    return found or [f"{device} is still in use (by the kernel, or in another mount namespace)"]
+
+
+def _release(mountpoint: str, name: str) -> list[str]:
+    return watchdog.release(mountpoint, f"/dev/{name}")
+
+
+def reclaim(info: Info) -> list[str]:
+    """Clean what a dead process left of an attachment: connection, loop device, mount, directory, node.
+
+    info: what its info() was. Precondition: that process is dead (its claim was free). The loop device is
+    only detached if its backing file lies below the recorded mount point, the node only removed if it is
+    that loop device's. Returns sentences on what could not be cleaned; cleaning twice does no harm.
+    Raises ValueError where *info* is none of ours.
+    """
+    name, mountpoint = info["name"], info["mountpoint"]
+    if "/" in name or not os.path.isabs(mountpoint) or os.path.basename(mountpoint) != f"{name}-{info['pid']}":
+        raise ValueError(f"not the record of an attachment: {info!r}")
+    return _release(mountpoint, name)
+
+
+def sweep(runtime_dir: str | os.PathLike[str]) -> list[str]:
+    """reclaim() for every mount directory whose process is gone, for deaths before a record was stored."""
+    left: list[str] = []
+    parent = Path(os.path.abspath(runtime_dir), "mnt")
+    for entry in sorted(os.listdir(parent)) if parent.is_dir() else []:
+        name, dash, pid = entry.rpartition("-")
+        if dash and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            left += _release(str(parent / entry), name)
+    return left

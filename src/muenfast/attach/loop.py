@@ -1,0 +1,194 @@
+"""Loop devices by ioctl, and the /dev/muendiskX nodes that name them.
+
+Constants and structs: include/uapi/linux/loop.h. There is no udev to rely on: names come from mknod.
+
+Nothing here keeps a descriptor of a loop device or of its backing file: a process that answers a
+device's I/O and dies with the device open would wait for its own answers in the last close.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import stat
+import string
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+LOOP_MAJOR = 7
+LOOP_CLR_FD = 0x4C01
+LOOP_CONFIGURE = 0x4C0A         # Linux 5.8
+LOOP_CTL_GET_FREE = 0x4C82
+LO_FLAGS_READ_ONLY = 1
+LO_FLAGS_DIRECT_IO = 16
+# struct loop_config: fd, block_size, struct loop_info64 (lo_flags and lo_file_name set), reserved
+LOOP_CONFIG = struct.Struct("=II 52xI 64s 112x 64x")
+
+PREFIX = "muendisk"
+
+
+def name_of(index: int) -> str:
+    """The device name of position *index*: muendiska, ..., muendiskz, muendiskaa, ... (as sda, sdb)."""
+    if index < 0:
+        raise ValueError(f"index is {index}: counted from 0")
+    letters = ""
+    index += 1
+    while index:
+        index, digit = divmod(index - 1, 26)
+        letters = string.ascii_lowercase[digit] + letters
+    return PREFIX + letters
+
+
+def device_names() -> Iterator[str]:
+    """All device names, in order, without end."""
+    return map(name_of, itertools.count())
+
+
+def _sysfs(number: int, entry: str) -> Path:
+    return Path(f"/sys/block/loop{number}", entry)
+
+
+def path_of(number: int) -> str:
+    return f"/dev/loop{number}"
+
+
+def is_bound(number: int) -> bool:
+    """Whether the loop device has a backing file."""
+    return _sysfs(number, "loop").exists()
+
+
+def backing_file(number: int) -> str | None:
+    """Path of the backing file as the kernel sees it, or None for a free device."""
+    try:
+        return _sysfs(number, "loop/backing_file").read_text().rstrip("\n")
+    except FileNotFoundError:
+        return None
+
+
+def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, attempts: int = 64) -> int:
+    """Bind a free loop device to *backing* with direct I/O and 4096-byte sectors; returns its number.
+
+    max_io: bytes the device may send at once. Another process may take the free device first: then the
+    next one is tried, *attempts* times. Raises OSError (filename set); EINVAL where direct I/O is not to
+    be had: without it everything would be cached twice and written late.
+    """
+    flags = LO_FLAGS_DIRECT_IO | (LO_FLAGS_READ_ONLY if read_only else 0)
+    mode = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+    file = os.open(backing, mode)
+    try:
+        # Buffered here: the file system decides (FOPEN_DIRECT_IO); the flag below makes loop submit directly.
+        config = LOOP_CONFIG.pack(file, 4096, flags, os.fsencode(backing)[:63])
+        number = _configure(config, mode, attempts)
+    finally:
+        os.close(file)
+    try:
+        if _sysfs(number, "loop/dio").read_text().strip() != "1":
+            raise OSError(errno.EINVAL, "the loop device refuses direct I/O", path_of(number))
+        _tune(number, max_io)
+    except BaseException:
+        detach(number)
+        raise
+    return number
+
+
+def _configure(config: bytes, mode: int, attempts: int) -> int:
+    for _ in range(attempts):
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+        finally:
+            os.close(control)
+        device = os.open(path_of(number), mode)
+        try:
+            fcntl.ioctl(device, LOOP_CONFIGURE, config)
+            return number
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                error.filename = path_of(number)
+                raise
+        finally:
+            os.close(device)
+    raise OSError(errno.EBUSY, f"other processes took the free loop device {attempts} times", "/dev/loop-control")
+
+
+def _tune(number: int, max_io: int) -> None:
+    """Queue settings. max_sectors_kb is a must: a request that FUSE has to cut may be cut inside a block.
+
+    No scheduler: the far side merges. discard_max_bytes 0: the file cannot punch holes, say so at once.
+    """
+    queue = _sysfs(number, "queue")
+    (queue / "max_sectors_kb").write_text(str(max_io // 1024))
+    for entry, value in (("scheduler", "none"), ("discard_max_bytes", "0")):
+        try:
+            (queue / entry).write_text(value)
+        except (FileNotFoundError, PermissionError):
+            pass        # this kernel has no such setting, and then nothing to switch off
+        except OSError as error:
+            if error.errno != errno.EINVAL:     # EINVAL: built without that scheduler's switch
+                raise
+
+
+def detach(number: int, timeout: float = 1.0) -> bool:
+    """Free the device: True once it really is free, False when somebody still has it open.
+
+    Busy after *timeout* seconds means that the kernel frees it with the last close (autoclear). The call
+    may wait for the device's outstanding writes. Raises OSError (filename set).
+    """
+    try:
+        device = os.open(path_of(number), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.ioctl(device, LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return True     # nothing bound, or another's LOOP_CLR_FD is under way
+        error.filename = path_of(number)
+        raise
+    finally:
+        os.close(device)
+    return wait_free(number, timeout)
+
+
+def wait_free(number: int, timeout: float) -> bool:
+    """Wait until the device has no backing file any more; False after *timeout* seconds."""
+    end = time.monotonic() + timeout
+    while is_bound(number):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def loop_of(node: str) -> int | None:
+    """Number of the loop device behind a node, or None where *node* is missing or something else."""
+    try:
+        status = os.stat(node, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISBLK(status.st_mode) or os.major(status.st_rdev) != LOOP_MAJOR:
+        return None
+    return os.minor(status.st_rdev)
+
+
+def make_node(name: str, number: int) -> str:
+    """Make /dev/*name* the node of loop device *number* (mode 0600, owner root); returns its path.
+
+    The caller holds the claim on the name. A node that was left behind (its loop device is free) is
+    replaced; anything else there raises FileExistsError.
+    """
+    path = f"/dev/{name}"
+    for _ in range(2):
+        try:
+            os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
+            return path
+        except FileExistsError:
+            old = loop_of(path)
+            if old is None or (old != number and is_bound(old)):
+                raise
+            os.unlink(path)
+    raise FileExistsError(errno.EEXIST, "somebody else makes this node at the same time", path)

@@ -1,0 +1,212 @@
+"""The second life of a FUSE attachment: cleans up when the process that answers its I/O cannot.
+
+Run as a script, by path, in a process of its own: [python, "-I", "-S", watchdog.py, arguments]; hence
+the standard library only, little of it, and nothing of this package. attach/fuse.py uses release() too.
+
+Why a process: a client killed with a thread of its own waiting for FUSE never dies, because that thread
+waits (uninterruptibly) for an answer of threads that are already dead; its descriptors stay open, so
+the kernel does not end the connection either. Somebody else must abort it.
+
+Arguments: CONTROL ABORT PID TID MOUNTPOINT NODE.
+    CONTROL  read end of a pipe from the client
+    ABORT    open fusectl "abort" of the connection, or -1 (then: forced unmount)
+    PID TID  the client, and one of its receive threads: that thread sleeps interruptibly only, so it is
+             gone soon after any kill, also where the process lingers and the pipe stays open
+Messages on the pipe, one a line:
+    detaching SECONDS   the client takes the device down; abort if it is not done by then
+    done                nothing is left to do
+End of file, or the end of the thread before "detaching", means that the client is dead.
+
+Never opens a file in the mount and holds neither the fuse device nor the loop device. Exit status: 0 the
+client was done, 1 it had to act, 2 it could not clean everything (/dev/kmsg says what).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import signal
+import stat
+import sys
+import time
+
+LOOP_CLR_FD = 0x4C01        # uapi/linux/loop.h
+MNT_FORCE, MNT_DETACH = 1, 2    # sys/mount.h; FUSE takes MNT_FORCE as "abort the connection"
+PIDFD_THREAD = os.O_EXCL    # uapi/linux/pidfd.h, Linux 6.9
+
+POLL = 0.25         # seconds between looks at the thread, where the kernel has no thread pidfd
+AFTERMATH = 10.0    # seconds the client has, after its deadline, to finish
+LIMIT = 30          # seconds the clean-up may take before the watchdog gives up on itself
+
+
+def umount(path: str, flags: int) -> bool:
+    """umount2(2); False when nothing is mounted there. Raises OSError (filename set)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOENT):
+        return False
+    raise OSError(code, os.strerror(code), path)
+
+
+def loops_below(directory: str) -> list[int]:
+    """Numbers of the loop devices whose backing file lies below *directory* in this mount namespace."""
+    found = []
+    for entry in os.listdir("/sys/block"):
+        if entry.startswith("loop"):
+            try:
+                with open(f"/sys/block/{entry}/loop/backing_file") as file:
+                    backing = file.read().rstrip("\n")
+            except OSError:
+                continue        # free, or freed while we looked
+            if backing.startswith(directory.rstrip("/") + "/"):
+                found.append(int(entry[4:]))
+    return found
+
+
+def loop_number(node: str) -> int | None:
+    """Which loop device *node* is, or None."""
+    try:
+        status = os.stat(node, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    is_loop = stat.S_ISBLK(status.st_mode) and os.major(status.st_rdev) == 7
+    return os.minor(status.st_rdev) if is_loop else None
+
+
+def clear_loop(number: int) -> None:
+    """Detach a loop device; where it is still open the kernel does so with the last close."""
+    device = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(device, LOOP_CLR_FD)
+    finally:
+        os.close(device)
+
+
+def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
+    """Take down what an attachment left: connection, node, loop device, mount, directory.
+
+    Ordering: the abort comes first, so that nothing after it can wait for a dead file system; the loop
+    device is found by its backing file's path, so before the unmount. Only a node of a loop device found
+    so is removed. Each step is tried whatever became of the others. Returns what failed, as sentences.
+    """
+    failed: list[str] = []
+
+    def step(action, *arguments):
+        try:
+            action(*arguments)
+        except FileNotFoundError:
+            pass        # done before us
+        except OSError as error:
+            if error.errno != errno.ENXIO:      # LOOP_CLR_FD of a device that is free
+                failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno)}")
+
+    loops = loops_below(mountpoint)
+    if abort >= 0:
+        step(os.write, abort, b"1")
+    else:
+        step(umount, mountpoint, MNT_FORCE | MNT_DETACH)
+    if loop_number(node) in loops:
+        step(os.unlink, node)
+    for number in loops:
+        step(clear_loop, number)
+    step(umount, mountpoint, MNT_DETACH)
+    step(os.rmdir, mountpoint)
+    return failed
+
+
+class Thread:
+    """One thread of another process, watched for its end."""
+
+    def __init__(self, pid: int, tid: int) -> None:
+        self.entry = f"/proc/{pid}/task/{tid}"
+        try:
+            self.fd = os.pidfd_open(tid, PIDFD_THREAD)
+        except ProcessLookupError:
+            self.fd = -1
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.fd = -1        # before Linux 6.9: look at /proc now and then
+
+    def gone(self) -> bool:
+        if self.fd >= 0:
+            poller = select.poll()
+            poller.register(self.fd, select.POLLIN)
+            return bool(poller.poll(0))
+        return not os.path.exists(self.entry)
+
+
+def watch(control: int, abort: int, thread: Thread, mountpoint: str) -> bool:
+    """Until the client is done (True) or dead (False)."""
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    if thread.fd >= 0:
+        poller.register(thread.fd, select.POLLIN)
+    pending, deadline, aborted = b"", None, False
+    while True:
+        wait = None if thread.fd >= 0 else POLL
+        if deadline is not None:
+            wait = max(0.0, deadline - time.monotonic())
+        ready = [fd for fd, _ in poller.poll(None if wait is None else wait * 1000)]
+        if control in ready:
+            data = os.read(control, 4096)
+            if not data:
+                return False
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                if line == b"done":
+                    return True
+                if line.startswith(b"detaching ") and deadline is None:
+                    deadline = time.monotonic() + float(line[10:])
+                    if thread.fd >= 0:
+                        poller.unregister(thread.fd)    # its end is expected now
+        elif deadline is not None:
+            if time.monotonic() < deadline:
+                continue
+            if aborted:
+                return False
+            if abort >= 0:
+                os.write(abort, b"1")
+            else:
+                umount(mountpoint, MNT_FORCE | MNT_DETACH)
+            aborted, deadline = True, deadline + AFTERMATH
+        elif thread.gone():
+            return False
+
+
+def say(text: str) -> None:
+    """To the kernel's log: there is no client and no terminal to tell."""
+    try:
+        with open("/dev/kmsg", "w") as log:
+            log.write(f"muenfast: {text}\n")
+    except OSError:
+        pass        # a container without it; the exit status still tells
+
+
+def main(arguments: list[str]) -> int:
+    control, abort, pid, tid = map(int, arguments[:4])
+    mountpoint, node = arguments[4:]
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")
+    try:
+        done = watch(control, abort, Thread(pid, tid), mountpoint)
+    except Exception as error:      # whatever it is: from here on nobody else would clean up
+        say(f"watchdog of {node}: {error!r}")
+        done = False
+    if done:
+        return 0
+    signal.alarm(LIMIT)     # default action: ends us, should a step hang after all
+    failed = release(mountpoint, node, abort)
+    say(f"{node}: process {pid} died with the device attached; "
+        + ("not cleaned: " + "; ".join(failed) if failed else "cleaned up"))
+    return 2 if failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
