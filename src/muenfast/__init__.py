@@ -1,0 +1,41 @@
+"""Block and network channels of the Muen separation kernel, in user space.
+
+Importing opens nothing and loads nothing compiled; names come when they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from muenfast._ring import Reader, Result, Writer
+    from muenfast.blk import BlockDevice, BlockServer, ExportConfig, exports_from_lists
+    from muenfast.channel import open_reader, open_writer
+    from muenfast.errors import BrokenChannelError, ClaimError, MuenfastError, PeerError, UsageError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Reader": "_ring", "Result": "_ring", "Writer": "_ring",
+    "BlockDevice": "blk", "BlockServer": "blk", "ExportConfig": "blk", "exports_from_lists": "blk",
+    "open_reader": "channel", "open_writer": "channel",
+    "BrokenChannelError": "errors", "ClaimError": "errors", "MuenfastError": "errors", "PeerError": "errors",
+    "UsageError": "errors",
+}
+
+__all__ = ["BlockDevice", "BlockServer", "BrokenChannelError", "ClaimError", "ExportConfig", "MuenfastError",
+           "PeerError", "Reader", "Result", "UsageError", "Writer", "exports_from_lists", "open_reader", "open_writer"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

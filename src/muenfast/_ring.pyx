@@ -893,6 +893,36 @@ def layout():
             "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL}
 
 
+def newest(memory, most):
+    """The last elements of a channel, oldest first, as (number, bytes), and the channel's state in a word.
+
+    For looking at a channel: reads elements that other readers may have consumed. Raises UsageError.
+    """
+    cdef Mapping m = Mapping.__new__(Mapping)
+    cdef reader_t r
+    cdef ring_status status
+    cdef uint64_t wc, n, k, got
+    found = []
+    m.hold(memory, False, SHMSTREAM_HEADER_SIZE)
+    try:
+        reader_init(&r, m.base, m.length, 0, 0)
+        status = reader_sync(&r)
+        if status != EPOCH_CHANGED:
+            return found, "inactive" if status == INACTIVE else "incompatible"
+        wc = load_acquire64(&r.hdr.wc)
+        n = min(most, min(wc, r.elements))
+        for k in range(n):
+            reader_goto(&r, wc - n + k)
+            r.wc = wc
+            data = PyBytes_FromStringAndSize(NULL, r.size)
+            status = reader_copy(&r, <uint8_t *>PyBytes_AS_STRING(data), 1, &got)
+            if status == SUCCESS and got == 1:
+                found.append((wc - n + k, data))
+        return found, "active"
+    finally:
+        m.drop()
+
+
 def bell_state(memory):
     """What stands in a bell: a dict, or None when the buffer holds none. Values are a peer's claims, not facts."""
     cdef Mapping m = Mapping.__new__(Mapping)

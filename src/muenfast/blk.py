@@ -630,7 +630,6 @@ class AttachedDisk:
     def __init__(self, device: BlockDevice, attach: str) -> None:
         self.device = device
         self.front: Any = None
-        self.claim: shm.Claim | None = None
         self.attach = attach
 
     @property
@@ -686,19 +685,25 @@ class BlockClients(_Group):
     def _attach(self, disk: AttachedDisk) -> None:
         from muenfast.attach import fuse, loop
 
-        # A name is free when nobody alive claims it; what a dead client left under it goes first.
+        disk.device.client.background = True
         for name in loop.device_names():
+            # A name is free when nobody alive claims it; what a dead client left under it goes first.
             try:
                 claim = shm.claim(f"name-{name}", f"/dev/{name}")
             except ClaimError:
                 continue
+            try:
+                for complaint in fuse.reclaim_name(shm.runtime_dir(), name):
+                    log.warning("/dev/%s: %s", name, complaint)
+                disk.front = fuse.FuseAttachment.attach(disk.device.client, name, shm.runtime_dir())
+            except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps
+                claim.release()
+                continue
+            except BaseException:
+                claim.release()
+                raise
             break
         self._stack.callback(claim.release)
-        for complaint in fuse.reclaim_name(shm.runtime_dir(), name):
-            log.warning("/dev/%s: %s", name, complaint)
-        disk.claim = claim
-        disk.device.client.background = True
-        disk.front = fuse.FuseAttachment.attach(disk.device.client, name, shm.runtime_dir())
         self._stack.callback(self._detach, disk)
         log.info("disk %s: attached as %s", disk.device.channels.name, disk.front.device)
 

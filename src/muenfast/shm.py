@@ -786,8 +786,16 @@ def claim(key: str, what: str, info: dict[str, Any] | None = None) -> Claim:
 
 def claim_writer(region: Region, role: str) -> Claim:
     """Claims the writer's side of a channel: its device, inode and offset. Raises ClaimError, OSError."""
-    key = f"writer-{region.device}-{region.inode}-{region.locator.offset}"
-    return _claim(key, f"the writer's side of channel {region.locator.text}", {"role": role}, False)
+    return _claim(_writer_key(region), f"the writer's side of channel {region.locator.text}", {"role": role}, False)
+
+
+def writer_holder(region: Region) -> dict[str, Any] | None:
+    """Who has claimed the writer's side of a channel, as holder() tells it; None: nobody."""
+    return holder(_writer_key(region))
+
+
+def _writer_key(region: Region) -> str:
+    return f"writer-{region.device}-{region.inode}-{region.locator.offset}"
 
 
 def claim_backing(fd: int, path: str, *, shared: bool, timeout: float = 5.0) -> Claim:

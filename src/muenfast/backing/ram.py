@@ -12,6 +12,8 @@ from muenfast._blk import Store
 from muenfast.backing import Backing, Device
 from muenfast.errors import UsageError
 
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module names it from Python 3.13 on
+
 
 class RamBacking(Backing):
     """A RAM disk. A named one is a POSIX region of exactly its size, kept until `chan rm NAME`."""
@@ -20,7 +22,7 @@ class RamBacking(Backing):
         with ExitStack() as stack:
             if device.name is None:
                 # Private and not reserved: pages come with the first write to them.
-                memory = mmap.mmap(-1, device.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+                memory = mmap.mmap(-1, device.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
                 stack.callback(memory.close)
                 self.store = Store.in_memory(memory, read_only=read_only)
             else:

@@ -1,0 +1,7 @@
+"""python -m muenfast"""
+
+import sys
+
+from muenfast.cli import main
+
+sys.exit(main())

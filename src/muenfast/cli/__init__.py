@@ -1,0 +1,78 @@
+"""The command line: one module per command; the only place that prints.
+
+Exit status: 0 done, 1 something failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from muenfast.errors import MuenfastError, UsageError
+
+# command -> what `muenfast --help` says of it; each is a module here with add_arguments(parser) and run(arguments).
+COMMANDS = {
+    "blk": "export disks over channels, or attach exported ones (--client)",
+    "chan": "list, show, create, remove and dump channels",
+    "stat": "what the serving processes of this user do",
+    "demo": "the whole way once: export, attach, ext4, real files, checksums",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
+        epilog="Lists are comma-separated and paired by position.")
+    top.add_argument("--version", action="version", version=f"muenfast {_version()}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        importlib.import_module(f"muenfast.cli.{name}").add_arguments(sub)
+    return top
+
+
+def _version() -> str:
+    from muenfast import __version__
+
+    return __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
+        return int(end.code or 0)
+    level = os.environ.get("MUENFAST_LOG", "WARNING").upper()
+    logging.basicConfig(stream=sys.stderr, format="muenfast: %(message)s",
+                        level=level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING")
+    if getattr(arguments, "verbose", False):
+        logging.getLogger("muenfast").setLevel(logging.INFO)
+    try:
+        return int(importlib.import_module(f"muenfast.cli.{arguments.command}").run(arguments))
+    except UsageError as error:
+        return _fail(error, 2)
+    except MuenfastError as error:
+        return _fail(error, 1)
+    except BrokenPipeError:
+        # The reader of our output has gone; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(error, 1)
+    except ImportError as error:
+        if not (error.name or "").startswith("muenfast."):
+            raise
+        return _fail(f"{error}: the compiled modules are missing; install with `pip install .` or `make build`", 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"muenfast: {error}", file=sys.stderr)
+    return status

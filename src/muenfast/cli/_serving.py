@@ -1,0 +1,59 @@
+"""What all serving commands share: the ready line, signals, systemd, one way out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+
+class Stop:
+    """SIGINT and SIGTERM as a flag one can wait on; install before anything is opened. Context manager."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._set)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, until: Callable[[], bool] | None = None) -> None:
+        """Returns after a signal, or once until() is true (asked five times a second)."""
+        while not self._event.wait(0.2 if until else None):
+            if until is not None and until():
+                return
+
+
+def notify(state: str) -> None:
+    """sd_notify(3): tells systemd, where it started us (NOTIFY_SOCKET)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+        s.connect(address)
+        s.sendall(state.encode())
+
+
+def say_ready(lines: list[str]) -> None:
+    """One line per export or disk, then `ready`, flushed."""
+    for line in lines:
+        print(line)
+    print("ready", flush=True)
+    notify("READY=1")

@@ -1,0 +1,208 @@
+"""muenfast chan: channels as they stand in memory, decoded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from muenfast.errors import UsageError
+
+_HEADER = struct.Struct("<8Q")
+_FIELDS = ("transport", "epoch", "protocol", "size", "elements", "reserved", "wsc", "wc")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """list, show, create, rm, dump."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    sub = actions.add_parser("list", help="all regions of POSIX shared memory that hold or held a channel")
+    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--all", action="store_true", help="other regions of shared memory, too")
+    sub = actions.add_parser("show", help="one channel's header, counters and holders")
+    sub.add_argument("channel")
+    sub.add_argument("--json", action="store_true")
+    sub = actions.add_parser("create", help="make a region that stays until it is removed")
+    sub.add_argument("channel", nargs="+")
+    sub.add_argument("--size", default="1M", help="bytes, like 1M (default)")
+    sub.add_argument("--mode", default="600", help="octal permissions (default: 600)")
+    sub = actions.add_parser("rm", help="remove a region and its bell")
+    sub.add_argument("channel", nargs="+")
+    sub.add_argument("--force", action="store_true", help="even while it is in use")
+    sub = actions.add_parser("dump", help="the readable elements of an active channel, the last ones first")
+    sub.add_argument("channel")
+    sub.add_argument("-n", "--number", type=int, default=4, help="how many elements (default: 4)")
+    sub.add_argument("--bytes", type=int, default=64, help="bytes of each (default: 64)")
+    sub.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs one action."""
+    return int(globals()["_" + arguments.action](arguments))
+
+
+def look(channel: str) -> dict[str, Any]:
+    """What stands in a channel's header and bell, who uses it; every value is as found, checked for nothing."""
+    from muenfast import shm
+    from muenfast._ring import bell_state, layout
+
+    locator = shm.Locator.parse(channel)
+    with _observe(locator) as region:
+        size = len(region.view)
+        found: dict[str, Any] = {"name": channel, "bytes": size, "users": shm.users(region),
+                                 "writer": shm.writer_holder(region)}
+        if size >= _HEADER.size:
+            found.update(zip(_FIELDS, _HEADER.unpack(region.view[:_HEADER.size]), strict=True))
+            found["channel"] = found["transport"] == layout()["transport"]
+            found["fits"] = bool(found["size"] and found["elements"]
+                                 and found["size"] * found["elements"] <= size - _HEADER.size)
+        else:
+            found["channel"] = False
+    found["bell"] = None
+    bell = locator.bell
+    if bell is not None:
+        try:
+            with _observe(bell) as region:
+                if len(region.view) >= layout()["bell_size"]:
+                    found["bell"] = bell_state(region.view)
+        except FileNotFoundError:
+            pass
+    state = found["bell"]
+    if found.get("epoch") and state and state["reader_epoch"] == found["epoch"]:
+        found["lag"] = max(0, found["wc"] - state["reader_rc"])
+    return found
+
+
+class _observe:
+    """A region mapped read-only by somebody who only looks: leaving never removes it."""
+
+    def __init__(self, locator: Any) -> None:
+        from muenfast import shm
+
+        self._region = shm.Region.open(locator, writable=False)
+
+    def __enter__(self) -> Any:
+        return self._region
+
+    def __exit__(self, *exc: object) -> None:
+        self._region.close(keep=True)
+
+
+def _state(found: dict[str, Any]) -> str:
+    if not found["channel"]:
+        return "no channel" if found.get("transport") else "never active"
+    return "active" if found["epoch"] else "inactive"
+
+
+def _holder(found: dict[str, Any]) -> str:
+    writer = found["writer"]
+    return f"{writer['pid']} ({writer.get('role') or writer.get('comm')})" if writer else "-"
+
+
+def _channels(every: bool) -> Iterator[dict[str, Any]]:
+    from muenfast import shm
+
+    for region in shm.list_regions():
+        try:
+            found = look(region["name"])
+        except (OSError, UsageError):
+            continue  # gone, or taken from us, since the list was made
+        if every or found["channel"] or found["users"]:
+            yield {**found, "auto": region["auto"]}
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    found = list(_channels(arguments.all))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    rows = [("NAME", "BYTES", "STATE", "PROTOCOL", "SIZE", "ELEMENTS", "WC", "LAG", "USERS", "WRITER")]
+    for c in found:
+        rows.append((c["name"], str(c["bytes"]), _state(c),
+                     *((f"{c['protocol']:x}", str(c["size"]), str(c["elements"]), str(c["wc"])) if c["channel"]
+                       else ("-", "-", "-", "-")), str(c.get("lag", "-")), str(len(c["users"])), _holder(c)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    found = look(arguments.channel)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(f"{found['name']}: {found['bytes']} bytes, {_state(found)}")
+    if "transport" in found:
+        for field in _FIELDS:
+            value = found[field]
+            print(f"  {field:<10} {value:#018x}" if field in ("transport", "epoch", "protocol")
+                  else f"  {field:<10} {value}")
+        if found["channel"] and not found["fits"]:
+            print("  the geometry does not fit the region")
+    print(f"  writer     {_holder(found)}")
+    for user in found["users"]:
+        print(f"  user       {user['pid']} ({user.get('comm')}, {'writes' if user.get('writable') else 'reads'})")
+    bell = found["bell"]
+    if bell is None:
+        print("  bell       none")
+    else:
+        rings = "rings" if found.get("epoch") and bell["ringer"] == found["epoch"] else "does not ring"
+        print(f"  bell       {rings}, reader at {bell['reader_rc']}"
+              + (f", lag {found['lag']}" if "lag" in found else "") + f", store {bell['store']}")
+    return 0
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    from muenfast import params, shm
+    from muenfast._ring import layout
+
+    size = params.size("--size", None, arguments.size, least=layout()["header_size"] + 1)
+    try:
+        mode = int(arguments.mode, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise UsageError("permissions are an octal number, like 640", option="--mode", value=arguments.mode)
+    locators = [shm.Locator.parse(name, option="CHANNEL", index=i) for i, name in enumerate(arguments.channel)]
+    made = []
+    try:
+        for locator in locators:
+            shm.make_region(locator, size, mode)
+            made.append(locator)
+    except BaseException:
+        for locator in made:
+            shm.remove_region(locator)
+        raise
+    return 0
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    from muenfast import shm
+
+    for locator in [shm.Locator.parse(name, option="CHANNEL", index=i) for i, name in enumerate(arguments.channel)]:
+        shm.remove_region(locator, force=arguments.force)
+    return 0
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    from muenfast import shm
+    from muenfast._ring import newest
+
+    if arguments.number < 1 or arguments.bytes < 1:
+        raise UsageError("numbers of elements and bytes are above 0")
+    with _observe(shm.Locator.parse(arguments.channel)) as region:
+        elements, reason = newest(region.view, arguments.number)
+    if arguments.json:
+        print(json.dumps({"name": arguments.channel, "state": reason,
+                          "elements": [{"number": n, "hex": data.hex()} for n, data in elements]}, indent=2))
+    else:
+        print(f"{arguments.channel}: {reason}, {len(elements)} elements")
+        for n, data in elements:
+            print(f"element {n}, {len(data)} bytes")
+            for at in range(0, min(len(data), arguments.bytes), 16):
+                row = data[at:at + 16]
+                text = "".join(chr(b) if 32 <= b < 127 else "." for b in row)
+                print(f"  {at:08x}  {row.hex(' '):<47}  {text}")
+    return 0
