@@ -1,0 +1,179 @@
+"""What all tests share: names of their own, a runtime directory of their own, and a look for left-overs after each.
+
+Only what belongs to this test run is looked at (names carry our process number, paths lie below our temporary
+directory), so that several runs may share a machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PREFIX = f"mf{os.getpid()}-"
+_numbers = itertools.count()
+
+
+def unique(word: str = "x") -> str:
+    """A name for shared memory that nobody else uses."""
+    return f"{PREFIX}{next(_numbers)}-{word}"
+
+
+@pytest.fixture
+def names() -> Callable[[str], str]:
+    """unique(word)."""
+    return unique
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runtime directory of the test's own, for this process and its children."""
+    path = tmp_path / "run"
+    monkeypatch.setenv("MUENFAST_RUNTIME_DIR", str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest, tmp_path: Path, runtime: Path) -> Iterator[None]:
+    """After the test there is no region, claim, node, loop device, mount, process, thread or descriptor more."""
+    before = leftovers(tmp_path)
+    threads, descriptors = threading.active_count(), _descriptors()
+    yield
+    end = time.monotonic() + 5
+    while True:
+        gc.collect()
+        left = {kind: sorted(found - before[kind]) for kind, found in leftovers(tmp_path).items()}
+        left = {kind: found for kind, found in left.items() if found}
+        if threading.active_count() > threads:
+            left["threads"] = [thread.name for thread in threading.enumerate()]
+        if _descriptors() > descriptors:
+            left["descriptors"] = _open_files()
+        if not left or time.monotonic() > end:
+            break
+        time.sleep(0.02)  # a process that was told to end, a mount that is being torn down
+    for pid in left.get("processes", ()):
+        os.kill(int(pid.split()[0]), signal.SIGKILL)
+    assert not left, f"{request.node.name} left behind: {left}"
+
+
+def leftovers(below: Path) -> dict[str, set[str]]:
+    """What a test may leave on the machine, by kind."""
+    books = {str(path) for path in (below / "run").rglob("*") if not path.is_dir()}
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        mounts = {line.split()[4] for line in file if str(below) in line}
+    loops = set()
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if str(below) in entry.read_text():
+                loops.add(entry.parts[3])
+        except OSError:  # detached while we looked
+            continue
+    return {"shared memory": {name for name in os.listdir("/dev/shm") if PREFIX in name},
+            "book-keeping": books, "mounts": mounts, "loop devices": loops, "nodes": _nodes(),
+            "processes": set(_children())}
+
+
+def _nodes() -> set[str]:
+    """Nodes of disks whose loop device is free: those of a client that lives are somebody's."""
+    found = set()
+    for node in Path("/dev").glob("muendisk*"):
+        try:
+            info = node.stat()
+        except OSError:
+            continue
+        if stat.S_ISBLK(info.st_mode) and not Path(f"/sys/block/loop{os.minor(info.st_rdev)}/loop").exists():
+            found.add(str(node))
+    return found
+
+
+def _children() -> Iterator[str]:
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids = (task / "children").read_text().split()
+        except OSError:
+            continue
+        for pid in pids:
+            try:
+                yield f"{pid} {Path(f'/proc/{pid}/cmdline').read_text().replace(chr(0), ' ')}"
+            except OSError:
+                continue
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _open_files() -> list[str]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
+        except OSError:
+            continue
+    return found
+
+
+class Program:
+    """A `muenfast` process: started, waited for until ready, ended by signal; always gone at the end."""
+
+    def __init__(self, *words: str, ready: bool = True, cwd: str | None = None) -> None:
+        self.process = subprocess.Popen([sys.executable, "-m", "muenfast", *words], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True)
+        self.lines: list[str] = []
+        if ready:
+            self.wait_ready()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> list[str]:
+        """The lines before `ready`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line == "ready\n":
+                return self.lines
+            self.lines.append(line.rstrip("\n"))
+        _, errors = self.process.communicate(timeout=10)
+        raise AssertionError(f"not ready, status {self.process.returncode}: {errors}")
+
+    def end(self, number: int = signal.SIGTERM, timeout: float = 20) -> tuple[int, str]:
+        """Status and what it wrote to standard error."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=timeout)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[..., Program]]:
+    """Starts Programs; each one still running at the end is killed."""
+    started: list[Program] = []
+
+    def start(*words: str, **options: object) -> Program:
+        new = Program.__new__(Program)
+        started.append(new)
+        new.__init__(*words, **options)  # type: ignore[misc]
+        return new
+
+    yield start
+    for one in reversed(started):
+        if hasattr(one, "process") and one.process.poll() is None:
+            one.process.kill()
+            one.process.communicate()
+
+
+def run(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Runs `muenfast WORDS` to its end."""
+    return subprocess.run([sys.executable, "-m", "muenfast", *words], capture_output=True, text=True,
+                          timeout=timeout, check=False)
