@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/syscall.h>
@@ -90,12 +89,9 @@ static inline int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) {
 static inline int futex_wake_all(uint32_t *word) {
     return syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0) < 0 ? -errno : 0;
 }
-/* CPUs this thread may run on: with one, spinning only keeps the peer from running. */
-static inline int usable_cpus(void) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
+/* With one CPU online, spinning only keeps the peer from running. What this thread is pinned to tells nothing: the
+ * peer may have the other CPU. Whether spinning pays is learnt from its success. */
+static inline int online_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
 
 /* Ownership flag of an object that one thread at a time may use. Under the GIL it changes only while the GIL is held;
  * free-threaded builds need the atomic. */

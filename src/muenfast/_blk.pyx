@@ -4,6 +4,7 @@ Both run without the GIL and allocate nothing per request. Trust: of every forei
 copied once, validated, and only the copy is used; payload is used in place and checked for being intact
 afterwards (server, writes) or copied and checked before anybody sees it (client, reads).
 """
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer,
@@ -561,6 +562,7 @@ cdef void memory_submit(void *ctx, io_t *io) noexcept nogil:
     io.done(io)
 
 
+@cython.final
 cdef class Memory(Target):
     """A disk in plain memory, executed inside submit(): the most a front end can reach, for tests and benchmarks."""
     cdef store_t store

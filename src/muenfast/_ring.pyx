@@ -5,6 +5,7 @@ Python. The protocol never blocks the writer: a slow reader is overrun and told 
 docs/memory-model.md. Trust: a reader copies each header field once, checks the copy and uses the copy; it
 reads nothing outside the memory it was given whatever the region holds.
 """
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
@@ -164,7 +165,7 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.capacity = length - SHMSTREAM_HEADER_SIZE
     r.want_size = size
     r.want_protocol = protocol
-    r.may_spin = usable_cpus() > 1
+    r.may_spin = online_cpus() > 1
     r.spin_score = SPIN_SCORE
 
 
@@ -514,6 +515,7 @@ cdef class Endpoint:
         self.close()
 
 
+@cython.final
 cdef class Writer(Endpoint):
     """The writing side of one channel.
 
@@ -699,6 +701,7 @@ cdef void put_many(writer_t *w, const uint8_t *data, uint64_t n) noexcept nogil:
         n -= batch
 
 
+@cython.final
 cdef class Reader(Endpoint):
     """The reading side of one channel; invisible to the writer, one of any number.
 

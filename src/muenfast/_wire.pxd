@@ -24,7 +24,7 @@ cdef extern from "_atomics.h" nogil:
     void sleep_ns(uint64_t ns) noexcept
     int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) noexcept
     int futex_wake_all(uint32_t *word) noexcept
-    int usable_cpus() noexcept
+    int online_cpus() noexcept
     bint busy_enter(uint32_t *flag) noexcept
     void busy_leave(uint32_t *flag) noexcept
 
