@@ -185,16 +185,19 @@ class Export:
         self._thread.start()
 
     def _open(self) -> None:
-        channels = self.config.channels
-        self._ends = channels.open(serving=True)
+        self._ends = self.config.channels.open(serving=True)
         try:
-            self.server = Server(
-                self._ends[0].view, self._ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
-                response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
-                response_bell=self._ends[1].bell_view, poll=channels.poll)
+            self._serve_ends()
         except BaseException:
             self._close_ends()
             raise
+
+    def _serve_ends(self) -> None:
+        channels = self.config.channels
+        self.server = Server(
+            self._ends[0].view, self._ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
+            response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
+            response_bell=self._ends[1].bell_view, poll=channels.poll)
 
     def _close_ends(self) -> None:
         for end in self._ends:
@@ -220,18 +223,27 @@ class Export:
                     self.config.channels.req.text, "header",
                     f"protocol {protocol:x}, size {size}, elements {elements}",
                     f"protocol {self.config.channels.req_protocol:x}, size {_LAYOUT['event_size']}, elements that fit"))
-            elif not self.server.connected:
+            if self.server.broken or (event == "tick" and not self.server.connected):
                 self._look()
 
     def _look(self) -> None:
         """Follows the channels' names while no client is there: a peer may have made them anew."""
-        if self.server.broken and not self._broken:
+        broken = self.server.broken
+        if broken and not self._broken:
             self._broken = True
-            channel = self.config.channels.req if self.server.broken == "request" else self.config.channels.resp
-            log.error("export %s: %s", self.name, BrokenChannelError(channel.text))
-        if not any(end.replaced() for end in self._ends):
-            return
+            log.error("export %s: %s", self.name, BrokenChannelError(self._ends[broken == "response"].locator.text))
         old = self.server
+        if not any(end.replaced() for end in self._ends):
+            if broken and not any(end.region.truncated() for end in self._ends):
+                old.close()
+                if all(end.remap() for end in self._ends):
+                    self._serve_ends()
+                    self.server.inherit(old)
+                    self._broken = False
+                    log.info("export %s: channel memory is back", self.name)
+                    return
+            else:
+                return
         self._leave()
         complaint = ""
         while not self._stop.is_set():
@@ -364,6 +376,7 @@ class BlockDevice:
         self._failure: str | None = None
         self._rmw = threading.Lock()
         self._complaint = ""
+        self._broken = False
         self._known = False  # whether the server's claim was ever seen held
         self._open()
         self._thread = threading.Thread(target=self._run, name=f"disk {channels.name}", daemon=True)
@@ -443,7 +456,7 @@ class BlockDevice:
                 else:
                     stuck_since = 0.0
                 progress = self.client.progress
-            if state in ("connecting", "lost") and not self.client.server_active:
+            if self.client.broken or (state in ("connecting", "lost") and not self.client.server_active):
                 self._look()
 
     def _answered(self) -> None:
@@ -487,9 +500,17 @@ class BlockDevice:
 
     def _look(self) -> None:
         """Follows the channels' names while no server is there."""
-        if not any(end.replaced() for end in self._ends):
+        replaced = any(end.replaced() for end in self._ends)
+        broken = self.client.broken
+        if broken and not self._broken:
+            self._broken = True
+            log.error("disk %s: %s", self.channels.name, BrokenChannelError(self._ends[broken == "response"].locator.text))
+        if not replaced and not broken:
             return
         try:
+            if not replaced:
+                self._remap()
+                return
             fresh = self.channels.open(serving=False, old=self._ends)
         except (OSError, MuenfastError) as error:
             if str(error) != self._complaint:
@@ -500,8 +521,16 @@ class BlockDevice:
         for old, new in zip(self._ends, fresh, strict=True):
             if old is not new:
                 old.close()
-        self._ends, self._complaint = fresh, ""
+        self._ends, self._complaint, self._broken = fresh, "", False
         log.info("disk %s: channels were made anew", self.channels.name)
+
+    def _remap(self) -> None:
+        """After a peer truncated a channel and gave it its size back."""
+        if all(end.remap() for end in self._ends):
+            self.client.rebind(self._ends[0].view, self._ends[1].view, self._ends[0].bell_view,
+                               self._ends[1].bell_view)
+            self._broken = False
+            log.info("disk %s: channel memory is back", self.channels.name)
 
     # -------------------------------------------------------------- use
 

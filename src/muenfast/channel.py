@@ -36,8 +36,9 @@ class End:
         self.claim: shm.Claim | None = None
         self.bell: shm.Region | None = None
         with ExitStack() as stack:
-            self.region = stack.enter_context(shm.Region.open(
-                self.locator, writable=writes, create=create if self.locator.posix else None))
+            self.region = shm.Region.open(self.locator, writable=writes,
+                                          create=create if self.locator.posix else None)
+            stack.callback(lambda: self.region.close())
             if len(self.region.view) < least:
                 raise UsageError(f"channel {self.locator.text} has {len(self.region.view)} bytes, at least {least} "
                                  "are needed", hint="remove it, or name another")
@@ -66,6 +67,23 @@ class End:
     def replaced(self) -> bool:
         """Whether the channel's name means another region now, or none."""
         return self.region.replaced()
+
+    def remap(self) -> bool:
+        """Maps the same region anew, after a peer truncated it and gave it its size back; whether it could.
+
+        An engine that still holds the old view keeps that memory mapped until it lets go. Raises OSError, PeerError.
+        """
+        if self.region.truncated():
+            return False
+        fresh = shm.Region.open(self.locator, writable=self.region.writable)
+        if (fresh.device, fresh.inode) != (self.region.device, self.region.inode) or \
+                len(fresh.view) < len(self.region.view):
+            fresh.close(keep=True)
+            return False
+        # Opened before the old one is left: we stay a user of the region all the time.
+        self.region.close(keep=True)
+        self.region = fresh
+        return True
 
     def close(self) -> None:
         """Leaves the channel; the last clean leaver removes what was made automatically."""
