@@ -324,6 +324,8 @@ class TestEnd:
         assert eventually(lambda: attachment.failed)
         assert eventually(lambda: not os.path.exists(place.device))     # the watchdog acts
         assert len(attachment.detach()) == 1        # says so
+        with pytest.raises(ValueError, match="closed"):
+            attachment.disk.run()
 
     @pytest.mark.parametrize("hammers", [0, 8], ids=["idle", "own threads wait for the device"])
     def test_kill(self, place, hammers):
@@ -367,12 +369,13 @@ class TestEnd:
         assert not os.path.exists(place.device)
         assert fuse.reclaim(info) == []
 
-    def test_sweep(self, place):
+    def test_reclaim_by_name(self, place):
         client, info = start_client(place)
-        assert fuse.sweep(place.runtime_dir) == [] and os.path.exists(place.device)     # alive: left alone
         os.kill(info["watchdog"], signal.SIGKILL)
         end_client(client)
-        assert fuse.sweep(place.runtime_dir) == []
+        assert fuse.reclaim_name(place.runtime_dir, place.name + "x") == [] and os.path.exists(place.device)
+        assert fuse.reclaim_name(place.runtime_dir, place.name) == []
+        assert not os.path.exists(place.device)
 
     def test_watchdog_ignores_the_terminals_signals(self, attach):
         attachment = attach()

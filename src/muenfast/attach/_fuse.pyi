@@ -1,6 +1,6 @@
 from typing import Final
 
-from muenfast._blk import Target
+from muenfast._blk import Target as Target
 
 class FuseDisk:
     target: Final[Target]

@@ -228,6 +228,8 @@ cdef extern from "<fcntl.h>" nogil:
     enum: O_ACCMODE
     enum: O_RDONLY
 
+globals()["Target"] = Target    # for callers, which take the type from here: a cimport alone is no attribute
+
 
 cdef enum:
     BLOCK = 4096
@@ -752,7 +754,7 @@ cdef class FuseDisk:
         cdef int status
         with nogil:
             status = umount2(path, MNT_DETACH)
-        if status != 0 and errno != EINVAL:
+        if status != 0 and errno != EINVAL and errno != ENOENT:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
 
     @property

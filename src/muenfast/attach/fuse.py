@@ -25,7 +25,7 @@ from muenfast.attach import loop, watchdog
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
-    from muenfast._blk import Target
+    from muenfast.attach._fuse import Target
 
 try:
     from muenfast.attach._fuse import FuseDisk
@@ -310,12 +310,14 @@ def reclaim(info: Info) -> list[str]:
     return _release(mountpoint, name)
 
 
-def sweep(runtime_dir: str | os.PathLike[str]) -> list[str]:
-    """reclaim() for every mount directory whose process is gone, for deaths before a record was stored."""
-    left: list[str] = []
+def reclaim_name(runtime_dir: str | os.PathLike[str], name: str) -> list[str]:
+    """reclaim() for whatever dead processes left under *name*, whether or not their record survives.
+
+    Precondition: the caller holds the claim on the name, so nobody alive uses it.
+    """
     parent = Path(os.path.abspath(runtime_dir), "mnt")
+    left: list[str] = []
     for entry in sorted(os.listdir(parent)) if parent.is_dir() else []:
-        name, dash, pid = entry.rpartition("-")
-        if dash and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+        if entry.rpartition("-")[0] == name:
             left += _release(str(parent / entry), name)
     return left
