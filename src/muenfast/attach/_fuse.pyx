@@ -202,7 +202,6 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_ANONYMOUS
     enum: MAP_NORESERVE
     enum: MADV_NOHUGEPAGE
-    enum: MADV_DONTFORK
     void *MAP_FAILED
     void *mmap(void *addr, size_t size, int prot, int flags, int fd, off_t off)
     int munmap(void *addr, size_t size)
@@ -218,14 +217,6 @@ cdef extern from "<sys/mount.h>" nogil:
     int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
     int umount2(const char *target, int flags)
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum: POLLIN
-    int poll(pollfd *fds, unsigned long count, int timeout)
-
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
 
@@ -236,6 +227,8 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<fcntl.h>" nogil:
     enum: O_ACCMODE
     enum: O_RDONLY
+
+globals()["Target"] = Target    # for callers, which take the type from here: a cimport alone is no attribute
 
 
 cdef enum:
@@ -267,7 +260,6 @@ cdef struct disk_t:
     bint read_only
     unsigned depth
     unsigned max_io
-    bint burst
     int fuse_fd                 # libfuse's after construction
     fuse_session *session
     request_t *requests
@@ -520,10 +512,7 @@ cdef int receive(disk_t *d) noexcept nogil:
     """One receive thread: 0 when the session ended (unmounted, aborted, exit()), else -errno."""
     global current_request
     cdef request_t *r = NULL
-    cdef pollfd waiting
     cdef int n = 0
-    waiting.fd = d.fuse_fd
-    waiting.events = POLLIN
     while True:
         if r == NULL:
             r = take(d)
@@ -531,12 +520,9 @@ cdef int receive(disk_t *d) noexcept nogil:
                 n = 0
                 break
         n = fuse_session_receive_buf(d.session, &r.buf)
-        if n == -EINTR:
+        if n == -EINTR or n == -EAGAIN:
             continue
-        if n == -EAGAIN:
-            poll(&waiting, 1, -1)       # an abort is POLLERR here and ENODEV in the next receive
-            continue
-        if n <= 0:
+        if n <= 0:      # 0: the session ended, ENODEV included
             break
         current_request = r
         fuse_session_process_buf(d.session, &r.buf)
@@ -592,10 +578,10 @@ cdef class FuseDisk:
 
     target: executes the I/O; its submit() is called from every thread inside run(), its done from any.
     mountpoint: an existing directory of the caller's; only the caller's user may look into the mount.
+    read_only: refuse writes, also where the target takes them.
     depth: request objects, and so the most I/Os the target ever has at a time (1 to 4096).
     max_io: bytes of one request, a multiple of 4096, at most 1 MiB; the caller holds the loop device to it
     (max_sectors_kb), so that resident memory stays near depth * (max_io + 4096).
-    burst: receive without blocking until nothing is left, then poll; else block in each receive.
 
     After construction the kernel's INIT has been answered and the file system waits for run().
     Raises ValueError for a bad depth, max_io or disk size, OSError (filename set) when the device, the
@@ -608,8 +594,8 @@ cdef class FuseDisk:
     cdef readonly int abort_fd      # that connection's fusectl "abort", or -1 where there is no fusectl
     cdef bytes path
 
-    def __cinit__(self, Target target not None, str mountpoint not None, *, unsigned depth=64,
-                  unsigned max_io=131072, bint burst=False):
+    def __cinit__(self, Target target not None, str mountpoint not None, *, bint read_only=False,
+                  unsigned depth=64, unsigned max_io=131072):
         cdef pthread_condattr_t attr
         cdef disk_t *d
         cdef request_t *r
@@ -633,8 +619,8 @@ cdef class FuseDisk:
         self.d = d                      # from here on __dealloc__ frees it
         d.fuse_fd = -1
         d.submit, d.ctx = target.submit, target.ctx
-        d.size, d.read_only = target.nblocks * BLOCK, target.read_only
-        d.depth, d.max_io, d.burst = depth, max_io, burst
+        d.size, d.read_only = target.nblocks * BLOCK, read_only or target.read_only
+        d.depth, d.max_io = depth, max_io
         d.requests = <request_t *>calloc(depth, sizeof(request_t))
         if d.requests == NULL:
             raise MemoryError()
@@ -693,8 +679,6 @@ cdef class FuseDisk:
             free(first.mem)
         if n <= 0 or not d.got_init or fuse_session_exited(d.session):
             raise OSError(-n if n < 0 else EPROTO, "FUSE INIT failed", self.mountpoint)
-        if d.burst:
-            os.set_blocking(d.fuse_fd, False)
         if root_device(self.path, &major, &minor) != 0:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
         # fc->dev = new_decode_dev(s_dev), fs/fuse/inode.c; an anonymous device's major is 0
@@ -710,7 +694,7 @@ cdef class FuseDisk:
         if self.abort_fd >= 0:
             c_close(self.abort_fd)
         # A receive thread or the target still knows the disk: its memory is left to the process.
-        if self.d != NULL and self.d.runners == 0 and self.d.in_flight == 0:
+        if self.d != NULL and drain(self.d, 0):
             destroy(self.d)
 
     cdef disk_t *_open(self) except NULL:
@@ -770,8 +754,12 @@ cdef class FuseDisk:
         cdef int status
         with nogil:
             status = umount2(path, MNT_DETACH)
-        if status != 0 and errno != EINVAL:
+        if status != 0 and errno != EINVAL and errno != ENOENT:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+
+    @property
+    def read_only(self):
+        return self._open().read_only
 
     @property
     def in_flight(self):
@@ -806,7 +794,7 @@ cdef class FuseDisk:
             idle = drain(d, timeout)
         if not idle:
             raise TimeoutError(f"{self.mountpoint}: {d.runners} receive threads and {d.in_flight} requests "
-                               f"are still out after {timeout:g} s")
+                               f"are still out after {timeout:.1f} s")
         self.d = NULL
         destroy(d)
         if self.abort_fd >= 0:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ from muenfast.attach import loop, watchdog
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
-    from muenfast._blk import Target
+    from muenfast.attach._fuse import Target
 
 try:
     from muenfast.attach._fuse import FuseDisk
@@ -35,8 +37,17 @@ CAP_SYS_ADMIN = 21      # uapi/linux/capability.h
 GRACE = 1.0             # seconds for short users of the device (a probe, a last close) before it counts as busy
 AFTER_ABORT = 1.0       # seconds for each thing that an abort sets free
 
-Info = TypedDict("Info", {"pid": int, "name": str, "device": str, "mountpoint": str, "loop": int,
-                          "connection": int, "watchdog": int})
+
+class Info(TypedDict):
+    """An attachment's record, as the claim on its name keeps it."""
+
+    pid: int
+    name: str
+    device: str
+    mountpoint: str
+    loop: int
+    connection: int
+    watchdog: int
 
 
 def available() -> str | None:
@@ -71,12 +82,13 @@ class FuseAttachment:
         self._attached = False
 
     @classmethod
-    def attach(cls, target: Target, name: str, runtime_dir: str | os.PathLike[str], *, threads: int = 1,
-               depth: int = 64, max_io: int = 131072) -> FuseAttachment:
+    def attach(cls, target: Target, name: str, runtime_dir: str | os.PathLike[str], *, read_only: bool = False,
+               threads: int = 1, depth: int = 64, max_io: int = 131072) -> FuseAttachment:
         """Make *target* appear as /dev/*name*; all or nothing.
 
         The caller holds the claim on *name* and stores info() in it. runtime_dir: the private mount point
-        becomes runtime_dir/mnt/NAME-PID. threads: receive threads. depth, max_io: see FuseDisk.
+        becomes runtime_dir/mnt/NAME-PID. read_only: also where the target could be written. threads: receive
+        threads. depth, max_io: see FuseDisk.
         Raises UsageError where available() says why not, OSError (filename set) for what the kernel refuses.
         """
         if reason := available():
@@ -90,7 +102,7 @@ class FuseAttachment:
         with contextlib.ExitStack() as undo:
             directory.mkdir(mode=0o700)
             undo.callback(directory.rmdir)
-            new.disk = FuseDisk(target, new.mountpoint, depth=depth, max_io=max_io)
+            new.disk = FuseDisk(target, new.mountpoint, read_only=read_only, depth=depth, max_io=max_io)
             undo.callback(new._end_session)
             for number in range(threads):
                 thread = threading.Thread(target=new._receive, name=f"fuse-{name}-{number}", daemon=True)
@@ -98,7 +110,8 @@ class FuseAttachment:
                 new._threads.append(thread)
             new._start_watchdog()
             undo.callback(new._end_watchdog)
-            new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=target.read_only, max_io=max_io)
+            new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=new.disk.read_only,
+                                   max_io=max_io)
             undo.callback(loop.detach, new.loop)
             loop.make_node(name, new.loop)
             undo.pop_all()
@@ -139,7 +152,10 @@ class FuseAttachment:
                 if not self._owns_loop():
                     freed.append(True)      # the watchdog or an administrator was faster
                     return
-                _flush(self.loop, left)
+                try:
+                    _flush(self.loop, left)
+                except OSError as problem:
+                    left.append(f"{self.device}: not all data was written: {problem}")
                 freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
             except OSError as problem:
                 left.append(f"{self.device}: {problem}")
@@ -150,7 +166,7 @@ class FuseAttachment:
         if worker.is_alive():
             left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")
         if freed != [True]:
-            left += users_of(self.loop, self.device)
+            left += users_of(self.loop, self.device, but=os.getpid() if worker.is_alive() else None)
             left += self._try(self.disk.exit)
             worker.join(AFTER_ABORT)
         left += self._try(self._end_session, max(AFTER_ABORT, end - time.monotonic()))
@@ -227,7 +243,8 @@ def _mounts_of(number: int) -> list[tuple[str, str]]:
         left, right = line.split(" - ", 1)
         fields = left.split(" ")
         if fields[2] == f"{loop.LOOP_MAJOR}:{number}":
-            found.append((fields[4].encode().decode("unicode_escape"), right.split(" ")[0]))
+            directory = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+            found.append((directory, right.split(" ")[0]))
     return found
 
 
@@ -248,22 +265,28 @@ def _flush(number: int, left: list[str]) -> None:
         os.close(fd)
 
 
-def users_of(number: int, device: str) -> list[str]:
-    """Who has a loop device in use, as sentences. Only names are compared: asking files could wait for them."""
+def users_of(number: int, device: str, but: int | None = None) -> list[str]:
+    """Who has a loop device in use, as sentences, leaving out process *but*.
+
+    Only names are compared: asking the files could wait for them.
+    """
     found = [f"{device} is still mounted on {directory} ({kind})" for directory, kind in _mounts_of(number)]
     names = {device, f"{device} (deleted)", loop.path_of(number)}
     for line in Path("/proc/swaps").read_text().splitlines()[1:]:
         if line.split()[0] in names | {f"{device}\\040(deleted)"}:
             found.append(f"{device} is still used as swap space")
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
         try:
-            if any(os.readlink(entry) in names for entry in os.scandir(process / "fd")):
-                command = (process / "comm").read_text().strip()
-                found.append(f"process {process.name} ({command}) still has {device} open")
+            if os.readlink(link) not in names:
+                continue
+            pid = link.split("/")[2]
+            if pid == str(but):
+                continue
+            sentence = f"process {pid} ({Path('/proc', pid, 'comm').read_text().strip()}) still has {device} open"
         except OSError:
             continue        # ended, or closed the descriptor, while we looked
+        if sentence not in found:
+            found.append(sentence)
     holders = os.listdir(f"/sys/block/loop{number}/holders")
     found += [f"{device} is still part of /dev/{holder}" for holder in holders]
     return found or [f"{device} is still in use (by the kernel, or in another mount namespace)"]
