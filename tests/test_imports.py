@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "_ring": {"errors", "_wire", "_guard"},
     "channel": {"errors", "shm", "_ring"},
     "_blk": {"errors", "_wire", "_guard", "_ring"},
-    "backing": {"errors", "params", "shm"},
+    "backing": {"errors", "params", "shm", "_ring", "_blk"},
     "attach._fuse": {"errors", "params", "shm", "_blk"},
     "attach": {"errors", "params", "shm", "attach._fuse"},
     "control": {"errors", "shm"},

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("muenfast")
 
 _LAYOUT = layout()
-BLOCK = _LAYOUT["block_size"]
-REQUEST_PROTOCOL = _LAYOUT["request_protocol"]
-RESPONSE_PROTOCOL = _LAYOUT["response_protocol"]
+BLOCK: int = _LAYOUT["block_size"]
+REQUEST_PROTOCOL: int = _LAYOUT["request_protocol"]
+RESPONSE_PROTOCOL: int = _LAYOUT["response_protocol"]
 REGION_SIZE = 0x100000  # PROTOCOLS: the known peer's inline regions, 254 elements
 _LEAST = _LAYOUT["header_size"] + _LAYOUT["event_size"]
 _TICK = 0.2  # seconds between looks at names, claims and policies

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 try:
     from muenfast.attach._fuse import FuseDisk
 except ImportError as error:
-    FuseDisk = None
+    FuseDisk = None  # type: ignore[assignment,misc]
     _missing = str(error)
 
 CAP_SYS_ADMIN = 21      # uapi/linux/capability.h
@@ -226,7 +227,7 @@ class FuseAttachment:
             raise TimeoutError(errno.ETIMEDOUT, "the watchdog did not end and was killed") from None
 
     @staticmethod
-    def _try(action, *arguments) -> list[str]:
+    def _try(action: Callable[..., object], *arguments: object) -> list[str]:
         try:
             action(*arguments)
         except FileNotFoundError:

@@ -33,6 +33,10 @@ import stat
 import sys
 import time
 
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which costs megabytes
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 LOOP_CLR_FD = 0x4C01        # uapi/linux/loop.h
 MNT_FORCE, MNT_DETACH = 1, 2    # sys/mount.h; FUSE takes MNT_FORCE as "abort the connection"
 PIDFD_THREAD = os.O_EXCL    # uapi/linux/pidfd.h, Linux 6.9
@@ -96,14 +100,14 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
     """
     failed: list[str] = []
 
-    def step(action, *arguments):
+    def step(action: Callable[..., object], *arguments: object) -> None:
         try:
             action(*arguments)
         except FileNotFoundError:
             pass        # done before us
         except OSError as error:
             if error.errno != errno.ENXIO:      # LOOP_CLR_FD of a device that is free
-                failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno)}")
+                failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno or 0)}")
 
     loops = loops_below(mountpoint)
     if abort >= 0:

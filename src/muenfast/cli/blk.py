@@ -86,7 +86,7 @@ def _client(arguments: argparse.Namespace) -> int:
                                                    same_store=bool(arguments.same_store)))
         control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
         stack.callback(control.close)
-        said = []
+        said: list[bool] = []
 
         def waiting() -> bool:
             if not said:
