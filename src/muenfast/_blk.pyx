@@ -52,11 +52,11 @@ cdef enum:
 
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
-# How long a client that (re)connects waits for a server to notice that it had gone.
-cdef uint64_t FAREWELL_NS = 300_000_000
+# How long a client that (re)connects waits for a server to notice that it had gone: as long as a slow disk may take
+# over the writes that it executes out of the request slots.
+cdef uint64_t FAREWELL_NS = 5_000_000_000
 # After this long without an answer to `size` from an active server the client starts over.
 cdef uint64_t ANSWER_NS = 1_000_000_000
-cdef uint64_t TICK_NS = 100_000_000
 cdef unsigned long TIMER_SLACK_NS = 1000
 # Blocking calls look for signals this often.
 cdef uint64_t SIGNALS_NS = 50_000_000
@@ -278,6 +278,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
     """Completes the headers of the batch's answers first..first+n-1 in the first n reserved slots; publishes them.
 
     A write whose slot the client overwrote meanwhile is torn: WSC is looked at again after the data was used.
+    A client that has begun a new epoch gets no answer to the old one's requests.
     """
     cdef uint64_t k, wsc
     cdef bint same
@@ -291,7 +292,8 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
                 count64(&s.n.torn, 1)
         s.heads[first + k].error = s.errors[first + k]
         memcpy(writer_slot(&s.w, k), &s.heads[first + k], sizeof(block_event_header))
-    writer_publish(&s.w, n)
+    if same:
+        writer_publish(&s.w, n)
 
 
 cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
@@ -373,6 +375,7 @@ cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
         if status == EPOCH_CHANGED:
             s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
             s.knows_epoch = True
+            s.refused = 0
             writer_start(&s.w, random_epoch())
             count64(&s.n.connections, 1)
             return SERVER_CONNECTED
@@ -440,9 +443,9 @@ cdef class Server:
         if response_bell is not None:
             self.response_bell = hold(response_bell, True, sizeof(bell_page))
             self.s.w.bell = self.response_bell.as_bell()
-        announce(self.s.w.bell, ENDPOINT_SERVING, store)
-        # A dead predecessor's epoch must not look alive: its answers are nobody's.
+        # A dead predecessor's epoch must not look alive: its answers are nobody's, and our store is not its.
         writer_stop(&self.s.w)
+        announce(self.s.w.bell, ENDPOINT_SERVING, store)
 
     def run(self, seconds=1.0):
         """Serves for about `seconds` or until something happened; the event's name (one of EVENTS)."""
@@ -481,6 +484,8 @@ cdef class Server:
     @property
     def fault(self):
         """What an incompatible request channel's header holds: (protocol, size, elements), as read now."""
+        if self.request is None or not self.request.held:
+            return (0, 0, 0)
         return (load_relaxed64(&self.s.r.hdr.protocol), load_relaxed64(&self.s.r.hdr.size),
                 load_relaxed64(&self.s.r.hdr.elements))
 
@@ -634,13 +639,17 @@ cdef struct client_t:
     uint32_t base           # priv of request 0 of this epoch
     uint32_t window
     uint32_t state
+    uint64_t server         # response epoch of the server that was resumed with
     bint fail_fast          # while lost, new requests fail
     # The reaper: belongs to whoever set `reaping`.
     uint32_t reaping
+    uint32_t takers         # threads that must have it next: resume, fail, forget, rebind, close
     uint64_t tail           # all requests below are answered; read by issuers
     uint32_t phase
     uint64_t phase_since
-    uint64_t sectors
+    uint64_t sectors        # as answered ...
+    uint8_t store[16]       # ... and what the same server's bell said: its store, zero = none,
+    uint32_t flags          # and STORE_READ_ONLY
     uint64_t answers        # progress, for the stuck detector
     # Threads that wait for an answer.
     uint32_t turn           # futex: somebody finished or stopped reaping
@@ -659,6 +668,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
 
     Invariant: head - tail <= window <= elements of either ring, and tail counts answered requests only, so that
     neither the request ring (the server has read what it answered) nor the response ring can overrun.
+    Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
     """
     cdef uint64_t n, k, room
     cdef io_t *io
@@ -669,7 +679,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
     h.valid = 1
     while c.first != NULL:
         room = c.window - (c.head - load_acquire64(&c.tail))
-        if room == 0:
+        if room == 0 or load_relaxed64(&c.r.hdr.epoch) != c.server:
             return
         n = 0
         io = c.first
@@ -693,11 +703,12 @@ cdef void client_issue(client_t *c) noexcept nogil:
             e.id = h.id
             e.index = io.issued
             e.io = io
-            store_release32(&e.state, ENTRY_ISSUED)
-            store_release64(&c.head, c.head + 1)
             io.issued += 1
             if io.kind == IO_SYNC or io.issued == io.nblocks:
-                c.first = io.next       # once published, io may be done and gone
+                c.first = io.next
+            # From here on io may be done and gone: a hostile server answers what it has not been sent yet.
+            store_release32(&e.state, ENTRY_ISSUED)
+            store_release64(&c.head, c.head + 1)
         writer_publish(&c.w, n)
 
 
@@ -836,7 +847,8 @@ cdef void client_lost(client_t *c) noexcept nogil:
 
 
 cdef bint client_grab(client_t *c) noexcept nogil:
-    return exchange_acqrel32(&c.reaping, 1) == 0
+    """Whether reaping is ours now; never before a taker."""
+    return load_relaxed32(&c.takers) == 0 and exchange_acqrel32(&c.reaping, 1) == 0
 
 
 cdef void client_release(client_t *c) noexcept nogil:
@@ -853,15 +865,18 @@ cdef void wake_callers(client_t *c) noexcept nogil:
 
 
 cdef ring_status client_serve(client_t *c, uint64_t ns, const uint32_t *until) noexcept nogil:
-    """Reaps for at most ns nanoseconds or until until[0]; the last status. Precondition: reaping is ours."""
+    """Reaps for at most ns nanoseconds, until until[0] or a taker comes; the last status.
+
+    Precondition: reaping is ours, state is READY.
+    """
     cdef uint64_t start = now_ns(), passed
     cdef ring_status status
     while True:
         status = client_reap(c)
-        if load_acquire32(until) != 0:
-            return status
         if status != SUCCESS and status != NO_DATA:
             client_lost(c)
+            return status
+        if load_acquire32(until) != 0 or load_relaxed32(&c.takers) != 0:
             return status
         if status == NO_DATA:
             passed = now_ns() - start
@@ -908,15 +923,24 @@ cdef void client_await(client_t *c, blocking_t *b, uint64_t ns) noexcept nogil:
         passed = now_ns() - start
 
 
-cdef bint client_take(client_t *c) noexcept nogil:
-    """Takes the right to reap from whoever has it; bounded by the longest reader_wait."""
+cdef void client_take(client_t *c) noexcept nogil:
+    """Takes the right to reap from whoever has it, before all who merely wait for answers.
+
+    Bounded by the longest client_serve or client_connect: those return once there is a taker.
+    """
+    fetch_add_acqrel32(&c.takers, 1)
+    while exchange_acqrel32(&c.reaping, 1) != 0:
+        sleep_ns(100_000)
+    fetch_add_acqrel32(&c.takers, <uint32_t>-1)
+
+
+cdef bint client_take_turn(client_t *c, uint64_t ns) noexcept nogil:
+    """As client_take, but after all who use that, and for at most ns nanoseconds."""
     cdef uint64_t start = now_ns()
     while not client_grab(c):
-        if c.r.bell != NULL:
-            bell_kick(c.r.bell)
-        sleep_ns(100_000)
-        if now_ns() - start > 10 * TICK_NS:
+        if now_ns() - start >= ns:
             return False
+        sleep_ns(100_000)
     return True
 
 
@@ -953,6 +977,8 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
     cdef io_t *following
     pthread_mutex_lock(&c.lock)
     store_release32(&c.state, state)
+    c.phase = PHASE_FAREWELL            # what was given up is never answered in a later life's name
+    c.phase_since = 0
     io = c.first
     c.first = c.last = NULL
     while io != NULL:                   # queued, perhaps partly issued: unissued blocks are answered here
@@ -982,7 +1008,11 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
 
 
 cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
-    """Looks through one batch of answers for the one to `size`; whether it was there and good."""
+    """Looks through one batch of answers for the one to `size`; whether it was there and good.
+
+    What the bell says counts only while the answering epoch stands in it: what a predecessor left there does not
+    vouch for a server that has no bell.
+    """
     cdef uint64_t n = available if available < BATCH else BATCH
     cdef uint64_t k, sectors = 0
     cdef block_event_header h
@@ -994,7 +1024,12 @@ cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
         if h.kind == EVENT_COMMAND and h.id == COMMAND_SIZE and h.priv == c.base - 1 and h.error == 0:
             memcpy(&sectors, slot + sizeof(h), sizeof(sectors))
             found = True
-    if not reader_intact(&c.r):
+    memset(c.store, 0, sizeof(c.store))
+    c.flags = 0
+    if c.r.bell != NULL and load_acquire64(&c.r.bell.ringer) == c.r.epoch:
+        memcpy(c.store, c.r.bell.store, sizeof(c.store))
+        c.flags = load_relaxed32(&c.r.bell.flags)
+    if not reader_intact(&c.r):         # covers the bell: a server ends its predecessor's epoch before it speaks
         reader_recover(&c.r)
         return False
     reader_advance(&c.r, n)
@@ -1017,7 +1052,7 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
     while True:
         now = now_ns()
         passed = now - start
-        if passed >= ns or load_relaxed32(&c.stop) != 0:
+        if passed >= ns or load_relaxed32(&c.stop) != 0 or load_relaxed32(&c.takers) != 0:
             return False
         if c.phase == PHASE_FAREWELL:
             if c.phase_since == 0:
@@ -1056,10 +1091,10 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
             reader_wait(&c.r, min(ns - passed, ANSWER_NS), &c.stop)
 
 
-cdef void client_resume(client_t *c) noexcept nogil:
+cdef bint client_resume(client_t *c) noexcept nogil:
     """Becomes READY in the new epoch and issues again, in their order, all requests not answered.
 
-    Precondition: reaping is ours, phase ANSWERED.
+    False: the server that answered is not there any more, nothing was done. Precondition: reaping is ours.
     """
     cdef entry_t again[WINDOW]
     cdef uint64_t n = 0, k, at, done
@@ -1068,7 +1103,14 @@ cdef void client_resume(client_t *c) noexcept nogil:
     cdef entry_t *e
     cdef block_event_header h
     cdef uint8_t *slot
+    if c.state >= CLIENT_FAILED or c.state == CLIENT_READY or c.phase != PHASE_ANSWERED:
+        return False
+    if load_acquire64(&c.r.hdr.epoch) != c.r.epoch:
+        c.phase = PHASE_FAREWELL
+        c.phase_since = 0
+        return False
     pthread_mutex_lock(&c.lock)
+    c.server = c.r.epoch
     while c.tail != c.head:
         e = &c.entries[c.tail % c.window]
         if e.state != ENTRY_FREE and e.io != NULL:
@@ -1119,6 +1161,7 @@ cdef void client_resume(client_t *c) noexcept nogil:
     pthread_mutex_unlock(&c.lock)
     client_finish(c, finished)
     wake_callers(c)
+    return True
 
 
 cdef class Client(Target):
@@ -1191,12 +1234,12 @@ cdef class Client(Target):
         cdef client_t *c = self.c
         old = (self.request, self.response, self.request_bell, self.response_bell)
         with nogil:
-            while not client_take(c):
-                pass
+            client_take(c)
         pthread_mutex_lock(&c.lock)
         try:
             if c.state >= CLIENT_FAILED:
                 raise UsageError("this device has failed or is closed")
+            writer_stop(&c.w)           # a server that is still there learns that we have left
             self.bind(request, response, request_bell, response_bell, c.r.poll_ns)
             if c.state == CLIENT_READY:
                 store_release32(&c.state, CLIENT_LOST)
@@ -1229,13 +1272,15 @@ cdef class Client(Target):
             if load_relaxed32(&c.stop) != 0:
                 pass
             elif c.state == CLIENT_CONNECTING or c.state == CLIENT_LOST:
-                if client_take(c):
-                    answered = client_connect(c, ns)
+                if client_take_turn(c, ns):
+                    if c.state == CLIENT_CONNECTING or c.state == CLIENT_LOST:
+                        answered = client_connect(c, ns)
                     client_release(c)
             elif c.state == CLIENT_READY:
                 if load_relaxed32(&c.background) != 0:
-                    if client_take(c):
-                        client_serve(c, ns, &c.stop)
+                    if client_take_turn(c, ns):
+                        if c.state == CLIENT_READY:
+                            client_serve(c, ns, &c.stop)
                         client_release(c)
                 else:
                     store_relaxed32(&c.wanted, 0)
@@ -1263,22 +1308,27 @@ cdef class Client(Target):
             bell_kick(self.c.r.bell)
 
     def resume(self):
-        """After "answered": takes the geometry and (re-)issues everything not answered."""
+        """After "answered": takes the geometry and (re-)issues everything not answered.
+
+        False when the server that answered has gone meanwhile: run() again.
+        """
+        cdef bint resumed
+        cdef uint64_t before = self.nblocks
         self.nblocks = self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
-        self.read_only = (self.response_bell is not None and self.c.r.bell != NULL
-                          and load_relaxed32(&self.c.r.bell.flags) & STORE_READ_ONLY != 0)
+        self.read_only = self.c.flags & STORE_READ_ONLY != 0
         with nogil:
-            while not client_take(self.c):
-                pass
-            client_resume(self.c)
+            client_take(self.c)
+            resumed = client_resume(self.c)
             client_release(self.c)
+        if not resumed:
+            self.nblocks = before
+        return bool(resumed)
 
     def fail(self, *, forever=True):
         """Answers everything outstanding with EIO; forever: everything to come, too."""
         cdef uint32_t state = CLIENT_FAILED if forever else CLIENT_LOST
         with nogil:
-            while not client_take(self.c):
-                pass
+            client_take(self.c)
             if self.c.state < CLIENT_FAILED:
                 if state == CLIENT_LOST and self.c.state == CLIENT_CONNECTING:
                     state = CLIENT_CONNECTING
@@ -1313,12 +1363,8 @@ cdef class Client(Target):
 
     @property
     def store(self):
-        """The identity the server announces (16 bytes), None where it announces none."""
-        cdef uint8_t copy[16]
-        if self.c.r.bell == NULL:
-            return None
-        memcpy(copy, self.c.r.bell.store, 16)
-        identity = PyBytes_FromStringAndSize(<char *>copy, 16)
+        """The identity that the server of the last answer announced (16 bytes), None where it announced none."""
+        identity = PyBytes_FromStringAndSize(<char *>self.c.store, 16)
         return identity if any(identity) else None
 
     @property
@@ -1331,13 +1377,13 @@ cdef class Client(Target):
 
     @property
     def server_active(self):
-        """Whether the response channel is active now."""
-        return load_acquire64(&self.c.r.hdr.epoch) != 0
+        """Whether the response channel is active now; False once closed."""
+        return self.response is not None and self.response.held and load_acquire64(&self.c.r.hdr.epoch) != 0
 
     @property
     def incompatible(self):
         """(protocol, size, elements) of a response channel that was refused, or None."""
-        if self.c.r.refused == 0:
+        if self.c.r.refused == 0 or self.response is None or not self.response.held:
             return None
         return (load_relaxed64(&self.c.r.hdr.protocol), load_relaxed64(&self.c.r.hdr.size),
                 load_relaxed64(&self.c.r.hdr.elements))
@@ -1398,8 +1444,7 @@ cdef class Client(Target):
                     PyErr_CheckSignals()
                 except BaseException:
                     with nogil:
-                        while not client_take(c):
-                            pass
+                        client_take(c)
                         client_forget(c, &b)
                         client_release(c)
                     raise
@@ -1446,14 +1491,16 @@ cdef class Client(Target):
         cdef Py_buffer view
         cdef io_t *ios
         cdef uint64_t n = len(blocks), k, each, at
-        if n == 0:
-            return
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
-        ios = <io_t *>calloc(n, sizeof(io_t))
+        ios = NULL
         try:
-            if ios == NULL:
-                raise MemoryError()
-            each = <uint64_t>view.len // n
+            if n == 0 and view.len == 0:
+                return
+            if n != 0:
+                ios = <io_t *>calloc(n, sizeof(io_t))
+                if ios == NULL:
+                    raise MemoryError()
+            each = 0 if n == 0 else <uint64_t>view.len // n
             if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % BLOCK_SIZE != 0:
                 raise UsageError(f"{view.len} bytes are not {n} equal pieces of whole blocks of {BLOCK_SIZE}")
             each //= BLOCK_SIZE
@@ -1461,9 +1508,9 @@ cdef class Client(Target):
             for block in blocks:
                 if k == n:
                     break
+                if block < 0 or block + each > self.nblocks:
+                    raise UsageError(f"{each} blocks from {block} on reach beyond the disk's {self.nblocks}")
                 at = block
-                if at > self.nblocks or each > self.nblocks - at:
-                    raise UsageError(f"{each} blocks from {at} on reach beyond the disk's {self.nblocks}")
                 ios[k].kind = IO_WRITE if write else IO_READ
                 ios[k].block = at
                 ios[k].nblocks = <uint32_t>each
@@ -1494,8 +1541,7 @@ cdef class Client(Target):
         if not busy_enter(&self.busy):
             raise UsageError("end the background thread before closing a Client")
         with nogil:
-            while not client_take(c):
-                pass
+            client_take(c)
             client_fail(c, CLIENT_CLOSED)
             writer_stop(&c.w)
             store_release32(&c.reaping, 0)

@@ -35,6 +35,7 @@ RESPONSE_PROTOCOL: int = _LAYOUT["response_protocol"]
 REGION_SIZE = 0x100000  # PROTOCOLS: the known peer's inline regions, 254 elements
 _LEAST = _LAYOUT["header_size"] + _LAYOUT["event_size"]
 _TICK = 0.2  # seconds between looks at names, claims and policies
+_QUIET = 1.0  # seconds between two lines of the log that a peer can cause at will
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ class Export:
             self._stack = stack.pop_all()
         self._stop = threading.Event()
         self._broken = False
+        self._complained, self._swallowed = -_QUIET, 0
         self._thread = threading.Thread(target=self._serve, name=f"export {config.channels.name}", daemon=True)
 
     @property
@@ -208,31 +210,71 @@ class Export:
         self._close_ends()
 
     def _serve(self) -> None:
+        batches = -1
         while not self._stop.is_set():
             event = self.server.run(_TICK)
-            if event == "connected":
+            if event == "tick":
+                before, batches = batches, self.server.counters["batches"]
+                try:
+                    self._look(idle=not self.server.connected or batches == before)
+                except Exception as error:  # nobody else would hear of it, and the export goes on
+                    self._complain("cannot look after its channels: %s", error)
+                    self._stop.wait(_TICK)
+            elif event == "connected":
                 log.info("export %s: client connected", self.name)
             elif event == "disconnected":
                 log.info("export %s: client left", self.name)
             elif event == "overrun":
-                log.warning("export %s: the client wrote more than the ring holds: %d requests lost, reconnecting",
-                            self.name, self.server.counters["lost"])
+                self._complain("the client wrote more than the ring holds: %d requests lost so far, reconnecting",
+                               self.server.counters["lost"])
             elif event == "incompatible":
                 protocol, size, elements = self.server.fault
-                log.warning("%s", PeerError(
+                self._complain("%s", PeerError(
                     self.config.channels.req.text, "header",
                     f"protocol {protocol:x}, size {size}, elements {elements}",
                     f"protocol {self.config.channels.req_protocol:x}, size {_LAYOUT['event_size']}, elements that fit"))
-            if self.server.broken or (event == "tick" and not self.server.connected):
-                self._look()
 
-    def _look(self) -> None:
-        """Follows the channels' names while no client is there: a peer may have made them anew."""
+    def _complain(self, text: str, *values: object) -> None:
+        """A warning about a peer, who shall not fill our log."""
+        now = time.monotonic()
+        if now - self._complained < _QUIET:
+            self._swallowed += 1
+            return
+        more = f" ({self._swallowed} warnings more were left out)" if self._swallowed else ""
+        log.warning("export %s: " + text + "%s", self.name, *values, more)
+        self._complained, self._swallowed = now, 0
+
+    def _look(self, idle: bool) -> None:
+        """Follows the channels' memory: a peer may have made them anew, or truncated one and given it its size back.
+
+        An active request channel may be a dead client's: where nothing comes from it and a name means another region
+        by now, we follow; where the name is merely gone, its client may still be there.
+        """
         broken = self.server.broken
         if broken and not self._broken:
             self._broken = True
             log.error("export %s: %s", self.name, BrokenChannelError(self._ends[broken == "response"].locator.text))
         old = self.server
+        stale = [end for end in self._ends if end.replaced()]
+        if broken and not stale:
+            if not any(end.region.truncated() for end in self._ends):
+                old.close()
+                if all(end.remap() for end in self._ends):
+                    self._serve_ends()
+                    self.server.inherit(old)
+                    self._broken = False
+                    log.info("export %s: channel memory is back", self.name)
+                    return
+                self._reopen(old)
+            return
+        if not (idle or broken) or not stale:
+            return
+        if self.server.connected and not broken and not any(os.path.exists(end.locator.path) for end in stale):
+            return
+        self._reopen(old)
+
+    def _reopen(self, old: Server) -> None:
+        """Leaves the channels and opens what their names mean now; waits where that fails."""
         if not any(end.replaced() for end in self._ends):
             if broken and not any(end.region.truncated() for end in self._ends):
                 old.close()
@@ -253,7 +295,7 @@ class Export:
                 self._broken = False
                 log.info("export %s: channels were made anew", self.name)
                 return
-            except (OSError, MuenfastError) as error:
+            except Exception as error:
                 if str(error) != complaint:
                     complaint = str(error)
                     log.warning("export %s: waiting for its channels: %s", self.name, error)
@@ -383,6 +425,8 @@ class BlockDevice:
         self._thread.start()
         try:
             if timeout != 0 and not self.wait_ready(timeout):
+                if self._failure is not None:
+                    raise PeerError(channels.resp.text, "size", self._failure, "a disk")
                 if self.client.incompatible is not None:
                     protocol, size, elements = self.client.incompatible
                     raise PeerError(channels.resp.text, "header",
@@ -414,24 +458,32 @@ class BlockDevice:
             end.close()
 
     def wait_ready(self, timeout: float | None = None) -> bool:
-        """Waits until the server answered, seconds or without end; whether it did. False at once when closed."""
+        """Waits until the server answered, seconds or without end; whether it did. False at once when the device is
+        closed or has failed."""
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready.is_set():
             left = 0.05 if end is None else min(0.05, end - time.monotonic())
-            if left <= 0 or self._stop.is_set():
+            if left <= 0 or self._stop.is_set() or self._failure is not None:
                 return False
             self._ready.wait(left)
         return True
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except BaseException as error:  # without this thread every request would wait for ever
+            log.exception("disk %s", self.channels.name)
+            self._give_up(f"its thread ended: {error!r}")
+
+    def _follow(self) -> None:
         lost_since = stuck_since = 0.0
         progress = -1
         while not self._stop.is_set():
             state = self.client.run(_TICK)
             now = time.monotonic()
             if state == "answered":
-                self._answered()
-                lost_since = 0.0
+                if self._answered():
+                    lost_since = 0.0
             elif state == "lost":
                 if not lost_since:
                     lost_since = now
@@ -444,34 +496,44 @@ class BlockDevice:
                 elif self._policy.mode == "timeout" and now - lost_since > self._policy.seconds:
                     self.client.fail(forever=False)
                     lost_since = now
-            elif state == "ready" and self._policy.mode != "queue":
+            elif state == "ready":
+                before, progress = progress, self.client.progress
+                if progress != before:
+                    stuck_since = 0.0
+                    continue
+                self._look(gone=False)
+                if self._policy.mode == "queue" or self.client.state != "ready":
+                    continue
                 if self._server_died():
                     self.client.fail(forever=False)
-                elif self.client.in_flight and self.client.progress == progress:
+                elif self._policy.mode == "timeout" and self.client.in_flight:
                     stuck_since = stuck_since or now
-                    if self._policy.mode == "timeout" and now - stuck_since > self._policy.seconds:
+                    if now - stuck_since > self._policy.seconds:
                         log.warning("disk %s: no answer for %g s", self.channels.name, self._policy.seconds)
                         self.client.fail(forever=False)
                         stuck_since = 0.0
                 else:
                     stuck_since = 0.0
-                progress = self.client.progress
-            if self.client.broken or (state in ("connecting", "lost") and not self.client.server_active):
-                self._look()
+            if state in ("connecting", "lost") or self.client.broken:
+                self._look(gone=not self.client.server_active)
 
-    def _answered(self) -> None:
-        """The server named a size: issue again if it is the same disk, else fail for good."""
+    def _answered(self) -> bool:
+        """The server named a size: issue again if it is the same disk, else fail for good.
+
+        False when it has gone meanwhile.
+        """
         blocks, store = int(self.client.answered_blocks), self.client.store
         if not self._ready.is_set():
             if blocks == 0:
                 self._give_up("the server's disk has no block")
-                return
+                return True
+            if not self.client.resume():
+                return False
             self._store = store
-            self.client.resume()
             self.read_only = bool(self.client.read_only)
             self._ready.set()
             log.info("disk %s: connected, %d bytes", self.channels.name, blocks * BLOCK)
-            return
+            return True
         same = self._same_store or (store is not None and store == self._store)
         if blocks != self.client.nblocks:
             self._give_up(f"the server returned with {blocks} blocks instead of {self.client.nblocks}")
@@ -479,9 +541,12 @@ class BlockDevice:
             self._give_up("the server returned with another store" if store is not None else
                           "the server that returned does not say which store it has (--same-store trusts it)")
         else:
-            self.client.resume()
+            before = self.client.counters["reissued"]
+            if not self.client.resume():
+                return False
             log.info("disk %s: the server is back, %d requests issued again", self.channels.name,
-                     self.client.counters["reissued"])
+                     self.client.counters["reissued"] - before)
+        return True
 
     def _give_up(self, why: str) -> None:
         self._failure = why
@@ -494,43 +559,54 @@ class BlockDevice:
 
     def _server_died(self) -> bool:
         """Whether the writer's claim on the response channel is free although it once was held."""
-        held = shm.writer_holder(self._ends[1].region) is not None
+        try:
+            held = shm.writer_holder(self._ends[1].region) is not None
+        except OSError as error:
+            self._complain("cannot see whether its server lives", error)
+            return False
         self._known = self._known or held
         return self._known and not held
 
-    def _look(self) -> None:
-        """Follows the channels' names while no server is there."""
-        replaced = any(end.replaced() for end in self._ends)
+    def _complain(self, what: str, error: Exception) -> None:
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            log.warning("disk %s: %s: %s", self.channels.name, what, error)
+
+    def _look(self, gone: bool) -> None:
+        """Follows the channels' memory, as Export._look does. gone: whether no server is there; an active response
+        channel may be a dead server's: then we follow only where a name means another region by now."""
         broken = self.client.broken
         if broken and not self._broken:
             self._broken = True
-            log.error("disk %s: %s", self.channels.name, BrokenChannelError(self._ends[broken == "response"].locator.text))
-        if not replaced and not broken:
-            return
+            log.error("disk %s: %s", self.channels.name,
+                      BrokenChannelError(self._ends[broken == "response"].locator.text))
         try:
-            if not replaced:
-                self._remap()
+            stale = [end for end in self._ends if end.replaced()]
+            if broken and not stale:
+                if all(end.remap() for end in self._ends):
+                    self.client.rebind(self._ends[0].view, self._ends[1].view, self._ends[0].bell_view,
+                                       self._ends[1].bell_view)
+                    self._broken = False
+                    log.info("disk %s: channel memory is back", self.channels.name)
                 return
-            fresh = self.channels.open(serving=False, old=self._ends)
+            if not stale or not gone and not broken and not any(os.path.exists(end.locator.path) for end in stale):
+                return
+            with ExitStack() as undo:
+                fresh = self.channels.open(serving=False, old=self._ends)
+                for end in fresh:
+                    if end not in self._ends:
+                        undo.callback(end.close)
+                self.client.rebind(fresh[0].view, fresh[1].view, fresh[0].bell_view, fresh[1].bell_view)
+                undo.pop_all()
+            old, self._ends = self._ends, fresh
+            for end in old:
+                if end not in fresh:
+                    end.close()
         except (OSError, MuenfastError) as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                log.warning("disk %s: waiting for its channels: %s", self.channels.name, error)
+            self._complain("waiting for its channels", error)
             return
-        self.client.rebind(fresh[0].view, fresh[1].view, fresh[0].bell_view, fresh[1].bell_view)
-        for old, new in zip(self._ends, fresh, strict=True):
-            if old is not new:
-                old.close()
-        self._ends, self._complaint, self._broken = fresh, "", False
+        self._complaint, self._broken = "", False
         log.info("disk %s: channels were made anew", self.channels.name)
-
-    def _remap(self) -> None:
-        """After a peer truncated a channel and gave it its size back."""
-        if all(end.remap() for end in self._ends):
-            self.client.rebind(self._ends[0].view, self._ends[1].view, self._ends[0].bell_view,
-                               self._ends[1].bell_view)
-            self._broken = False
-            log.info("disk %s: channel memory is back", self.channels.name)
 
     # -------------------------------------------------------------- use
 
@@ -557,6 +633,7 @@ class BlockDevice:
 
     def pread(self, length: int, offset: int) -> bytes:
         """`length` bytes from byte `offset` on. Raises UsageError (beyond the disk), OSError."""
+        self._span(offset, length)
         data = bytearray(length)
         self.pread_into(data, offset)
         return bytes(data)
