@@ -152,8 +152,10 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
     flagged = [params.flag("--read-only", i, text) for i, text in enumerate(flags or ["no"])]
     if len(flagged) == 1:
         flagged *= len(channels)
-    stores = [("--device", i, d.text, os.path.realpath(shm.Locator.parse(d.name).path if d.name else d.path), 0, math.inf)
-              for i, d in enumerate(parsed) if d.name or d.path]
+    paths = [shm.Locator.parse(d.name, option="--device", index=i).path if d.name else d.path
+             for i, d in enumerate(parsed)]
+    stores = [("--device", i, parsed[i].text, os.path.realpath(path), 0, math.inf)
+              for i, path in enumerate(paths) if path]
     params.apart([span for span in stores if not flagged[span[1]] or parsed[span[1]].kind != "file"],
                  "a disk that is written has one export")
     for entry in channels:

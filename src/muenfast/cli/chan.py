@@ -172,8 +172,8 @@ def _create(arguments: argparse.Namespace) -> int:
     if not 0 <= mode <= 0o777:
         raise UsageError("permissions are an octal number, like 640", option="--mode", value=arguments.mode)
     locators = [shm.Locator.parse(name, option="CHANNEL", index=i) for i, name in enumerate(arguments.channel)]
-    params.apart([("CHANNEL", i, each.text, os.path.realpath(each.path), 0, math.inf) for i, each in enumerate(locators)],
-                 "a region is made once")
+    params.apart([("CHANNEL", i, each.text, os.path.realpath(each.path), 0, math.inf)
+                  for i, each in enumerate(locators)], "a region is made once")
     made = []
     try:
         for locator in locators:
