@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -34,6 +35,7 @@ REQUEST_PROTOCOL: int = _LAYOUT["request_protocol"]
 RESPONSE_PROTOCOL: int = _LAYOUT["response_protocol"]
 REGION_SIZE = 0x100000  # PROTOCOLS: the known peer's inline regions, 254 elements
 _LEAST = _LAYOUT["header_size"] + _LAYOUT["event_size"]
+MOST_POLL = 10_000_000  # microseconds: a channel is looked at once in 10 s at least
 _TICK = 0.2  # seconds between looks at names, claims and policies
 _QUIET = 1.0  # seconds between two lines of the log that a peer can cause at will
 
@@ -116,11 +118,10 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
     count = params.same_length({**lists, **(more or {})})
     locators = {option: [shm.Locator.parse(text, option=option, index=i) for i, text in enumerate(lists[option] or ())]
                 for option in ("--req", "--resp")}
-    params.distinct([(option, i, locator.text, (locator.path, locator.offset))
-                     for option, entries in locators.items() for i, locator in enumerate(entries)],
-                    "a channel carries one direction of one connection")
-    if poll is not None and not 1 <= poll <= 10_000_000:
-        raise UsageError("a pause between polls is 1 to 10000000 microseconds", option="--poll", value=poll)
+    params.apart([_place(option, i, locator) for option, entries in locators.items()
+                  for i, locator in enumerate(entries)], "a channel carries one direction of one connection")
+    if poll is not None and not 1 <= poll <= MOST_POLL:
+        raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option="--poll", value=poll)
 
     def each(option: str, parse: Callable[[str, int, str], int], default: int) -> list[int]:
         texts = lists[option]
@@ -133,6 +134,12 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
             for i in range(count)]
 
 
+def _place(option: str, index: int, locator: shm.Locator) -> tuple[str, int, str, str, int, float]:
+    """What params.apart compares: two names of one file are one."""
+    end = math.inf if locator.size is None else locator.offset + locator.size
+    return option, index, locator.text, os.path.realpath(locator.path), locator.offset, end
+
+
 def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_only: str | None = None,
                        **lists: Any) -> list[ExportConfig]:
     """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...", or one
@@ -143,10 +150,20 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
     channels = channels_from_lists(req, resp, more=more, **lists)
     parsed = [Device.parse(text, option="--device", index=i)
               for i, text in enumerate(devices or [DEFAULT_DEVICE] * len(channels))]
-    writable = [params.flag("--read-only", i, text) for i, text in enumerate(flags or ["no"])]
-    if len(writable) == 1:
-        writable *= len(channels)
-    return [ExportConfig(*entry) for entry in zip(channels, parsed, writable, strict=True)]
+    flagged = [params.flag("--read-only", i, text) for i, text in enumerate(flags or ["no"])]
+    if len(flagged) == 1:
+        flagged *= len(channels)
+    paths = [shm.Locator.parse(d.name, option="--device", index=i).path if d.name else d.path
+             for i, d in enumerate(parsed)]
+    stores = [("--device", i, parsed[i].text, os.path.realpath(path), 0, math.inf)
+              for i, path in enumerate(paths) if path]
+    params.apart([span for span in stores if not flagged[span[1]] or parsed[span[1]].kind != "file"],
+                 "a disk that is written has one export")
+    for entry in channels:
+        for option, locator in (("--req", entry.req), ("--resp", entry.resp)):
+            for store in stores:
+                params.apart([_place(option, entry.index, locator), store], "a disk is no channel")
+    return [ExportConfig(*entry) for entry in zip(channels, parsed, flagged, strict=True)]
 
 
 # ------------------------------------------------------------------ server
@@ -184,6 +201,7 @@ class Export:
 
     def start(self) -> None:
         """Begins to serve, in a thread of its own."""
+        self.backing.keep()
         self._thread.start()
 
     def _open(self) -> None:
@@ -275,17 +293,6 @@ class Export:
 
     def _reopen(self, old: Server) -> None:
         """Leaves the channels and opens what their names mean now; waits where that fails."""
-        if not any(end.replaced() for end in self._ends):
-            if broken and not any(end.region.truncated() for end in self._ends):
-                old.close()
-                if all(end.remap() for end in self._ends):
-                    self._serve_ends()
-                    self.server.inherit(old)
-                    self._broken = False
-                    log.info("export %s: channel memory is back", self.name)
-                    return
-            else:
-                return
         self._leave()
         complaint = ""
         while not self._stop.is_set():
@@ -427,12 +434,8 @@ class BlockDevice:
             if timeout != 0 and not self.wait_ready(timeout):
                 if self._failure is not None:
                     raise PeerError(channels.resp.text, "size", self._failure, "a disk")
-                if self.client.incompatible is not None:
-                    protocol, size, elements = self.client.incompatible
-                    raise PeerError(channels.resp.text, "header",
-                                    f"protocol {protocol:x}, size {size}, elements {elements}",
-                                    f"protocol {channels.resp_protocol:x}, size {_LAYOUT['event_size']}, "
-                                    "elements that fit")
+                if (wrong := self._incompatible()) is not None:
+                    raise wrong
                 raise TimeoutError(errno.ETIMEDOUT, f"no server answered on channels {channels.name} within "
                                                     f"{timeout:g} s; is `muenfast blk` running there?")
         except BaseException:
@@ -515,7 +518,23 @@ class BlockDevice:
                 else:
                     stuck_since = 0.0
             if state in ("connecting", "lost") or self.client.broken:
+                if (wrong := self._incompatible()) is not None:
+                    self._complain(str(wrong))
                 self._look(gone=not self.client.server_active)
+
+    def _incompatible(self) -> PeerError | None:
+        """What is wrong with a response channel that was refused."""
+        if self.client.incompatible is None:
+            return None
+        protocol, size, elements = self.client.incompatible
+        return PeerError(self.channels.resp.text, "header", f"protocol {protocol:x}, size {size}, elements {elements}",
+                         f"protocol {self.channels.resp_protocol:x}, size {_LAYOUT['event_size']}, elements that fit")
+
+    def _complain(self, text: str) -> None:
+        """Says once what stands in the way of a connection."""
+        if text != self._complaint:
+            self._complaint = text
+            log.warning("disk %s: waiting: %s", self.channels.name, text)
 
     def _answered(self) -> bool:
         """The server named a size: issue again if it is the same disk, else fail for good.
@@ -567,11 +586,6 @@ class BlockDevice:
         self._known = self._known or held
         return self._known and not held
 
-    def _complain(self, what: str, error: Exception) -> None:
-        if str(error) != self._complaint:
-            self._complaint = str(error)
-            log.warning("disk %s: %s: %s", self.channels.name, what, error)
-
     def _look(self, gone: bool) -> None:
         """Follows the channels' memory, as Export._look does. gone: whether no server is there; an active response
         channel may be a dead server's: then we follow only where a name means another region by now."""
@@ -603,7 +617,7 @@ class BlockDevice:
                 if end not in fresh:
                     end.close()
         except (OSError, MuenfastError) as error:
-            self._complain("waiting for its channels", error)
+            self._complain(str(error))
             return
         self._complaint, self._broken = "", False
         log.info("disk %s: channels were made anew", self.channels.name)
@@ -777,8 +791,12 @@ class BlockClients(_Group):
 
         Raises UsageError, ClaimError, OSError, PeerError; devices made by then are taken away by close().
         """
+        patience = time.monotonic() + _WAIT_SILENTLY
         for disk in self.disks:
             while not disk.device.wait_ready(0.1):
+                if time.monotonic() > patience:
+                    patience = math.inf
+                    log.warning("disk %s: waiting for the server", disk.device.channels.name)
                 if disk.device.failure is not None:
                     raise PeerError(disk.device.channels.resp.text, "size", disk.device.failure, "a disk")
                 if not wait():
@@ -840,5 +858,6 @@ class BlockClients(_Group):
         return entries
 
 
+_WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
 _DETACH_PATIENCE = 2.0  # seconds a server has to take what is still dirty
 _DETACH_LIMIT = 4.0

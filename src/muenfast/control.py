@@ -5,6 +5,7 @@ A request and its answer are one line of JSON each. Only root and the process's 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -52,6 +53,7 @@ class ControlServer:
         self._path = os.path.join(_directory(), f"{os.getpid()}.sock")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
+            _sweep()
             with _At(f"{os.getpid()}.sock") as at:
                 try:
                     self._socket.bind(at)
@@ -121,18 +123,38 @@ def ask(pid: int, request: dict[str, Any]) -> dict[str, Any]:
 def ask_all(request: dict[str, Any]) -> list[dict[str, Any]]:
     """The answers of all serving processes of this user; sockets of dead ones are removed, silent ones are said."""
     answers = []
-    for name in sorted(os.listdir(_directory())):
-        pid = name.removesuffix(".sock")
-        if not pid.isdigit():
-            continue
+    for pid in _pids():
         try:
-            answers.append(ask(int(pid), request))
+            answers.append(ask(pid, request))
         except (ConnectionRefusedError, FileNotFoundError):
-            if not os.path.exists(f"/proc/{pid}"):
-                try:
-                    os.unlink(os.path.join(_directory(), name))
-                except FileNotFoundError:
-                    continue
+            _remove_dead(pid)
         except (OSError, ValueError) as error:
-            answers.append({"ok": False, "pid": int(pid), "error": str(error)})
+            answers.append({"ok": False, "pid": pid, "error": str(error)})
     return answers
+
+
+def _pids() -> list[int]:
+    stems = [name.removesuffix(".sock") for name in os.listdir(_directory())]
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+
+def _remove_dead(pid: int) -> None:
+    """Removes a socket that nobody listens on, unless its process lives: that one may be about to listen."""
+    if not os.path.exists(f"/proc/{pid}"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(_directory(), f"{pid}.sock"))
+
+
+def _sweep() -> None:
+    """Removes the sockets of dead processes."""
+    for pid in _pids():
+        if os.path.exists(f"/proc/{pid}"):
+            continue
+        with _At(f"{pid}.sock") as at, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as s:
+            s.setblocking(False)
+            try:
+                s.connect(at)  # it lives in another process namespace
+            except (ConnectionRefusedError, FileNotFoundError):
+                _remove_dead(pid)
+            except BlockingIOError:
+                continue  # so busy that it must live

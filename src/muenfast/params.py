@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from muenfast.errors import UsageError
 
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGT]?)(?:i?B)?\Z")
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,20}|[0-9]{1,20})(?:([KMGTkmgt])(?:i?B)?)?\Z")
 _UNIT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _YES, _NO = frozenset(("1", "y", "yes", "true", "on")), frozenset(("0", "n", "no", "false", "off"))
 
@@ -35,25 +35,24 @@ def same_length(lists: Mapping[str, Sequence[object] | None]) -> int:
     return len(first)
 
 
-def distinct(entries: Sequence[tuple[str, int, str, object]], rule: str) -> None:
-    """Raises UsageError for the second of two (option, index, text, key) with the same key."""
-    seen: dict[object, tuple[str, int]] = {}
-    for option, index, text, key in entries:
-        if key in seen:
-            raise UsageError(f"{rule}; it is {seen[key][0]}, entry {seen[key][1]}, too",
-                             option=option, index=index, value=text)
-        seen[key] = (option, index)
+def apart(spans: Sequence[tuple[str, int, str, str, int, float]], rule: str) -> None:
+    """Raises UsageError for the second of two (option, index, text, path, start, end) that share a byte of a file."""
+    for i, (option, index, text, path, start, end) in enumerate(spans):
+        for first_option, first_index, _, first_path, first_start, first_end in spans[:i]:
+            if path == first_path and start < first_end and first_start < end:
+                raise UsageError(f"{rule}; this overlaps {first_option}, entry {first_index}",
+                                 option=option, index=index, value=text)
 
 
 def size(option: str | None, index: int | None, text: str, *, multiple: int = 1, least: int = 1) -> int:
-    """Bytes from "4096", "0x8000", "64M" (K, M, G, T are powers of 1024). Raises UsageError."""
+    """Bytes from "4096", "0x8000", "64M", "64m", "64MiB" (K, M, G, T are powers of 1024). Raises UsageError."""
     match = _SIZE.match(text)
     if match is None:
         raise UsageError("a size is a number of bytes, with K, M, G or T for powers of 1024, like 64M",
                          option=option, index=index, value=text)
-    value = int(match[1], 0 if match[1][:2] in ("0x", "0X") else 10) << _UNIT[match[2]]
+    value = int(match[1], 16 if match[1][:2] in ("0x", "0X") else 10) << _UNIT[(match[2] or "").upper()]
     if value < least or value % multiple or value >= 1 << 62:
-        rule = f"a size here is at least {least} bytes"
+        rule = f"a size here is at least {least} bytes" if value < 1 << 62 else "a size here is below 2^62 bytes"
         if multiple > 1:
             rule += f" and a multiple of {multiple}"
         raise UsageError(rule, option=option, index=index, value=text)
@@ -66,6 +65,13 @@ def protocol(option: str | None, index: int | None, text: str) -> int:
         raise UsageError("a protocol is a non-zero hexadecimal number of at most 64 bits",
                          option=option, index=index, value=text)
     return int(text, 16)
+
+
+def number(option: str | None, index: int | None, text: str, *, least: int, most: int, what: str) -> int:
+    """A decimal number of `what` ("a pause in microseconds") from least to most. Raises UsageError."""
+    if not re.fullmatch("[0-9]{1,20}", text) or not least <= int(text) <= most:
+        raise UsageError(f"{what} is a number from {least} to {most}", option=option, index=index, value=text)
+    return int(text)
 
 
 def flag(option: str | None, index: int | None, text: str) -> bool:

@@ -51,6 +51,9 @@ class Backing:
 
     store: Store
 
+    def keep(self) -> None:
+        """What opening made stays; without this call close() takes it away again."""
+
     def close(self) -> None:
         """Gives the device back. No engine may still use the store."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import mmap
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from muenfast import shm
 from muenfast._blk import Store
 from muenfast.backing import Backing, Device
-from muenfast.errors import UsageError
+from muenfast.errors import ClaimError, UsageError
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module names it from Python 3.13 on
 
@@ -19,6 +20,7 @@ class RamBacking(Backing):
     """A RAM disk. A named one is a POSIX region of exactly its size, kept until `chan rm NAME`."""
 
     def __init__(self, device: Device, *, read_only: bool) -> None:
+        self._made: shm.Locator | None = None
         with ExitStack() as stack:
             if device.name is None:
                 # Private and not reserved: pages come with the first write to them.
@@ -29,6 +31,8 @@ class RamBacking(Backing):
                 locator = shm.Locator.parse(device.name)
                 try:
                     shm.make_region(locator, device.size)
+                    self._made = locator
+                    stack.callback(self._unmake)
                 except FileExistsError:
                     pass
                 region = stack.enter_context(shm.Region.open(locator, writable=True))
@@ -40,6 +44,14 @@ class RamBacking(Backing):
                 self.store = Store.in_memory(region.view, read_only=read_only, identity=identity.digest())
             stack.callback(self.store.close)
             self._stack = stack.pop_all()
+
+    def keep(self) -> None:
+        self._made = None
+
+    def _unmake(self) -> None:
+        if self._made is not None:
+            with contextlib.suppress(ClaimError, FileNotFoundError):  # somebody uses it, or took it away
+                shm.remove_region(self._made)
 
     def close(self) -> None:
         self._stack.close()

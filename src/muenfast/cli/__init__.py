@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from muenfast.cli._text import describe
 from muenfast.errors import MuenfastError, UsageError
 
 # command -> what `muenfast --help` says of it; each is a module here with add_arguments(parser) and run(arguments).
@@ -23,13 +26,36 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says misuse in one line, and takes an option once: of two, one would be ignored without a word."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"muenfast: {message} ({self.prog} --help tells more)\n")
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+                 option_string: str | None = None) -> None:
+        if option_string is not None:
+            given = namespace.__dict__.setdefault("_given", set())
+            if self.dest in given:
+                raise argparse.ArgumentError(self, "given twice; the entries of a list are separated by commas")
+            given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
         epilog="Lists are comma-separated and paired by position.")
     top.add_argument("--version", action="version", version=f"muenfast {_version()}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         importlib.import_module(f"muenfast.cli.{name}").add_arguments(sub)
@@ -44,10 +70,17 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
+    top = parser()
     try:
-        arguments = parser().parse_args(argv)
+        arguments = top.parse_args(argv)
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
         return int(end.code or 0)
+    if arguments.command is None:
+        top.print_help(sys.stderr)
+        return 2
     level = os.environ.get("MUENFAST_LOG", "WARNING").upper()
     logging.basicConfig(stream=sys.stderr, format="muenfast: %(message)s",
                         level=level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING")
@@ -64,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(error, 1)
+        return _fail(describe(error), 1)
     except ImportError as error:
         if not (error.name or "").startswith("muenfast."):
             raise

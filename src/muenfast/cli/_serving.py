@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
+
+
+log = logging.getLogger("muenfast")
 
 
 class Stop:
@@ -40,15 +44,19 @@ class Stop:
 
 
 def notify(state: str) -> None:
-    """sd_notify(3): tells systemd, where it started us (NOTIFY_SOCKET)."""
+    """sd_notify(3): tells systemd, where it started us (NOTIFY_SOCKET). A socket that cannot be reached is only said:
+    the variable may have been inherited, and disks do not depend on it."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-        s.connect(address)
-        s.sendall(state.encode())
+        try:
+            s.connect(address)
+            s.sendall(state.encode())
+        except OSError as error:
+            log.warning("NOTIFY_SOCKET %s: %s", os.environ["NOTIFY_SOCKET"], error.strerror or error)
 
 
 def say_ready(lines: list[str]) -> None:

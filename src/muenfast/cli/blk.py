@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from contextlib import ExitStack
 
 from muenfast.cli._serving import Stop, notify, say_ready
+from muenfast import params
+from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
 _SERVER_ONLY = ("device", "read_only")
@@ -49,11 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _lists(arguments: argparse.Namespace) -> dict[str, object]:
+    from muenfast.blk import MOST_POLL
+
     poll = arguments.poll
     if poll is not None:
-        if not poll.isdecimal():
-            raise UsageError("a pause between polls is a number of microseconds", option="--poll", value=poll)
-        poll = int(poll)
+        poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
     return {"req_protocol": arguments.req_protocol, "resp_protocol": arguments.resp_protocol,
             "size": arguments.size, "poll": poll, "bells": not arguments.strict_oneway}
 
@@ -68,8 +69,9 @@ def _server(arguments: argparse.Namespace) -> int:
         server = stack.enter_context(BlockServer(configs))
         control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
         stack.callback(control.close)
-        say_ready([f"export {e.config.channels.req.text} {e.config.channels.resp.text} {e.size} "
-                   f"{e.config.device.text}{' read-only' if e.config.read_only else ''}" for e in server.exports])
+        say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
+                   f"{word(e.config.device.text)}{' read-only' if e.config.read_only else ''}"
+                   for e in server.exports])
         stop.wait()
         notify("STOPPING=1")
     return 0
@@ -86,17 +88,9 @@ def _client(arguments: argparse.Namespace) -> int:
                                                    same_store=bool(arguments.same_store)))
         control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
         stack.callback(control.close)
-        said: list[bool] = []
-
-        def waiting() -> bool:
-            if not said:
-                said.append(True)
-                logging.getLogger("muenfast").info("waiting for the server")
-            return not stop.is_set()
-
-        if clients.ready(waiting) and not stop.is_set():
-            say_ready([f"disk {d.device.channels.req.text} {d.device.channels.resp.text} {d.device.size} {d.path}"
-                       for d in clients.disks])
+        if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
+            say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
+                       f"{d.path}" for d in clients.disks])
             stop.wait(clients.finished)
         notify("STOPPING=1")
     return 0

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
+import os
 import struct
 from collections.abc import Iterator
 from typing import Any
 
-from muenfast.errors import UsageError
+from muenfast.cli._text import describe, word
+from muenfast.errors import ClaimError, UsageError
+
+log = logging.getLogger("muenfast")
 
 _HEADER = struct.Struct("<8Q")
 _FIELDS = ("transport", "epoch", "protocol", "size", "elements", "reserved", "wsc", "wc")
@@ -17,7 +23,7 @@ _FIELDS = ("transport", "epoch", "protocol", "size", "elements", "reserved", "ws
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """list, show, create, rm, dump."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    sub = actions.add_parser("list", help="all regions of POSIX shared memory that hold or held a channel")
+    sub = actions.add_parser("list", help="regions of POSIX shared memory that hold a channel, or may: unused ones")
     sub.add_argument("--json", action="store_true")
     sub.add_argument("--all", action="store_true", help="other regions of shared memory, too")
     sub = actions.add_parser("show", help="one channel's header, counters and holders")
@@ -50,8 +56,8 @@ def look(channel: str) -> dict[str, Any]:
     locator = shm.Locator.parse(channel)
     with _observe(locator) as region:
         size = len(region.view)
-        found: dict[str, Any] = {"name": channel, "bytes": size, "users": shm.users(region),
-                                 "writer": shm.writer_holder(region)}
+        users = [user for user in shm.users(region) if user["pid"] != os.getpid()]  # we only look
+        found: dict[str, Any] = {"name": channel, "bytes": size, "users": users, "writer": shm.writer_holder(region)}
         if size >= _HEADER.size:
             found.update(zip(_FIELDS, _HEADER.unpack(region.view[:_HEADER.size]), strict=True))
             found["channel"] = found["transport"] == layout()["transport"]
@@ -91,7 +97,7 @@ class _observe:
 
 def _state(found: dict[str, Any]) -> str:
     if not found["channel"]:
-        return "no channel" if found.get("transport") else "never active"
+        return "never active" if found.get("transport") == 0 else "no channel"
     return "active" if found["epoch"] else "inactive"
 
 
@@ -108,7 +114,7 @@ def _channels(every: bool) -> Iterator[dict[str, Any]]:
             found = look(region["name"])
         except (OSError, UsageError):
             continue  # gone, or taken from us, since the list was made
-        if every or found["channel"] or found["users"]:
+        if every or found["users"] or _state(found) != "no channel":
             yield {**found, "auto": region["auto"]}
 
 
@@ -119,7 +125,7 @@ def _list(arguments: argparse.Namespace) -> int:
         return 0
     rows = [("NAME", "BYTES", "STATE", "PROTOCOL", "SIZE", "ELEMENTS", "WC", "LAG", "USERS", "WRITER")]
     for c in found:
-        rows.append((c["name"], str(c["bytes"]), _state(c),
+        rows.append((word(c["name"]), str(c["bytes"]), _state(c),
                      *((f"{c['protocol']:x}", str(c["size"]), str(c["elements"]), str(c["wc"])) if c["channel"]
                        else ("-", "-", "-", "-")), str(c.get("lag", "-")), str(len(c["users"])), _holder(c)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -133,7 +139,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
-    print(f"{found['name']}: {found['bytes']} bytes, {_state(found)}")
+    print(f"{word(found['name'])}: {found['bytes']} bytes, {_state(found)}")
     if "transport" in found:
         for field in _FIELDS:
             value = found[field]
@@ -166,6 +172,8 @@ def _create(arguments: argparse.Namespace) -> int:
     if not 0 <= mode <= 0o777:
         raise UsageError("permissions are an octal number, like 640", option="--mode", value=arguments.mode)
     locators = [shm.Locator.parse(name, option="CHANNEL", index=i) for i, name in enumerate(arguments.channel)]
+    params.apart([("CHANNEL", i, each.text, os.path.realpath(each.path), 0, math.inf)
+                  for i, each in enumerate(locators)], "a region is made once")
     made = []
     try:
         for locator in locators:
@@ -181,8 +189,16 @@ def _create(arguments: argparse.Namespace) -> int:
 def _rm(arguments: argparse.Namespace) -> int:
     from muenfast import shm
 
+    failed: Exception | None = None
     for locator in [shm.Locator.parse(name, option="CHANNEL", index=i) for i, name in enumerate(arguments.channel)]:
-        shm.remove_region(locator, force=arguments.force)
+        try:
+            shm.remove_region(locator, force=arguments.force)
+        except (ClaimError, OSError) as error:  # like rm(1): the others go all the same
+            if failed is not None:
+                log.error("%s", describe(failed))
+            failed = error
+    if failed is not None:
+        raise failed
     return 0
 
 
@@ -198,7 +214,7 @@ def _dump(arguments: argparse.Namespace) -> int:
         print(json.dumps({"name": arguments.channel, "state": reason,
                           "elements": [{"number": n, "hex": data.hex()} for n, data in elements]}, indent=2))
     else:
-        print(f"{arguments.channel}: {reason}, {len(elements)} elements")
+        print(f"{word(arguments.channel)}: {reason}, {len(elements)} elements")
         for n, data in elements:
             print(f"element {n}, {len(data)} bytes")
             for at in range(0, min(len(data), arguments.bytes), 16):

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import NoReturn
 
 from muenfast import params
-from muenfast.errors import MuenfastError
+from muenfast.errors import MuenfastError, UsageError
 
 _CHUNK = 1 << 20
 _PATIENCE = 60.0  # seconds for a child to say ready, or to leave
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, attach, ext4, copy, remount, compare checksums, fsck; all cleaned up in any case."""
     tree = Path(arguments.tree or sysconfig.get_paths()["stdlib"])
+    if not tree.is_dir():
+        raise UsageError("the tree to copy is a directory", option="--tree", value=arguments.tree)
     files = list(_files(tree))
     if not files:
         raise DemoError(f"{tree} holds no file")
@@ -48,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     need = total + 4096 * len(files) + (64 << 20)
     size = params.size("--size", None, arguments.size, multiple=4096, least=16 << 20) if arguments.size else \
         (need + need // 8) // 4096 * 4096
+    if size < total:
+        raise UsageError(f"the tree has {total} bytes and needs about {need}", option="--size", value=arguments.size)
     say(f"tree: {tree}, {len(files)} files, {total / 1e6:.1f} MB")
     for tool in ("mkfs.ext4", "fsck.ext4"):
         if _tool(tool) is None:
