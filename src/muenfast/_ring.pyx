@@ -210,10 +210,18 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     return INACTIVE
 
 
+cdef inline bint went_back(uint64_t now, uint64_t before) noexcept nogil:
+    """Whether a write counter is below what it was: the writer restarted under the same epoch.
+
+    Counters are unsigned in all 64 bits; one that passes 2^64 moves less than half of that, and has not gone back.
+    """
+    return now < before and <int64_t>(now - before) < 0
+
+
 cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped."""
     cdef uint64_t wc = load_acquire64(&r.hdr.wc)
-    if <int64_t>(wc - r.rc) < 0:        # the writer restarted under the same epoch
+    if went_back(wc, r.wc):
         return reader_sync(r)
     r.lost = wc - r.rc
     r.lost_total += r.lost
@@ -245,7 +253,7 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
         behind = wc - r.rc
         if behind == 0:
             return NO_DATA
-        if <int64_t>behind < 0:         # restarted under the same epoch
+        if went_back(wc, r.wc):
             return reader_sync(r)
         if behind > r.elements:
             return reader_overrun(r)
@@ -267,16 +275,19 @@ cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil:
 cdef bint reader_intact(const reader_t *r) noexcept nogil:
     """Whether everything copied since reader_peek, from slot 0 on, is what the writer published.
 
-    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch.
+    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch. WSC below the WC
+    that peek saw: the writer has restarted, under the same epoch if that is unchanged, and zeroed the slots.
     Ordering: the copy before the loads of WSC and epoch (acquire fence; pairs with writer_reserve and writer_start).
     """
+    cdef uint64_t ahead
     fence_acquire()
-    return (load_relaxed64(&r.hdr.wsc) - r.rc <= r.elements) and load_relaxed64(&r.hdr.epoch) == r.epoch
+    ahead = load_relaxed64(&r.hdr.wsc) - r.rc
+    return r.wc - r.rc <= ahead <= r.elements and load_relaxed64(&r.hdr.epoch) == r.epoch
 
 
 cdef ring_status reader_recover(reader_t *r) noexcept nogil:
     """After a copy that was not intact: EPOCH_CHANGED, INACTIVE, INCOMPATIBLE_INTERFACE or OVERRUN_DETECTED."""
-    if load_acquire64(&r.hdr.epoch) != r.epoch:
+    if load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_relaxed64(&r.hdr.wsc), r.wc):
         return reader_sync(r)
     return reader_overrun(r)
 
@@ -319,7 +330,7 @@ cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t 
 
 cdef void reader_drain(reader_t *r) noexcept nogil:
     """Skips to WC; synchronises first where that is due."""
-    if r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch:
+    if (r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_acquire64(&r.hdr.wc), r.wc)):
         if reader_sync(r) != EPOCH_CHANGED:
             return
     reader_goto(r, load_acquire64(&r.hdr.wc))
@@ -765,9 +776,13 @@ cdef class Reader(Endpoint):
 
     @property
     def pending(self):
-        """Elements published but not read, as far as the header tells now."""
+        """Elements published but not read, as far as the header tells now; 0 while the epoch is another one."""
+        cdef uint64_t n = 0, wc
         self.enter()
-        cdef uint64_t n = load_acquire64(&self.r.hdr.wc) - self.r.rc if self.r.epoch != 0 else 0
+        if self.r.epoch != 0 and load_acquire64(&self.r.hdr.epoch) == self.r.epoch:
+            wc = load_acquire64(&self.r.hdr.wc)
+            if not went_back(wc, self.r.wc):
+                n = wc - self.r.rc
         busy_leave(&self.busy)
         return n
 
