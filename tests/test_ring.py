@@ -656,6 +656,22 @@ def test_wait_without_a_channel_or_data_ends_at_the_timeout() -> None:
             reader.read()
             assert reader.result is Result.INCOMPATIBLE_INTERFACE
             assert reader.wait(0.01) is False
+        assert reader.wait(0.01) is True  # that it went inactive is news
+        reader.read()
+        assert reader.result is Result.INACTIVE
+        assert reader.wait(0.01) is False
+
+
+def test_wait_notices_a_good_header_under_a_refused_epoch() -> None:
+    """Muen's peers always use epoch 1: one with the wrong protocol may be followed by the right one, unseen between."""
+    hand = Hand(epoch=1)
+    hand.set(protocol=PROTOCOL + 1)
+    reader = Reader(hand.memory, protocol=PROTOCOL)
+    assert (reader.read(), reader.result) == (None, Result.INCOMPATIBLE_INTERFACE)
+    assert reader.wait(0.01) is False
+    hand.set(protocol=PROTOCOL)
+    assert reader.wait(0.01) is True
+    assert (reader.read(), reader.result) == (None, Result.EPOCH_CHANGED)
 
 
 def test_wait_is_true_for_data_and_for_every_change(pair: Callable[..., tuple[Writer, Reader]]) -> None:

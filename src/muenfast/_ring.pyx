@@ -168,6 +168,15 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.spin_score = SPIN_SCORE
 
 
+cdef inline bint acceptable(const reader_t *r, uint64_t transport, uint64_t protocol, uint64_t size,
+                            uint64_t elements) noexcept nogil:
+    """Whether a header (copies of its fields) is one that this reader takes and whose elements all lie in the region."""
+    return (transport == SHMSTREAM_TRANSPORT and protocol != 0 and size != 0 and elements != 0
+            and (r.want_protocol == 0 or protocol == r.want_protocol)
+            and (r.want_size == 0 or size == r.want_size)
+            and elements <= r.capacity // size)
+
+
 cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     """Takes the channel's geometry anew: EPOCH_CHANGED (synchronised, RC = 0), INACTIVE or INCOMPATIBLE_INTERFACE.
 
@@ -187,10 +196,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         fence_acquire()
         if load_relaxed64(&r.hdr.epoch) != epoch:
             continue                    # the writer restarts right now
-        if (transport != SHMSTREAM_TRANSPORT or protocol == 0 or size == 0 or elements == 0
-                or (r.want_protocol != 0 and protocol != r.want_protocol)
-                or (r.want_size != 0 and size != r.want_size)
-                or elements > r.capacity // size):
+        if not acceptable(r, transport, protocol, size, elements):
             r.epoch = 0
             r.refused = epoch
             return INCOMPATIBLE_INTERFACE
@@ -342,9 +348,13 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     if r.epoch != 0 and r.wc != r.rc:
         return True
     epoch = load_acquire64(&r.hdr.epoch)
-    if epoch != r.epoch:
-        return epoch != r.refused or epoch == 0
-    return epoch != 0 and load_acquire64(&r.hdr.wc) != r.rc
+    if epoch == 0:
+        return r.epoch != 0 or r.refused != 0
+    if epoch == r.refused:
+        # By now there may be another header under the same epoch: a hint, reader_sync looks properly.
+        return acceptable(r, load_relaxed64(&r.hdr.transport), load_relaxed64(&r.hdr.protocol),
+                          load_relaxed64(&r.hdr.size), load_relaxed64(&r.hdr.elements))
+    return epoch != r.epoch or load_acquire64(&r.hdr.wc) != r.rc
 
 
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
