@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import signal
 import struct
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from vectors_loader import ChannelVector, Read, channel_vectors
 
 import muenfast
-from muenfast import Reader, Result, UsageError, Writer
+from muenfast import BrokenChannelError, Reader, Result, UsageError, Writer
 from muenfast._ring import newest
 
 PROTOCOL = 0x1234
@@ -836,6 +839,54 @@ def test_a_signal_handler_that_returns_does_not_end_a_wait(pair: Callable[..., t
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert calls == [signal.SIGUSR1]
+
+
+# ------------------------------------------------------------------ memory taken away
+
+@pytest.fixture
+def truncated(tmp_path: Path) -> Iterator[tuple[mmap.mmap, Callable[[], None]]]:
+    """A mapped file of three pages, and what takes its memory away."""
+    path = tmp_path / "region"
+    path.write_bytes(bytes(3 * mmap.PAGESIZE))
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        yield memory, lambda: os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("size", [8, 4096])
+@pytest.mark.parametrize("call", ["write", "write_many", "iterable", "activate"])
+def test_a_call_whose_bytes_went_nowhere_says_so(truncated: tuple[mmap.mmap, Callable[[], None]], call: str,
+                                                 size: int) -> None:
+    """The very call that meets the truncated region raises BrokenChannelError: no element is lost in silence."""
+    memory, truncate = truncated
+    with Writer(memory, size=size, protocol=PROTOCOL, name="mychannel") as writer, Reader(memory) as reader:
+        reader.read()
+        truncate()
+        calls = {"write": lambda: writer.write(b"x"), "write_many": lambda: writer.write_many(bytes(size)),
+                 "iterable": lambda: writer.write_many([b"x"]), "activate": writer.activate}
+        for _ in range(2):
+            with pytest.raises(BrokenChannelError, match="mychannel"):
+                calls[call]()
+        assert writer.broken
+        assert (reader.read(), reader.result) == (None, Result.INACTIVE)
+        assert reader.broken
+
+
+def test_a_bell_that_was_truncated_breaks_no_channel(truncated: tuple[mmap.mmap, Callable[[], None]]) -> None:
+    """Without its bell a channel goes on: the reader polls."""
+    page, truncate = truncated
+    memory = region(8)
+    with Writer(memory, size=8, protocol=PROTOCOL, bell=page) as writer, Reader(memory, bell=page) as reader:
+        reader.read()
+        truncate()
+        results: list[bool] = []
+        for k in range(3):
+            with running(lambda: results.append(reader.wait())):
+                before = reader.counters["sleeps"]
+                until(lambda before=before: reader.counters["sleeps"] > before, "the reader does not sleep")
+                writer.write(number(k))
+            assert reader.read() == number(k)
+        assert results == [True] * 3
+        assert not writer.broken and not reader.broken
 
 
 # ------------------------------------------------------------------ counters

@@ -594,14 +594,22 @@ cdef class Writer(Endpoint):
         return {"elements": self.w.wc, "batches": self.w.batches, "wakes": self.w.wakes, "epochs": self.w.epochs}
 
     def activate(self, epoch=None):
-        """Starts a new epoch (random unless given): readers resynchronise, what they had not read is gone."""
+        """Starts a new epoch (random unless given): readers resynchronise, what they had not read is gone.
+
+        Raises UsageError, BrokenChannelError.
+        """
         if epoch is not None and not 0 < epoch < 1 << 64:
             raise UsageError("an epoch is a non-zero 64-bit number", value=epoch)
+        cdef uint64_t new = random_epoch() if epoch is None else epoch
+        cdef bint broken
         self.enter()
-        try:
-            writer_start(&self.w, random_epoch() if epoch is None else epoch)
-        finally:
-            busy_leave(&self.busy)
+        writer_start(&self.w, new)
+        broken = load_relaxed32(self.region.broken) != 0
+        if broken:                          # under these very stores, or long before
+            writer_stop(&self.w)
+        busy_leave(&self.busy)
+        if broken:
+            raise BrokenChannelError(self.name)
 
     def deactivate(self):
         """Ends the epoch: readers see INACTIVE. Writing needs activate() first."""
@@ -625,7 +633,7 @@ cdef class Writer(Endpoint):
         Raises UsageError (too long, inactive, used by two threads), BrokenChannelError.
         """
         cdef Py_buffer view
-        cdef uint8_t *slot
+        cdef bint broken
         self.enter_active()
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -642,8 +650,11 @@ cdef class Writer(Endpoint):
                 put_one(&self.w, <const uint8_t *>view.buf, view.len)
         else:
             put_one(&self.w, <const uint8_t *>view.buf, view.len)
+        broken = load_relaxed32(self.region.broken) != 0
         PyBuffer_Release(&view)
         busy_leave(&self.busy)
+        if broken:
+            raise BrokenChannelError(self.name)
 
     def write_many(self, data):
         """Publishes many elements, in batches of at most a quarter of the ring; returns how many.
@@ -653,6 +664,7 @@ cdef class Writer(Endpoint):
         """
         cdef Py_buffer view
         cdef uint64_t n
+        cdef bint broken
         if not PyObject_CheckBuffer(data):
             n = 0
             for item in data:
@@ -676,8 +688,11 @@ cdef class Writer(Endpoint):
                 put_many(&self.w, <const uint8_t *>view.buf, n)
         else:
             put_many(&self.w, <const uint8_t *>view.buf, n)
+        broken = load_relaxed32(self.region.broken) != 0
         PyBuffer_Release(&view)
         busy_leave(&self.busy)
+        if broken:
+            raise BrokenChannelError(self.name)
         return n
 
     def close(self):
