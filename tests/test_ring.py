@@ -1140,6 +1140,21 @@ def test_an_object_without_init_is_a_closed_one(kind: type) -> None:
             getattr(one, call)()
 
 
+@pytest.mark.parametrize("bell", [b"\0" * 128, bytearray(8), 3], ids=["read-only", "short", "no buffer"])
+def test_an_object_whose_init_failed_is_a_closed_one(bell: object) -> None:
+    """A bell that is refused leaves nothing half made: calls say closed, and do not go through a null pointer."""
+    memory = region(4)
+    reader, writer = Reader.__new__(Reader), Writer.__new__(Writer)
+    with pytest.raises((UsageError, BufferError, TypeError)):
+        reader.__init__(memory, bell=bell)
+    with pytest.raises((UsageError, BufferError, TypeError)):
+        writer.__init__(memory, size=8, protocol=PROTOCOL, bell=bell)
+    memory.append(0)
+    for call in (reader.read, reader.drain, writer.activate, lambda: writer.write(b"x")):
+        with pytest.raises(UsageError, match="closed"):
+            call()
+
+
 # ------------------------------------------------------------------ looking at a channel
 
 @pytest.mark.parametrize("most", [0, 1, 3, 8, 100])

@@ -487,13 +487,15 @@ cdef class Endpoint:
     cdef public object owner    # closed after this: the region behind `memory`
 
     cdef int attach(self, object memory, object bell, str name, bint writable, uint64_t least) except -1:
-        self.name = name
-        self.region = Mapping.__new__(Mapping)
-        self.region.hold(memory, writable, least)
+        """Takes both buffers or none; an object that took none is a closed one."""
+        cdef Mapping region = Mapping.__new__(Mapping)
+        cdef Mapping bell_region = None
+        region.hold(memory, writable, least)
         if bell is not None:
-            self.bell_region = Mapping.__new__(Mapping)
-            self.bell_region.hold(bell, True, sizeof(bell_page))
-            self.bell = self.bell_region.as_bell()
+            bell_region = Mapping.__new__(Mapping)
+            bell_region.hold(bell, True, sizeof(bell_page))
+            self.bell = bell_region.as_bell()
+        self.name, self.region, self.bell_region = name, region, bell_region
         return 0
 
     cdef int enter(self) except -1:
