@@ -368,6 +368,13 @@ def test_an_inactive_writer_refuses_to_write_until_activated(pair: Callable[...,
     assert reader.read() == b"new" + bytes(5)
 
 
+def test_starting_zeroes_the_region_to_its_end() -> None:
+    """Memory after the last element is zero: what a former life with another element size left there goes, too."""
+    memory = bytearray(b"\xff" * (64 + 3 * 8 + 7))
+    with Writer(memory, size=8, protocol=PROTOCOL):
+        assert memory[64:] == bytes(3 * 8 + 7)
+
+
 @pytest.mark.parametrize("epoch", [0, -1, U64])
 def test_an_epoch_is_a_non_zero_64_bit_number(epoch: int) -> None:
     """0 would mean inactive."""

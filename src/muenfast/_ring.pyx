@@ -58,6 +58,7 @@ cdef void writer_init(writer_t *w, uint8_t *base, uint64_t length, uint64_t size
     w.protocol = protocol
     w.size = size
     w.elements = (length - SHMSTREAM_HEADER_SIZE) // size
+    w.rest = (length - SHMSTREAM_HEADER_SIZE) % size
 
 
 cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
@@ -69,7 +70,7 @@ cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
     """
     store_relaxed64(&w.hdr.epoch, 0)
     fence_release()
-    memset(w.slots, 0, w.elements * w.size)
+    memset(w.slots, 0, w.elements * w.size + w.rest)
     store_relaxed64(&w.hdr.transport, SHMSTREAM_TRANSPORT)
     store_relaxed64(&w.hdr.protocol, w.protocol)
     store_relaxed64(&w.hdr.size, w.size)
