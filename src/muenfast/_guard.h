@@ -21,7 +21,7 @@
 
 typedef struct {
     _Atomic uintptr_t base; /* page-aligned; 0 = free. Stored last, with release */
-    uintptr_t length;
+    _Atomic uintptr_t length; /* belongs to base while base is the same before and after it was read */
     uint32_t broken;
 } guard_entry;
 
@@ -38,10 +38,12 @@ static void guard_on_sigbus(int number, siginfo_t *info, void *context) {
     for (int i = 0; i < high; i++) {
         guard_entry *g = &guard_table[i];
         uintptr_t base = atomic_load_explicit(&g->base, memory_order_acquire);
-        if (base == 0 || at - base >= g->length)
-            continue;
+        uintptr_t length = atomic_load_explicit(&g->length, memory_order_relaxed);
+        atomic_thread_fence(memory_order_acquire);
+        if (base == 0 || at - base >= length || atomic_load_explicit(&g->base, memory_order_relaxed) != base)
+            continue; /* the last: another thread gives the entry to another mapping */
         /* Several guards may lie on one mapping: all of them are broken. */
-        if (mmap((void *)base, g->length, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) ==
+        if (mmap((void *)base, length, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) ==
             MAP_FAILED)
             break;
         atomic_store_explicit((_Atomic uint32_t *)&g->broken, 1, memory_order_release);
@@ -81,7 +83,8 @@ static uint32_t *guard_add(const void *start, size_t length) {
         guard_entry *g = &guard_table[i];
         if (atomic_load_explicit(&g->base, memory_order_relaxed) != 0)
             continue;
-        g->length = end - base;
+        atomic_thread_fence(memory_order_release); /* base 0 before the new length */
+        atomic_store_explicit(&g->length, end - base, memory_order_relaxed);
         g->broken = 0;
         atomic_store_explicit(&g->base, base, memory_order_release);
         if (i >= atomic_load_explicit(&guard_high, memory_order_relaxed))

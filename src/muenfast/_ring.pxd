@@ -23,6 +23,7 @@ cdef struct writer_t:
     uint64_t protocol
     uint64_t size           # bytes of an element
     uint64_t elements
+    uint64_t rest           # bytes behind the last element, zero
     uint64_t epoch          # 0 while inactive
     uint64_t wc             # private: the shared copy is only ever stored
     uint64_t wsc            # private, never lowered within an epoch

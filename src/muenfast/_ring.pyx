@@ -59,6 +59,7 @@ cdef void writer_init(writer_t *w, uint8_t *base, uint64_t length, uint64_t size
     w.protocol = protocol
     w.size = size
     w.elements = (length - SHMSTREAM_HEADER_SIZE) // size
+    w.rest = (length - SHMSTREAM_HEADER_SIZE) % size
 
 
 cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
@@ -70,7 +71,7 @@ cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
     """
     store_relaxed64(&w.hdr.epoch, 0)
     fence_release()
-    memset(w.slots, 0, w.elements * w.size)
+    memset(w.slots, 0, w.elements * w.size + w.rest)
     store_relaxed64(&w.hdr.transport, SHMSTREAM_TRANSPORT)
     store_relaxed64(&w.hdr.protocol, w.protocol)
     store_relaxed64(&w.hdr.size, w.size)
@@ -169,6 +170,15 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.spin_score = SPIN_SCORE
 
 
+cdef inline bint acceptable(const reader_t *r, uint64_t transport, uint64_t protocol, uint64_t size,
+                            uint64_t elements) noexcept nogil:
+    """Whether a header (copies of its fields) is one that this reader takes and whose elements all lie in the region."""
+    return (transport == SHMSTREAM_TRANSPORT and protocol != 0 and size != 0 and elements != 0
+            and (r.want_protocol == 0 or protocol == r.want_protocol)
+            and (r.want_size == 0 or size == r.want_size)
+            and elements <= r.capacity // size)
+
+
 cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     """Takes the channel's geometry anew: EPOCH_CHANGED (synchronised, RC = 0), INACTIVE or INCOMPATIBLE_INTERFACE.
 
@@ -188,10 +198,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         fence_acquire()
         if load_relaxed64(&r.hdr.epoch) != epoch:
             continue                    # the writer restarts right now
-        if (transport != SHMSTREAM_TRANSPORT or protocol == 0 or size == 0 or elements == 0
-                or (r.want_protocol != 0 and protocol != r.want_protocol)
-                or (r.want_size != 0 and size != r.want_size)
-                or elements > r.capacity // size):
+        if not acceptable(r, transport, protocol, size, elements):
             r.epoch = 0
             r.refused = epoch
             return INCOMPATIBLE_INTERFACE
@@ -211,10 +218,18 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     return INACTIVE
 
 
+cdef inline bint went_back(uint64_t now, uint64_t before) noexcept nogil:
+    """Whether a write counter is below what it was: the writer restarted under the same epoch.
+
+    Counters are unsigned in all 64 bits; one that passes 2^64 moves less than half of that, and has not gone back.
+    """
+    return now < before and <int64_t>(now - before) < 0
+
+
 cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped."""
     cdef uint64_t wc = load_acquire64(&r.hdr.wc)
-    if <int64_t>(wc - r.rc) < 0:        # the writer restarted under the same epoch
+    if went_back(wc, r.wc):
         return reader_sync(r)
     r.lost = wc - r.rc
     r.lost_total += r.lost
@@ -246,7 +261,7 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
         behind = wc - r.rc
         if behind == 0:
             return NO_DATA
-        if <int64_t>behind < 0:         # restarted under the same epoch
+        if went_back(wc, r.wc):
             return reader_sync(r)
         if behind > r.elements:
             return reader_overrun(r)
@@ -268,16 +283,19 @@ cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil:
 cdef bint reader_intact(const reader_t *r) noexcept nogil:
     """Whether everything copied since reader_peek, from slot 0 on, is what the writer published.
 
-    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch.
+    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch. WSC below the WC
+    that peek saw: the writer has restarted, under the same epoch if that is unchanged, and zeroed the slots.
     Ordering: the copy before the loads of WSC and epoch (acquire fence; pairs with writer_reserve and writer_start).
     """
+    cdef uint64_t ahead
     fence_acquire()
-    return (load_relaxed64(&r.hdr.wsc) - r.rc <= r.elements) and load_relaxed64(&r.hdr.epoch) == r.epoch
+    ahead = load_relaxed64(&r.hdr.wsc) - r.rc
+    return r.wc - r.rc <= ahead <= r.elements and load_relaxed64(&r.hdr.epoch) == r.epoch
 
 
 cdef ring_status reader_recover(reader_t *r) noexcept nogil:
     """After a copy that was not intact: EPOCH_CHANGED, INACTIVE, INCOMPATIBLE_INTERFACE or OVERRUN_DETECTED."""
-    if load_acquire64(&r.hdr.epoch) != r.epoch:
+    if load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_relaxed64(&r.hdr.wsc), r.wc):
         return reader_sync(r)
     return reader_overrun(r)
 
@@ -320,7 +338,7 @@ cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t 
 
 cdef void reader_drain(reader_t *r) noexcept nogil:
     """Skips to WC; synchronises first where that is due."""
-    if r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch:
+    if (r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_acquire64(&r.hdr.wc), r.wc)):
         if reader_sync(r) != EPOCH_CHANGED:
             return
     reader_goto(r, load_acquire64(&r.hdr.wc))
@@ -332,9 +350,13 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     if r.epoch != 0 and r.wc != r.rc:
         return True
     epoch = load_acquire64(&r.hdr.epoch)
-    if epoch != r.epoch:
-        return epoch != r.refused or epoch == 0
-    return epoch != 0 and load_acquire64(&r.hdr.wc) != r.rc
+    if epoch == 0:
+        return r.epoch != 0 or r.refused != 0
+    if epoch == r.refused:
+        # By now there may be another header under the same epoch: a hint, reader_sync looks properly.
+        return acceptable(r, load_relaxed64(&r.hdr.transport), load_relaxed64(&r.hdr.protocol),
+                          load_relaxed64(&r.hdr.size), load_relaxed64(&r.hdr.elements))
+    return epoch != r.epoch or load_acquire64(&r.hdr.wc) != r.rc
 
 
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
@@ -467,13 +489,15 @@ cdef class Endpoint:
     cdef public object owner    # closed after this: the region behind `memory`
 
     cdef int attach(self, object memory, object bell, str name, bint writable, uint64_t least) except -1:
-        self.name = name
-        self.region = Mapping.__new__(Mapping)
-        self.region.hold(memory, writable, least)
+        """Takes both buffers or none; an object that took none is a closed one."""
+        cdef Mapping region = Mapping.__new__(Mapping)
+        cdef Mapping bell_region = None
+        region.hold(memory, writable, least)
         if bell is not None:
-            self.bell_region = Mapping.__new__(Mapping)
-            self.bell_region.hold(bell, True, sizeof(bell_page))
-            self.bell = self.bell_region.as_bell()
+            bell_region = Mapping.__new__(Mapping)
+            bell_region.hold(bell, True, sizeof(bell_page))
+            self.bell = bell_region.as_bell()
+        self.name, self.region, self.bell_region = name, region, bell_region
         return 0
 
     cdef int enter(self) except -1:
@@ -575,14 +599,22 @@ cdef class Writer(Endpoint):
         return {"elements": self.w.wc, "batches": self.w.batches, "wakes": self.w.wakes, "epochs": self.w.epochs}
 
     def activate(self, epoch=None):
-        """Starts a new epoch (random unless given): readers resynchronise, what they had not read is gone."""
+        """Starts a new epoch (random unless given): readers resynchronise, what they had not read is gone.
+
+        Raises UsageError, BrokenChannelError.
+        """
         if epoch is not None and not 0 < epoch < 1 << 64:
             raise UsageError("an epoch is a non-zero 64-bit number", value=epoch)
+        cdef uint64_t new = random_epoch() if epoch is None else epoch
+        cdef bint broken
         self.enter()
-        try:
-            writer_start(&self.w, random_epoch() if epoch is None else epoch)
-        finally:
-            busy_leave(&self.busy)
+        writer_start(&self.w, new)
+        broken = load_relaxed32(self.region.broken) != 0
+        if broken:                          # under these very stores, or long before
+            writer_stop(&self.w)
+        busy_leave(&self.busy)
+        if broken:
+            raise BrokenChannelError(self.name)
 
     def deactivate(self):
         """Ends the epoch: readers see INACTIVE. Writing needs activate() first."""
@@ -606,7 +638,7 @@ cdef class Writer(Endpoint):
         Raises UsageError (too long, inactive, used by two threads), BrokenChannelError.
         """
         cdef Py_buffer view
-        cdef uint8_t *slot
+        cdef bint broken
         self.enter_active()
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -623,8 +655,11 @@ cdef class Writer(Endpoint):
                 put_one(&self.w, <const uint8_t *>view.buf, view.len)
         else:
             put_one(&self.w, <const uint8_t *>view.buf, view.len)
+        broken = load_relaxed32(self.region.broken) != 0
         PyBuffer_Release(&view)
         busy_leave(&self.busy)
+        if broken:
+            raise BrokenChannelError(self.name)
 
     def write_many(self, data):
         """Publishes many elements, in batches of at most a quarter of the ring; returns how many.
@@ -634,6 +669,7 @@ cdef class Writer(Endpoint):
         """
         cdef Py_buffer view
         cdef uint64_t n
+        cdef bint broken
         if not PyObject_CheckBuffer(data):
             n = 0
             for item in data:
@@ -657,8 +693,11 @@ cdef class Writer(Endpoint):
                 put_many(&self.w, <const uint8_t *>view.buf, n)
         else:
             put_many(&self.w, <const uint8_t *>view.buf, n)
+        broken = load_relaxed32(self.region.broken) != 0
         PyBuffer_Release(&view)
         busy_leave(&self.busy)
+        if broken:
+            raise BrokenChannelError(self.name)
         return n
 
     def close(self):
@@ -768,9 +807,13 @@ cdef class Reader(Endpoint):
 
     @property
     def pending(self):
-        """Elements published but not read, as far as the header tells now."""
+        """Elements published but not read, as far as the header tells now; 0 while the epoch is another one."""
+        cdef uint64_t n = 0, wc
         self.enter()
-        cdef uint64_t n = load_acquire64(&self.r.hdr.wc) - self.r.rc if self.r.epoch != 0 else 0
+        if self.r.epoch != 0 and load_acquire64(&self.r.hdr.epoch) == self.r.epoch:
+            wc = load_acquire64(&self.r.hdr.wc)
+            if not went_back(wc, self.r.wc):
+                n = wc - self.r.rc
         busy_leave(&self.busy)
         return n
 
