@@ -581,7 +581,7 @@ class BlockDevice:
         try:
             held = shm.writer_holder(self._ends[1].region) is not None
         except OSError as error:
-            self._complain("cannot see whether its server lives", error)
+            self._complain(f"cannot see whether its server lives: {error}")
             return False
         self._known = self._known or held
         return self._known and not held
