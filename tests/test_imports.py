@@ -152,7 +152,7 @@ KNOWN = {*ALLOWED, "net", "policy", "attach.nbd", "backing.ram", "cli.blk"}
     ("attach/nbd.py", "from muenfast import _blk"),
     ("attach/__init__.py", "from .. import control"),
     ("backing/ram.py", "from ..attach import nbd"),
-    ("backing/__init__.py", "from .._ring import Writer"),
+    ("backing/__init__.py", "from ..channel import End"),
     ("_ring.pyx", "from muenfast._blk cimport io_t"),
     ("_ring.pyx", "cimport muenfast._blk"),
     ("_ring.pyx", "cimport cython, muenfast._blk as b"),
