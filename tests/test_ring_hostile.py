@@ -157,16 +157,40 @@ def test_truncation_of_the_bell_under_load(tmp_path: Path) -> None:
             assert not writer.broken and not reader.broken
 
 
-def test_a_fault_elsewhere_still_ends_the_process(tmp_path: Path) -> None:
-    """SIGBUS outside every channel goes where it went before: a program that never guarded that memory dies of it."""
+BEFORE = "faulthandler.enable()\na = Reader(bytearray(128))\n"
+AFTER = "a = Reader(bytearray(128))\nfaulthandler.enable()\n"
+BETWEEN = AFTER + "b = Reader(bytearray(128))\n"
+FAULT = ("with open(sys.argv[1], 'r+b') as file:\n"
+         "    other = mmap.mmap(file.fileno(), 0)\n"
+         "os.truncate(sys.argv[1], 0)\n"
+         "other[0]\n")
+SENT = "os.kill(os.getpid(), signal.SIGBUS)\n"
+
+
+@pytest.mark.parametrize("cause", [FAULT, SENT], ids=["fault", "sent"])
+@pytest.mark.parametrize("order", ["a = Reader(bytearray(128))\n", BEFORE, AFTER, BETWEEN],
+                         ids=["alone", "handler first", "handler last", "handler between"])
+def test_a_bus_error_elsewhere_still_ends_the_process(tmp_path: Path, order: str, cause: str) -> None:
+    """SIGBUS that is not about a channel goes where it went before, once: the report, if there is one, and the end."""
     path = tmp_path / "other"
     path.write_bytes(bytes(mmap.PAGESIZE))
-    code = ("import mmap, os, sys\n"
-            "from muenfast import Reader\n"
-            "reader = Reader(bytearray(128))\n"
-            "with open(sys.argv[1], 'r+b') as file:\n"
-            "    other = mmap.mmap(file.fileno(), 0)\n"
-            "os.truncate(sys.argv[1], 0)\n"
-            "other[0]\n")
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=60, check=False)
-    assert result.returncode == -signal.SIGBUS
+    code = "import faulthandler, mmap, os, signal, sys\nfrom muenfast import Reader\n" + order + cause
+    with open(tmp_path / "report", "w+b") as report:
+        result = subprocess.run([sys.executable, "-c", code, str(path)], stderr=report, timeout=60, check=False)
+        report.seek(0)
+        told = report.read(1 << 20).count(b"Fatal Python error: Bus error")
+    assert (result.returncode, told) == (-signal.SIGBUS, int("faulthandler" in order))
+
+
+@pytest.mark.parametrize("handler", ["signal.SIG_IGN", "lambda number, frame: print(number, flush=True)"],
+                         ids=["ignored", "handled"])
+def test_a_bus_error_that_is_sent_goes_to_who_handles_it(handler: str) -> None:
+    """A program that ignores or handles what others send it goes on doing so, any number of times."""
+    code = ("import os, signal\nfrom muenfast import Reader\n"
+            f"signal.signal(signal.SIGBUS, {handler})\n"
+            "a = Reader(bytearray(128))\n"
+            "for _ in range(3):\n"
+            "    os.kill(os.getpid(), signal.SIGBUS)\n")
+    result = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == ("" if "IGN" in handler else f"{int(signal.SIGBUS)}\n" * 3)
