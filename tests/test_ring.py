@@ -643,6 +643,20 @@ def test_a_batch_across_the_wrap(before: int) -> None:
     assert reader.position == 8 - before
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 2), (2, 1), (4, 0)])
+def test_a_batch_ends_where_the_slots_jump(before: int, after: int) -> None:
+    """With six elements slot 3 is followed by slot 0 at the wrap: a batch does not run on into slot 4."""
+    hand = Hand(elements=6, counter=U64 - before)
+    reader = hand.reader()
+    hand.push(before + after)
+    buffer = bytearray(8 * 6)
+    got = b""
+    for count in (before, after):
+        assert reader.read_many_into(buffer) == count
+        got += bytes(buffer[:8 * count])
+    assert got == b"".join(number(k) for k in range(U64 - before, U64 + after))
+
+
 def test_an_overrun_across_the_wrap() -> None:
     """The loss is a distance modulo 2^64 and the reader goes on behind the wrap."""
     hand = Hand(counter=U64 - 3)
@@ -734,6 +748,18 @@ def test_wait_ends_when_the_writer_writes(bell: bool, poll: int | None) -> None:
         assert 1 <= writer.counters["wakes"] <= 20
     else:
         assert writer.counters["wakes"] == 0
+
+
+def test_ringing_takes_the_announcement_back_and_moves_the_sequence() -> None:
+    """Once per announcement: a reader between its last look and its sleep finds the sequence moved and does not sleep."""
+    page = bytearray(128)
+    with Writer(region(4), size=8, protocol=PROTOCOL, bell=page) as writer:
+        for rung, waiters in enumerate((0, 1, 1, U64 >> 33), start=-1):
+            struct.pack_into("=I", page, 12, waiters)
+            for _ in range(3):      # only the first finds it announced
+                writer.write(b"x")
+                assert struct.unpack_from("=II", page, 8) == (rung + 1, 0)
+                assert writer.counters["wakes"] == rung + 1
 
 
 @pytest.mark.parametrize("change", ["activate", "deactivate", "close"])

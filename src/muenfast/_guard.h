@@ -3,7 +3,8 @@
  * The owner of a region may truncate it while it is mapped here: the next access raises SIGBUS. The handler
  * replaces the whole mapping by private zero pages, marks it broken and returns: the interrupted access goes on
  * and reads an inactive channel (epoch 0). System calls that were given such memory return EFAULT instead.
- * A fault outside every guarded mapping goes to whoever handled SIGBUS before.
+ * A fault outside every guarded mapping goes to whoever handled SIGBUS before; where that one hands it back (it came
+ * between two installations of ours), the process ends as it would have without us.
  */
 #ifndef MUENFAST_GUARD_H
 #define MUENFAST_GUARD_H
@@ -15,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define GUARDS 4096
@@ -28,13 +30,19 @@ typedef struct {
 static guard_entry guard_table[GUARDS];
 static _Atomic int guard_high;
 static struct sigaction guard_previous;
+static int guard_installed;      /* once; under guard_lock */
+static _Atomic int guard_inside; /* thread that is in guard_previous now, 0: none */
+static _Atomic int guard_passed; /* thread that was there last */
+static _Atomic int guard_stacked; /* guard_previous came after us once, and may hand back what it gets */
 static pthread_mutex_t guard_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void guard_on_sigbus(int number, siginfo_t *info, void *context) {
     int saved = errno;
     uintptr_t at = (uintptr_t)info->si_addr;
-    int high = atomic_load_explicit(&guard_high, memory_order_acquire);
+    int sent = info->si_code <= 0; /* by a program: no fault, and no address */
+    int high = sent ? 0 : atomic_load_explicit(&guard_high, memory_order_acquire);
     int found = 0;
+    int self;
     for (int i = 0; i < high; i++) {
         guard_entry *g = &guard_table[i];
         uintptr_t base = atomic_load_explicit(&g->base, memory_order_acquire);
@@ -52,13 +60,23 @@ static void guard_on_sigbus(int number, siginfo_t *info, void *context) {
     errno = saved;
     if (found)
         return;
-    if (guard_previous.sa_flags & SA_SIGINFO) {
-        guard_previous.sa_sigaction(number, info, context);
-    } else if (guard_previous.sa_handler != SIG_DFL && guard_previous.sa_handler != SIG_IGN) {
-        guard_previous.sa_handler(number);
-    } else {
-        signal(number, SIG_DFL); /* the access repeats and ends the process as if we had never been here */
+    if (sent && !(guard_previous.sa_flags & SA_SIGINFO) && guard_previous.sa_handler == SIG_IGN)
+        return;
+    self = (int)syscall(SYS_gettid);
+    if (((guard_previous.sa_flags & SA_SIGINFO) ||
+         (guard_previous.sa_handler != SIG_DFL && guard_previous.sa_handler != SIG_IGN)) &&
+        guard_inside != self && !(guard_stacked && sent && guard_passed == self)) {
+        guard_inside = guard_passed = self;
+        if (guard_previous.sa_flags & SA_SIGINFO)
+            guard_previous.sa_sigaction(number, info, context);
+        else
+            guard_previous.sa_handler(number);
+        guard_inside = 0;
+        return;
     }
+    signal(number, SIG_DFL); /* a fault repeats and ends the process as if we had never been here */
+    if (sent)
+        raise(number);
 }
 
 /* Guards [start, start + length); returns the word that becomes 1 when the mapping broke, NULL when the table is
@@ -75,9 +93,11 @@ static uint32_t *guard_add(const void *start, size_t length) {
         mine.sa_sigaction = guard_on_sigbus;
         mine.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigemptyset(&mine.sa_mask);
+        guard_stacked = guard_installed;
         guard_previous = now;
         if (sigaction(SIGBUS, &mine, NULL) != 0)
             goto out;
+        guard_installed = 1;
     }
     for (int i = 0; i < GUARDS; i++) {
         guard_entry *g = &guard_table[i];
