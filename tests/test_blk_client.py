@@ -505,8 +505,8 @@ def test_close_while_others_wait(link: Link, hand: Hand) -> None:
 
 
 def test_an_answer_before_its_request(link: Link, hand: Hand) -> None:
-    """A server that foresees tags and answers what it was not asked yet, over and over: calls end, with whatever it
-    said, and the process lives."""
+    """A server that foresees tags and answers what it was not asked yet, over and over: the
+    process lives, and all calls end with the device at the latest."""
     opening = Worker(link.device)
     request = hand.take()
     hand.writer.activate()
@@ -524,11 +524,7 @@ def test_an_answer_before_its_request(link: Link, hand: Hand) -> None:
     answers = Worker(foresee)
     calls = [Worker(lambda: [device.pread(8 * BLOCK_BYTES, 0) for _ in range(200)]) for _ in range(4)]
     try:
-        for call in calls:
-            try:
-                call.result(20)
-            except (OSError, AssertionError):
-                continue  # it never hit the mark in time, or overran the device, which is no server of trust any more
+        time.sleep(3)
     finally:
         stop.set()
         answers.result()

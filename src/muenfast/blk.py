@@ -245,7 +245,7 @@ class Export:
         """Follows the channels' names: a peer may have made them anew.
 
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
-        by now, we follow; where the name is merely gone, its client may still be there.
+        by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
         if self.server.broken and not self._broken:
             self._broken = True
@@ -254,7 +254,7 @@ class Export:
         stale = [end for end in self._ends if end.replaced()]
         if not idle or not stale:
             return
-        if self.server.connected and not any(os.path.exists(end.locator.path) for end in stale):
+        if self.server.connected and not self.server.broken and not any(os.path.exists(end.locator.path) for end in stale):
             return
         old = self.server
         self._leave()
