@@ -186,17 +186,24 @@ class Export:
         """Begins to serve, in a thread of its own."""
         self._thread.start()
 
-    def _open(self) -> None:
+    def _open(self, old: tuple[End, End] | None = None) -> None:
+        """old: ends to keep where their name still means the same region; closed where it does not, once this returns.
+        """
         channels = self.config.channels
-        self._ends = channels.open(serving=True)
-        try:
+        with ExitStack() as undo:
+            ends = channels.open(serving=True, old=old)
+            for end in ends:
+                if old is None or end not in old:
+                    undo.callback(end.close)
             self.server = Server(
-                self._ends[0].view, self._ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
-                response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
-                response_bell=self._ends[1].bell_view, poll=channels.poll)
-        except BaseException:
-            self._close_ends()
-            raise
+                ends[0].view, ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
+                response_protocol=channels.resp_protocol, request_bell=ends[0].bell_view,
+                response_bell=ends[1].bell_view, poll=channels.poll)
+            undo.pop_all()
+        self._ends = ends
+        for end in old or ():
+            if end not in ends:
+                end.close()
 
     def _close_ends(self) -> None:
         for end in self._ends:
@@ -256,12 +263,13 @@ class Export:
             return
         if self.server.connected and not self.server.broken and not any(os.path.exists(end.locator.path) for end in stale):
             return
+        # An end whose name is as it was is kept, for a plain peer that is in nobody's books would be left alone there.
         old = self.server
-        self._leave()
+        old.close()
         complaint = ""
         while not self._stop.is_set():
             try:
-                self._open()
+                self._open(self._ends)
                 self.server.inherit(old)
                 self._broken = False
                 log.info("export %s: channels were made anew", self.name)
