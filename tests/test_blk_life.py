@@ -62,7 +62,7 @@ class Link:
     def close(self) -> None:
         """Cleanly: what a killed process left in the books goes with the next look at them."""
         self._stack.close()
-        run("chan", "list")
+        run("stat")
 
 
 @pytest.fixture
@@ -262,6 +262,8 @@ def test_peer_loss_timeout(link: Link, disk: Path) -> None:
     server, device = link.server(str(disk)), link.device(on_peer_loss="timeout:0.5")
     device.pwrite(block(1), 0)
     os.kill(server.pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{server.pid}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
     with pytest.raises(OSError) as caught:
         device.pwrite(block(2), BLOCK_BYTES)
     assert caught.value.errno == errno.EIO
