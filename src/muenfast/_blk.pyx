@@ -1069,7 +1069,10 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
             if c.phase_since == 0:
                 c.phase_since = now
                 writer_stop(&c.w)
-            if load_acquire64(&c.r.hdr.epoch) != 0 and now - c.phase_since < FAREWELL_NS:
+            c.r.epoch = c.r.refused = 0
+            status = reader_peek(&c.r, &available)
+            # What is incompatible is no server of ours.
+            if status != INACTIVE and status != INCOMPATIBLE_INTERFACE and now - c.phase_since < FAREWELL_NS:
                 sleep_ns(50_000)
                 continue
             c.base = <uint32_t>random_epoch()

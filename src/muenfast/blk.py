@@ -204,20 +204,24 @@ class Export:
         self.backing.keep()
         self._thread.start()
 
-    def _open(self) -> None:
-        self._ends = self.config.channels.open(serving=True)
-        try:
-            self._serve_ends()
-        except BaseException:
-            self._close_ends()
-            raise
-
-    def _serve_ends(self) -> None:
+    def _open(self, old: tuple[End, End] | None = None) -> None:
+        """old: ends to keep where their name still means the same region; closed where it does not, once this returns.
+        """
         channels = self.config.channels
-        self.server = Server(
-            self._ends[0].view, self._ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
-            response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
-            response_bell=self._ends[1].bell_view, poll=channels.poll)
+        with ExitStack() as undo:
+            ends = channels.open(serving=True, old=old)
+            for end in ends:
+                if old is None or end not in old:
+                    undo.callback(end.close)
+            self.server = Server(
+                ends[0].view, ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
+                response_protocol=channels.resp_protocol, request_bell=ends[0].bell_view,
+                response_bell=ends[1].bell_view, poll=channels.poll)
+            undo.pop_all()
+        self._ends = ends
+        for end in old or ():
+            if end not in ends:
+                end.close()
 
     def _close_ends(self) -> None:
         for end in self._ends:
@@ -266,38 +270,30 @@ class Export:
         """Follows the channels' memory: a peer may have made them anew, or truncated one and given it its size back.
 
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
-        by now, we follow; where the name is merely gone, its client may still be there.
+        by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
         broken = self.server.broken
         if broken and not self._broken:
             self._broken = True
             log.error("export %s: %s", self.name, BrokenChannelError(self._ends[broken == "response"].locator.text))
-        old = self.server
         stale = [end for end in self._ends if end.replaced()]
-        if broken and not stale:
-            if not any(end.region.truncated() for end in self._ends):
-                old.close()
-                if all(end.remap() for end in self._ends):
-                    self._serve_ends()
-                    self.server.inherit(old)
-                    self._broken = False
-                    log.info("export %s: channel memory is back", self.name)
-                    return
-                self._reopen(old)
+        if broken:
+            if not stale and any(end.region.truncated() for end in self._ends):
+                return
+        elif not idle or not stale:
             return
-        if not (idle or broken) or not stale:
+        elif self.server.connected and not any(os.path.exists(end.locator.path) for end in stale):
             return
-        if self.server.connected and not broken and not any(os.path.exists(end.locator.path) for end in stale):
-            return
-        self._reopen(old)
-
-    def _reopen(self, old: Server) -> None:
-        """Leaves the channels and opens what their names mean now; waits where that fails."""
-        self._leave()
+        # An end whose name is as it was is kept, for a plain peer that is in nobody's books would be left alone there.
+        old = self.server
+        old.close()
         complaint = ""
         while not self._stop.is_set():
             try:
-                self._open()
+                if broken and not all(end.replaced() or end.remap() for end in self._ends):
+                    self._stop.wait(_TICK)
+                    continue
+                self._open(self._ends)
                 self.server.inherit(old)
                 self._broken = False
                 log.info("export %s: channels were made anew", self.name)

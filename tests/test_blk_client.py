@@ -1,0 +1,577 @@
+"""muenfast.BlockDevice against the independent plain server: honest, slow, wrong and hostile ones."""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peer import (
+    BLOCK_BYTES,
+    COMMAND,
+    COMMAND_SIZE,
+    EVENT_BYTES,
+    INLINE_REGION_BYTES,
+    READ,
+    REQUEST_PROTOCOL,
+    RESPONSE_PROTOCOL,
+    SECTOR_BYTES,
+    WRITE,
+    ChannelReader,
+    ChannelWriter,
+    Event,
+    InlineServer,
+    channel_path,
+)
+
+from muenfast import BlockDevice, PeerError, UsageError
+
+HOSTILE = str(Path(__file__).with_name("hostile_peer.py"))
+BLOCKS = 64
+
+
+def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
+    """What `true` returns once that is true."""
+    end = time.monotonic() + seconds
+    while True:
+        value = true()
+        if value:
+            return value
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def block(value: int) -> bytes:
+    """4096 bytes that say `value` over and over."""
+    return struct.pack("<Q", value) * (BLOCK_BYTES // 8)
+
+
+class Link:
+    """A pair of channels that exist, and what was opened on them."""
+
+    def __init__(self, names: Callable[[str], str]) -> None:
+        self.req, self.resp = names("req"), names("resp")
+        self._stack = ExitStack()
+        for name in (self.req, self.resp):
+            with open(channel_path(name), "xb") as file:
+                file.truncate(INLINE_REGION_BYTES)
+
+    @contextmanager
+    def server(self, disk: bytearray, **options: Any) -> Iterator[InlineServer]:
+        """A plain server that runs for the length of the block, and leaves politely."""
+        server = InlineServer(self.req, self.resp, disk, **options)
+        try:
+            with server.running():
+                yield server
+        finally:
+            server.close()
+
+    def device(self, **options: Any) -> BlockDevice:
+        """poll: a plain server has no bell; the adaptive pauses are for idle disks."""
+        device = BlockDevice(self.req, self.resp, **{"timeout": 20, "poll": 100, **options})
+        self._stack.callback(device.close)
+        return device
+
+    def close(self) -> None:
+        self._stack.close()
+        for name in (self.req, self.resp):
+            for path in (channel_path(name), channel_path(name) + ".bell"):
+                if os.path.exists(path):
+                    os.unlink(path)
+
+
+@pytest.fixture
+def link(names: Callable[[str], str]) -> Iterator[Link]:
+    link = Link(names)
+    yield link
+    link.close()
+
+
+class Hand:
+    """A server by hand: every answer is the test's own."""
+
+    def __init__(self, link: Link) -> None:
+        self.reader = ChannelReader(link.req, REQUEST_PROTOCOL, EVENT_BYTES)
+        self.writer = ChannelWriter(link.resp, EVENT_BYTES, RESPONSE_PROTOCOL)
+
+    def take(self, seconds: float = 20) -> Event:
+        """The next request."""
+        end = time.monotonic() + seconds
+        while True:
+            _, raw = self.reader.read()
+            if raw is not None:
+                return Event.unpack(raw)
+            assert time.monotonic() < end, "no request"
+            time.sleep(0.0002)
+
+    def answer(self, request: Event, error: int = 0, data: bytes = b"") -> None:
+        self.writer.write(request._replace(error=error, data=data).pack())
+
+    def welcome(self, blocks: int = BLOCKS) -> None:
+        """Takes a client's `size` and answers it in a new epoch."""
+        request = self.take()
+        assert (request.kind, request.id) == (COMMAND, COMMAND_SIZE)
+        self.writer.activate()
+        self.answer(request, data=struct.pack("<Q", blocks * (BLOCK_BYTES // SECTOR_BYTES)))
+
+    def close(self) -> None:
+        self.writer.deactivate()
+        self.writer.close()
+        self.reader.close()
+
+
+@pytest.fixture
+def hand(link: Link) -> Iterator[Hand]:
+    """Closed before the link is."""
+    hand = Hand(link)
+    yield hand
+    hand.close()
+
+
+class Worker(threading.Thread):
+    """Runs one call; result() returns what it returned or raises what it raised."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, seconds: float = 30) -> Any:
+        self.join(seconds)
+        assert not self.is_alive(), "the call hangs"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+# ------------------------------------------------------------------ honest servers
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"fixed_epoch": True}, {"shuffle": 20, "seed": 3}, {"unknown": 50, "stale": 50},
+    {"shuffle": 7, "unknown": 20, "stale": 20, "fixed_epoch": True, "seed": 5},
+], ids=["plain", "epoch 1", "shuffled", "stale and unknown answers", "all of it"])
+def test_what_is_written_is_read_back(link: Link, options: dict[str, Any]) -> None:
+    """In whatever order answers come, with answers in between that are nobody's or come twice: each call gets its
+    own data; strange answers are counted."""
+    disk = bytearray(BLOCKS * BLOCK_BYTES)
+    with link.server(disk, **options) as server, link.device() as device:
+        assert device.size == len(disk)
+        dice, model = random.Random(1), bytearray(disk)
+        for _ in range(60):
+            at, n = dice.randrange(BLOCKS), dice.randrange(1, 20)
+            n = min(n, BLOCKS - at)
+            if dice.random() < 0.5:
+                data = dice.randbytes(n * BLOCK_BYTES)
+                assert device.pwrite(data, at * BLOCK_BYTES) == len(data)
+                model[at * BLOCK_BYTES:(at + n) * BLOCK_BYTES] = data
+            else:
+                assert device.pread(n * BLOCK_BYTES, at * BLOCK_BYTES) == model[at * BLOCK_BYTES:(at + n) * BLOCK_BYTES]
+        device.flush()
+        assert server.syncs == 1
+        assert disk == model
+        assert (device.status()["counters"]["stale"] > 0) == ("unknown" in options)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 8 * BLOCK_BYTES), st.integers(0, 3 * BLOCK_BYTES + 1)),
+                max_size=12), st.randoms(use_true_random=False))
+def test_any_offset_and_length(shared_device: tuple[BlockDevice, bytearray], acts: list[tuple[bool, int, int]],
+                               dice: random.Random) -> None:
+    """pread and pwrite at any offset and length agree with a bytearray; what was not written stays as it was."""
+    device, disk = shared_device
+    model = bytearray(disk)
+    for write, offset, length in acts:
+        length = min(length, len(model) - offset)
+        if write:
+            data = dice.randbytes(length)
+            assert device.pwrite(data, offset) == length
+            model[offset:offset + length] = data
+        else:
+            assert device.pread(length, offset) == model[offset:offset + length]
+    assert disk == model
+
+
+@pytest.fixture
+def shared_device(link: Link) -> Iterator[tuple[BlockDevice, bytearray]]:
+    disk = bytearray(random.Random(2).randbytes(8 * BLOCK_BYTES))
+    with link.server(disk), link.device() as device:
+        yield device, disk
+
+
+def test_many_at_once(link: Link) -> None:
+    """pread_many and pwrite_many put one piece per offset in flight, more than the window holds; pieces may be
+    several blocks and the list long."""
+    disk = bytearray(1024 * BLOCK_BYTES)
+    with link.server(disk, shuffle=9), link.device() as device:
+        order = list(range(0, 1024, 2))
+        random.Random(3).shuffle(order)
+        data = b"".join(block(i) + block(i + 1) for i in order)
+        assert device.pwrite_many([i * BLOCK_BYTES for i in order], data) == len(data)
+        assert disk == b"".join(block(i) for i in range(1024))
+        into = bytearray(1024 * BLOCK_BYTES)
+        assert device.pread_many([i * BLOCK_BYTES for i in reversed(range(1024))], into) == len(into)
+        assert into == b"".join(block(i) for i in reversed(range(1024)))
+        assert device.pread_many([], bytearray()) == 0
+
+
+def test_threads_at_once(link: Link) -> None:
+    """Eight threads, each with a region of its own: their requests are in flight together and do not mix."""
+    disk = bytearray(8 * 16 * BLOCK_BYTES)
+    with link.server(disk, shuffle=5), link.device() as device:
+        def work(number: int) -> bytearray:
+            dice, base = random.Random(number), number * 16 * BLOCK_BYTES
+            model = bytearray(16 * BLOCK_BYTES)
+            for _ in range(60):
+                at = dice.randrange(len(model))
+                n = dice.randrange(len(model) - at)
+                act = dice.random()
+                if act < 0.45:
+                    model[at:at + n] = data = dice.randbytes(n)
+                    device.pwrite(data, base + at)
+                elif act < 0.95:
+                    assert device.pread(n, base + at) == model[at:at + n]
+                else:
+                    device.flush()
+            return model
+
+        workers = [Worker(lambda i=i: work(i)) for i in range(8)]  # type: ignore[misc]
+        assert b"".join(worker.result(60) for worker in workers) == disk
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_an_error_belongs_to_its_request(link: Link) -> None:
+    """What the server answers with an errno is an OSError with that errno, for the calls that touch the block and no
+    others; an errno that is none is EIO."""
+    disk = bytearray(BLOCKS * BLOCK_BYTES)
+    bad = {5: -errno.ENOSPC, 9: -errno.EROFS, 20: 5, 21: -5000, 22: -(1 << 31)}
+    with link.server(disk, fail_blocks=bad), link.device() as device:
+        for at, number in ((5, errno.ENOSPC), (9, errno.EROFS), (20, errno.EIO), (21, errno.EIO), (22, errno.EIO)):
+            for call in (lambda: device.pread(BLOCK_BYTES, at * BLOCK_BYTES),
+                         lambda: device.pwrite(block(1), at * BLOCK_BYTES),
+                         lambda: device.pwrite(b"x", at * BLOCK_BYTES + 7)):
+                with pytest.raises(OSError) as caught:
+                    call()
+                assert caught.value.errno == number
+        with pytest.raises(OSError) as caught:
+            device.pread(8 * BLOCK_BYTES, 0)
+        assert caught.value.errno == errno.ENOSPC
+        assert device.pread(5 * BLOCK_BYTES, 0) == bytes(5 * BLOCK_BYTES)
+        assert device.status()["state"] == "ready"
+
+
+def test_wrong_offsets_and_lengths(link: Link) -> None:
+    """What reaches beyond the disk, is negative or no multiple where it must be is a UsageError that costs no
+    request, and no memory."""
+    with link.server(bytearray(BLOCKS * BLOCK_BYTES)) as server, link.device() as device:
+        end = BLOCKS * BLOCK_BYTES
+        asked = len(server.answered)
+        for call in (
+            lambda: device.pread(1, end), lambda: device.pread(end + 1, 0), lambda: device.pread(1, -1),
+            lambda: device.pread(-1, 0), lambda: device.pread(1 << 62, 0), lambda: device.pread(0, 1 << 70),
+            lambda: device.pwrite(b"x", end), lambda: device.pwrite(b"x", -1),
+            lambda: device.pread_many([end], bytearray(BLOCK_BYTES)),
+            lambda: device.pread_many([-BLOCK_BYTES], bytearray(BLOCK_BYTES)),
+            lambda: device.pwrite_many([-BLOCK_BYTES], bytes(BLOCK_BYTES)),
+            lambda: device.pread_many([1 << 80], bytearray(BLOCK_BYTES)),
+            lambda: device.pread_many([1], bytearray(BLOCK_BYTES)),
+            lambda: device.pread_many([0, BLOCK_BYTES], bytearray(BLOCK_BYTES)),
+            lambda: device.pread_many([0], bytearray(BLOCK_BYTES + 1)),
+            lambda: device.pread_many([0], bytearray()),
+            lambda: device.pread_many([], bytearray(BLOCK_BYTES)),
+        ):
+            with pytest.raises(UsageError):
+                call()
+        assert len(server.answered) == asked
+        assert device.pread(0, end) == b""
+        assert device.pwrite(b"", 0) == 0
+    for call in (lambda: device.pread(1, 0), device.flush, lambda: device.pwrite(b"x", 0),
+                 lambda: device.pread_many([0], bytearray(BLOCK_BYTES))):
+        with pytest.raises(UsageError):
+            call()
+    assert not device.client.server_active
+    assert device.client.incompatible is None
+    device.close()
+
+
+def test_no_server(link: Link) -> None:
+    """TimeoutError after the timeout; nothing is left."""
+    with pytest.raises(TimeoutError):
+        link.device(timeout=0.3)
+
+
+def test_a_server_that_speaks_otherwise(link: Link) -> None:
+    """PeerError that names the channel, what stands there and what is expected."""
+    other = ChannelWriter(link.resp, 64, 0xABC)
+    other.activate()
+    with pytest.raises(PeerError) as caught:
+        link.device(timeout=0.5)
+    other.deactivate()
+    other.close()
+    assert link.resp in str(caught.value)
+    assert "abc" in str(caught.value)
+
+
+def test_a_disk_without_blocks(link: Link, hand: Hand) -> None:
+    """A server whose disk has no block is told apart from none, at once and without end to the waiting."""
+    opening = Worker(lambda: link.device(timeout=None))
+    hand.welcome(blocks=0)
+    with pytest.raises(PeerError) as caught:
+        opening.result()
+    assert "no block" in str(caught.value)
+
+
+# ------------------------------------------------------------------ servers that come and go
+
+
+def test_a_server_that_comes_late(link: Link) -> None:
+    """The device waits for it."""
+    opening = Worker(link.device)
+    time.sleep(0.1)
+    disk = bytearray(BLOCKS * BLOCK_BYTES)
+    with link.server(disk), opening.result() as device:
+        device.pwrite(b"late", 0)
+        assert disk[:4] == b"late"
+
+
+def test_a_server_that_returns_and_is_trusted(link: Link) -> None:
+    """same_store: requests wait for a server that names no identity, and are issued again to its next life."""
+    disk = bytearray(BLOCKS * BLOCK_BYTES)
+    with link.server(disk):
+        device = link.device(same_store=True)
+        device.pwrite(block(1), 0)
+    for life in range(3):
+        call = Worker(lambda: device.pwrite(block(life), BLOCK_BYTES) and device.pread(BLOCK_BYTES, 0))
+        time.sleep(0.05)
+        with link.server(disk, fixed_epoch=True):
+            assert call.result() == block(1)
+        assert disk[BLOCK_BYTES:2 * BLOCK_BYTES] == block(life)
+    assert device.status()["counters"]["lives"] == 4
+
+
+def test_a_server_that_returns_without_proof(link: Link) -> None:
+    """Without an identity the store may be any: everything fails, nothing is written to the stranger."""
+    with link.server(bytearray(BLOCKS * BLOCK_BYTES)):
+        device = link.device()
+    call = Worker(lambda: device.pwrite(block(1), 0))
+    time.sleep(0.05)
+    stranger = bytearray(BLOCKS * BLOCK_BYTES)
+    with link.server(stranger):
+        with pytest.raises(OSError) as caught:
+            call.result()
+        assert caught.value.errno == errno.EIO
+        with pytest.raises(OSError):
+            device.pread(1, 0)
+    assert device.failure is not None
+    assert stranger == bytes(len(stranger))
+
+
+def test_a_predecessors_bell_vouches_for_nobody(link: Link) -> None:
+    """The identity that a muenfast server left in the bell when it was killed is not that of a plain server that
+    follows it on the channel."""
+    from muenfast import BlockServer
+    from muenfast.blk import exports_from_lists
+
+    with BlockServer(exports_from_lists(link.req, link.resp, device="ram:256K")):
+        device = link.device()
+        device.pwrite(block(1), 0)
+        assert device.client.store is not None
+    # The bell stays (the device has it), and says what it said.
+    stranger = bytearray(BLOCKS * BLOCK_BYTES)
+    with link.server(stranger):
+        with pytest.raises(OSError):
+            Worker(lambda: device.pwrite(block(2), 0)).result()
+    assert "does not say which store" in str(device.failure)
+    assert stranger == bytes(len(stranger))
+
+
+def test_a_server_that_returns_with_another_size(link: Link) -> None:
+    """Another geometry is another disk, whatever same_store says."""
+    with link.server(bytearray(BLOCKS * BLOCK_BYTES)):
+        device = link.device(same_store=True)
+    with link.server(bytearray(2 * BLOCKS * BLOCK_BYTES)):
+        with pytest.raises(OSError):
+            Worker(lambda: device.pread(1, 0)).result()
+    assert "blocks" in str(device.failure)
+
+
+def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Hand) -> None:
+    """A request submitted in the moment in which another server has taken over is not written for it to execute."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    hand.writer.deactivate()
+    hand.writer.activate()  # the other one; the device has had no time to see it
+    call = Worker(lambda: device.pwrite(block(1), 0))
+    hand.welcome()  # so the next request is a `size` in a new epoch, not the write
+    with pytest.raises(OSError):
+        call.result()
+
+
+# ------------------------------------------------------------------ interruption
+
+
+def test_ctrl_c_ends_a_call_that_gets_no_answer(link: Link, hand: Hand) -> None:
+    """KeyboardInterrupt is raised soon; the buffer is not touched by the answer that comes after all; the device
+    lives on."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    into = bytearray(3 * BLOCK_BYTES)
+    requests: list[Event] = []
+
+    def interrupt() -> None:
+        requests.extend(hand.take() for _ in range(3))
+        time.sleep(0.05)
+        _thread.interrupt_main(signal.SIGINT)
+
+    helper = Worker(interrupt)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        device.pread_into(into, 0)
+    assert time.monotonic() - begin < 10
+    helper.result()
+    into[:] = b"\x11" * len(into)
+    for request in requests:
+        hand.answer(request, data=block(0xBAD))
+    call = Worker(lambda: device.pread(BLOCK_BYTES, 5 * BLOCK_BYTES))
+    request = hand.take()
+    assert (request.kind, request.id) == (READ, 5)
+    hand.answer(request, data=block(5))
+    assert call.result() == block(5)
+    assert into == b"\x11" * len(into)
+    assert device.client.in_flight == 0
+
+
+def test_ctrl_c_among_waiting_threads(link: Link, hand: Hand) -> None:
+    """An interrupted call is not kept by others that wait for answers, too."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    others = [Worker(lambda i=i: device.pread(BLOCK_BYTES, i * BLOCK_BYTES)) for i in range(8)]  # type: ignore[misc]
+    requests = [hand.take() for _ in range(8)]
+    for _ in range(5):
+        timer = threading.Timer(0.05, _thread.interrupt_main, [signal.SIGINT])
+        timer.start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            device.pread(BLOCK_BYTES, 60 * BLOCK_BYTES)
+        assert time.monotonic() - begin < 10
+        timer.join()
+    for request in requests:
+        hand.answer(request, data=block(request.id))
+    assert [other.result() for other in others] == [block(i) for i in range(8)]
+
+
+def test_close_while_others_wait(link: Link, hand: Hand) -> None:
+    """close() returns, and every call that waits for an answer fails."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    calls = [Worker(lambda i=i: device.pwrite(block(i), i * BLOCK_BYTES)) for i in range(8)]  # type: ignore[misc]
+    for _ in range(8):
+        assert hand.take().kind == WRITE
+    Worker(device.close).result(20)
+    for call in calls:
+        with pytest.raises((OSError, UsageError)):
+            call.result(10)
+
+
+# ------------------------------------------------------------------ hostile servers
+
+
+def test_an_answer_before_its_request(link: Link, hand: Hand) -> None:
+    """A server that foresees tags and answers what it was not asked yet, over and over: the
+    process lives, and all calls end with the device at the latest."""
+    opening = Worker(link.device)
+    request = hand.take()
+    hand.writer.activate()
+    hand.answer(request, data=struct.pack("<Q", BLOCKS * 8))
+    device = opening.result()
+    stop = threading.Event()
+    base = request.priv + 1
+
+    def foresee() -> None:
+        while not stop.is_set():
+            head = device.client.counters["reads"]
+            hand.writer.write_many([Event(READ, 0, k % 8, 1, (base + head + k - head % 8) & 0xFFFFFFFF,
+                                          block(k)).pack() for k in range(128)])
+
+    answers = Worker(foresee)
+    calls = [Worker(lambda: [device.pread(8 * BLOCK_BYTES, 0) for _ in range(200)]) for _ in range(4)]
+    try:
+        time.sleep(3)
+    finally:
+        stop.set()
+        answers.result()
+        device.close()
+        for call in calls:
+            call.join(10)
+            assert not call.is_alive()
+
+
+@pytest.mark.stress
+def test_a_hostile_writer(link: Link) -> None:
+    """Header and slots of the response channel change at full speed for 5 s under calls in several threads: no
+    crash, no hang; afterwards an honest server is served right."""
+    disk = bytearray(16 * BLOCK_BYTES)
+    with link.server(disk):
+        device = link.device(same_store=True, on_peer_loss="timeout:0.3")
+    attacker = subprocess.Popen([sys.executable, HOSTILE, channel_path(link.resp), f"{RESPONSE_PROTOCOL:x}", "5", "2"])
+    stop = threading.Event()
+
+    def work(number: int) -> int:
+        calls, dice = 0, random.Random(number)
+        while not stop.is_set() and device.failure is None:
+            calls += 1
+            try:
+                if dice.random() < 0.5:
+                    device.pread(3 * BLOCK_BYTES, dice.randrange(13) * BLOCK_BYTES)
+                else:
+                    device.pwrite(block(calls), dice.randrange(16) * BLOCK_BYTES)
+            except OSError:
+                continue
+        return calls
+
+    workers = [Worker(lambda i=i: work(i)) for i in range(4)]  # type: ignore[misc]
+    try:
+        assert attacker.wait(60) == 0
+    finally:
+        stop.set()
+        for worker in workers:
+            assert worker.result(60) > 0
+    if device.failure is not None:  # it may have named another size, once: that ends a device for good
+        device.close()
+        device = None  # type: ignore[assignment]
+    with link.server(disk):
+        if device is None:
+            device = link.device()
+        eventually(lambda: device.status()["state"] == "ready")
+        device.pwrite(block(7), 7 * BLOCK_BYTES)
+        assert device.pread(BLOCK_BYTES, 7 * BLOCK_BYTES) == block(7)
+        assert disk[7 * BLOCK_BYTES:8 * BLOCK_BYTES] == block(7)
+        device.close()
