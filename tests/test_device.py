@@ -162,7 +162,7 @@ def test_two_disks_with_file_systems(program: Start, tmp_path: Path, image: Path
 
 def test_a_read_only_export(program: Start, tmp_path: Path, image: Path, pair: list[str]) -> None:
     """The device says that it is read-only, mounts so, refuses to be written, and the file does not change."""
-    command("mkfs.ext4", "-q", "-F", image)
+    command("mkfs.ext4", "-q", "-F", "-b", "4096", image)  # of a file it would choose less than the disk's sectors
     with mounted(image, tmp_path / "mnt", "-o", "loop"):
         digests = fill(tmp_path / "mnt", 7)
     before = hashlib.sha256(image.read_bytes()).hexdigest()
@@ -207,24 +207,27 @@ def test_random_traffic_is_verified(program: Start, pair: list[str], tmp_path: P
 def test_names_in_use_are_skipped(program: Start) -> None:
     """Two clients at once have two devices, and a name that was given back is the next one's."""
     pairs = [["--req", unique("req"), "--resp", unique("resp")] for _ in range(2)]
-    for each in pairs:
-        program("blk", *each, "--device", "ram:4096")
+    servers = [program("blk", *each, "--device", "ram:4096") for each in pairs]
     clients = [program("blk", "--client", *each) for each in pairs]
     (first,), (second,) = map(disks, clients)
     assert first != second
     assert clients[0].end() == (0, "")
-    assert position(disks(program("blk", "--client", *pairs[0]))[0]) <= position(second) + 1
+    third = program("blk", "--client", *pairs[0])
+    assert disks(third) != [second] and position(disks(third)[0]) <= position(second) + 1
+    for each in (third, clients[1], *servers):
+        assert each.end() == (0, "")
 
 
 def test_no_device_is_asked_for(program: Start, pair: list[str]) -> None:
     """--attach none: the connection stands, and no node, loop device or mount is made."""
     nodes = set(glob.glob("/dev/muendisk*"))
-    program("blk", *pair, "--device", "ram:4096")
+    server = program("blk", *pair, "--device", "ram:4096")
     client = program("blk", "--client", "--attach", "none", *pair)
     assert disks(client) == ["-"]
     for node in set(glob.glob("/dev/muendisk*")) - nodes:  # somebody else's, then
         assert f"-{client.pid}/" not in (loop.backing_file(loop.loop_of(node) or 0) or "")
     assert client.end() == (0, "")
+    assert server.end() == (0, "")
 
 
 # ---- nodes that others made
@@ -354,7 +357,7 @@ def test_a_killed_client_does_not_hold_up_the_next(program: Start, tmp_path: Pat
     (device,) = disks(client)
     command("mkfs.ext4", "-q", device)
     with mounted(device, tmp_path / "mnt"):
-        client.process.kill()
+        assert client.end(signal.SIGKILL)[0] == -signal.SIGKILL
         again = program("blk", "--client", *pair)
         clean_device = disks(again)[0]
         assert command("blockdev", "--getsize64", clean_device) == f"{64 * MIB}\n"
