@@ -289,13 +289,14 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
     """Completes the headers of the batch's answers first..first+n-1 in the first n reserved slots; publishes them.
 
     A write whose slot the client overwrote meanwhile is torn: WSC is looked at again after the data was used.
-    A client that has begun a new epoch gets no answer to the old one's requests.
+    A client that has begun a new epoch, or the same one anew (WSC below the WC seen), gets no answer to the old one's
+    requests.
     """
     cdef uint64_t k, wsc
     cdef bint same
     fence_acquire()                     # the payload before WSC and epoch; pairs with writer_reserve, writer_start
     wsc = load_relaxed64(&s.r.hdr.wsc)
-    same = load_relaxed64(&s.r.hdr.epoch) == s.r.epoch
+    same = load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(wsc - s.r.wc) >= 0
     for k in range(n):
         if s.heads[first + k].kind == EVENT_WRITE and s.errors[first + k] == 0:
             if not same or wsc - (s.r.rc + first + k) > s.r.elements:

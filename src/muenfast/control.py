@@ -80,7 +80,7 @@ class ControlServer:
                 connection.settimeout(_ANSWER_TIMEOUT)
                 try:
                     self._answer(connection)
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, RecursionError) as error:  # of the last: JSON nested too deep
                     log.warning("control: a request was not answered: %s", error)
 
     def _answer(self, connection: socket.socket) -> None:

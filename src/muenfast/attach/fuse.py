@@ -155,8 +155,8 @@ class FuseAttachment:
                     return
                 try:
                     _flush(self.loop, left)
-                except OSError as problem:
-                    left.append(f"{self.device}: not all data was written: {problem}")
+                except OSError as problem:      # a disk that fails is taken down all the same
+                    left.append(f"{self.device}: not all data was written: {problem.strerror}")
                 freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
             except OSError as problem:
                 left.append(f"{self.device}: {problem}")

@@ -210,6 +210,7 @@ def _dump(arguments: argparse.Namespace) -> int:
         raise UsageError("numbers of elements and bytes are above 0")
     with _observe(shm.Locator.parse(arguments.channel)) as region:
         elements, reason = newest(region.view, arguments.number)
+    elements.reverse()
     if arguments.json:
         print(json.dumps({"name": arguments.channel, "state": reason,
                           "elements": [{"number": n, "hex": data.hex()} for n, data in elements]}, indent=2))
