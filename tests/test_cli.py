@@ -644,7 +644,7 @@ def test_chan_of_a_live_connection(live: tuple[dict[str, str], Program, Program]
         assert "  bell       rings, reader at 1, lag 0" in text
         (row,) = [row for row in run("chan", "list").stdout.splitlines() if row.startswith(name)]
         assert row.split() == [name, "1048576", "active", f"{protocol:x}", "4120", "254", "1", "0", "2",
-                               str(writer.pid), f"(muenfast", "blk", f"{role})"]
+                               str(writer.pid), "(muenfast", "blk", f"{role})"]
 
 
 def test_chan_rm_of_a_live_connection(live: tuple[dict[str, str], Program, Program]) -> None:

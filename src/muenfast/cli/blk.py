@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from muenfast.cli._serving import Stop, notify, say_ready
 from muenfast import params
+from muenfast.cli._serving import Stop, notify, say_ready
 from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
