@@ -427,6 +427,8 @@ def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Ha
     hand.writer.deactivate()
     hand.writer.activate()  # the other one; the device has had no time to see it
     call = Worker(lambda: device.pwrite(block(1), 0))
+    eventually(lambda: not hand.reader.active)
+    hand.writer.deactivate()
     hand.welcome()  # so the next request is a `size` in a new epoch, not the write
     with pytest.raises(OSError):
         call.result()
