@@ -419,6 +419,28 @@ def test_a_server_that_returns_with_another_size(link: Link) -> None:
     assert "blocks" in str(device.failure)
 
 
+def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, hand: Hand) -> None:
+    """Nothing is written under another response epoch than that of the answer to `size`, noticed or not."""
+    from muenfast import shm
+    from muenfast._blk import Client
+
+    with (shm.Region.open(shm.Locator.parse(link.req), writable=True) as req,
+          shm.Region.open(shm.Locator.parse(link.resp), writable=False) as resp):
+        client = Client(req.view, resp.view, poll=100)
+        welcome = Worker(hand.welcome)
+        eventually(lambda: client.run(0.05) == "answered")
+        welcome.result()
+        assert client.resume()
+        hand.writer.activate()  # another server; nobody has looked since
+        call = Worker(lambda: client.write_blocks(0, block(1)))
+        eventually(lambda: client.state == "lost")
+        assert hand.reader.read()[1] is None
+        client.fail()
+        with pytest.raises(OSError):
+            call.result()
+        client.close()
+
+
 def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Hand) -> None:
     """A request submitted in the moment in which another server has taken over is not written for it to execute."""
     opening = Worker(link.device)
@@ -427,6 +449,8 @@ def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Ha
     hand.writer.deactivate()
     hand.writer.activate()  # the other one; the device has had no time to see it
     call = Worker(lambda: device.pwrite(block(1), 0))
+    eventually(lambda: not hand.reader.active)
+    hand.writer.deactivate()
     hand.welcome()  # so the next request is a `size` in a new epoch, not the write
     with pytest.raises(OSError):
         call.result()

@@ -455,6 +455,8 @@ def test_a_request_ring_that_overran(link: Link, tmp_path: Path) -> None:
     client.connect()
     assert client.reader is not None
     os.kill(server.pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{server.pid}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
     try:
         for _ in range(3):
             client.send(*(Event(READ, 0, i % 16, 1, i) for i in range(ELEMENTS)))
@@ -462,7 +464,7 @@ def test_a_request_ring_that_overran(link: Link, tmp_path: Path) -> None:
         os.kill(server.pid, signal.SIGCONT)
     eventually(lambda: client.read()[0] is Result.EPOCH_CHANGED)
     found = counters(server)
-    assert found["overruns"] == 1
+    assert found["overruns"] == 1, found
     assert found["lost"] + found["reads"] == 3 * ELEMENTS
     client.connect()
     client.send(Event(WRITE, 0, 1, 1, 9, block(9)), Event(READ, 0, 1, 1, 10))
