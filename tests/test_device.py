@@ -175,9 +175,8 @@ def test_a_read_only_export(program: Start, tmp_path: Path, image: Path, pair: l
         with pytest.raises(OSError) as refused:
             (tmp_path / "mnt" / "more").write_text("more")
         assert refused.value.errno == errno.EROFS
-    with pytest.raises(OSError) as refused:
-        os.close(os.open(device, os.O_RDWR))
-    assert refused.value.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    said = command("dd", "if=/dev/zero", f"of={device}", "bs=4096", "count=1", "conv=fsync", status=1)
+    assert "not permitted" in said or "Read-only" in said
     assert client.end() == (0, "")
     assert server.end() == (0, "")
     assert hashlib.sha256(image.read_bytes()).hexdigest() == before
@@ -271,12 +270,12 @@ def test_a_foreign_node_is_left_alone(program: Start, pair: list[str], tmp_path:
     server = program("blk", *pair, "--device", "ram:1M")
     try:
         with node(make[kind]) as path:
-            before = os.lstat(path)
+            before = os.lstat(path)[:4]  # mode, inode, device, links: a look changes the time of access
             client = program("blk", "--client", *pair)
             (device,) = disks(client)
             assert position(device) > position(path)
             assert client.end() == (0, "")
-            assert os.lstat(path) == before and not os.path.lexists(device)
+            assert os.lstat(path)[:4] == before and not os.path.lexists(device)
     finally:
         command("losetup", "--detach", used)
     assert server.end() == (0, "")

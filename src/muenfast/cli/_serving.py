@@ -37,7 +37,9 @@ class Stop:
 
     def wait(self, until: Callable[[], bool] | None = None) -> None:
         """Returns after a signal, or once until() is true (asked five times a second)."""
-        while not self._event.wait(0.2 if until else None):
+        # Never without a limit: the kernel may deliver a signal to another thread (right after SIGCONT it does), and
+        # only the main thread runs Python's handler, once it wakes.
+        while not self._event.wait(0.2):
             if until is not None and until():
                 return
 
