@@ -74,10 +74,11 @@ def leftovers(below: Path) -> dict[str, set[str]]:
     loops = set()
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
-            if str(below) in entry.read_text():
-                loops.add(entry.parts[3])
+            backing = entry.read_text().rstrip("\n")
         except OSError:  # detached while we looked
             continue
+        if str(below) in backing or backing == "/disk":  # /disk: the mount it came from has gone
+            loops.add(entry.parts[3])
     return {"shared memory": {name for name in os.listdir("/dev/shm") if PREFIX in name},
             "book-keeping": books, "mounts": mounts, "loop devices": loops, "nodes": _nodes(),
             "processes": set(_children())}

@@ -1,4 +1,4 @@
-"""Block and network channels of the Muen separation kernel, in user space.
+"""Disks across the one-way channels of the Muen separation kernel, in user space.
 
 Importing opens nothing and loads nothing compiled; names come when they are used.
 """
@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from muenfast._ring import Reader, Result, Writer
-    from muenfast.blk import BlockDevice, BlockServer, ExportConfig, exports_from_lists
+    from muenfast.blk import BlockServer
     from muenfast.channel import open_reader, open_writer
+    from muenfast.disk import BlockDevice
     from muenfast.errors import BrokenChannelError, ClaimError, MuenfastError, PeerError, UsageError
+    from muenfast.export import ExportConfig, exports_from_lists
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Reader": "_ring", "Result": "_ring", "Writer": "_ring",
-    "BlockDevice": "blk", "BlockServer": "blk", "ExportConfig": "blk", "exports_from_lists": "blk",
+    "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export", "exports_from_lists": "export",
     "open_reader": "channel", "open_writer": "channel",
     "BrokenChannelError": "errors", "ClaimError": "errors", "MuenfastError": "errors", "PeerError": "errors",
     "UsageError": "errors",

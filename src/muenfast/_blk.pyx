@@ -33,6 +33,9 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
 
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
@@ -85,6 +88,7 @@ cdef struct store_t:
     int kind
     int fd
     uint8_t *memory
+    const uint32_t *broken  # memory: 1 when it was taken away and zeros stand there
     uint64_t nblocks
     bint read_only
 
@@ -96,8 +100,7 @@ cdef class Store:
     live; a client re-issues requests only to the identity it knew.
     """
     cdef store_t s
-    cdef Py_buffer buffer
-    cdef bint held
+    cdef Mapping memory
     cdef readonly bytes identity
 
     @property
@@ -112,13 +115,13 @@ cdef class Store:
 
     @staticmethod
     def in_memory(memory, *, read_only=False, identity=None):
-        """A store in a buffer (writable unless read_only), held until close()."""
+        """A store in a buffer (writable unless read_only), held until close(). Truncated shared memory gives EIO."""
         cdef Store self = Store.__new__(Store)
-        PyObject_GetBuffer(memory, &self.buffer, PyBUF_SIMPLE if read_only else PyBUF_WRITABLE)
-        self.held = True
+        self.memory = hold(memory, not read_only, BLOCK_SIZE)
         self.s.kind = STORE_MEMORY
-        self.s.memory = <uint8_t *>self.buffer.buf
-        return self.finish(self.buffer.len, read_only, identity)
+        self.s.memory = self.memory.base
+        self.s.broken = self.memory.broken
+        return self.finish(self.memory.length, read_only, identity)
 
     @staticmethod
     def in_file(int fd, size, *, read_only=False, identity=None):
@@ -149,18 +152,14 @@ cdef class Store:
 
     def close(self):
         """Lets go of the buffer. No server may still use the store."""
-        if self.held:
-            self.held = False
-            self.s.memory = NULL
+        if self.memory is not None:
             self.s.nblocks = 0
-            PyBuffer_Release(&self.buffer)
-
-    def __dealloc__(self):
-        self.close()
+            self.s.memory = NULL
+            self.memory.drop()
 
 
 cdef int transfer(const store_t *s, bint write, iovec *iov, int n, uint64_t block) noexcept nogil:
-    """Moves n blocks (one iovec each, 4096 bytes) to or from a file; 0 or a negative errno.
+    """Moves n pieces, consecutive from `block` on, to or from a file; 0 or a negative errno.
 
     EFAULT (the ring's memory was taken away) becomes EIO: it is no fault of the store.
     """
@@ -226,6 +225,7 @@ cdef struct server_t:
     block_event_header heads[BATCH]
     int32_t errors[BATCH]
     iovec iov[BATCH]
+    uint8_t *stage          # BATCH blocks, for writes to a file; page-aligned
 
 
 cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcept nogil:
@@ -243,41 +243,73 @@ cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcep
     return 0
 
 
-cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
-    """Executes the reads or writes first..first+n-1 of the batch, whose blocks are consecutive.
+cdef bint server_intact(const server_t *s, uint64_t k) noexcept nogil:
+    """Whether slot k of the batch still holds what the client published, everything used of it included.
 
-    Reads land in the response slots from `out` on; writes leave from the request slots.
+    As reader_intact: the use before the loads of WSC and epoch (acquire fence; pairs with writer_reserve and
+    writer_start); WSC below the WC seen is a restart.
+    """
+    cdef uint64_t wsc
+    fence_acquire()
+    wsc = load_relaxed64(&s.r.hdr.wsc)
+    return (wsc - (s.r.rc + k) <= s.r.elements and <int64_t>(wsc - s.r.wc) >= 0
+            and load_relaxed64(&s.r.hdr.epoch) == s.r.epoch)
+
+
+cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
+    """Moves the payload of n reads or writes with consecutive blocks; 0 or a negative errno for all of them.
+
+    Memory: straight between store and slot. File: reads land in the response slots; writes are staged and checked
+    first, because a file write may wait, and a client that starts anew meanwhile zeroes its slots.
     """
     cdef uint64_t k, block = s.heads[first].id
     cdef bint write = s.heads[first].kind == EVENT_WRITE
     cdef uint8_t *data
-    cdef int32_t error = 0
     for k in range(n):
         if write:
-            data = <uint8_t *>reader_slot(&s.r, first + k)
-        else:
-            data = writer_slot(&s.w, out + k)
-        data += sizeof(block_event_header)
-        if s.store.kind == STORE_FILE:
-            s.iov[k].iov_base = data
-            s.iov[k].iov_len = BLOCK_SIZE
-        elif s.store.kind == STORE_MEMORY:
-            if write:
+            data = <uint8_t *>reader_slot(&s.r, first + k) + sizeof(block_event_header)
+            if s.store.kind == STORE_MEMORY:
                 memcpy(s.store.memory + (block + k) * BLOCK_SIZE, data, BLOCK_SIZE)
-            else:
+            elif s.store.kind == STORE_FILE:
+                memcpy(s.stage + k * BLOCK_SIZE, data, BLOCK_SIZE)
+        else:
+            data = writer_slot(&s.w, out + k) + sizeof(block_event_header)
+            if s.store.kind == STORE_MEMORY:
                 memcpy(data, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
-        elif not write:
-            memset(data, 0, BLOCK_SIZE)
-    if s.store.kind == STORE_FILE:
-        error = transfer(s.store, write, s.iov, <int>n, block)
-        if error != 0:
-            count64(&s.n.failed, n)
-            for k in range(n):
-                s.errors[first + k] = error
-                if not write:           # no byte of an earlier answer goes out under an error
-                    memset(writer_slot(&s.w, out + k) + sizeof(block_event_header), 0, BLOCK_SIZE)
+            elif s.store.kind == STORE_FILE:
+                s.iov[k].iov_base = data
+                s.iov[k].iov_len = BLOCK_SIZE
+            else:
+                memset(data, 0, BLOCK_SIZE)
+    if s.store.kind == STORE_MEMORY:
+        return -EIO if s.store.broken != NULL and load_acquire32(s.store.broken) != 0 else 0
+    if s.store.kind != STORE_FILE:
+        return 0
+    if not write:
+        return transfer(s.store, False, s.iov, <int>n, block)
+    if not server_intact(s, first):
+        count64(&s.n.torn, n)
+        return -EIO
+    s.iov[0].iov_base = s.stage
+    s.iov[0].iov_len = n * BLOCK_SIZE
+    return transfer(s.store, True, s.iov, 1, block)
+
+
+cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
+    """Executes the reads or writes first..first+n-1 of the batch, whose blocks are consecutive.
+
+    Answers to reads stand in the response slots from `out` on.
+    """
+    cdef uint64_t k
+    cdef int32_t error = server_move(s, first, n, out)
+    if error != 0:
+        count64(&s.n.failed, n)
+        for k in range(n):
+            s.errors[first + k] = error
+            if s.heads[first].kind == EVENT_READ:   # no byte of an earlier answer goes out under an error
+                memset(writer_slot(&s.w, out + k) + sizeof(block_event_header), 0, BLOCK_SIZE)
     count64(&s.n.merged, n - 1)
-    if write:
+    if s.heads[first].kind == EVENT_WRITE:
         count64(&s.n.writes, n)
         count64(&s.n.bytes_written, n * BLOCK_SIZE)
     else:
@@ -288,23 +320,20 @@ cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t ou
 cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
     """Completes the headers of the batch's answers first..first+n-1 in the first n reserved slots; publishes them.
 
-    A write whose slot the client overwrote meanwhile is torn: WSC is looked at again after the data was used.
-    A client that has begun a new epoch, or the same one anew (WSC below the WC seen), gets no answer to the old one's
-    requests.
+    A write to memory whose slot the client overwrote meanwhile is torn: it is looked at again after the data was used.
+    A client that has begun a new epoch, or the same one anew, gets no answer to the old one's requests.
     """
-    cdef uint64_t k, wsc
-    cdef bint same
-    fence_acquire()                     # the payload before WSC and epoch; pairs with writer_reserve, writer_start
-    wsc = load_relaxed64(&s.r.hdr.wsc)
-    same = load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(wsc - s.r.wc) >= 0
+    cdef uint64_t k
+    cdef block_event_header *h
     for k in range(n):
-        if s.heads[first + k].kind == EVENT_WRITE and s.errors[first + k] == 0:
-            if not same or wsc - (s.r.rc + first + k) > s.r.elements:
+        h = &s.heads[first + k]
+        if h.kind == EVENT_WRITE and s.errors[first + k] == 0 and s.store.kind == STORE_MEMORY:
+            if not server_intact(s, first + k):
                 s.errors[first + k] = -EIO
                 count64(&s.n.torn, 1)
-        s.heads[first + k].error = s.errors[first + k]
-        memcpy(writer_slot(&s.w, k), &s.heads[first + k], sizeof(block_event_header))
-    if same:
+        h.error = s.errors[first + k]
+        memcpy(writer_slot(&s.w, k), h, sizeof(block_event_header))
+    if load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(load_relaxed64(&s.r.hdr.wsc) - s.r.wc) >= 0:
         writer_publish(&s.w, n)
 
 
@@ -442,6 +471,10 @@ cdef class Server:
             raise UsageError("a Server is initialised once")
         self.store = store
         self.s.store = &store.s
+        if store.s.kind == STORE_FILE:
+            self.s.stage = <uint8_t *>aligned_alloc(BLOCK_SIZE, BATCH * BLOCK_SIZE)
+            if self.s.stage == NULL:
+                raise MemoryError()
         self.request = hold(request, False, least)
         self.response = hold(response, True, least)
         reader_init(&self.s.r, self.request.base, self.request.length, sizeof(block_event), request_protocol)
@@ -539,6 +572,7 @@ cdef class Server:
         if self.s != NULL:
             if self.response is not None and self.response.held:
                 writer_stop(&self.s.w)
+            free(self.s.stage)
             free(self.s)
             self.s = NULL
 

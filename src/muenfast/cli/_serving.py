@@ -14,14 +14,19 @@ log = logging.getLogger("muenfast")
 
 
 class Stop:
-    """SIGINT and SIGTERM as a flag one can wait on; install before anything is opened. Context manager."""
+    """SIGINT, SIGTERM and SIGHUP (a closed terminal) as a flag one can wait on; install before anything is opened.
+
+    A signal that is ignored already (nohup) stays so. Context manager.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._old[number] = signal.signal(number, self._set)
         return self
 
