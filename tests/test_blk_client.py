@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import block, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import (
@@ -42,22 +43,6 @@ from muenfast import BlockDevice, PeerError, UsageError
 
 HOSTILE = str(Path(__file__).with_name("hostile_peer.py"))
 BLOCKS = 64
-
-
-def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
-    """What `true` returns once that is true."""
-    end = time.monotonic() + seconds
-    while True:
-        value = true()
-        if value:
-            return value
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
-def block(value: int) -> bytes:
-    """4096 bytes that say `value` over and over."""
-    return struct.pack("<Q", value) * (BLOCK_BYTES // 8)
 
 
 class Link:

@@ -18,27 +18,12 @@ from typing import Any
 
 import pytest
 from conftest import PREFIX, Program, run
+from helpers import block, eventually
 
 from muenfast import BlockDevice
 
 BLOCK_BYTES = 4096
 BLOCKS = 256
-
-
-def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
-    """What `true` returns once that is true."""
-    end = time.monotonic() + seconds
-    while True:
-        value = true()
-        if value:
-            return value
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
-def block(value: int) -> bytes:
-    """4096 bytes that say `value` over and over."""
-    return struct.pack("<Q", value) * (BLOCK_BYTES // 8)
 
 
 class Link:

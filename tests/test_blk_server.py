@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Program, run
+from helpers import block, eventually
 from peer import (
     BLOCK_BYTES,
     COMMAND,
@@ -45,22 +45,6 @@ from muenfast.blk import exports_from_lists
 
 HOSTILE = str(Path(__file__).with_name("hostile_peer.py"))
 REGION, ELEMENTS = 0x100000, 254  # the customary ones
-
-
-def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
-    """What `true` returns once that is true."""
-    end = time.monotonic() + seconds
-    while True:
-        value = true()
-        if value:
-            return value
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
-def block(value: int) -> bytes:
-    """4096 bytes that say `value` over and over."""
-    return struct.pack("<Q", value) * (BLOCK_BYTES // 8)
 
 
 class Raw:

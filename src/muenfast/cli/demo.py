@@ -198,17 +198,21 @@ class _Demo:
             os.sync()
             progress.end()
         with self.mounted(device, directory):
-            progress = Progress("verify, after umount and mount", self.total)
-            bad = [name for name in self.files if _digest(directory / name, progress) != digests[name]]
-            progress.end()
-        if bad:
-            raise DemoError(f"{len(bad)} files differ, the first is {bad[0]}")
-        say(f"sha256: {len(self.files)} files equal")
+            self.verify("verify, after umount and mount", directory, digests)
         _command(fsck, "-f", "-n", device)
         say("fsck.ext4 -f -n: clean")
         progress = Progress(f"read {device} directly, 1 MiB at a time", self.size)
         self._read_all(device, progress)
         progress.end()
+
+    def verify(self, what: str, directory: Path, digests: dict[str, str]) -> None:
+        """Compares every file below directory with what was copied. Raises DemoError."""
+        progress = Progress(what, self.total)
+        bad = [name for name in self.files if _digest(directory / name, progress) != digests[name]]
+        progress.end()
+        if bad:
+            raise DemoError(f"{len(bad)} files differ, the first is {bad[0]}")
+        say(f"sha256: {len(self.files)} files equal")
 
     @staticmethod
     def _copy(source: Path, target: Path, progress: Progress) -> str:
@@ -288,9 +292,4 @@ class _Demo:
         say("fsck.ext4 -f -n: clean")
         copy.mkdir()
         _command(debugfs, "-R", f"rdump / {copy}", back)
-        progress = Progress("verify", self.total)
-        bad = [name for name in self.files if _digest(copy / name, progress) != digests[name]]
-        progress.end()
-        if bad:
-            raise DemoError(f"{len(bad)} files differ, the first is {bad[0]}")
-        say(f"sha256: {len(self.files)} files equal")
+        self.verify("verify", copy, digests)
