@@ -35,9 +35,12 @@ ALLOWED: dict[str, set[str]] = {
     "disk": {"errors", "params", "shm", "_ring", "channel", "_blk", "connection"},
     "blk": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach", "control",
             "connection", "export", "disk"},
-    "__init__": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection", "export", "disk", "blk"},
+    "__init__": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection", "export", "disk",
+                 "blk"},
+    "_bench": {"errors", "_wire", "_ring"},
+    "measure": {"errors", "_bench", "blk"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
-            "control", "connection", "export", "disk", "blk"},
+            "control", "connection", "export", "disk", "blk", "_bench", "measure"},
     "__main__": {"cli"},
 }
 

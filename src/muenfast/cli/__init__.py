@@ -23,6 +23,7 @@ COMMANDS = {
     "chan": "list, show, create, remove and dump channels",
     "stat": "what the serving processes of this user do",
     "demo": "the whole way once: export, attach, ext4, real files, checksums",
+    "bench": "rings and block I/O between two processes, beside the limits of the machine",
 }
 
 

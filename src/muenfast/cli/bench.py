@@ -1,0 +1,75 @@
+"""muenfast bench: rings and block I/O, beside what the machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from muenfast.errors import UsageError
+
+SUBJECTS = ("ring", "blk")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, how often, where to put it."""
+    parser.add_argument("subject", nargs="*", metavar="ring|blk", help="what to measure (default: both)")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each figure, taken in turns (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write all samples and the environment to FILE (-: print)")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw the ratios")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints figure, limit and ratio of each row."""
+    subjects = arguments.subject or list(SUBJECTS)
+    for index, subject in enumerate(subjects):
+        if subject not in SUBJECTS:
+            raise UsageError(f"a subject is one of {', '.join(SUBJECTS)}", option="SUBJECT", index=index, value=subject)
+    if not 1 <= arguments.rounds <= 1000:
+        raise UsageError("rounds are 1 to 1000", option="--rounds", value=arguments.rounds)
+    from muenfast import measure
+
+    reports = []
+    quiet = arguments.json == "-"
+    for subject in dict.fromkeys(subjects):
+        if subject == "ring":
+            rows = measure.ring_rows()
+            measure.take(rows, arguments.rounds, _step)
+        else:
+            session = measure.blk_rows()
+            rows = next(session)
+            try:
+                measure.take(rows, arguments.rounds, _step)
+            finally:
+                session.close()  # type: ignore[attr-defined]
+        _step(1, 1)
+        reports.append(measure.report(subject, rows))
+        if not quiet:
+            _show(reports[-1])
+    text = json.dumps(reports, indent=2) + "\n"
+    if quiet:
+        print(text, end="")
+    elif arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            file.write(text)
+    if arguments.plot:
+        with open(arguments.plot, "w", encoding="utf-8") as file:
+            file.write(measure.plot(reports))
+    return 0
+
+
+def _step(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K" if done == total else f"\r{done}/{total}", end="", file=sys.stderr, flush=True)
+
+
+def _show(report: dict[str, object]) -> None:
+    rows = report["rows"]
+    assert isinstance(rows, list)
+    environment = report["environment"]
+    assert isinstance(environment, dict)
+    print(f"{report['benchmark']}: {environment['cpu']}, {environment['cpus']} CPUs; {environment['policy']}")
+    for row in rows:
+        against = "" if row["ratio"] is None else f"   {row['ratio']:5.2f} of {row['limit']}"
+        figure = f"{row['median']:12.0f} ns" if row["unit"] == "ns" else f"{row['median'] / 1e3:12.1f} k{row['unit']}"
+        print(f"  {row['name']:<34}{figure:<26}{against}")

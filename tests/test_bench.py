@@ -1,0 +1,64 @@
+"""muenfast bench: what it prints and writes. No figure is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from conftest import run
+
+from muenfast import measure
+
+
+@pytest.mark.stress
+def test_bench_writes_every_sample_its_limit_and_the_environment(tmp_path: Path) -> None:
+    """JSON holds all samples and the conditions, ratios are those of the medians, the plot is drawn from it."""
+    done = run("bench", "ring", "blk", "--rounds", "1", "--json", f"{tmp_path}/b.json", "--plot", f"{tmp_path}/b.svg",
+               timeout=170)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads((tmp_path / "b.json").read_text())
+    assert [report["benchmark"] for report in reports] == ["ring", "blk"]
+    for report in reports:
+        assert {"cpu", "cpus", "kernel", "python", "policy"} <= report["environment"].keys()
+        medians = {row["name"]: row["median"] for row in report["rows"]}
+        for row in report["rows"]:
+            assert len(row["samples"]) == 1 and row["median"] > 0
+            assert row["name"] in done.stdout
+            if row["limit"] is not None:
+                expected = row["median"] / medians[row["limit"]]
+                assert row["ratio"] == pytest.approx(1 / expected if row["unit"] == "ns" else expected)
+    bars = ElementTree.parse(tmp_path / "b.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 1 + sum(row["ratio"] is not None for report in reports for row in report["rows"])
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("bench-")]
+
+
+def test_rows_are_sampled_in_turns() -> None:
+    """A disturbance of one moment meets all figures alike."""
+    order: list[str] = []
+
+    def sample(name: str) -> float:
+        order.append(name)
+        return 1.0
+
+    rows = [measure.Row(name, "x/s", lambda name=name: sample(name)) for name in "abc"]
+    measure.take(rows, 3, lambda done, total: None)
+    assert "".join(order) == "abcabcabc" and all(len(row.samples) == 3 for row in rows)
+
+
+@pytest.mark.parametrize("words", [("bench", "net2"), ("bench", "ring", "--rounds", "0")])
+def test_a_wrong_subject_or_number_is_a_usage_error(words: tuple[str, ...]) -> None:
+    """Status 2 and the rule, nothing measured."""
+    done = run(*words)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+def test_a_child_that_fails_is_reported() -> None:
+    """The measuring process does not wait for one that died."""
+    def child() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(measure.MuenfastError):
+        measure.Pair().run(child, lambda: 1)
