@@ -1535,38 +1535,42 @@ cdef class Client(Target):
         """Writes a buffer (whole blocks) from block number `block` on; raises OSError, UsageError."""
         self.blocks(IO_WRITE, block, buffer)
 
-    def scattered(self, bint write, blocks, buffer):
-        """One request per block number in `blocks`, all in flight together; buffer holds len(blocks) equal pieces."""
+    def scattered(self, bint write, offsets, buffer):
+        """One request per byte offset in `offsets`, all in flight together; buffer holds len(offsets) equal pieces."""
         cdef Py_buffer view
-        cdef io_t *ios
-        cdef uint64_t n = len(blocks), k, each, at
+        cdef io_t *ios = NULL
+        cdef uint64_t n = len(offsets), k = 0, each, at
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
-        ios = NULL
         try:
             if n == 0 and view.len == 0:
                 return
-            if n != 0:
-                ios = <io_t *>calloc(n, sizeof(io_t))
-                if ios == NULL:
-                    raise MemoryError()
             each = 0 if n == 0 else <uint64_t>view.len // n
             if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % BLOCK_SIZE != 0:
                 raise UsageError(f"{view.len} bytes are not {n} equal pieces of whole blocks of {BLOCK_SIZE}")
             each //= BLOCK_SIZE
-            k = 0
-            for block in blocks:
-                if k == n:
-                    break
-                if block < 0 or block + each > self.nblocks:
-                    raise UsageError(f"{each} blocks from {block} on reach beyond the disk's {self.nblocks}")
-                at = block
-                ios[k].kind = IO_WRITE if write else IO_READ
-                ios[k].block = at
-                ios[k].nblocks = <uint32_t>each
-                ios[k].buf = <uint8_t *>view.buf + k * each * BLOCK_SIZE
-                k += 1
+            ios = <io_t *>calloc(n, sizeof(io_t))
+            if ios == NULL:
+                raise MemoryError()
+            try:
+                for offset in offsets:
+                    if k == n:
+                        break
+                    at = offset
+                    if at % BLOCK_SIZE != 0:
+                        raise UsageError(f"an offset is a multiple of {BLOCK_SIZE} here", value=offset)
+                    at //= BLOCK_SIZE
+                    if at > self.nblocks or each > self.nblocks - at:
+                        raise OverflowError()
+                    ios[k].kind = IO_WRITE if write else IO_READ
+                    ios[k].block = at
+                    ios[k].nblocks = <uint32_t>each
+                    ios[k].buf = <uint8_t *>view.buf + k * each * BLOCK_SIZE
+                    k += 1
+            except OverflowError:       # also a number that is negative or no 64-bit one
+                raise UsageError(f"{each * BLOCK_SIZE} bytes from {offset} on reach beyond the disk's "
+                                 f"{self.nblocks * BLOCK_SIZE}") from None
             if k != n:
-                raise UsageError("the list of blocks changed while it was read")
+                raise UsageError("the list of offsets changed while it was read")
             self.execute(ios, n)
         finally:
             free(ios)

@@ -355,10 +355,8 @@ class BlockDevice:
 
     def _many(self, write: bool, offsets: Sequence[int], buffer: Any) -> int:
         self._span(0, 0)
-        if any(offset % BLOCK for offset in offsets):
-            raise UsageError(f"an offset is a multiple of {BLOCK} here", value=[o for o in offsets if o % BLOCK][0])
         with memoryview(buffer) as raw, raw.cast("B") as view:
-            self.client.scattered(write, [offset // BLOCK for offset in offsets], view)
+            self.client.scattered(write, offsets, view)
             return len(view)
 
     def flush(self) -> None:
