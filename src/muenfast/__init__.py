@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from muenfast._ring import Reader, Result, Writer
+    from muenfast.aio import AsyncBlockDevice
     from muenfast.blk import BlockServer
     from muenfast.channel import open_reader, open_writer
     from muenfast.disk import BlockDevice
@@ -19,14 +20,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Reader": "_ring", "Result": "_ring", "Writer": "_ring",
-    "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export", "exports_from_lists": "export",
+    "AsyncBlockDevice": "aio", "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export", "exports_from_lists": "export",
     "open_reader": "channel", "open_writer": "channel",
     "BrokenChannelError": "errors", "ClaimError": "errors", "MuenfastError": "errors", "PeerError": "errors",
     "UsageError": "errors",
 }
 
-__all__ = ["BlockDevice", "BlockServer", "BrokenChannelError", "ClaimError", "ExportConfig", "MuenfastError",
-           "PeerError", "Reader", "Result", "UsageError", "Writer", "exports_from_lists", "open_reader", "open_writer"]
+__all__ = ["AsyncBlockDevice", "BlockDevice", "BlockServer", "BrokenChannelError", "ClaimError", "ExportConfig",
+           "MuenfastError", "PeerError", "Reader", "Result", "UsageError", "Writer", "exports_from_lists",
+           "open_reader", "open_writer"]
 
 
 def __getattr__(name: str) -> object:

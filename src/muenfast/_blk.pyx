@@ -11,7 +11,7 @@ from cpython.buffer cimport (
 )
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EFAULT, EINTR, EINVAL, EIO, EROFS, errno
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.types cimport off_t
@@ -32,6 +32,14 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
+    ssize_t read(int fd, void *buf, size_t n)
+    ssize_t write(int fd, const void *buf, size_t n)
+    int close(int fd)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    int EFD_CLOEXEC
+    int EFD_NONBLOCK
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -1615,3 +1623,149 @@ cdef class Client(Target):
             pthread_mutex_destroy(&self.c.lock)
             free(self.c)
             self.c = NULL
+
+
+# ------------------------------------------------------------------ requests that nobody waits for in a thread
+
+cdef struct waiting_t:
+    io_t io
+    completions_t *queue
+    waiting_t *next
+
+
+cdef struct completions_t:
+    pthread_mutex_t lock
+    waiting_t *done         # newest first
+    uint64_t outstanding
+    int event               # eventfd: readable while done is not empty
+
+
+cdef void completions_done(io_t *io) noexcept nogil:
+    cdef waiting_t *w = <waiting_t *>io.user
+    cdef completions_t *q = w.queue
+    cdef uint64_t one = 1
+    cdef bint first
+    pthread_mutex_lock(&q.lock)
+    first = q.done == NULL
+    w.next = q.done
+    q.done = w
+    if first:                           # under the lock: after it the queue may be collected and closed
+        write(q.event, &one, sizeof(one))
+    pthread_mutex_unlock(&q.lock)
+
+
+cdef class Completions:
+    """Requests to a Target whose ends are told through a descriptor (fileno), for event loops.
+
+    submit() returns a key at once; collect() returns what has ended since. Buffers are held until then. One thread.
+    """
+    cdef completions_t *q
+    cdef readonly Target target
+    cdef dict buffers
+
+    def __cinit__(self, Target target not None):
+        self.target = target
+        self.buffers = {}
+        self.q = <completions_t *>calloc(1, sizeof(completions_t))
+        if self.q == NULL:
+            raise MemoryError()
+        pthread_mutex_init(&self.q.lock, NULL)
+        self.q.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.q.event < 0:
+            raise OSError(errno, "eventfd")
+
+    def fileno(self):
+        """Readable while collect() has something to return."""
+        return self.q.event
+
+    @property
+    def outstanding(self):
+        """Requests submitted and not collected."""
+        return self.q.outstanding
+
+    def submit(self, str kind, block, buffer=None):
+        """Starts "read", "write" (a buffer of whole blocks) or "sync"; the request's key.
+
+        Raises UsageError. The buffer must not be touched before collect() has returned the key.
+        """
+        cdef waiting_t *w
+        cdef Held held = None
+        cdef uint32_t what = IO_READ if kind == "read" else (IO_WRITE if kind == "write" else IO_SYNC)
+        if self.q.event < 0:
+            raise UsageError("these completions are closed")
+        if what != IO_SYNC:
+            held = Held(buffer, what == IO_READ)
+            if held.view.len % BLOCK_SIZE != 0 or not 0 < held.view.len // BLOCK_SIZE <= 0xffffffff:
+                raise UsageError(f"{held.view.len} bytes are no whole number of blocks of {BLOCK_SIZE}")
+            if block < 0 or block + held.view.len // BLOCK_SIZE > self.target.nblocks:
+                raise UsageError(f"block {block} and what follows reach beyond the disk's {self.target.nblocks}")
+        w = <waiting_t *>calloc(1, sizeof(waiting_t))
+        if w == NULL:
+            raise MemoryError()
+        w.queue = self.q
+        w.io.kind = what
+        w.io.done = completions_done
+        w.io.user = w
+        if what != IO_SYNC:
+            w.io.block = block
+            w.io.nblocks = <uint32_t>(<uint64_t>held.view.len // BLOCK_SIZE)
+            w.io.buf = <uint8_t *>held.view.buf
+        key = <uintptr_t>w
+        self.buffers[key] = held
+        self.q.outstanding += 1
+        with nogil:
+            self.target.submit(self.target.ctx, &w.io)
+        return key
+
+    def collect(self):
+        """What has ended: a list of (key, 0 or a negative errno), oldest first."""
+        cdef waiting_t *w
+        cdef waiting_t *following
+        cdef uint64_t count
+        pthread_mutex_lock(&self.q.lock)
+        w = self.q.done
+        self.q.done = NULL
+        read(self.q.event, &count, sizeof(count))
+        pthread_mutex_unlock(&self.q.lock)
+        ended = []
+        while w != NULL:
+            following = w.next
+            key = <uintptr_t>w
+            del self.buffers[key]
+            ended.append((key, w.io.error))
+            self.q.outstanding -= 1
+            free(w)
+            w = following
+        ended.reverse()
+        return ended
+
+    def close(self):
+        """Closes the descriptor. Raises UsageError while requests are outstanding."""
+        if self.q.outstanding != 0:
+            raise UsageError(f"{self.q.outstanding} requests are outstanding")
+        if self.q.event >= 0:
+            close(self.q.event)
+            self.q.event = -1
+
+    def __dealloc__(self):
+        # What is outstanding still points here: leaked rather than written to after it was freed.
+        if self.q != NULL and self.q.outstanding == 0:
+            if self.q.event >= 0:
+                close(self.q.event)
+            pthread_mutex_destroy(&self.q.lock)
+            free(self.q)
+            self.q = NULL
+
+
+cdef class Held:
+    """A buffer for as long as this object lives."""
+    cdef Py_buffer view
+    cdef bint held
+
+    def __cinit__(self, buffer, bint writable):
+        PyObject_GetBuffer(buffer, &self.view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+        self.held = True
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
