@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Reader": "_ring", "Result": "_ring", "Writer": "_ring",
-    "AsyncBlockDevice": "aio", "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export", "exports_from_lists": "export",
-    "open_reader": "channel", "open_writer": "channel",
+    "Reader": "_ring", "Result": "_ring", "Writer": "_ring", "open_reader": "channel", "open_writer": "channel",
+    "AsyncBlockDevice": "aio", "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export",
+    "exports_from_lists": "export",
     "BrokenChannelError": "errors", "ClaimError": "errors", "MuenfastError": "errors", "PeerError": "errors",
     "UsageError": "errors",
 }
