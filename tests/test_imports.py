@@ -36,8 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "blk": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach", "control",
             "connection", "export", "disk"},
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection", "export", "disk", "blk"},
+    "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
-            "control", "connection", "export", "disk", "blk"},
+            "control", "connection", "export", "disk", "blk", "doctor"},
     "__main__": {"cli"},
 }
 
