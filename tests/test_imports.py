@@ -40,8 +40,9 @@ ALLOWED: dict[str, set[str]] = {
                  "aio", "blk"},
     "_bench": {"errors", "_wire", "_ring"},
     "measure": {"errors", "_bench", "blk"},
+    "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
-            "control", "connection", "export", "disk", "blk", "_bench", "measure"},
+            "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
     "__main__": {"cli"},
 }
 

@@ -53,7 +53,8 @@ class ControlServer:
         self._path = os.path.join(_directory(), f"{os.getpid()}.sock")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            _sweep()
+            for pid in dead():
+                remove_dead(pid)
             with _At(f"{os.getpid()}.sock") as at:
                 try:
                     self._socket.bind(at)
@@ -120,14 +121,16 @@ def ask(pid: int, request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def ask_all(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of all serving processes of this user; sockets of dead ones are removed, silent ones are said."""
+def ask_all(request: dict[str, Any], *, sweep: bool = True) -> list[dict[str, Any]]:
+    """The answers of all serving processes of this user; sockets of dead ones are removed (if sweep), silent ones are
+    said."""
     answers = []
     for pid in _pids():
         try:
             answers.append(ask(pid, request))
         except (ConnectionRefusedError, FileNotFoundError):
-            _remove_dead(pid)
+            if sweep:
+                remove_dead(pid)
         except (OSError, ValueError) as error:
             answers.append({"ok": False, "pid": pid, "error": str(error)})
     return answers
@@ -138,15 +141,21 @@ def _pids() -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
-def _remove_dead(pid: int) -> None:
+def remove_dead(pid: int) -> None:
     """Removes a socket that nobody listens on, unless its process lives: that one may be about to listen."""
     if not os.path.exists(f"/proc/{pid}"):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(_directory(), f"{pid}.sock"))
+            os.unlink(path_of(pid))
 
 
-def _sweep() -> None:
-    """Removes the sockets of dead processes."""
+def path_of(pid: int) -> str:
+    """The socket of process `pid`, there or not."""
+    return os.path.join(_directory(), f"{pid}.sock")
+
+
+def dead() -> list[int]:
+    """Process numbers of the dead whose sockets are still there."""
+    found = []
     for pid in _pids():
         if os.path.exists(f"/proc/{pid}"):
             continue
@@ -154,7 +163,8 @@ def _sweep() -> None:
             s.setblocking(False)
             try:
                 s.connect(at)  # it lives in another process namespace
-            except (ConnectionRefusedError, FileNotFoundError):
-                _remove_dead(pid)
-            except BlockingIOError:
-                continue  # so busy that it must live
+            except ConnectionRefusedError:
+                found.append(pid)
+            except (FileNotFoundError, BlockingIOError):
+                continue  # gone meanwhile; so busy that it must live
+    return found

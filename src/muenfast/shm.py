@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -202,11 +202,12 @@ def _describe(info: dict[str, Any]) -> str:
 # ---- the runtime directory and its records
 
 
-def runtime_dir() -> str:
-    """The directory of claims, presence and control sockets of this user, made when missing (mode 0700).
+def runtime_dir(*, make: bool = True) -> str:
+    """The directory of claims, presence and control sockets of this user, made when missing (mode 0700) unless not make.
 
     $MUENFAST_RUNTIME_DIR, else /run/muenfast for root, else $XDG_RUNTIME_DIR/muenfast, else /tmp/muenfast-UID.
-    Raises PermissionError when it is somebody else's or others may write to it, OSError when it cannot be made.
+    Raises PermissionError when it is somebody else's or others may write to it, OSError when it cannot be made, and
+    without make FileNotFoundError (its path in filename) when it is not there.
     """
     uid = os.geteuid()
     if given := os.environ.get("MUENFAST_RUNTIME_DIR"):
@@ -220,6 +221,8 @@ def runtime_dir() -> str:
     try:
         seen = os.lstat(path)
     except FileNotFoundError:
+        if not make:
+            raise
         os.makedirs(path, 0o700, exist_ok=True)
         seen = os.lstat(path)
     if not stat.S_ISDIR(seen.st_mode):
@@ -292,8 +295,9 @@ class _Record:
                 os.close(fd)
 
 
-def _probe(path: str) -> dict[str, Any] | None:
-    """Info of a record's live holder; a dead one's file is removed. Precondition: the room's mutex is held."""
+def _probe(path: str, sweep: bool = True) -> dict[str, Any] | None:
+    """Info of a record's live holder; a dead one's file is removed (if sweep). Precondition: the room's mutex is held.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -305,19 +309,20 @@ def _probe(path: str) -> dict[str, Any] | None:
         info = _read(fd)
         return {"key": os.path.basename(path), "role": "unknown", "what": "unknown", "pid": 0, "since": 0.0, **info}
     else:
-        _unlink(path)
+        if sweep:
+            _unlink(path)
         return None
     finally:
         os.close(fd)
 
 
-def _live(room: str, name: str | None = None) -> list[dict[str, Any]]:
+def _live(room: str, name: str | None = None, sweep: bool = True) -> list[dict[str, Any]]:
     """Live records of one name (or all), oldest first. Precondition: the room's mutex is held."""
     found = []
     for entry in os.listdir(room):
         stem, tilde, _ = entry.partition("~")
         if name in (None, stem) and (tilde or os.path.basename(room) == "claims"):
-            info = _probe(os.path.join(room, entry))
+            info = _probe(os.path.join(room, entry), sweep)
             if info is not None:
                 found.append(info)
     return sorted(found, key=lambda info: float(info["since"]))
@@ -340,11 +345,21 @@ def _sweep() -> None:
         for entry in os.listdir(room):
             if "~" not in entry:
                 _auto(room, entry)
-        for entry in os.listdir(_SHM) if os.path.isdir(_SHM) else ():
-            if entry.startswith(_TEMPORARY):
-                with contextlib.suppress(OSError):  # another user's, or not a file
-                    if os.lstat(_SHM + entry).st_uid == os.geteuid():
-                        _probe(_SHM + entry)
+        for path in _temporaries():
+            with contextlib.suppress(OSError):
+                _probe(path)
+
+
+def _temporaries() -> list[str]:
+    """This user's temporary files below /dev/shm, a living maker's too."""
+    found = []
+    for entry in sorted(os.listdir(_SHM)) if os.path.isdir(_SHM) else ():
+        if entry.startswith(_TEMPORARY):
+            with contextlib.suppress(FileNotFoundError):
+                seen = os.lstat(_SHM + entry)
+                if stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid():
+                    found.append(_SHM + entry)
+    return found
 
 
 # ---- who uses a region
@@ -354,8 +369,9 @@ def _key(device: int, inode: int) -> str:
     return f"{device}-{inode}"
 
 
-def _auto(room: str, key: str) -> str | None:
-    """The path of an automatic region while it still means the inode of key, else None; a stale note is removed.
+def _auto(room: str, key: str, sweep: bool = True) -> str | None:
+    """The path of an automatic region while it still means the inode of key, else None; a stale note is removed (if
+    sweep).
 
     Precondition: the room's mutex is held. A note is made before the link and under the same mutex, so one whose path
     means something else is stale, whoever uses that inode.
@@ -374,7 +390,8 @@ def _auto(room: str, key: str) -> str | None:
     if isinstance(path, str) and state.get("auto") is True and state.get("boot") == _boot():
         if _means(path, int(device), int(inode), follow=False):
             return path
-    _unlink(note)
+    if sweep:
+        _unlink(note)
     return None
 
 
@@ -841,8 +858,93 @@ def holder(key: str) -> dict[str, Any] | None:
     return live[0] if live else None
 
 
-def claims() -> list[dict[str, Any]]:
-    """All live claims of this user, oldest first, each as holder() tells it."""
+def claims(*, sweep: bool = True) -> list[dict[str, Any]]:
+    """All live claims of this user, oldest first, each as holder() tells it; dead ones' records go, if sweep."""
     room = _room("claims")
     with _mutex(room):
-        return _live(room)
+        return _live(room, sweep=sweep)
+
+
+# ---- what dead processes left
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """Something in this user's books that no living process accounts for.
+
+    kind: "claim" or "user" (a dead process's record), "region" or "bell" (automatic, without a user), "note" (about an
+    automatic region that is no more), "temporary" (a region whose making was cut short). path: the file that goes.
+    text: one sentence. key: of a region, bell or note in the books.
+    """
+
+    kind: str
+    path: str
+    text: str
+    key: str = ""
+
+
+def stale(mapped: Collection[tuple[int, int]] = ()) -> list[Stale]:
+    """What dead processes left; nothing is made or removed. mapped: (device, inode) of regions that are in use all
+    the same, by peers that keep no books. Raises OSError as runtime_dir(make=False) does.
+    """
+    base = runtime_dir(make=False)
+    found: list[Stale] = []
+    for name, kind in (("claims", "claim"), ("regions", "user")):
+        room = os.path.join(base, name)
+        if not os.path.isdir(room):
+            continue
+        with _mutex(room):
+            for entry in sorted(os.listdir(room)):
+                path = os.path.join(room, entry)
+                if kind == "user" and "~" not in entry:
+                    found += _stale_note(room, entry, mapped)
+                elif _probe(path, sweep=False) is None:
+                    found.append(Stale(kind, path, _whose(path)))
+    for path in _temporaries():
+        with contextlib.suppress(OSError):
+            if _probe(path, sweep=False) is None:
+                found.append(Stale("temporary", path, "the making of a region was cut short"))
+    return found
+
+
+def _stale_note(room: str, key: str, mapped: Collection[tuple[int, int]]) -> list[Stale]:
+    path = _auto(room, key, sweep=False)
+    if path is None:
+        return [Stale("note", os.path.join(room, key), "about an automatic region that is no more", key)]
+    device, _, inode = key.partition("-")
+    if _live(room, key, sweep=False) or (int(device), int(inode)) in mapped:
+        return []
+    return [Stale("bell" if path.endswith(".bell") else "region", path, "made automatically, its users are dead", key)]
+
+
+def _whose(path: str) -> str:
+    """Of a dead process's record: whose it was."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return "gone meanwhile"
+    try:
+        info = _read(fd)
+    finally:
+        os.close(fd)
+    return f"of {info.get('what', 'something')}, by process {info.get('pid', 'unknown')}, which is dead"
+
+
+def remove_stale(left: Stale) -> bool:
+    """Removes what stale() found, after another look: False when somebody uses it by now. Gone already is fine.
+
+    Raises OSError.
+    """
+    room = _room("claims" if left.kind == "claim" else "regions")
+    with _mutex(room):
+        if left.kind in ("claim", "user", "temporary"):
+            return _probe(left.path) is None
+        if _live(room, left.key):
+            return False
+        path = _auto(room, left.key)  # which removes the note of a region that is no more
+        if path is not None:
+            if left.kind == "note":
+                return False
+            _unlink(path)
+            _unlink(os.path.join(room, left.key))
+        return True

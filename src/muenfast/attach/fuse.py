@@ -51,10 +51,17 @@ class Info(TypedDict):
     watchdog: int
 
 
-def available() -> str | None:
-    """None where this front end works, else the reason why not, with the next step."""
+def unbuilt() -> str | None:
+    """None where the compiled front end loads, else why not, with the next step."""
     if FuseDisk is None:
         return f"muenfast was built without it ({_missing}): install libfuse3-dev and build again"
+    return None
+
+
+def available() -> str | None:
+    """None where this front end works, else the reason why not, with the next step."""
+    if reason := unbuilt():
+        return reason
     for path, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
         if not os.path.exists(path):
             return f"{path} is missing: modprobe {module}"
@@ -316,9 +323,19 @@ def reclaim_name(runtime_dir: str | os.PathLike[str], name: str) -> list[str]:
 
     Precondition: the caller holds the claim on the name, so nobody alive uses it.
     """
-    parent = Path(os.path.abspath(runtime_dir), "mnt")
     left: list[str] = []
-    for entry in sorted(os.listdir(parent)) if parent.is_dir() else []:
-        if entry.rpartition("-")[0] == name:
-            left += _release(str(parent / entry), name)
+    for mountpoint, owner, _ in mountpoints(runtime_dir):
+        if owner == name:
+            left += _release(mountpoint, name)
     return left
+
+
+def mountpoints(runtime_dir: str | os.PathLike[str]) -> list[tuple[str, str, int]]:
+    """(path, name, process) of each attachment that has, or left, a mount point; the file systems are not touched."""
+    parent = Path(os.path.abspath(runtime_dir), "mnt")
+    found = []
+    for entry in sorted(os.listdir(parent)) if parent.is_dir() else []:
+        name, _, pid = entry.rpartition("-")
+        if name and pid.isdecimal():
+            found.append((str(parent / entry), name, int(pid)))
+    return found

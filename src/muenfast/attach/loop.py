@@ -21,12 +21,15 @@ from pathlib import Path
 
 LOOP_MAJOR = 7
 LOOP_CLR_FD = 0x4C01
+LOOP_GET_STATUS64 = 0x4C05
 LOOP_CONFIGURE = 0x4C0A         # Linux 5.8
 LOOP_CTL_GET_FREE = 0x4C82
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_DIRECT_IO = 16
 # struct loop_config: fd, block_size, struct loop_info64 (lo_flags and lo_file_name set), reserved
 LOOP_CONFIG = struct.Struct("=II 52xI 64s 112x 64x")
+# struct loop_info64: lo_file_name only
+LOOP_INFO64 = struct.Struct("=56x 64s 112x")
 
 PREFIX = "muendisk"
 
@@ -69,6 +72,45 @@ def backing_file(number: int) -> str | None:
         return None
 
 
+def numbers() -> list[int]:
+    """Numbers of all loop devices there are, bound or free."""
+    found = [entry[4:] for entry in os.listdir("/sys/block") if entry.startswith("loop")]
+    return sorted(int(number) for number in found if number.isdecimal())
+
+
+def given_name(backing: str) -> bytes:
+    """What attach() leaves in the device of its backing file: the end of the path tells whose it is."""
+    return os.fsencode(backing)[-63:]
+
+
+def orphans() -> dict[int, bytes]:
+    """Loop devices that look like attach()'s, but whose mount has gone and that nobody told to go with its last user.
+
+    Each with its given_name(). One that we may not open is left out.
+    """
+    found: dict[int, bytes] = {}
+    for number in numbers():
+        # What attach() sets; the path of a file in a mount that is gone begins at that mount.
+        marks = (("loop/backing_file", "/disk"), ("loop/autoclear", "0"), ("loop/dio", "1"),
+                 ("queue/logical_block_size", "4096"))
+        try:
+            if any(_sysfs(number, entry).read_text().strip() != value for entry, value in marks):
+                continue
+            device = os.open(path_of(number), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            # It asks the file for its inode: from the cache, for our file's attributes stand for ever.
+            info = LOOP_INFO64.unpack(fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(LOOP_INFO64.size)))
+        except OSError:
+            continue    # FUSE without a connection and without that cache, or freed meanwhile
+        else:
+            found[number] = info[0].split(b"\0")[0]
+        finally:
+            os.close(device)
+    return found
+
+
 def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, attempts: int = 64) -> int:
     """Bind a free loop device to *backing* with direct I/O and 4096-byte sectors; returns its number.
 
@@ -81,7 +123,7 @@ def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, attem
     file = os.open(backing, mode)
     try:
         # Buffered here: the file system decides (FOPEN_DIRECT_IO); the flag below makes loop submit directly.
-        config = LOOP_CONFIG.pack(file, 4096, flags, os.fsencode(backing)[:63])
+        config = LOOP_CONFIG.pack(file, 4096, flags, given_name(backing))
         number = _configure(config, mode, attempts)
     finally:
         os.close(file)

@@ -22,6 +22,7 @@ COMMANDS = {
     "blk": "export disks over channels, or attach exported ones (--client)",
     "chan": "list, show, create, remove and dump channels",
     "stat": "what the serving processes of this user do",
+    "doctor": "what this machine offers, and what dead processes left (--fix removes that)",
     "demo": "the whole way once: export, attach, ext4, real files, checksums",
     "bench": "rings and block I/O between two processes, beside the limits of the machine",
 }
