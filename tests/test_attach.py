@@ -5,6 +5,7 @@ Each test leaves no loop device, mount, node or process behind: the `place` fixt
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -291,6 +293,45 @@ class TestDevice:
 
 class TestEnd:
     pytestmark = needs_fuse
+
+    def test_a_flush_before_any_write_waits_for_no_server_while_attaching(self, tmp_path):
+        """LOOP_CONFIGURE flushes while it holds locks of the whole machine: it must not hang on a server that has gone."""
+        blk = pytest.importorskip("muenfast.blk")
+        names = [f"{tmp_path.name}-{os.getpid()}-{end}" for end in ("req", "resp")]
+        with blk.BlockServer(blk.exports_from_lists(*names, device="ram:64K")) as server:
+            device = blk.BlockDevice(*names)
+            device.client.background = True
+            server.close()
+        disk = fuse.FuseDisk(device.client, str(tmp_path))
+        receiver = threading.Thread(target=disk.run)
+        receiver.start()
+        try:
+            fd = os.open(tmp_path / "disk", os.O_RDWR)
+            flushed = []
+
+            def flush():
+                try:
+                    flushed.append(os.fsync(fd))
+                except OSError as error:
+                    flushed.append(error.errno)
+
+            disk.attaching = True
+            for _ in range(2):      # the second one waits for the server that is not there
+                flusher = threading.Thread(target=flush, daemon=True)
+                flusher.start()
+                flusher.join(1.0)
+                disk.attaching = False
+            assert flushed == [None]
+            device.fail("the end of the test")
+            flusher.join(5.0)
+            assert flushed == [None, errno.EIO]
+            os.close(fd)
+        finally:
+            disk.unmount()
+            disk.exit()
+            receiver.join()
+            device.close()
+            disk.close()
 
     def test_detach_while_mounted(self, attach, place, tmp_path):
         attachment = attach()

@@ -357,6 +357,14 @@ def test_a_client_with_epoch_1_that_comes_back_a_thousand_times(link: Link) -> N
     assert counters(server)["connections"] == 1000
 
 
+def test_a_client_with_epoch_1_that_only_asks_the_size_and_comes_back_at_once(link: Link) -> None:
+    """The server may see neither the inactive moment nor a counter below the old one: it has one request of each life."""
+    server, client = link.serve("ram:64K"), link.client(epoch=1)
+    for _ in range(200):
+        client.connect()
+    assert counters(server)["connections"] == 200
+
+
 def test_requests_of_an_earlier_life_are_void(link: Link) -> None:
     """A server that finds requests in its first epoch answers `size` alone, wherever it stands, and executes what
     is written afterwards: a predecessor may have done the rest."""

@@ -74,6 +74,8 @@ cdef enum:
 
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
+# A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
+cdef uint64_t SAME_EPOCH_NS = 20_000_000
 # How long a client that (re)connects waits for a server to notice that it had gone: as long as a slow disk may take
 # over the writes that it executes out of the request slots.
 cdef uint64_t FAREWELL_NS = 5_000_000_000
@@ -229,6 +231,8 @@ cdef struct server_t:
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
+    block_event_header last # the newest request taken from the ring, as it was ...
+    bint has_last           # ... in this epoch, if there was one
     server_counters n
     block_event_header heads[BATCH]
     int32_t errors[BATCH]
@@ -345,6 +349,30 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
         writer_publish(&s.w, n)
 
 
+cdef void server_took(server_t *s, const block_event_header *h, uint64_t n) noexcept nogil:
+    """Consumes n requests, of which *h is a copy of the last header."""
+    s.last = h[0]
+    s.has_last = True
+    reader_advance(&s.r, n)
+
+
+cdef bint server_forgotten(const server_t *s) noexcept nogil:
+    """Whether the newest request taken no longer stands in its slot, although the client may not have touched it.
+
+    Then the client has restarted under the same epoch, and its counters alone, equal to the old ones or above, do not
+    tell. A slot that the client may overwrite by now (WSC, loaded after it) tells nothing.
+    """
+    cdef block_event_header h
+    cdef uint64_t at = s.r.index if s.r.index != 0 else s.r.elements
+    if not s.has_last or s.r.epoch == 0:
+        return False
+    memcpy(&h, s.r.slots + (at - 1) * s.r.size, sizeof(h))
+    fence_acquire()
+    if load_relaxed64(&s.r.hdr.wsc) - (s.r.rc - 1) > s.r.elements:
+        return False
+    return h.kind != s.last.kind or h.id != s.last.id or h.valid != s.last.valid or h.priv != s.last.priv
+
+
 cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     """One round: copy the headers out, check the copies, execute, answer with one publish."""
     cdef uint64_t n, k, run, skip = 0, published = 0, sectors
@@ -363,7 +391,7 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
         h = &s.heads[0]
         if h.kind != EVENT_COMMAND or h.id != COMMAND_SIZE:
             count64(&s.n.voided, 1)
-            reader_advance(&s.r, 1)
+            server_took(s, h, 1)
             return SUCCESS
         n = 1
     count64(&s.n.batches, 1)
@@ -404,7 +432,7 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
             server_run_blocks(s, k, run, k - published)
             k += run
     server_answer(s, published, n - published)
-    reader_advance(&s.r, n)
+    server_took(s, &s.heads[n - 1], n)
     return SUCCESS
 
 
@@ -415,8 +443,13 @@ cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
     cdef bint known
     while load_relaxed32(&s.stop) == 0:
         status = reader_peek(&s.r, &available)
+        if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
+            s.r.epoch = 0
+            status = reader_peek(&s.r, &available)
         if status == SUCCESS:
             status = server_batch(s, available)
+        if status != SUCCESS and status != NO_DATA:
+            s.has_last = False
         if status == SUCCESS:
             if (s.r.batches & 0xff) == 0 and now_ns() - start >= ns:
                 return SERVER_TICK
@@ -447,7 +480,10 @@ cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
         passed = now_ns() - start
         if passed >= ns:
             return SERVER_TICK
-        reader_wait(&s.r, ns - passed, &s.stop)
+        if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
+            reader_wait(&s.r, min(ns - passed, SAME_EPOCH_NS), &s.stop)
+        else:
+            reader_wait(&s.r, ns - passed, &s.stop)
     return SERVER_STOPPED
 
 

@@ -35,6 +35,8 @@ class End:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
         self.bell: shm.Region | None = None
+        if self.locator.offset % 8:
+            raise UsageError("a channel starts at a multiple of 8 bytes", value=self.locator.text)
         with ExitStack() as stack:
             self.region = shm.Region.open(self.locator, writable=writes,
                                           create=create if self.locator.posix else None)

@@ -273,6 +273,7 @@ cdef struct disk_t:
     unsigned waiters
     bint stop
     bint got_init
+    bint attaching
     uint64_t reads
     uint64_t writes
     uint64_t syncs
@@ -478,7 +479,15 @@ cdef void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size,
 
 
 cdef void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil:
-    submit(<disk_t *>fuse_req_userdata(req), req, IO_SYNC, 0, 0, NULL)
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef bint nothing
+    pthread_mutex_lock(&d.lock)
+    nothing = d.attaching and d.writes == 0
+    pthread_mutex_unlock(&d.lock)
+    if nothing:
+        fuse_reply_err(req, 0)
+    else:
+        submit(d, req, IO_SYNC, 0, 0, NULL)
 
 
 cdef void op_statfs(fuse_req_t req, fuse_ino_t ino) noexcept nogil:
@@ -717,6 +726,22 @@ cdef class FuseDisk:
             pthread_mutex_unlock(&d.lock)
             status = receive(d)
         return status
+
+    @property
+    def attaching(self):
+        """Whether a flush is answered at once as long as nothing was written.
+
+        LOOP_CONFIGURE flushes, uninterruptibly and with locks held that every other loop device needs sooner or later:
+        it must not wait for a target that waits for somebody else.
+        """
+        return self._open().attaching
+
+    @attaching.setter
+    def attaching(self, bint value):
+        cdef disk_t *d = self._open()
+        pthread_mutex_lock(&d.lock)
+        d.attaching = value
+        pthread_mutex_unlock(&d.lock)
 
     def exit(self):
         """End the session now: abort the connection, so that whoever waits for it gets an error.

@@ -36,6 +36,7 @@ except ImportError as error:
 
 CAP_SYS_ADMIN = 21      # uapi/linux/capability.h
 GRACE = 1.0             # seconds for short users of the device (a probe, a last close) before it counts as busy
+ATTACH_LIMIT = 10.0     # seconds the kernel has to make the loop device
 AFTER_ABORT = 1.0       # seconds for each thing that an abort sets free
 
 
@@ -118,10 +119,22 @@ class FuseAttachment:
                 new._threads.append(thread)
             new._start_watchdog()
             undo.callback(new._end_watchdog)
+            # Nothing here may wait without end for a target that does not answer, as udev's probe of the device does.
+            limit = threading.Timer(ATTACH_LIMIT, new.disk.abort)
+            limit.daemon = True
+            limit.start()
+            undo.callback(limit.join)
+            undo.callback(limit.cancel)
+            new.disk.attaching = True
             new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=new.disk.read_only,
                                    max_io=max_io)
             undo.callback(loop.detach, new.loop)
             loop.make_node(name, new.loop)
+            new.disk.attaching = False
+            if limit.finished.is_set():
+                raise TimeoutError(errno.ETIMEDOUT, f"no loop device within {ATTACH_LIMIT:g} s", new.device)
+            limit.cancel()
+            limit.join()
             undo.pop_all()
         new._attached = True
         return new
