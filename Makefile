@@ -21,7 +21,7 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build wheel sdist check-hints clean distclean bootstrap FORCE
+.PHONY: help demo test check asan ubsan tsan coverage build wheel sdist check-hints clean distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
 quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
@@ -44,6 +44,15 @@ check: $(V)/.installed $(V)/.check-group ## style, types, stubs, Cython's hints 
 	$(PY) -m mypy.stubtest --allowlist tools/stubtest_allowlist.txt muenfast._ring muenfast._blk $$more
 	@$(PY) tools/check_hints.py
 	@$(PY) -m pytest -q tests/test_packaging.py
+
+asan: $(V)/.test-group ## ring and block tests with AddressSanitizer; ARGS="-k name" some of them
+	@$(PY) tools/sanitize.py address $(ARGS)
+
+ubsan: $(V)/.test-group ## the same with UndefinedBehaviorSanitizer
+	@$(PY) tools/sanitize.py undefined $(ARGS)
+
+tsan: $(V)/.build-group ## the ring's core, called from C, with ThreadSanitizer; ARGS=10 seconds per scenario
+	@$(PY) tools/tsan.py $(ARGS)
 
 build: $(V)/.installed ## build the package and install it into .venv
 
