@@ -1,7 +1,7 @@
 """The compiled parts of muenfast; everything static stands in pyproject.toml.
 
 Switches (environment variables): MUENFAST_WERROR=1 makes C warnings fatal; MUENFAST_SANITIZE=address or =undefined
-builds with that sanitizer (make asan, make ubsan).
+builds with that sanitizer (make asan, make ubsan); MUENFAST_COVERAGE=1 with line tracing and gcov (make coverage).
 The FUSE front end is left out where pkg-config does not know fuse3.
 """
 import os
@@ -19,6 +19,11 @@ LDFLAGS = []
 if sanitizer := os.environ.get("MUENFAST_SANITIZE"):
     LDFLAGS = [f"-fsanitize={sanitizer}"]
     CFLAGS += [*LDFLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]
+COVERAGE = os.environ.get("MUENFAST_COVERAGE") == "1"
+if COVERAGE:
+    LDFLAGS = ["--coverage"]
+    CFLAGS += ["--coverage", "-fprofile-update=atomic", "-O0",
+               "-DCYTHON_TRACE_NOGIL=1", "-DCYTHON_USE_SYS_MONITORING=0"]
 
 
 def pkg_config(package: str, option: str) -> list[str] | None:
@@ -45,8 +50,10 @@ if fuse_cflags is not None and fuse_libs is not None:
 else:
     print("muenfast: pkg-config finds no fuse3 (Debian: libfuse3-dev): building without the FUSE front end")
 
-# The C goes to build/, away from the sources, and the extensions are compiled side by side.
-setup(ext_modules=cythonize(extensions, include_path=["src"], build_dir="build/cython", compiler_directives={
+# The C goes to build/, away from the sources, and the extensions are compiled side by side. With a build_dir the
+# plugin that reads what was traced finds nothing.
+setup(ext_modules=cythonize(extensions, include_path=["src"], build_dir=None if COVERAGE else "build/cython",
+                            compiler_directives={
     "language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
-    "initializedcheck": False, "embedsignature": True}),
+    "initializedcheck": False, "embedsignature": True, "linetrace": COVERAGE}),
     options={"build_ext": {"parallel": os.cpu_count() or 1}})
