@@ -21,7 +21,7 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test build wheel sdist check-hints clean distclean bootstrap FORCE
+.PHONY: help demo test check asan ubsan tsan coverage build wheel sdist check-hints clean distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
 quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
@@ -35,6 +35,25 @@ demo: $(V)/.installed ## install what is missing, build, and show a disk crossin
 test: $(V)/.installed $(V)/.test-group ## install what is missing, build, and run the tests on the installed package
 	@$(PY) -m pytest $(ARGS)
 
+# stubtest compares the stubs with what is installed; the FUSE front end is not built everywhere.
+check: $(V)/.installed $(V)/.check-group ## style, types, stubs, Cython's hints and scores, contents of sdist and wheel
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@if [ -e "$$(echo $(V)/lib/*/site-packages/muenfast/attach/_fuse.*.so)" ]; then \
+		more=muenfast.attach._fuse; else more=--ignore-unused-allowlist; fi; \
+	$(PY) -m mypy.stubtest --allowlist tools/stubtest_allowlist.txt muenfast._ring muenfast._blk $$more
+	@$(PY) tools/check_hints.py
+	@$(PY) -m pytest -q tests/test_packaging.py
+
+asan: $(V)/.test-group ## ring and block tests with AddressSanitizer; ARGS="-k name" some of them
+	@$(PY) tools/sanitize.py address $(ARGS)
+
+ubsan: $(V)/.test-group ## the same with UndefinedBehaviorSanitizer
+	@$(PY) tools/sanitize.py undefined $(ARGS)
+
+tsan: $(V)/.build-group ## the ring's core, called from C, with ThreadSanitizer; ARGS=10 seconds per scenario
+	@$(PY) tools/tsan.py $(ARGS)
+
 build: $(V)/.installed ## build the package and install it into .venv
 
 sdist: $(V)/.test-group ## the source archive, in dist/
@@ -47,11 +66,11 @@ wheel: $(V)/.test-group ## the source archive, and a wheel built from it, in dis
 	@$(call quietly,building the sdist and the wheel,$(PY) -m build --no-isolation .)
 	@ls dist/*.whl
 
-check-hints: $(V)/.build-group ## compile every .pyx to C; fail on a warning or performance hint of Cython
+check-hints: $(V)/.build-group ## compile every .pyx to C; fail on a warning, a performance hint or a core's score above 0
 	@$(PY) tools/check_hints.py
 
 clean: ## remove what was built
-	@rm -rf build dist src/*.egg-info .pytest_cache .hypothesis .benchmarks
+	@rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find src tests $(wildcard bench tools) -name __pycache__ -prune -exec rm -rf {} +
 	@find src -name '*.so' -delete
 	@rm -f $(V)/.installed
@@ -61,7 +80,7 @@ distclean: clean ## remove .venv, too
 
 bootstrap:
 	@NO_INSTALL=$(NO_INSTALL) tools/bootstrap.sh "$(if $(KEEP_PYTHON),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))" \
-		$(if $(filter test,$(MAKECMDGOALS)),test)
+		$(if $(filter test check,$(MAKECMDGOALS)),test)
 
 # A venv is bound to its interpreter and its place. A PYTHON that was asked for replaces another
 # one's venv; the default keeps what is there.

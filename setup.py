@@ -1,6 +1,7 @@
 """The compiled parts of muenfast; everything static stands in pyproject.toml.
 
-Switches (environment variables): MUENFAST_WERROR=1 makes C warnings fatal.
+Switches (environment variables): MUENFAST_WERROR=1 makes C warnings fatal; MUENFAST_SANITIZE=address or =undefined
+builds with that sanitizer (make asan, make ubsan); MUENFAST_COVERAGE=1 with line tracing and gcov (make coverage).
 The FUSE front end is left out where pkg-config does not know fuse3.
 """
 import os
@@ -14,6 +15,15 @@ HEADERS = ["src/muenfast/_atomics.h", "src/muenfast/_wire.h", "src/muenfast/_gua
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":
     CFLAGS.append("-Werror")
+LDFLAGS = []
+if sanitizer := os.environ.get("MUENFAST_SANITIZE"):
+    LDFLAGS = [f"-fsanitize={sanitizer}"]
+    CFLAGS += [*LDFLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]
+COVERAGE = os.environ.get("MUENFAST_COVERAGE") == "1"
+if COVERAGE:
+    LDFLAGS = ["--coverage"]
+    CFLAGS += ["--coverage", "-fprofile-update=atomic", "-O0",
+               "-DCYTHON_TRACE_NOGIL=1", "-DCYTHON_USE_SYS_MONITORING=0"]
 
 
 def pkg_config(package: str, option: str) -> list[str] | None:
@@ -28,19 +38,22 @@ def pkg_config(package: str, option: str) -> list[str] | None:
 def extension(name: str, **more: list[str]) -> Extension:
     source = "src/" + name.replace(".", "/") + ".pyx"
     cflags = CFLAGS + more.pop("cflags", [])
+    ldflags = LDFLAGS + more.pop("ldflags", [])
     return Extension(name, [source], include_dirs=["src/muenfast"], depends=HEADERS,
-                     extra_compile_args=cflags, **more)
+                     extra_compile_args=cflags, extra_link_args=ldflags, **more)
 
 
 extensions = [extension("muenfast._ring"), extension("muenfast._blk"), extension("muenfast._bench")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
-    extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, extra_link_args=fuse_libs))
+    extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, ldflags=fuse_libs))
 else:
     print("muenfast: pkg-config finds no fuse3 (Debian: libfuse3-dev): building without the FUSE front end")
 
-# The C goes to build/, away from the sources, and the extensions are compiled side by side.
-setup(ext_modules=cythonize(extensions, include_path=["src"], build_dir="build/cython", compiler_directives={
+# The C goes to build/, away from the sources, and the extensions are compiled side by side. With a build_dir the
+# plugin that reads what was traced finds nothing.
+setup(ext_modules=cythonize(extensions, include_path=["src"], build_dir=None if COVERAGE else "build/cython",
+                            compiler_directives={
     "language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
-    "initializedcheck": False, "embedsignature": True}),
+    "initializedcheck": False, "embedsignature": True, "linetrace": COVERAGE}),
     options={"build_ext": {"parallel": os.cpu_count() or 1}})

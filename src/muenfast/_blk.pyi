@@ -1,8 +1,9 @@
 from collections.abc import Sequence
 from typing import final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, Self, disjoint_base
 
+@disjoint_base
 class Store:
     @property
     def identity(self) -> bytes: ...
@@ -18,6 +19,7 @@ class Store:
     def null(size: int, *, identity: bytes | None = None) -> Store: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class Server:
     EVENTS: tuple[str, ...]
     def __init__(self, request: Buffer, response: Buffer, store: Store, *, request_protocol: int = ...,
@@ -38,6 +40,7 @@ class Server:
     def inherit(self, other: Server) -> None: ...
     def close(self, *, gone: bool = False) -> None: ...
 
+@disjoint_base
 class Target:
     @property
     def nblocks(self) -> int: ...
@@ -46,8 +49,9 @@ class Target:
 
 @final
 class Memory(Target):
-    def __init__(self, nblocks: int) -> None: ...
+    def __new__(cls, nblocks: int) -> Self: ...
 
+@disjoint_base
 class Client(Target):
     STATES: tuple[str, ...]
     def __init__(self, request: Buffer, response: Buffer, *, request_protocol: int = ...,

@@ -3,7 +3,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any, final
 
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer, Self, disjoint_base
 
 class Result(IntEnum):
     INACTIVE = 0
@@ -13,6 +13,7 @@ class Result(IntEnum):
     OVERRUN_DETECTED = 4
     SUCCESS = 5
 
+@disjoint_base
 class Endpoint:
     owner: Any
     @property

@@ -371,7 +371,7 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
     if reader_ready(r):
         r.idle_since_ns = 0
         return True
-    if stop[0] != 0 or ns == 0:
+    if load_relaxed32(stop) != 0 or ns == 0:
         return False
     start = now = now_ns()
     if r.idle_since_ns == 0:

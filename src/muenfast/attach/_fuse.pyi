@@ -1,14 +1,17 @@
-from typing import Final
+from typing import Final, final
+
+from typing_extensions import Self
 
 from muenfast._blk import Target as Target
 
+@final
 class FuseDisk:
     target: Final[Target]
     mountpoint: Final[str]
     connection: Final[int]
     abort_fd: Final[int]
-    def __init__(self, target: Target, mountpoint: str, *, read_only: bool = False, depth: int = 64,
-                 max_io: int = 131072) -> None: ...
+    def __new__(cls, target: Target, mountpoint: str, *, read_only: bool = False, depth: int = 64,
+                max_io: int = 131072) -> Self: ...
     def run(self) -> int: ...
     @property
     def attaching(self) -> bool: ...

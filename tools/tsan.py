@@ -1,0 +1,62 @@
+"""usage: tools/tsan.py [SECONDS]
+
+Builds tests/c/ring_tsan.c, with the C that Cython makes of _ring.pyx, under -fsanitize=thread and runs it, SECONDS
+(2) for each of its scenarios. Exit status 1 where ThreadSanitizer or the harness has something to report.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = ROOT / "build" / "thread"
+GLOBAL = re.compile(r"^cdef (?:uint64_t|uint32_t|int) ([A-Z]\w*) = (\w+)", re.MULTILINE)
+
+
+def run(*command: str, **more: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | more, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}")
+
+
+def build() -> Path:
+    shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.mkdir(parents=True)
+    # "--name" keeps setup.py from building: what it does is Cython's part.
+    run(sys.executable, "setup.py", "--quiet", "--name", MUENFAST_SANITIZE="", MUENFAST_COVERAGE="")
+    source = (ROOT / "src/muenfast/_ring.pyx").read_text()
+    stores = [f"    __pyx_v_8muenfast_5_ring_{name} = {int(value, 0)};\n" for name, value in GLOBAL.findall(source)]
+    (PLACE / "constants.h").write_text(
+        "/* What the module's initialisation stores in the globals of _ring.pyx; to be used behind its C. */\n"
+        f"#define core_constants() do {{ \\\n{''.join(stores).replace(';', '; ' + chr(92))}}} while (0)\n")
+    program = PLACE / "ring_tsan"
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
+    # What needs Python is not reached from main(), and leaves with its section. The hidden rest stays unresolved.
+    run(*compiler, "-std=gnu11", "-O2", "-g", "-fsanitize=thread", "-ffunction-sections", "-fdata-sections", "-w",
+        f"-I{PLACE}", "-Isrc/muenfast", "-Ibuild/cython/src/muenfast", f"-I{sysconfig.get_path('include')}",
+        f"-I{sysconfig.get_path('platinclude')}", "-o", str(program), "tests/c/ring_tsan.c", "-pthread",
+        "-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all")
+    return program
+
+
+def main() -> int:
+    program = str(build())
+    seconds = sys.argv[1] if len(sys.argv) > 1 else "2"
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66:second_deadlock_stack=1"}
+    # Older runtimes give up where the addresses are randomised by more bits than they know.
+    plain = subprocess.run([program, "0"], env=environment, capture_output=True, text=True, check=False)
+    prefix = ["setarch", "-R"] if "unexpected memory mapping" in plain.stderr else []
+    status = subprocess.run([*prefix, program, seconds], env=environment, check=False).returncode
+    print(f"thread: exit status {status}" + (" (66: ThreadSanitizer reports)" if status == 66 else ""))
+    return 1 if status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
