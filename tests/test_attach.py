@@ -295,7 +295,7 @@ class TestEnd:
     pytestmark = needs_fuse
 
     def test_a_flush_before_any_write_waits_for_no_server_while_attaching(self, tmp_path):
-        """LOOP_CONFIGURE flushes while it holds locks of the whole machine: it must not hang on a server that has gone."""
+        """LOOP_CONFIGURE flushes while it holds locks of the whole machine: it must not hang on a dead server."""
         blk = pytest.importorskip("muenfast.blk")
         names = [f"{tmp_path.name}-{os.getpid()}-{end}" for end in ("req", "resp")]
         with blk.BlockServer(blk.exports_from_lists(*names, device="ram:64K")) as server:

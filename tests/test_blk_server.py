@@ -358,7 +358,7 @@ def test_a_client_with_epoch_1_that_comes_back_a_thousand_times(link: Link) -> N
 
 
 def test_a_client_with_epoch_1_that_only_asks_the_size_and_comes_back_at_once(link: Link) -> None:
-    """The server may see neither the inactive moment nor a counter below the old one: it has one request of each life."""
+    """The server may see neither the inactive moment nor a lower counter: it has one request of each life."""
     server, client = link.serve("ram:64K"), link.client(epoch=1)
     for _ in range(200):
         client.connect()
