@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import time
 from collections.abc import Callable
@@ -24,3 +25,27 @@ def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
 def block(value: int) -> bytes:
     """4096 bytes that say `value` over and over."""
     return struct.pack("<Q", value) * (BLOCK_BYTES // 8)
+
+
+class TornWords:
+    """Stands in for a peer's 64-bit view of its header: an assignment takes effect in pieces, as plain Python's
+    struct.pack_into("<Q") does it: zero first, then byte by byte; now and then the CPU is given away in between."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words, self._raw = words, words.cast("B")
+        self._dice = random.Random(5)
+
+    def __getitem__(self, index: int) -> int:
+        return self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        at = index * 8
+        self._raw[at:at + 8] = bytes(8)
+        if self._dice.random() < 0.05:
+            time.sleep(0)
+        for i, byte in enumerate(value.to_bytes(8, "little")):
+            self._raw[at + i] = byte
+
+    def release(self) -> None:
+        self._raw.release()
+        self._words.release()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import block, eventually
+from helpers import TornWords, block, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import (
@@ -584,3 +584,16 @@ def test_a_hostile_writer(link: Link) -> None:
         assert device.pread(BLOCK_BYTES, 7 * BLOCK_BYTES) == block(7)
         assert disk[7 * BLOCK_BYTES:8 * BLOCK_BYTES] == block(7)
         device.close()
+
+
+def test_a_server_that_stores_its_counters_in_pieces(link: Link) -> None:
+    """A plain peer in Python: half-stored counters are no restart, so the device stays what it is."""
+    disk = bytearray(BLOCKS * BLOCK_BYTES)
+    with link.server(disk) as server:
+        with link.device() as device:
+            server._resp._words = TornWords(server._resp._words)
+            for number in range(3000):
+                device.pwrite(block(number), number % BLOCKS * BLOCK_BYTES)
+                assert device.pread(BLOCK_BYTES, number % BLOCKS * BLOCK_BYTES) == block(number)
+            counters = device.status()["counters"]
+            assert (counters["lives"], counters["stale"], counters["errors"]) == (1, 0, 0)

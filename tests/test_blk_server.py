@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Program, run
-from helpers import block, eventually
+from helpers import TornWords, block, eventually
 from peer import (
     BLOCK_BYTES,
     COMMAND,
@@ -740,3 +740,18 @@ def test_a_block_device(link: Link, new_link: Callable[[], Link], tmp_path: Path
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
     assert image.read_bytes()[5 * BLOCK_BYTES:6 * BLOCK_BYTES] == block(55)
+
+
+def test_a_client_that_stores_its_counters_in_pieces(link: Link) -> None:
+    """A plain peer in Python: half-stored counters are no restart, nothing is executed twice or lost."""
+    client = link.client()
+    with link.serve() as server:
+        client._req._words = TornWords(client._req._words)
+        client.connect()
+        for number in range(3000):
+            client.write(number % 7, block(number))
+            if number % 3 == 0:
+                assert client.read(number % 7) == block(number)
+        counters = server.status()[0]["counters"]
+    assert (counters["writes"], counters["reads"], counters["sizes"]) == (3000, 1000, 1)
+    assert (counters["torn"], counters["overruns"], counters["rejected"]) == (0, 0, 0)

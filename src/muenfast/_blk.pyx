@@ -263,7 +263,7 @@ cdef bint server_intact(const server_t *s, uint64_t k) noexcept nogil:
     """
     cdef uint64_t wsc
     fence_acquire()
-    wsc = load_relaxed64(&s.r.hdr.wsc)
+    wsc = reader_settled(&s.r, &s.r.hdr.wsc)
     return (wsc - (s.r.rc + k) <= s.r.elements and <int64_t>(wsc - s.r.wc) >= 0
             and load_relaxed64(&s.r.hdr.epoch) == s.r.epoch)
 
@@ -345,7 +345,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
                 count64(&s.n.torn, 1)
         h.error = s.errors[first + k]
         memcpy(writer_slot(&s.w, k), h, sizeof(block_event_header))
-    if load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(load_relaxed64(&s.r.hdr.wsc) - s.r.wc) >= 0:
+    if load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0:
         writer_publish(&s.w, n)
 
 

@@ -78,6 +78,7 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil
 cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil
 cdef bint reader_intact(const reader_t *r) noexcept nogil
 cdef ring_status reader_recover(reader_t *r) noexcept nogil
+cdef uint64_t reader_settled(const reader_t *r, const uint64_t *counter) noexcept nogil
 cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
 cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil

@@ -34,6 +34,11 @@ cdef uint64_t POLL_FIRST_NS = 20_000
 cdef uint64_t POLL_ACTIVE_NS = 1_000_000
 cdef uint64_t POLL_IDLE_NS = 10_000_000
 cdef uint64_t IDLE_AFTER_NS = 1_000_000_000
+# A counter below what it was is looked at again for this long before it means a restart: a plain peer may store it in
+# pieces (Python's struct.pack_into("<Q") zeroes the eight bytes first) and lose its CPU between two of them.
+cdef uint64_t SETTLE_NS = 2_000_000
+# An epoch is looked at twice this far apart before it is believed, for the same reason.
+cdef int SETTLE_PAUSES = 64
 cdef int SPIN_SCORE = 16
 cdef uint32_t SPIN_PROBE = 16
 # Python calls that move no more than this keep the GIL: releasing costs 13-24 ns, a copy of 16 KiB about 500.
@@ -186,7 +191,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     divides by the checked, non-zero size and cannot overflow.
     """
     cdef uint64_t epoch = 0, transport, protocol, size, elements
-    cdef int attempt
+    cdef int attempt, pause
     for attempt in range(4):
         epoch = load_acquire64(&r.hdr.epoch)
         if epoch == 0:
@@ -195,6 +200,8 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         protocol = load_relaxed64(&r.hdr.protocol)
         size = load_relaxed64(&r.hdr.size)
         elements = load_relaxed64(&r.hdr.elements)
+        for pause in range(SETTLE_PAUSES):
+            cpu_pause()
         fence_acquire()
         if load_relaxed64(&r.hdr.epoch) != epoch:
             continue                    # the writer restarts right now
@@ -226,9 +233,25 @@ cdef inline bint went_back(uint64_t now, uint64_t before) noexcept nogil:
     return now < before and <int64_t>(now - before) < 0
 
 
+cdef uint64_t reader_settled(const reader_t *r, const uint64_t *counter) noexcept nogil:
+    """One of the channel's write counters (acquire); one that seems to have gone back is given SETTLE_NS."""
+    cdef uint64_t start, passed = 0, now = load_acquire64(counter)
+    if not went_back(now, r.wc):
+        return now
+    start = now_ns()
+    while passed < SETTLE_NS and went_back(now, r.wc) and load_relaxed64(&r.hdr.epoch) == r.epoch:
+        if passed < SETTLE_NS // 100:
+            cpu_pause()
+        else:
+            sleep_ns(SETTLE_NS // 100)  # the peer may need this very CPU
+        now = load_acquire64(counter)
+        passed = now_ns() - start
+    return now
+
+
 cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped."""
-    cdef uint64_t wc = load_acquire64(&r.hdr.wc)
+    cdef uint64_t wc = reader_settled(r, &r.hdr.wc)
     if went_back(wc, r.wc):
         return reader_sync(r)
     r.lost = wc - r.rc
@@ -257,7 +280,7 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
         wc = load_acquire64(&r.hdr.epoch)
         if r.epoch == 0 or wc != r.epoch:
             return reader_sync(r)
-        wc = load_acquire64(&r.hdr.wc)  # pairs with writer_publish
+        wc = reader_settled(r, &r.hdr.wc)   # pairs with writer_publish
         behind = wc - r.rc
         if behind == 0:
             return NO_DATA
@@ -289,13 +312,13 @@ cdef bint reader_intact(const reader_t *r) noexcept nogil:
     """
     cdef uint64_t ahead
     fence_acquire()
-    ahead = load_relaxed64(&r.hdr.wsc) - r.rc
+    ahead = reader_settled(r, &r.hdr.wsc) - r.rc
     return r.wc - r.rc <= ahead <= r.elements and load_relaxed64(&r.hdr.epoch) == r.epoch
 
 
 cdef ring_status reader_recover(reader_t *r) noexcept nogil:
     """After a copy that was not intact: EPOCH_CHANGED, INACTIVE, INCOMPATIBLE_INTERFACE or OVERRUN_DETECTED."""
-    if load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_relaxed64(&r.hdr.wsc), r.wc):
+    if load_acquire64(&r.hdr.epoch) != r.epoch or went_back(reader_settled(r, &r.hdr.wsc), r.wc):
         return reader_sync(r)
     return reader_overrun(r)
 

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,12 @@ class ControlServer:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return  # close() shut the socket down
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.EBADF):
+                    return  # close() shut the socket down
+                log.warning("control: %s", error.strerror)  # out of descriptors, say: that may pass
+                time.sleep(1.0)
+                continue
             with connection:
                 connection.settimeout(_ANSWER_TIMEOUT)
                 try:
