@@ -25,7 +25,7 @@ TESTS = [f"tests/test_{name}.py" for name in (
 EXCLUDED = [f"--deselect=tests/test_{name}" for name in (
     "ring.py::test_a_signal_ends_a_wait_without_end",
     "ring.py::test_a_signal_handler_that_returns_does_not_end_a_wait",
-    "blk_client.py::test_ctrl_c_ends_a_call_that_gets_no_answer")]
+    "blk_client.py::test_ctrl_c")]      # what begins so
 CONFIG = """
 [run]
 plugins = Cython.Coverage
@@ -97,10 +97,13 @@ def main() -> int:
     for name, (total, reached) in sorted(figures.items()):
         if total:
             print(f"{total:6} {reached / total:8.1%}  {name}")
-    missing = sorted({f"src/muenfast/{name}" for name in ("_ring.pyx", "_blk.pyx", "_atomics.h", "_guard.h")} - set(figures))
+    expected = {f"src/muenfast/{name}" for name in ("_ring.pyx", "_blk.pyx", "_atomics.h", "_guard.h")}
+    missing = sorted(expected - set(figures))
     if missing and tests:
         print(f"no figures for {', '.join(missing)}")
         return 1
+    if status:
+        print(f"exit status of the tests {status}: figures may lack what ran")
     return 1 if status else 0
 
 
