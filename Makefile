@@ -54,6 +54,9 @@ ubsan: $(V)/.test-group ## the same with UndefinedBehaviorSanitizer
 tsan: $(V)/.build-group ## the ring's core, called from C, with ThreadSanitizer; ARGS=10 seconds per scenario
 	@$(PY) tools/tsan.py $(ARGS)
 
+coverage: $(V)/.coverage-group ## lines that ring and block tests reach: .py, .pyx (line tracing), headers (gcov)
+	@$(PY) tools/coverage.py $(ARGS)
+
 build: $(V)/.installed ## build the package and install it into .venv
 
 sdist: $(V)/.test-group ## the source archive, in dist/

@@ -18,8 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "coverage"
 TREE = PLACE / "tree"
-# test_packaging tests what is installed, not this build.
-TESTS = ["tests", "--ignore=tests/test_packaging.py"]
+TESTS = [f"tests/test_{name}.py" for name in (
+    "wire", "params", "shm", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client")]
+# A signal that arrives while the tracer runs inside a wait without the GIL has its exception swallowed there by
+# Cython's tracing: the wait, rightly endless, goes on. For the same reason timeouts are a thread's, not a signal's.
+EXCLUDED = [f"--deselect=tests/test_{name}" for name in (
+    "ring.py::test_a_signal_ends_a_wait_without_end",
+    "ring.py::test_a_signal_handler_that_returns_does_not_end_a_wait",
+    "blk_client.py::test_ctrl_c")]      # what begins so
 CONFIG = """
 [run]
 plugins = Cython.Coverage
@@ -77,7 +83,7 @@ def main() -> int:
     build()
     status = subprocess.run(
         [sys.executable, "-m", "coverage", "run", f"--rcfile={PLACE / 'coveragerc'}", "-m", "pytest", "-q",
-         "-p", "no:cacheprovider", "-o", "timeout=600", *tests, *words], cwd=TREE,
+         "-p", "no:cacheprovider", "-o", "timeout=90", "-o", "timeout_method=thread", *EXCLUDED, *tests, *words], cwd=TREE,
         env=os.environ | {"PYTHONPATH": str(TREE / "src"), "COVERAGE_CORE": "ctrace"}, check=False).returncode
     combined = coverage("combine", "--quiet")
     made = coverage("json", "-o", str(PLACE / "figures.json"), "--quiet")
@@ -91,11 +97,13 @@ def main() -> int:
     for name, (total, reached) in sorted(figures.items()):
         if total:
             print(f"{total:6} {reached / total:8.1%}  {name}")
-    compiled = {path.relative_to(TREE).with_suffix(".pyx").as_posix() for path in TREE.glob("src/**/*.c")}
-    missing = sorted((compiled | {"src/muenfast/_atomics.h", "src/muenfast/_guard.h"}) - set(figures))
+    expected = {f"src/muenfast/{name}" for name in ("_ring.pyx", "_blk.pyx", "_atomics.h", "_guard.h")}
+    missing = sorted(expected - set(figures))
     if missing and tests:
         print(f"no figures for {', '.join(missing)}")
         return 1
+    if status:
+        print(f"exit status of the tests {status}: figures may lack what ran")
     return 1 if status else 0
 
 

@@ -1,4 +1,4 @@
-"""usage: tools/tsan.py [SECONDS]
+"""usage: tools/tsan.py [SECONDS [SEED]]
 
 Builds tests/c/ring_tsan.c, with the C that Cython makes of _ring.pyx, under -fsanitize=thread and runs it, SECONDS
 (2) for each of its scenarios. Exit status 1 where ThreadSanitizer or the harness has something to report.
@@ -48,12 +48,12 @@ def build() -> Path:
 
 def main() -> int:
     program = str(build())
-    seconds = sys.argv[1] if len(sys.argv) > 1 else "2"
+    words = sys.argv[1:] or ["2"]
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66:second_deadlock_stack=1"}
     # Older runtimes give up where the addresses are randomised by more bits than they know.
     plain = subprocess.run([program, "0"], env=environment, capture_output=True, text=True, check=False)
     prefix = ["setarch", "-R"] if "unexpected memory mapping" in plain.stderr else []
-    status = subprocess.run([*prefix, program, seconds], env=environment, check=False).returncode
+    status = subprocess.run([*prefix, program, *words], env=environment, check=False).returncode
     print(f"thread: exit status {status}" + (" (66: ThreadSanitizer reports)" if status == 66 else ""))
     return 1 if status else 0
 
