@@ -1725,12 +1725,12 @@ cdef class Completions:
         Raises UsageError. The buffer must not be touched before collect() has returned the key.
         """
         cdef waiting_t *w
-        cdef Held held = None
+        cdef _Held held = None
         cdef uint32_t what = IO_READ if kind == "read" else (IO_WRITE if kind == "write" else IO_SYNC)
         if self.q.event < 0:
             raise UsageError("these completions are closed")
         if what != IO_SYNC:
-            held = Held(buffer, what == IO_READ)
+            held = _Held(buffer, what == IO_READ)
             if held.view.len % BLOCK_SIZE != 0 or not 0 < held.view.len // BLOCK_SIZE <= 0xffffffff:
                 raise UsageError(f"{held.view.len} bytes are no whole number of blocks of {BLOCK_SIZE}")
             if block < 0 or block + held.view.len // BLOCK_SIZE > self.target.nblocks:
@@ -1793,7 +1793,7 @@ cdef class Completions:
             self.q = NULL
 
 
-cdef class Held:
+cdef class _Held:
     """A buffer for as long as this object lives."""
     cdef Py_buffer view
     cdef bint held
