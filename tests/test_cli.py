@@ -73,19 +73,21 @@ def held(program: Start, *words: str) -> Program:
 # ---- misuse
 
 PAIR = "--req {a} --resp {c}"
+NONE = "there is no such channel; `muenfast chan list` shows what there is"
+EXISTS = "it exists already; `muenfast chan show` tells what it is"
 TWO = "--req {a},{b} --resp {c},{d}"
 MISUSE = {
     # lists
-    "unequal": ("--req {a},{b} --resp {c}", ["--resp, entry 1", "paired by position", "1 entry", "--req has 2"]),
+    "unequal": ("--req {a},{b} --resp {c}", ["--resp, entry 1", "paired by position", "is missing", "2 in --req"]),
     "twice in a list": ("--req {a},{a} --resp {c},{d}", ["--req, entry 1", "{a}", "one direction", "--req, entry 0"]),
     "both directions": ("--req {a} --resp {a}", ["--resp, entry 0", "{a}", "--req, entry 0"]),
     "two spellings of one name": ("--req {a} --resp /dev//shm/{a}", ["--resp, entry 0", "--req, entry 0"]),
     "overlapping slices": ("--req {tmp}/file@0+64K --resp {tmp}/file@4096+64K", ["--resp, entry 0", "overlaps"]),
     "empty entry": ("--req {a}, --resp {c},{d}", ["--req, entry 1", "{a},", "must not be empty"]),
     "empty list": ("--req {a} --resp =", ["--resp, entry 0", "must not be empty"]),
-    "devices": (TWO + " --device ram:4096", ["--device, entry 1", "1 entry", "--req has 2"]),
-    "sizes": (PAIR + " --size 1M,1M", ["--size, entry 1", "2 entries", "--req has 1"]),
-    "protocols": (TWO + " --resp-protocol 1,2,3", ["--resp-protocol, entry 2", "3 entries"]),
+    "devices": (TWO + " --device ram:4096", ["--device, entry 1", "is missing", "2 in --req"]),
+    "sizes": (PAIR + " --size 1M,1M", ["--size, entry 1", "no partner in --req", "2 here and 1"]),
+    "protocols": (TWO + " --resp-protocol 1,2,3", ["--resp-protocol, entry 2", "no partner"]),
     # names
     "slash": ("--req {a},x/y --resp {c},{d}", ["--req, entry 1", "'x/y'", "must not contain '/'"]),
     "dots": ("--req {a} --resp ..", ["--resp, entry 0", "'..'", "not names"]),
@@ -118,7 +120,7 @@ MISUSE = {
     "disk and channel in one": (PAIR + " --device ram:1M:{a}", ["--device, entry 0", "no channel", "--req, entry 0"]),
     # other options
     "read-only words": (TWO + " --read-only yes,maybe", ["--read-only, entry 1", "'maybe'", "yes or no"]),
-    "read-only length": (TWO + " --read-only yes,no,yes", ["--read-only, entry 2", "3 entries"]),
+    "read-only length": (TWO + " --read-only yes,no,yes", ["--read-only, entry 2", "no partner"]),
     "poll": (PAIR + " --poll x", ["--poll 'x'", "microseconds", "from 1 to"]),
     "poll 0": (PAIR + " --poll 0", ["--poll '0'", "from 1 to"]),
     "poll in other digits": (PAIR + " --poll ٣", ["--poll", "from 1 to"]),
@@ -583,7 +585,7 @@ def test_chan_create_is_all_or_nothing(four: dict[str, str]) -> None:
     """One that exists: status 1, one line that names it, and those made before it are gone again."""
     assert run("chan", "create", four["b"]).returncode == 0
     done = run("chan", "create", four["a"], four["b"], four["c"])
-    assert (done.returncode, one_line(done.stderr)) == (1, f"/dev/shm/{four['b']}: File exists")
+    assert (done.returncode, one_line(done.stderr)) == (1, f"/dev/shm/{four['b']}: {EXISTS}")
     assert not Path("/dev/shm", four["a"]).exists() and not Path("/dev/shm", four["c"]).exists()
     assert run("chan", "rm", four["b"]).returncode == 0
 
@@ -613,7 +615,7 @@ def test_chan_misuse(words: list[str], parts: list[str], four: dict[str, str]) -
 def test_chan_of_what_is_not_there(action: str, four: dict[str, str]) -> None:
     """Status 1 and the path that was looked for."""
     done = run("chan", action, four["a"])
-    assert (done.returncode, one_line(done.stderr)) == (1, f"/dev/shm/{four['a']}: No such file or directory")
+    assert (done.returncode, one_line(done.stderr)) == (1, f"/dev/shm/{four['a']}: {NONE}")
 
 
 def test_chan_rm_goes_on_after_one_that_fails(four: dict[str, str]) -> None:
@@ -621,8 +623,7 @@ def test_chan_rm_goes_on_after_one_that_fails(four: dict[str, str]) -> None:
     assert run("chan", "create", four["b"], four["d"]).returncode == 0
     done = run("chan", "rm", four["a"], four["b"], four["c"], four["d"])
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"muenfast: /dev/shm/{four[letter]}: No such file or directory"
-                                        for letter in "ac"]
+    assert done.stderr.splitlines() == [f"muenfast: /dev/shm/{four[letter]}: {NONE}" for letter in "ac"]
 
 
 def test_chan_of_a_live_connection(live: tuple[dict[str, str], Program, Program]) -> None:

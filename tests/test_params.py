@@ -57,7 +57,8 @@ def test_same_length() -> None:
 
 
 @pytest.mark.parametrize(("second", "index", "words"), [
-    (["c"], 1, "1 entry, but --req has 2"), (["c", "d", "e"], 2, "3 entries, but --req has 2")])
+    (["c"], 1, "is missing, there are 1 here and 2 in --req"),
+    (["c", "d", "e"], 2, "has no partner in --req, there are 3 here and 2")])
 def test_same_length_names_the_first_entry_without_a_partner(second: list[str], index: int, words: str) -> None:
     """Option, position and both lengths stand in the message."""
     error = refused(params.same_length, {"--req": ["a", "b"], "--resp": second})

@@ -20,6 +20,7 @@ from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, UsageE
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names, claims and policies
+_PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class BlockDevice:
         self._rmw = threading.Lock()
         self._complaint = ""
         self._broken = False
+        self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
         self._open()
         self._thread = threading.Thread(target=self._run, name=f"disk {channels.name}", daemon=True)
@@ -136,16 +138,18 @@ class BlockDevice:
     def _follow(self) -> None:
         lost_since = stuck_since = 0.0
         progress = -1
+        ticks = 0
         while not self._stop.is_set():
             state = self.client.run(_TICK)
             now = time.monotonic()
             if state == "answered":
                 if self._answered():
-                    lost_since = 0.0
+                    lost_since, self._dead = 0.0, False
             elif state == "lost":
                 if not lost_since:
                     lost_since = now
-                    log.warning("disk %s: the server is gone%s", self.channels.name, self._meanwhile())
+                    if not self._dead:
+                        log.warning("disk %s: the server is gone%s", self.channels.name, self._meanwhile())
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
                 if self.client.server_state == "gone":
@@ -157,13 +161,20 @@ class BlockDevice:
             elif state == "ready":
                 before, progress = progress, self.client.progress
                 if progress != before:
-                    stuck_since = 0.0
+                    stuck_since, self._dead = 0.0, False
                     continue
                 self._look(gone=False)
-                if self._policy.mode == "queue" or self.client.state != "ready":
+                ticks += 1
+                if self.client.state != "ready" or (ticks % _PER_LOOK and not self.client.in_flight):
                     continue
                 if self._server_died():
-                    self.client.fail(forever=False)
+                    if not self._dead:
+                        self._dead = True
+                        log.warning("disk %s: the server has died%s", self.channels.name, self._meanwhile())
+                    if self._policy.mode != "queue":
+                        self.client.fail(forever=False)
+                elif self._policy.mode == "queue":
+                    continue
                 elif self._policy.mode == "timeout" and self.client.in_flight:
                     stuck_since = stuck_since or now
                     if now - stuck_since > self._policy.seconds:
@@ -200,6 +211,7 @@ class BlockDevice:
                 return True
             if not self.client.resume():
                 return False
+            self._server_died()  # sees that its claim is held, if it is one that claims
             self._store = store
             self.read_only = bool(self.client.read_only)
             self._ready.set()
@@ -367,7 +379,8 @@ class BlockDevice:
     def status(self) -> dict[str, Any]:
         """What `muenfast stat` shows."""
         return {"role": "client", "req": self.channels.req.text, "resp": self.channels.resp.text, "size": self.size,
-                "state": self.client.state, "failure": self._failure, "in_flight": self.client.in_flight,
+                "state": "lost" if self._dead and self.client.state == "ready" else self.client.state,
+                "read_only": bool(self.client.read_only), "failure": self._failure, "in_flight": self.client.in_flight,
                 "counters": self.client.counters}
 
     def fail(self, why: str) -> None:

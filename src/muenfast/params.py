@@ -28,9 +28,10 @@ def same_length(lists: Mapping[str, Sequence[object] | None]) -> int:
     first_option, first = given[0]
     for option, entries in given[1:]:
         if len(entries) != len(first):
-            raise UsageError(f"lists are paired by position: {len(entries)} "
-                             f"{'entry' if len(entries) == 1 else 'entries'}, but {first_option} has {len(first)}",
-                             option=option, index=min(len(entries), len(first)),
+            index = min(len(entries), len(first))
+            what = f"has no partner in {first_option}" if len(entries) > len(first) else "is missing"
+            raise UsageError(f"lists are paired by position: entry {index} (counted from 0) {what}, there are "
+                             f"{len(entries)} here and {len(first)} in {first_option}", option=option, index=index,
                              value=",".join(str(entry) for entry in entries))
     return len(first)
 

@@ -310,15 +310,7 @@ cdef void request_done(io_t *io) noexcept nogil:
     cdef disk_t *d = r.disk
     cdef size_t size = <size_t>io.nblocks * BLOCK
     cdef int unsent
-    if io.error != 0:
-        unsent = fuse_reply_err(r.req, -io.error if io.error < 0 else EIO)
-    elif io.kind == IO_READ:
-        unsent = fuse_reply_buf(r.req, <char *>io.buf, size)
-    elif io.kind == IO_WRITE:
-        unsent = fuse_reply_write(r.req, size)
-    else:
-        unsent = fuse_reply_err(r.req, 0)
-    pthread_mutex_lock(&d.lock)
+    pthread_mutex_lock(&d.lock)         # counted first: who has the reply finds it in the counters
     if io.kind == IO_READ:
         d.reads += 1
     elif io.kind == IO_WRITE:
@@ -329,6 +321,16 @@ cdef void request_done(io_t *io) noexcept nogil:
         d.errors += 1
     else:
         d.bytes += size
+    pthread_mutex_unlock(&d.lock)
+    if io.error != 0:
+        unsent = fuse_reply_err(r.req, -io.error if io.error < 0 else EIO)
+    elif io.kind == IO_READ:
+        unsent = fuse_reply_buf(r.req, <char *>io.buf, size)
+    elif io.kind == IO_WRITE:
+        unsent = fuse_reply_write(r.req, size)
+    else:
+        unsent = fuse_reply_err(r.req, 0)
+    pthread_mutex_lock(&d.lock)
     if unsent != 0:
         d.unsent += 1
     d.in_flight -= 1

@@ -176,7 +176,8 @@ class FuseAttachment:
                 try:
                     _flush(self.loop, left)
                 except OSError as problem:      # a disk that fails is taken down all the same
-                    left.append(f"{self.device}: not all data was written: {problem.strerror}")
+                    left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
+                                "the last successful one may be lost")
                 freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
             except OSError as problem:
                 left.append(f"{self.device}: {problem}")

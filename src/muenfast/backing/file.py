@@ -40,7 +40,8 @@ class FileBacking(Backing):
                 if error.errno == errno.EBUSY:
                     raise ClaimError(f"disk {path}", "a mount or another user of the device") from error
                 raise UsageError(f"it cannot be opened {'for reading' if read_only else 'for reading and writing'}: "
-                                 f"{os.strerror(error.errno or 0)}", option=option, index=index, value=path) from error
+                                 f"{os.strerror(error.errno or 0)}", option=option, index=index, value=path,
+                                 hint=_next_step(error.errno, path)) from error
             stack.callback(os.close, fd)
             stack.enter_context(shm.claim_backing(fd, path, shared=read_only))
             size = os.lseek(fd, 0, os.SEEK_END)
@@ -66,3 +67,9 @@ def _identity(fd: int) -> bytes:
             raise
     where = f"{info.st_rdev}" if stat.S_ISBLK(info.st_mode) else f"{info.st_dev}:{info.st_ino}:{generation[0]}"
     return hashlib.blake2b(f"file:{where}".encode(), digest_size=16).digest()
+
+
+def _next_step(number: int | None, path: str) -> str | None:
+    if path in ("ram", "null"):
+        return f"{path} wants a size, like {path}:64M"
+    return f"make it first, for example: truncate -s 64M {path}" if number == errno.ENOENT else None

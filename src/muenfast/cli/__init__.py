@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = Parser(
         prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
-        epilog="Lists are comma-separated and paired by position.")
+        epilog="Lists are comma-separated and paired by position; messages count entries from 0.")
     top.add_argument("--version", action="version", version=f"muenfast {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = os.environ.get("MUENFAST_LOG", "WARNING").upper()
     logging.basicConfig(stream=sys.stderr, format="muenfast: %(message)s",
                         level=level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING")
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logging.getLogger("muenfast").warning("MUENFAST_LOG is %r: the levels are DEBUG, INFO, WARNING, ERROR", level)
     if getattr(arguments, "verbose", False):
         logging.getLogger("muenfast").setLevel(logging.INFO)
     try:

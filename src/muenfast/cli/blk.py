@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     wrong, role = (_SERVER_ONLY, "server") if arguments.client else (_CLIENT_ONLY, "client")
     for name in wrong:
         if getattr(arguments, name) is not None:
-            raise UsageError(f"is an option of the {role}", option="--" + name.replace("_", "-"))
+            hint = "leave out --client, or give it to the server" if arguments.client else "it goes with --client"
+            raise UsageError(f"is an option of the {role}", option="--" + name.replace("_", "-"), hint=hint)
     return _client(arguments) if arguments.client else _server(arguments)
 
 

@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """list, show, create, rm, dump."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     sub = actions.add_parser("list", help="regions of POSIX shared memory that hold a channel, or may: unused ones")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub.add_argument("--all", action="store_true", help="other regions of shared memory, too")
     sub = actions.add_parser("show", help="one channel's header, counters and holders")
     sub.add_argument("channel")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub = actions.add_parser("create", help="make a region that stays until it is removed")
     sub.add_argument("channel", nargs="+")
     sub.add_argument("--size", default="1M", help="bytes, like 1M (default)")
@@ -40,12 +40,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("channel")
     sub.add_argument("-n", "--number", type=int, default=4, help="how many elements (default: 4)")
     sub.add_argument("--bytes", type=int, default=64, help="bytes of each (default: 64)")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs one action."""
-    return int(globals()["_" + arguments.action](arguments))
+    try:
+        return int(globals()["_" + arguments.action](arguments))
+    except (FileNotFoundError, FileExistsError) as error:
+        raise _in_our_words(error) from error
+
+
+def _in_our_words(error: Exception) -> Exception:
+    """What the lack or the presence of a region means to somebody who named a channel."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(error.errno, "there is no such channel; `muenfast chan list` shows what there is",
+                                 error.filename)
+    if isinstance(error, FileExistsError):
+        return FileExistsError(error.errno, "it exists already; `muenfast chan show` tells what it is", error.filename)
+    return error
 
 
 def look(channel: str) -> dict[str, Any]:
@@ -195,7 +208,7 @@ def _rm(arguments: argparse.Namespace) -> int:
             shm.remove_region(locator, force=arguments.force)
         except (ClaimError, OSError) as error:  # like rm(1): the others go all the same
             if failed is not None:
-                log.error("%s", describe(failed))
+                log.error("%s", describe(_in_our_words(failed)))
             failed = error
     if failed is not None:
         raise failed
