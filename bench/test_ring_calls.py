@@ -1,6 +1,6 @@
 """What one Python call on a ring costs (pytest-benchmark): same thread, writer and reader on private memory.
 
-Timed: the call alone, warm. Run: python -m pytest bench --benchmark-only
+Timed: the call alone, warm. Needs the dependency group `bench`. Run: python -m pytest bench --benchmark-only
 """
 
 from __future__ import annotations
