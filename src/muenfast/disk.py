@@ -170,7 +170,7 @@ class BlockDevice:
                 if self._server_died():
                     if not self._dead:
                         self._dead = True
-                        log.warning("disk %s: the server has died%s", self.channels.name, self._meanwhile())
+                        log.warning("disk %s: the server is gone%s", self.channels.name, self._meanwhile())
                     if self._policy.mode != "queue":
                         self.client.fail(forever=False)
                 elif self._policy.mode == "queue":
