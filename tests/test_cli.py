@@ -20,7 +20,7 @@ from muenfast import BlockDevice
 
 Start = Callable[..., Program]
 
-REQUEST, RESPONSE = 0x9570208DCA77DB19, 0x9851BE3282FEF0DC  # PROTOCOLS: block requests and responses, inline
+REQUEST, RESPONSE = 0x9570208DCA77DB19, 0x9851BE3282FEF0DC  # docs/protocol.md: block requests and responses, inline
 SETPRIV = shutil.which("setpriv")
 
 
@@ -716,7 +716,7 @@ def test_chan_list_leaves_out_what_is_no_channel(four: dict[str, str]) -> None:
 @pytest.mark.parametrize("header", [b"\xff" * 64, bytes(8) + b"\xff" * 56], ids=["all ones", "no transport"])
 def test_chan_survives_any_header(header: bytes, four: dict[str, str]) -> None:
     """A hostile writer's numbers are shown, never believed."""
-    transport = 0x487312B6B79A9B6D  # PROTOCOLS: SHMStream v2
+    transport = 0x487312B6B79A9B6D  # docs/protocol.md: SHMStream v2
     region = Path("/dev/shm", four["a"])
     region.write_bytes(transport.to_bytes(8, "little") + header[8:] + bytes(4096))
     try:

@@ -17,7 +17,7 @@ _LAYOUT = layout()
 BLOCK: int = _LAYOUT["block_size"]
 REQUEST_PROTOCOL: int = _LAYOUT["request_protocol"]
 RESPONSE_PROTOCOL: int = _LAYOUT["response_protocol"]
-REGION_SIZE = 0x100000  # PROTOCOLS: the known peer's inline regions, 254 elements
+REGION_SIZE = 0x100000  # docs/protocol.md: the known peer's inline regions, 254 elements
 MOST_POLL = 10_000_000  # microseconds: a channel is looked at once in 10 s at least
 _LEAST = _LAYOUT["header_size"] + _LAYOUT["event_size"]
 
