@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+# A shell's & or nohup has SIGINT ignored, and children inherit that: the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()
 

@@ -16,7 +16,7 @@ log = logging.getLogger("muenfast")
 class Stop:
     """SIGINT, SIGTERM and SIGHUP (a closed terminal) as a flag one can wait on; install before anything is opened.
 
-    A signal that is ignored already (nohup) stays so. Context manager.
+    SIGINT counts even where a shell's & had it ignored; SIGHUP does not under nohup. Context manager.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_IGN:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._old[number] = signal.signal(number, self._set)
         return self
