@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             hint = "leave out --client, or give it to the server" if arguments.client else "it goes with --client"
             raise UsageError(f"is an option of the {role}", option="--" + name.replace("_", "-"), hint=hint)
-    return _client(arguments) if arguments.client else _server(arguments)
+    with Stop() as stop, ExitStack() as stack:
+        return _client(arguments, stop, stack) if arguments.client else _server(arguments, stop, stack)
 
 
 def _lists(arguments: argparse.Namespace) -> dict[str, object]:
@@ -60,38 +61,36 @@ def _lists(arguments: argparse.Namespace) -> dict[str, object]:
             "size": arguments.size, "poll": poll, "bells": not arguments.strict_oneway}
 
 
-def _server(arguments: argparse.Namespace) -> int:
+def _server(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
     from muenfast.blk import BlockServer, exports_from_lists
     from muenfast.control import ControlServer
 
     configs = exports_from_lists(arguments.req, arguments.resp, device=arguments.device,
                                  read_only=arguments.read_only, **_lists(arguments))
-    with Stop() as stop, ExitStack() as stack:
-        server = stack.enter_context(BlockServer(configs))
-        control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
-        stack.callback(control.close)
-        say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
-                   f"{word(e.config.device.text)}{' read-only' if e.config.read_only else ''}"
-                   for e in server.exports])
-        stop.wait()
-        notify("STOPPING=1")
+    server = stack.enter_context(BlockServer(configs))
+    control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
+    stack.callback(control.close)
+    say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
+               f"{word(e.config.device.text)}{' read-only' if e.config.read_only else ''}"
+               for e in server.exports])
+    stop.wait()
+    notify("STOPPING=1")
     return 0
 
 
-def _client(arguments: argparse.Namespace) -> int:
+def _client(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
     from muenfast.blk import BlockClients, OnPeerLoss, channels_from_lists
     from muenfast.control import ControlServer
 
     channels = channels_from_lists(arguments.req, arguments.resp, **_lists(arguments))  # type: ignore[arg-type]
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")
-    with Stop() as stop, ExitStack() as stack:
-        clients = stack.enter_context(BlockClients(channels, attach=arguments.attach or "auto", on_peer_loss=policy,
-                                                   same_store=bool(arguments.same_store)))
-        control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
-        stack.callback(control.close)
-        if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
-            say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
-                       f"{d.path}" for d in clients.disks])
-            stop.wait(clients.finished)
-        notify("STOPPING=1")
+    clients = stack.enter_context(BlockClients(channels, attach=arguments.attach or "auto", on_peer_loss=policy,
+                                               same_store=bool(arguments.same_store)))
+    control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
+    stack.callback(control.close)
+    if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
+        say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
+                   f"{d.path}" for d in clients.disks])
+        stop.wait(clients.finished)
+    notify("STOPPING=1")
     return 0

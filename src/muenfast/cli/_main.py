@@ -1,0 +1,114 @@
+"""The parser of all commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from muenfast.cli._text import describe
+from muenfast.errors import MuenfastError, UsageError
+
+# command -> what `muenfast --help` says of it; each is a module here with add_arguments(parser) and run(arguments).
+COMMANDS = {
+    "blk": "export disks over channels, or attach exported ones (--client)",
+    "chan": "list, show, create, remove and dump channels",
+    "stat": "what the serving processes of this user do",
+    "doctor": "what this machine offers, and what dead processes left (--fix removes that)",
+    "demo": "the whole way once: export, attach, ext4, real files, checksums",
+    "bench": "rings and block I/O between two processes, beside the limits of the machine",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says misuse in one line, and takes an option once: of two, one would be ignored without a word."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"muenfast: {message} ({self.prog} --help tells more)\n")
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+                 option_string: str | None = None) -> None:
+        if option_string is not None:
+            given = namespace.__dict__.setdefault("_given", set())
+            if self.dest in given:
+                raise argparse.ArgumentError(self, "given twice; the entries of a list are separated by commas")
+            given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = Parser(
+        prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
+        epilog="Lists are comma-separated and paired by position; messages count entries from 0.")
+    top.add_argument("--version", action="version", version=f"muenfast {_version()}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        importlib.import_module(f"muenfast.cli.{name}").add_arguments(sub)
+    return top
+
+
+def _version() -> str:
+    from muenfast import __version__
+
+    return __version__
+
+
+def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
+    """Runs one command; the exit status. interrupts() makes SIGINT a KeyboardInterrupt from there on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
+    top = parser()
+    try:
+        arguments = top.parse_args(argv)
+    except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
+        return int(end.code or 0)
+    if arguments.command is None:
+        top.print_help(sys.stderr)
+        return 2
+    level = os.environ.get("MUENFAST_LOG", "WARNING").upper()
+    logging.basicConfig(stream=sys.stderr, format="muenfast: %(message)s",
+                        level=level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING")
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logging.getLogger("muenfast").warning("MUENFAST_LOG is %r: the levels are DEBUG, INFO, WARNING, ERROR", level)
+    if getattr(arguments, "verbose", False):
+        logging.getLogger("muenfast").setLevel(logging.INFO)
+    command = importlib.import_module(f"muenfast.cli.{arguments.command}")
+    try:
+        interrupts()
+        return int(command.run(arguments))
+    except UsageError as error:
+        return _fail(error, 2)
+    except MuenfastError as error:
+        return _fail(error, 1)
+    except BrokenPipeError:
+        # The reader of our output has gone; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(describe(error), 1)
+    except ImportError as error:
+        if not (error.name or "").startswith("muenfast."):
+            raise
+        return _fail(f"{error}: the compiled modules are missing; install with `pip install .` or `make build`", 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"muenfast: {error}", file=sys.stderr)
+    return status
