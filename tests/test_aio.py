@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from muenfast import AsyncBlockDevice, BlockServer, UsageError, exports_from_lists
-from muenfast._blk import Completions, Memory
+from muenfast._target import Completions, Memory
 
 SIZE = 1 << 20
 

@@ -37,7 +37,7 @@ BLKGETSIZE64, BLKSSZGET, BLKROGET = 0x80081272, 0x1268, 0x125E    # uapi/linux/f
 
 CLIENT = """
 import json, os, sys, threading, time, mmap
-from muenfast._blk import Memory
+from muenfast._target import Memory
 from muenfast.attach.fuse import FuseAttachment
 attachment = FuseAttachment.attach(Memory(4096), sys.argv[1], sys.argv[2], threads=2)
 def hammer():
@@ -110,7 +110,7 @@ def place(tmp_path):
 @pytest.fixture
 def attach(place):
     """attach(nblocks, **options) on `place`; detached at the end, which then has nothing to report."""
-    blk = pytest.importorskip("muenfast._blk")
+    blk = pytest.importorskip("muenfast._target")
     made = []
 
     def make(nblocks=16384, **options):
@@ -430,7 +430,7 @@ class TestEnd:
                        for f in Path(f"/proc/{dog}/fd").iterdir())
 
     def test_set_up_is_all_or_nothing(self, place, monkeypatch):
-        blk = pytest.importorskip("muenfast._blk")
+        blk = pytest.importorskip("muenfast._target")
 
         def refuse(*arguments):
             raise OSError(28, "no room", place.device)
@@ -440,7 +440,7 @@ class TestEnd:
         assert not ours(place.runtime_dir)
 
     def test_foreign_node_stays(self, place):
-        blk = pytest.importorskip("muenfast._blk")
+        blk = pytest.importorskip("muenfast._target")
         Path(place.device).touch()
         try:
             with pytest.raises(FileExistsError):

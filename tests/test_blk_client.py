@@ -407,7 +407,7 @@ def test_a_server_that_returns_with_another_size(link: Link) -> None:
 def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, hand: Hand) -> None:
     """Nothing is written under another response epoch than that of the answer to `size`, noticed or not."""
     from muenfast import shm
-    from muenfast._blk import Client
+    from muenfast._client import Client
 
     with (shm.Region.open(shm.Locator.parse(link.req), writable=True) as req,
           shm.Region.open(shm.Locator.parse(link.resp), writable=False) as resp):

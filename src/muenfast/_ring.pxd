@@ -98,3 +98,6 @@ cdef class Mapping:
     cdef int hold(self, object memory, bint writable, uint64_t least) except -1
     cdef void drop(self) noexcept
     cdef bell_page *as_bell(self) except? NULL
+
+
+cdef Mapping hold(object memory, bint writable, uint64_t least)

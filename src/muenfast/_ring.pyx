@@ -86,7 +86,7 @@ cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
     store_relaxed64(&w.hdr.wc, 0)
     w.wc = w.wsc = w.index = 0
     w.epoch = epoch
-    w.epochs += 1
+    count64(&w.epochs, 1)
     if w.bell != NULL:
         store_relaxed64(&w.bell.ringer, epoch)
     store_release64(&w.hdr.epoch, epoch)
@@ -135,7 +135,7 @@ cdef void writer_publish(writer_t *w, uint64_t n) noexcept nogil:
     if w.wc < n:                        # 2^64 elements: the slot is WC mod elements, not the next one
         w.index = w.wc % w.elements
     store_release64(&w.hdr.wc, w.wc)
-    w.batches += 1
+    count64(&w.batches, 1)
     prefetch_write(w.slots + w.index * w.size)
     ring(w)
 
@@ -151,7 +151,7 @@ cdef inline void ring(writer_t *w) noexcept nogil:
     fence_seq_cst()
     if load_relaxed32(&w.bell.waiters) != 0:
         bell_kick(w.bell)
-        w.wakes += 1
+        count64(&w.wakes, 1)
 
 
 cdef void bell_kick(bell_page *bell) noexcept nogil:
@@ -215,7 +215,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         r.rc = r.wc = r.index = 0
         r.epoch = epoch
         r.refused = 0
-        r.epochs += 1
+        count64(&r.epochs, 1)
         if r.bell != NULL:
             store_relaxed64(&r.bell.reader_rc, 0)
             store_relaxed64(&r.bell.reader_epoch, epoch)
@@ -255,8 +255,8 @@ cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     if went_back(wc, r.wc):
         return reader_sync(r)
     r.lost = wc - r.rc
-    r.lost_total += r.lost
-    r.overruns += 1
+    count64(&r.lost_total, r.lost)
+    count64(&r.overruns, 1)
     reader_goto(r, wc)
     return OVERRUN_DETECTED
 
@@ -331,8 +331,8 @@ cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil:
         r.index -= r.elements
     if r.rc < n:
         r.index = r.rc % r.elements
-    r.batches += 1
-    r.delivered += n
+    count64(&r.batches, 1)
+    count64(&r.delivered, n)
     if r.bell != NULL:
         store_relaxed64(&r.bell.reader_rc, r.rc)
 
@@ -430,7 +430,7 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
             limit = POLL_IDLE_NS
         if limit > ns - (now - start):
             limit = ns - (now - start)
-        r.sleeps += 1
+        count64(&r.sleeps, 1)
         if r.bell != NULL:
             seen = load_acquire32(&r.bell.seq)
             store_relaxed32(&r.bell.waiters, 1)
@@ -500,6 +500,13 @@ cdef class Mapping:
 
     def __dealloc__(self):
         self.drop()
+
+
+cdef Mapping hold(object memory, bint writable, uint64_t least):
+    """A Mapping of a buffer of at least `least` bytes; raises UsageError."""
+    cdef Mapping m = Mapping.__new__(Mapping)
+    m.hold(memory, writable, least)
+    return m
 
 
 cdef class Endpoint:

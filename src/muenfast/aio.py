@@ -7,7 +7,7 @@ import os
 from types import TracebackType
 from typing import Any
 
-from muenfast._blk import Completions
+from muenfast._target import Completions
 from muenfast.connection import BLOCK
 from muenfast.disk import BlockDevice
 from muenfast.errors import UsageError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from muenfast import shm
-from muenfast._blk import Client
+from muenfast._client import Client
 from muenfast.connection import BLOCK, Channels, channels_from_lists
 from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, UsageError
 

@@ -155,7 +155,7 @@ def _versions() -> Iterator[Check]:
                     "boot Linux 5.8 or later", needed=True)
     yield Check("python", OK, f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})")
     broken = []
-    for module in ("muenfast._ring", "muenfast._blk"):
+    for module in ("muenfast._ring", "muenfast._blk", "muenfast._target", "muenfast._client"):
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -2,7 +2,7 @@ from typing import Final, final
 
 from typing_extensions import Self
 
-from muenfast._blk import Target as Target
+from muenfast._target import Target as Target
 
 @final
 class FuseDisk:

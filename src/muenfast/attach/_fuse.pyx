@@ -21,7 +21,7 @@ from libc.string cimport memset, strcmp
 
 import os
 
-from muenfast._blk cimport IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
+from muenfast._target cimport IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
 
 cdef extern from *:
     """

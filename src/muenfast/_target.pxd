@@ -1,4 +1,4 @@
-"""Block engines, as other compiled modules see them.
+"""Targets, as other compiled modules see them.
 
 A Target is anything that executes block I/O: submit() takes ownership of an io_t until its `done`
 is called, exactly once, from any thread, with no lock held.
