@@ -1,5 +1,7 @@
 from typing_extensions import Buffer, disjoint_base
 
+from muenfast._ring import Watch
+
 @disjoint_base
 class Store:
     @property
@@ -21,7 +23,7 @@ class Server:
     EVENTS: tuple[str, ...]
     def __init__(self, request: Buffer, response: Buffer, store: Store, *, request_protocol: int = ...,
                  response_protocol: int = ..., request_bell: Buffer | None = None,
-                 response_bell: Buffer | None = None, poll: int | None = None) -> None: ...
+                 response_bell: Buffer | None = None, poll: int | None = None, watch: Watch | None = None) -> None: ...
     @property
     def store(self) -> Store: ...
     @property

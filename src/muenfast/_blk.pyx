@@ -5,13 +5,14 @@ validated, and only the copy is used; payload is used in place and checked for b
 """
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport EFAULT, EINTR, EINVAL, EIO, EROFS, errno
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.types cimport off_t
 
 from muenfast._engine cimport *
 from muenfast._ring cimport *
+from muenfast._thread cimport TIMER_SLACK_NS, prepare_thread
 from muenfast._wire cimport *
 
 import os as _os
@@ -441,7 +442,8 @@ cdef class Server:
     """Serves one Store over a pair of inline channels.
 
     request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed
-    by the caller. request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive.
+    by the caller. request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. watch: of
+    all engines of this process, or None.
 
     run() belongs to one thread; stop(), counters and state may be used from others.
     """
@@ -450,6 +452,7 @@ cdef class Server:
     cdef server_t *s
     cdef Mapping request, response, request_bell, response_bell
     cdef readonly Store store
+    cdef Watch watch
     cdef uint32_t busy
     cdef readonly bint connected
 
@@ -459,7 +462,8 @@ cdef class Server:
             raise MemoryError()
 
     def __init__(self, request, response, Store store not None, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
-                 response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None):
+                 response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
+                 Watch watch=None):
         cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
         if self.store is not None:
             raise UsageError("a Server is initialised once")
@@ -476,6 +480,9 @@ cdef class Server:
         self.s.r.broken = self.request.broken
         self.s.w.broken = self.response.broken
         self.s.r.poll_ns = 0 if poll is None else poll * 1000
+        if watch is not None:
+            self.watch = watch
+            self.s.r.watch = &watch.w
         if request_bell is not None:
             self.request_bell = hold(request_bell, True, sizeof(bell_page))
             self.s.r.bell = self.request_bell.as_bell()

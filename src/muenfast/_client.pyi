@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer, disjoint_base
 
+from muenfast._ring import Watch
 from muenfast._target import Target
 
 @disjoint_base
@@ -9,7 +10,8 @@ class Client(Target):
     STATES: tuple[str, ...]
     def __init__(self, request: Buffer, response: Buffer, *, request_protocol: int = ...,
                  response_protocol: int = ..., request_bell: Buffer | None = None,
-                 response_bell: Buffer | None = None, poll: int | None = None, fail_fast: bool = False) -> None: ...
+                 response_bell: Buffer | None = None, poll: int | None = None, fail_fast: bool = False,
+                 watch: Watch | None = None) -> None: ...
     background: bool
     @property
     def state(self) -> str: ...

@@ -9,12 +9,13 @@ from cpython.buffer cimport (
 )
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EIO
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._engine cimport *
 from muenfast._ring cimport *
+from muenfast._thread cimport *
 from muenfast._target cimport IO_READ, IO_SYNC, IO_WRITE, Target, io_t
 from muenfast._wire cimport *
 
@@ -623,7 +624,7 @@ cdef class Client(Target):
 
     request: the request channel's memory, writable, claimed by the caller; response: the response channel's.
     request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. fail_fast: while the
-    server is lost, new requests fail instead of waiting for it.
+    server is lost, new requests fail instead of waiting for it. watch: of all engines of this process, or None.
 
     One background thread calls run() over and over; any number of threads use the blocking calls or submit().
     """
@@ -632,6 +633,7 @@ cdef class Client(Target):
     cdef client_t *c
     cdef Mapping request, response, request_bell, response_bell
     cdef tuple protocols
+    cdef Watch watch
     cdef uint32_t busy
 
     def __cinit__(self):
@@ -642,11 +644,12 @@ cdef class Client(Target):
 
     def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 fail_fast=False):
+                 fail_fast=False, Watch watch=None):
         cdef client_t *c = self.c
         if self.request is not None:
             raise UsageError("a Client is initialised once")
         self.protocols = (request_protocol, response_protocol)
+        self.watch = watch
         self.bind(request, response, request_bell, response_bell, 0 if poll is None else poll * 1000)
         c.fail_fast = fail_fast
         c.window = 1
@@ -671,6 +674,7 @@ cdef class Client(Target):
         w.bell = NULL if qb is None else qb.as_bell()
         r.bell = NULL if pb is None else pb.as_bell()
         r.poll_ns = poll_ns
+        r.watch = NULL if self.watch is None else &self.watch.w
         r.overruns = c.r.overruns
         r.lost_total = c.r.lost_total
         r.sleeps = c.r.sleeps

@@ -5,6 +5,7 @@ Everything here is `noexcept nogil`. A writer_t or reader_t belongs to one threa
 from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
+from muenfast._thread cimport pthread_mutex_t
 from muenfast._wire cimport bell_page, ring_header
 
 
@@ -35,6 +36,13 @@ cdef struct writer_t:
     uint64_t epochs
 
 
+cdef struct watch_t:
+    pthread_mutex_t lock
+    reader_t *first         # readers that sleep under watch
+    uint32_t wanted         # futex: the list is no longer empty
+    uint32_t stop
+
+
 cdef struct reader_t:
     const ring_header *hdr
     const uint8_t *slots
@@ -63,6 +71,12 @@ cdef struct reader_t:
     uint64_t lost_total
     uint64_t epochs
     uint64_t sleeps
+    watch_t *watch          # polls for this reader while it is idle; NULL: it polls itself
+    reader_t *watch_next    # under watch.lock, from here on
+    reader_t **watch_link
+    const uint32_t *watch_stop
+    uint32_t *watch_futex   # what the reader sleeps on
+    uint32_t nap            # that is this one where there is no bell
 
 
 cdef void writer_init(writer_t *w, uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil
@@ -85,6 +99,15 @@ cdef void reader_drain(reader_t *r) noexcept nogil
 cdef bint reader_ready(const reader_t *r) noexcept nogil
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil
 cdef void bell_kick(bell_page *bell) noexcept nogil
+
+
+cdef void watch_run(watch_t *watch) noexcept nogil
+
+
+cdef class Watch:
+    """Polls for all readers that are idle, so that each of them need not."""
+    cdef watch_t w
+    cdef uint32_t busy
 
 
 cdef class Mapping:

@@ -13,6 +13,7 @@ from cpython.buffer cimport (
 from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy, memset
 
+from muenfast._thread cimport *
 from muenfast._wire cimport *
 
 from enum import IntEnum
@@ -382,15 +383,70 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     return epoch != r.epoch or load_acquire64(&r.hdr.wc) != r.rc
 
 
+cdef void watched_sleep(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
+    """Sleeps until the bell rings or the watch finds that there is something new or that stop[0] is set; at most ns.
+
+    While r is in the watch's list its owner is in here and changes none of its fields.
+    """
+    cdef watch_t *watch = r.watch
+    cdef uint32_t seen
+    r.watch_stop = stop
+    r.watch_futex = &r.nap if r.bell == NULL else &r.bell.seq
+    seen = load_acquire32(r.watch_futex)
+    if r.bell != NULL:
+        store_relaxed32(&r.bell.waiters, 1)
+        fence_seq_cst()                 # pairs with ring()
+    pthread_mutex_lock(&watch.lock)
+    if watch.first == NULL:
+        fetch_add_acqrel32(&watch.wanted, 1)
+        futex_wake_all(&watch.wanted)
+    else:
+        watch.first.watch_link = &r.watch_next
+    r.watch_next = watch.first
+    r.watch_link = &watch.first
+    watch.first = r
+    pthread_mutex_unlock(&watch.lock)
+    # A wake-up that comes before the sleep is repeated with the watch's next look.
+    if not reader_ready(r) and load_relaxed32(stop) == 0:
+        futex_wait_ns(r.watch_futex, seen, ns)
+    pthread_mutex_lock(&watch.lock)
+    r.watch_link[0] = r.watch_next
+    if r.watch_next != NULL:
+        r.watch_next.watch_link = r.watch_link
+    pthread_mutex_unlock(&watch.lock)
+
+
+cdef void watch_run(watch_t *watch) noexcept nogil:
+    """Looks at all readers under watch, POLL_IDLE_NS apart, until watch.stop."""
+    cdef reader_t *r
+    cdef uint32_t seen
+    while load_relaxed32(&watch.stop) == 0:
+        seen = load_acquire32(&watch.wanted)
+        pthread_mutex_lock(&watch.lock)
+        r = watch.first
+        if r == NULL:
+            pthread_mutex_unlock(&watch.lock)
+            futex_wait_ns(&watch.wanted, seen, SLEEP_NS * 10)
+            continue
+        while r != NULL:
+            if reader_ready(r) or load_relaxed32(r.watch_stop) != 0:
+                futex_wake_all(r.watch_futex)
+            r = r.watch_next
+        pthread_mutex_unlock(&watch.lock)
+        sleep_ns(POLL_IDLE_NS)
+
+
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
     """Waits until reader_ready, at most ns nanoseconds or until stop[0]; whether it is ready.
 
     Spins only while spinning paid lately; then sleeps on the bell while the writer's current epoch stands in it,
-    else polls: at most 1 ms apart while there was data within a second, 10 ms otherwise.
+    else polls: at most 1 ms apart while there was data within a second, 10 ms otherwise. An idle reader with a watch
+    leaves polling to that.
     """
     cdef uint64_t start, now, limit, epoch, step = POLL_FIRST_NS
     cdef uint32_t seen
     cdef int i, pauses = 8
+    cdef bint idle, rings
     if reader_ready(r):
         r.idle_since_ns = 0
         return True
@@ -419,11 +475,18 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
         if load_relaxed32(stop) != 0 or now - start >= ns:
             return False
         epoch = load_relaxed64(&r.hdr.epoch)
-        if r.bell != NULL and epoch != 0 and load_relaxed64(&r.bell.ringer) == epoch:
+        rings = r.bell != NULL and epoch != 0 and load_relaxed64(&r.bell.ringer) == epoch
+        idle = now - r.idle_since_ns >= IDLE_AFTER_NS or r.epoch == 0
+        if idle and r.watch != NULL and (rings or r.poll_ns == 0):
+            count64(&r.sleeps, 1)
+            watched_sleep(r, ns - (now - start), stop)
+            now = now_ns()
+            continue
+        if rings:
             limit = SLEEP_NS
         elif r.poll_ns != 0:
             limit = r.poll_ns
-        elif now - r.idle_since_ns < IDLE_AFTER_NS and r.epoch != 0:
+        elif not idle:
             limit = step
             step = step * 2 if step * 2 < POLL_ACTIVE_NS else POLL_ACTIVE_NS
         else:
@@ -567,6 +630,34 @@ cdef class Endpoint:
 
     def __exit__(self, *exc):
         self.close()
+
+
+cdef class Watch:
+    """Polls for all readers that are idle, so that each of them need not.
+
+    Give it to block engines (watch=) and have one thread in run(); without such a thread engines wake up late, as
+    seldom as their own time limits say.
+    """
+    def __cinit__(self):
+        pthread_mutex_init(&self.w.lock, NULL)
+
+    def run(self):
+        """Watches until stop(); for one thread. Raises UsageError for a second one."""
+        if not busy_enter(&self.busy):
+            raise UsageError("another thread runs this Watch")
+        with nogil:
+            prepare_thread(TIMER_SLACK_NS, 0)
+            watch_run(&self.w)
+        busy_leave(&self.busy)
+
+    def stop(self):
+        """Ends run() soon; from any thread."""
+        store_release32(&self.w.stop, 1)
+        fetch_add_acqrel32(&self.w.wanted, 1)
+        futex_wake_all(&self.w.wanted)
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.w.lock)
 
 
 @cython.final

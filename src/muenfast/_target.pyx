@@ -4,12 +4,11 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer,
 )
 from libc.errno cimport EINVAL, errno
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from muenfast._engine cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, \
-    pthread_mutex_unlock
+from muenfast._thread cimport *
 from muenfast._wire cimport BLOCK_SIZE
 
 from muenfast.errors import UsageError

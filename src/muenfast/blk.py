@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from muenfast import shm
+from muenfast._ring import Watch
 from muenfast.connection import MOST_POLL, Channels, channels_from_lists
 from muenfast.disk import BlockDevice, OnPeerLoss
 from muenfast.errors import ClaimError, PeerError, UsageError
@@ -38,6 +39,18 @@ class _Group:
     def __init__(self) -> None:
         self._stack = ExitStack()
 
+    @staticmethod
+    def _watch(stack: ExitStack, parts: int) -> Watch | None:
+        """One thread that polls for all parts while they are idle; a single part polls itself."""
+        if parts < 2:
+            return None
+        watch = Watch()
+        thread = threading.Thread(target=watch.run, name="watch", daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(watch.stop)
+        return watch
+
     def close(self) -> None:
         """Closes all parts, the last first."""
         self._stack.close()
@@ -57,8 +70,9 @@ class BlockServer(_Group):
         super().__init__()
         self.exports: list[Export] = []
         with ExitStack() as stack:
+            watch = self._watch(stack, len(configs))
             for config in configs:
-                export = Export(config)
+                export = Export(config, watch=watch)
                 stack.callback(export.close)
                 self.exports.append(export)
             for export in self.exports:
@@ -102,9 +116,10 @@ class BlockClients(_Group):
         self.attach = attach
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
+            watch = self._watch(stack, len(channels))
             for entry in channels:
                 device = BlockDevice(channels=entry, timeout=0, on_peer_loss=on_peer_loss or OnPeerLoss(),
-                                     same_store=same_store)
+                                     same_store=same_store, watch=watch)
                 stack.callback(device.close)
                 self.disks.append(AttachedDisk(device, attach))
             self._stack = stack.pop_all()

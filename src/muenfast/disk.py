@@ -14,6 +14,7 @@ from typing import Any
 
 from muenfast import shm
 from muenfast._client import Client
+from muenfast._ring import Watch
 from muenfast.connection import BLOCK, Channels, channels_from_lists
 from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, UsageError
 
@@ -66,7 +67,7 @@ class BlockDevice:
 
     def __init__(self, req: str | None = None, resp: str | None = None, *, channels: Channels | None = None,
                  timeout: float | None = 10.0, on_peer_loss: str | OnPeerLoss = "queue",
-                 same_store: bool = False, **lists: Any) -> None:
+                 same_store: bool = False, watch: Watch | None = None, **lists: Any) -> None:
         if channels is None:
             if req is None or resp is None:
                 raise UsageError("a block device needs a request and a response channel")
@@ -74,6 +75,7 @@ class BlockDevice:
         self.channels = channels
         self._policy = OnPeerLoss.parse(on_peer_loss, "on_peer_loss") if isinstance(on_peer_loss, str) else on_peer_loss
         self._same_store = same_store
+        self._watch = watch
         self._store: bytes | None = None
         self._ready = threading.Event()
         self._stop = threading.Event()
@@ -108,7 +110,8 @@ class BlockDevice:
             self.client = Client(
                 self._ends[0].view, self._ends[1].view, request_protocol=channels.req_protocol,
                 response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
-                response_bell=self._ends[1].bell_view, poll=channels.poll, fail_fast=self._policy.mode == "fail")
+                response_bell=self._ends[1].bell_view, poll=channels.poll, fail_fast=self._policy.mode == "fail",
+                watch=self._watch)
         except BaseException:
             self._close_ends()
             raise

@@ -13,6 +13,7 @@ from typing import Any
 
 from muenfast import params, shm
 from muenfast._blk import Server
+from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device
 from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, blame, channels_from_lists, place
@@ -62,11 +63,12 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
 class Export:
     """One disk served over one pair of channels; open from construction to close().
 
-    Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
+    watch: polls for it while it is idle. Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, config: ExportConfig) -> None:
+    def __init__(self, config: ExportConfig, *, watch: Watch | None = None) -> None:
         self.config = config
+        self._watch = watch
         self._stack = ExitStack()
         with ExitStack() as stack:
             with blame("--device", config.channels.index, config.device.text):
@@ -106,7 +108,7 @@ class Export:
             self.server = Server(
                 ends[0].view, ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
                 response_protocol=channels.resp_protocol, request_bell=ends[0].bell_view,
-                response_bell=ends[1].bell_view, poll=channels.poll)
+                response_bell=ends[1].bell_view, poll=channels.poll, watch=self._watch)
             undo.pop_all()
         self._ends = ends
         for end in old or ():
