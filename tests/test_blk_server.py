@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import mmap
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -755,3 +757,49 @@ def test_a_client_that_stores_its_counters_in_pieces(link: Link) -> None:
         counters = server.status()[0]["counters"]
     assert (counters["writes"], counters["reads"], counters["sizes"]) == (3000, 1000, 1)
     assert (counters["torn"], counters["overruns"], counters["rejected"]) == (0, 0, 0)
+
+
+# ---- idle
+
+
+def test_a_watch_wakes_engines_that_are_idle() -> None:
+    """Two idle engines without bells, asked to sleep for a minute, see a client that comes, and stop(), at once."""
+    from muenfast._blk import Server, Store
+    from muenfast._ring import Watch, Writer
+
+    watch = Watch()
+    servers, requests = [], []
+    for _ in range(2):
+        request, response = mmap.mmap(-1, 1 << 16), mmap.mmap(-1, 1 << 16)
+        requests.append(request)
+        servers.append(Server(request, response, Store.null(4096), watch=watch))
+    events: queue.Queue[tuple[int, str]] = queue.Queue()
+
+    def serve(number: int) -> None:
+        event = ""
+        while event != "stopped":
+            event = servers[number].run(60)
+            events.put((number, event))
+
+    threads = [threading.Thread(target=serve, args=[number]) for number in range(2)]
+    watching = threading.Thread(target=watch.run)
+    for thread in (*threads, watching):
+        thread.start()
+    try:
+        time.sleep(0.1)  # both asleep
+        with Writer(requests[1], size=4120, protocol=0x9570208dca77db19):
+            assert events.get(timeout=10) == (1, "connected")
+            with pytest.raises(UsageError, match="another thread"):
+                watch.run()
+        assert events.get(timeout=10) == (1, "disconnected")
+    finally:
+        for server in servers:
+            server.stop()
+        for thread in threads:
+            thread.join(10)
+        watch.stop()
+        watching.join(10)
+    assert not any(thread.is_alive() for thread in (*threads, watching))
+    assert {events.get(timeout=1), events.get(timeout=1)} == {(0, "stopped"), (1, "stopped")}
+    for server in servers:
+        server.close()
