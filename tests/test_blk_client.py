@@ -441,6 +441,30 @@ def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Ha
         call.result()
 
 
+# ------------------------------------------------------------------ depth
+
+
+def test_a_depth_bounds_what_is_in_flight(link: Link, hand: Hand) -> None:
+    """With depth=3 the fourth of ten requests is written once the first is answered, and so on, until all are."""
+    with pytest.raises(UsageError, match="depth"):
+        link.device(depth=1025)
+    opening = Worker(lambda: link.device(depth=3))
+    hand.welcome()
+    device = opening.result()
+    buffer = bytearray(10 * BLOCK_BYTES)
+    call = Worker(lambda: device.pread_many([n * BLOCK_BYTES for n in range(10)], buffer))
+    waiting = [hand.take() for _ in range(3)]
+    for n in range(10):
+        assert hand.reader.read()[1] is None, "more than three in flight"
+        hand.answer(waiting.pop(0), data=block(n))
+        if n < 7:
+            waiting.append(hand.take())
+    assert call.result() == len(buffer)
+    assert buffer == b"".join(block(n) for n in range(10))
+    with pytest.raises(UsageError, match="depth"):
+        device.client.depth = 0
+
+
 # ------------------------------------------------------------------ interruption
 
 

@@ -13,6 +13,7 @@ class Client(Target):
                  response_bell: Buffer | None = None, poll: int | None = None, fail_fast: bool = False,
                  watch: Watch | None = None) -> None: ...
     background: bool
+    depth: int
     @property
     def state(self) -> str: ...
     @property

@@ -88,6 +88,7 @@ cdef struct client_t:
     io_t *last
     uint32_t base           # priv of request 0 of this epoch
     uint32_t window
+    uint32_t depth          # most requests in flight, 1..WINDOW
     uint32_t state
     uint64_t server         # response epoch of the server that was resumed with
     bint fail_fast          # while lost, new requests fail
@@ -116,7 +117,7 @@ cdef struct client_t:
 cdef void client_issue(client_t *c) noexcept nogil:
     """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY.
 
-    Invariant: head - tail <= window <= elements of either ring, and tail counts answered requests only, so that
+    At most `depth` are in flight. Invariant: head - tail <= window <= elements of either ring, and tail counts answered requests only, so that
     neither the request ring (the server has read what it answered) nor the response ring can overrun.
     Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
     """
@@ -128,7 +129,8 @@ cdef void client_issue(client_t *c) noexcept nogil:
     h.error = 0
     h.valid = 1
     while c.first != NULL:
-        room = c.window - (c.head - load_acquire64(&c.tail))
+        room = c.head - load_acquire64(&c.tail)     # in flight
+        room = min(c.window, c.depth) - room if room < c.depth else 0
         if room == 0 or load_relaxed64(&c.r.hdr.epoch) != c.server:
             return
         n = 0
@@ -653,6 +655,7 @@ cdef class Client(Target):
         self.bind(request, response, request_bell, response_bell, 0 if poll is None else poll * 1000)
         c.fail_fast = fail_fast
         c.window = 1
+        c.depth = WINDOW
         self.ctx = <void *>c
         self.submit = client_submit
 
@@ -808,6 +811,19 @@ cdef class Client(Target):
         futex_wake_all(&self.c.chore)
 
     # -------------------------------------------------------------- what the peer says
+
+    @property
+    def depth(self):
+        """Most blocks in flight: 1 to 1024; the rings may hold fewer."""
+        return self.c.depth
+
+    @depth.setter
+    def depth(self, value):
+        if not 1 <= value <= WINDOW:
+            raise UsageError(f"a depth is 1 to {WINDOW} blocks", value=value)
+        pthread_mutex_lock(&self.c.lock)
+        self.c.depth = value
+        pthread_mutex_unlock(&self.c.lock)
 
     @property
     def state(self):

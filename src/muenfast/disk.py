@@ -57,7 +57,8 @@ class BlockDevice:
 
     req, resp: locators (or channels: a parsed Channels). timeout: seconds to wait for the server, None: no end.
     on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
-    that a server which announces no or another identity still has the same data.
+    that a server which announces no or another identity still has the same data. depth: most blocks in flight, 1 to
+    1024; None: as many as the channels hold. watch: polls for this disk while it is idle.
 
     All methods may be called from any number of threads; requests of several threads are in flight together.
     Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
@@ -67,7 +68,8 @@ class BlockDevice:
 
     def __init__(self, req: str | None = None, resp: str | None = None, *, channels: Channels | None = None,
                  timeout: float | None = 10.0, on_peer_loss: str | OnPeerLoss = "queue",
-                 same_store: bool = False, watch: Watch | None = None, **lists: Any) -> None:
+                 same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
+                 **lists: Any) -> None:
         if channels is None:
             if req is None or resp is None:
                 raise UsageError("a block device needs a request and a response channel")
@@ -76,6 +78,7 @@ class BlockDevice:
         self._policy = OnPeerLoss.parse(on_peer_loss, "on_peer_loss") if isinstance(on_peer_loss, str) else on_peer_loss
         self._same_store = same_store
         self._watch = watch
+        self._depth = depth
         self._store: bytes | None = None
         self._ready = threading.Event()
         self._stop = threading.Event()
@@ -112,6 +115,8 @@ class BlockDevice:
                 response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
                 response_bell=self._ends[1].bell_view, poll=channels.poll, fail_fast=self._policy.mode == "fail",
                 watch=self._watch)
+            if self._depth is not None:
+                self.client.depth = self._depth
         except BaseException:
             self._close_ends()
             raise
