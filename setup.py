@@ -55,5 +55,5 @@ else:
 setup(ext_modules=cythonize(extensions, include_path=["src"], build_dir=None if COVERAGE else "build/cython",
                             compiler_directives={
     "language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
-    "initializedcheck": False, "embedsignature": True, "linetrace": COVERAGE}),
+    "initializedcheck": False, "embedsignature": True, "freethreading_compatible": True, "linetrace": COVERAGE}),
     options={"build_ext": {"parallel": os.cpu_count() or 1}})

@@ -618,7 +618,8 @@ cdef class Endpoint:
     @property
     def broken(self):
         """Whether the region's owner took its memory away (truncated it) while it was mapped here."""
-        return self.region is not None and self.region.held and load_acquire32(self.region.broken) != 0
+        cdef const uint32_t *word = NULL if self.region is None else self.region.broken
+        return word != NULL and load_acquire32(word) != 0
 
     @property
     def ringing(self):
@@ -947,6 +948,7 @@ cdef class Reader(Endpoint):
     def read(self):
         """The next element as bytes, or None: then `result` says why (and `lost` how many an overrun cost)."""
         cdef uint64_t n
+        cdef bint got
         self.enter()
         if self.r.epoch == 0 or self.r.wc == self.r.rc:
             self.status = reader_peek(&self.r, &n)
@@ -959,8 +961,9 @@ cdef class Reader(Endpoint):
             busy_leave(&self.busy)
             raise
         self.take(<uint8_t *>PyBytes_AS_STRING(data), 1, &n)
+        got = self.status == SUCCESS    # afterwards the object may be another thread's
         busy_leave(&self.busy)
-        return data if self.status == SUCCESS else None
+        return data if got else None
 
     cdef void take(self, uint8_t *dst, uint64_t most, uint64_t *n) noexcept:
         if most * self.r.size > GIL_BYTES:
@@ -971,17 +974,19 @@ cdef class Reader(Endpoint):
 
     def read_into(self, buffer):
         """Reads the next element into a writable buffer of at least `size` bytes; returns the Result."""
-        self.fill(buffer, 1)
-        return RESULTS[<int>self.status]
+        cdef ring_status status
+        self.fill(buffer, 1, &status)
+        return RESULTS[<int>status]
 
     def read_many_into(self, buffer):
         """Reads as many elements as there are and as fit, validated together; returns how many.
 
         0: `result` says why. Elements stand in the buffer one after the other, `size` bytes each.
         """
-        return self.fill(buffer, 0)
+        cdef ring_status status
+        return self.fill(buffer, 0, &status)
 
-    cdef uint64_t fill(self, object buffer, uint64_t most) except? 0:
+    cdef uint64_t fill(self, object buffer, uint64_t most, ring_status *status) except? 0:
         cdef Py_buffer view
         cdef uint64_t n = 0, room, available
         self.enter()
@@ -1001,6 +1006,7 @@ cdef class Reader(Endpoint):
                 raise UsageError(f"channel {self.name}: a buffer of {length} bytes holds no element of {self.r.size}")
             self.take(<uint8_t *>view.buf, most if most != 0 else room, &n)
         PyBuffer_Release(&view)
+        status[0] = self.status
         busy_leave(&self.busy)
         return n
 
