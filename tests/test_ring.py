@@ -1207,3 +1207,70 @@ def test_newest_gives_the_last_elements_with_their_numbers(most: int) -> None:
     assert newest(hand.memory, most) == ([], "inactive")
     hand.set(epoch=1, elements=9)
     assert newest(hand.memory, most) == ([], "incompatible")
+
+
+# ---- reading ahead
+
+
+def streaming(elements: int = 256) -> tuple[mmap.mmap, Writer, Reader]:
+    """A ring whose reader has taken 100 elements one by one without a pause, and 50 more that it has not taken."""
+    memory = mmap.mmap(-1, -(-(64 + elements * 16) // mmap.PAGESIZE) * mmap.PAGESIZE)
+    writer = Writer(memory, size=16, protocol=1)
+    reader = Reader(memory, protocol=1)
+    assert reader.read() is None
+    assert reader.result == Result.EPOCH_CHANGED
+    for n in range(150):
+        writer.write(n.to_bytes(16, "little"))
+    assert [reader.read() for _ in range(100)] == [n.to_bytes(16, "little") for n in range(100)]
+    return memory, writer, reader
+
+
+def test_what_was_read_ahead_is_delivered_whatever_happens() -> None:
+    """An overrun and a restart cost what was still in the ring, and are told after what was taken out of it."""
+    memory, writer, reader = streaming()
+    for _ in range(3 * writer.elements):
+        writer.write(b"later")
+    ahead = []
+    while (element := reader.read()) is not None:
+        ahead.append(element)
+    assert ahead, "nothing was read ahead"
+    assert ahead == [n.to_bytes(16, "little") for n in range(100, 100 + len(ahead))]
+    assert reader.result == Result.OVERRUN_DETECTED
+    assert reader.position == writer.written == 100 + len(ahead) + reader.lost
+    assert reader.counters["elements"] == 100 + len(ahead)
+
+    memory, writer, reader = streaming()
+    writer.activate()
+    assert reader.wait(0)
+    assert [reader.read() for _ in ahead] == ahead
+    assert reader.read() is None
+    assert reader.result == Result.EPOCH_CHANGED
+
+
+def test_reading_ahead_shows_in_no_number() -> None:
+    """position, pending, counters and every way of reading count what was delivered, not what was taken ahead."""
+    memory, writer, reader = streaming()
+    buffer = bytearray(16)
+    for n in range(100, 150):
+        assert (reader.position, reader.pending, reader.counters["elements"]) == (n, 150 - n, n)
+        assert reader.wait(0)
+        if n % 3 == 0:
+            assert reader.read_many_into(buffer) == 1
+        elif n % 3 == 1:
+            assert reader.read_into(buffer) == Result.SUCCESS
+        else:
+            element = reader.read()
+            assert element is not None
+            buffer[:] = element
+        assert buffer == n.to_bytes(16, "little")
+    assert not reader.wait(0)
+    assert reader.read() is None
+    assert reader.result == Result.NO_DATA
+
+
+def test_draining_drops_what_was_read_ahead() -> None:
+    memory, writer, reader = streaming()
+    reader.drain()
+    assert (reader.position, reader.pending) == (150, 0)
+    writer.write(b"next")
+    assert reader.read() == b"next".ljust(16, b"\0")

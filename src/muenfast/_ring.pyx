@@ -11,6 +11,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from muenfast._thread cimport *
@@ -44,6 +45,13 @@ cdef int SPIN_SCORE = 16
 cdef uint32_t SPIN_PROBE = 16
 # Python calls that move no more than this keep the GIL: releasing costs 13-24 ns, a copy of 16 KiB about 500.
 cdef uint64_t GIL_BYTES = 16384
+# A reader that took this many elements one by one without a pause takes the next ones ahead, at most STAGE_BYTES of
+# them and at most a quarter of the ring: one validation, and one look at the header, for all.
+cdef uint64_t STAGE_AFTER = 64
+cdef uint64_t STAGE_ELEMENTS = 64
+cdef uint64_t STAGE_BYTES = 16384
+# Of a long write_many, published together (docs/decisions/003).
+cdef uint64_t BATCH_BYTES = 12288
 cdef uint64_t SIGNAL_SLICE_NS = 50_000_000
 
 
@@ -784,7 +792,7 @@ cdef class Writer(Endpoint):
             raise BrokenChannelError(self.name)
 
     def write_many(self, data):
-        """Publishes many elements, in batches of at most a quarter of the ring; returns how many.
+        """Publishes many elements, in batches of about 12 KiB and at most a quarter of the ring; returns how many.
 
         data: one contiguous buffer of whole elements (fast), or an iterable of buffers, one element each.
         A batch is reserved, copied and published once.
@@ -845,8 +853,9 @@ cdef void put_one(writer_t *w, const uint8_t *data, uint64_t length) noexcept no
 
 
 cdef void put_many(writer_t *w, const uint8_t *data, uint64_t n) noexcept nogil:
-    """Batches are capped at a quarter of the ring: a batch of n leaves a reader elements - n of head start."""
-    cdef uint64_t most = w.elements // 4 if w.elements >= 4 else 1
+    """Publishes every BATCH_BYTES, so that a reader copies while we do, and every quarter of the ring at the latest:
+    a batch of n leaves a reader elements - n of head start."""
+    cdef uint64_t most = max(<uint64_t>1, min(w.elements // 4, BATCH_BYTES // w.size))
     cdef uint64_t batch, first
     while n > 0:
         batch = n if n < most else most
@@ -870,7 +879,8 @@ cdef class Reader(Endpoint):
     header; None accepts any. bell: a writable buffer of at least 128 bytes, or None: wait() polls.
     poll: pause between polls in microseconds, None: adaptive. name: for messages.
 
-    The first read after the writer (re)started says EPOCH_CHANGED and delivers nothing.
+    The first read after the writer (re)started says EPOCH_CHANGED and delivers nothing. A reader that streams one by
+    one takes up to 16 KiB ahead of what it has delivered: those elements are not lost by an overrun or a restart.
 
         with Reader(region.view, protocol=0x1234) as r:
             while r.wait(timeout=1.0):
@@ -880,6 +890,10 @@ cdef class Reader(Endpoint):
     cdef reader_t r
     cdef ring_status status
     cdef uint32_t stop
+    # Elements read ahead: validated, consumed from the ring, not yet asked for. None of them: at == end.
+    cdef uint8_t *stage
+    cdef uint64_t stage_bytes, stage_at, stage_end
+    cdef uint64_t streak        # elements delivered one by one since one was missing
 
     def __init__(self, memory, *, protocol=None, size=None, bell=None, poll=None, name="(memory)"):
         if size is not None and not 0 < size < 1 << 64:
@@ -924,8 +938,8 @@ cdef class Reader(Endpoint):
 
     @property
     def position(self):
-        """The read counter RC."""
-        return self.r.rc
+        """The read counter RC: elements of this epoch before the next one to be delivered."""
+        return self.r.rc - (self.stage_end - self.stage_at)
 
     @property
     def pending(self):
@@ -936,13 +950,14 @@ cdef class Reader(Endpoint):
             wc = load_acquire64(&self.r.hdr.wc)
             if not went_back(wc, self.r.wc):
                 n = wc - self.r.rc
+        n += self.stage_end - self.stage_at
         busy_leave(&self.busy)
         return n
 
     @property
     def counters(self):
         """elements and batches delivered, overruns, lost (elements), epochs, sleeps."""
-        return {"elements": self.r.delivered, "batches": self.r.batches, "overruns": self.r.overruns,
+        return {"elements": self.r.delivered - (self.stage_end - self.stage_at), "batches": self.r.batches, "overruns": self.r.overruns,
                 "lost": self.r.lost_total, "epochs": self.r.epochs, "sleeps": self.r.sleeps}
 
     def read(self):
@@ -950,9 +965,10 @@ cdef class Reader(Endpoint):
         cdef uint64_t n
         cdef bint got
         self.enter()
-        if self.r.epoch == 0 or self.r.wc == self.r.rc:
+        if self.stage_at == self.stage_end and (self.r.epoch == 0 or self.r.wc == self.r.rc):
             self.status = reader_peek(&self.r, &n)
             if self.status != SUCCESS:
+                self.streak = 0
                 busy_leave(&self.busy)
                 return None
         try:
@@ -966,11 +982,37 @@ cdef class Reader(Endpoint):
         return data if got else None
 
     cdef void take(self, uint8_t *dst, uint64_t most, uint64_t *n) noexcept:
+        """Delivers up to `most` elements. Precondition: some are staged, or reader_peek granted some."""
+        cdef uint64_t ahead
+        if self.stage_at == self.stage_end and most == 1 and self.streak >= STAGE_AFTER:
+            ahead = min(min(STAGE_ELEMENTS, STAGE_BYTES // self.r.size), self.r.elements // 4)
+            if ahead > 1 and self.stage_room(ahead * self.r.size):
+                self.status = reader_copy(&self.r, self.stage, ahead, n)
+                self.stage_at = 0
+                self.stage_end = n[0]
+                if self.status != SUCCESS:
+                    self.streak = 0
+                    return
+        if self.stage_at != self.stage_end:
+            n[0] = min(most, self.stage_end - self.stage_at)
+            memcpy(dst, self.stage + self.stage_at * self.r.size, n[0] * self.r.size)
+            self.stage_at += n[0]
+            self.status = SUCCESS
+            return
         if most * self.r.size > GIL_BYTES:
             with nogil:
                 self.status = reader_copy(&self.r, dst, most, n)
         else:
             self.status = reader_copy(&self.r, dst, most, n)
+        self.streak = self.streak + 1 if most == 1 and self.status == SUCCESS else 0
+
+    cdef bint stage_room(self, uint64_t length) noexcept:
+        """Whether the (empty) stage holds `length` bytes by now."""
+        if length > self.stage_bytes:
+            free(self.stage)
+            self.stage = <uint8_t *>malloc(length)
+            self.stage_bytes = 0 if self.stage == NULL else length
+        return self.stage != NULL
 
     def read_into(self, buffer):
         """Reads the next element into a writable buffer of at least `size` bytes; returns the Result."""
@@ -996,8 +1038,10 @@ cdef class Reader(Endpoint):
             busy_leave(&self.busy)
             raise
         # The element size is known only after synchronising, which peek does and the copy below relies on.
-        self.status = reader_peek(&self.r, &available)
-        if self.status == SUCCESS:
+        self.status = SUCCESS if self.stage_at != self.stage_end else reader_peek(&self.r, &available)
+        if self.status != SUCCESS:
+            self.streak = 0
+        else:
             room = <uint64_t>view.len // self.r.size
             if room == 0:
                 length = view.len
@@ -1013,6 +1057,7 @@ cdef class Reader(Endpoint):
     def drain(self):
         """Skips everything published so far."""
         self.enter()
+        self.stage_at = self.stage_end = self.streak = 0
         reader_drain(&self.r)
         busy_leave(&self.busy)
 
@@ -1032,6 +1077,8 @@ cdef class Reader(Endpoint):
             while True:
                 slice_ns = SIGNAL_SLICE_NS if forever or left > SIGNAL_SLICE_NS else left
                 start = now_ns()
+                if self.stage_at != self.stage_end:
+                    return True
                 with nogil:
                     ready = reader_wait(&self.r, slice_ns, &self.stop)
                 PyErr_CheckSignals()
@@ -1054,6 +1101,9 @@ cdef class Reader(Endpoint):
         busy_leave(&self.busy)
         if self.owner is not None:
             self.owner.close()
+
+    def __dealloc__(self):
+        free(self.stage)
 
 
 def layout():
