@@ -32,6 +32,11 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 
+cdef enum:
+    # Requests of one round to a store without system calls: the client takes these answers while the next ones are
+    # copied. With 64, and 32 in flight, the two took turns (docs/decisions/003).
+    MEMORY_BATCH = 4
+
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
 # A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
@@ -331,7 +336,7 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     cdef uint8_t *slot
     cdef block_event_header *h
     cdef int status
-    n = available if available < BATCH else BATCH
+    n = min(available, <uint64_t>(BATCH if s.store.kind == STORE_FILE else MEMORY_BATCH))
     if n > s.w.elements:
         n = s.w.elements
     for k in range(n):
