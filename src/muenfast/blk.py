@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -90,6 +91,7 @@ class AttachedDisk:
     def __init__(self, device: BlockDevice, attach: str) -> None:
         self.device = device
         self.front: Any = None
+        self.claim: Any = None
         self.attach = attach
 
     @property
@@ -140,6 +142,7 @@ class BlockClients(_Group):
                 if not wait():
                     return False
         if self.attach != "none":
+            self._stack.callback(self._detach_all)
             for disk in self.disks:
                 self._attach(disk)
         return True
@@ -165,9 +168,21 @@ class BlockClients(_Group):
                 claim.release()
                 raise
             break
-        self._stack.callback(claim.release)
-        self._stack.callback(self._detach, disk)
+        disk.claim = claim
         log.info("disk %s: attached as %s", disk.device.channels.name, disk.front.device)
+
+    def _detach_all(self) -> None:
+        """Side by side: each may have to wait for its server, and for the kernel to write what is dirty."""
+        attached = [disk for disk in self.disks if disk.front is not None]
+        if not attached:
+            return
+        with ThreadPoolExecutor(len(attached)) as pool:
+            ends = [pool.submit(self._detach, disk) for disk in attached]
+        failures = [error for error in (end.exception() for end in ends) if error is not None]
+        for error in failures[1:]:
+            log.error("%s", error)
+        if failures:
+            raise failures[0]
 
     def _detach(self, disk: AttachedDisk) -> None:
         # A server that does not answer must not hold up the end: its requests fail once the deadline is near.
@@ -179,6 +194,7 @@ class BlockClients(_Group):
         finally:
             timer.cancel()
             timer.join()
+            disk.claim.release()
 
     def finished(self) -> bool:
         """Whether every server ended its export for good."""
