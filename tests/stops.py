@@ -103,13 +103,16 @@ class _Watch:
     def freeze(self, caught: int) -> None:
         """Turns the trace into a SIGSTOP that `caught` obeys before its next instruction."""
         os.kill(self.pid, signal.SIGSTOP)
-        for tid in [tid for tid in self.threads if tid != caught]:
-            while True:
-                number, event = self._wait(tid)
+        others = [tid for tid in self.threads if tid != caught]
+        while others:       # any of them may be the one that takes the signal, and the rest stops only after that
+            for tid in list(others):
+                number, event = self._wait(tid, os.WNOHANG)
                 if event == _EVENT_STOP:
-                    break
-                _ptrace(_CONT, tid, 0, number)
-            self._release(tid)
+                    others.remove(tid)
+                    self._release(tid)
+                elif number:
+                    _ptrace(_CONT, tid, 0, 0 if number == signal.SIGTRAP else number)
+            time.sleep(0.0002)
         self._release(caught)
 
     def _release(self, tid: int) -> None:

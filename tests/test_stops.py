@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import signal
 import struct
 import subprocess
@@ -24,12 +23,12 @@ import peer
 import pytest
 import stops
 from conftest import Program, run
-from helpers import block, eventually
+from helpers import eventually
 from ring_program import PROTOCOL, element, number_of
 from stops import ACCESS, WRITE
-from test_blk_life import BLOCKS, Link, Load, Writer, _holds
+from test_blk_life import BLOCKS, Link, Load, _holds
 
-from muenfast import Reader, Result, control, open_reader, open_writer
+from muenfast import Reader, control, open_reader, open_writer
 
 REASON = stops.available()
 pytestmark = [pytest.mark.stress, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -316,3 +315,211 @@ def test_a_reader_that_stands(names: Callable[[str], str], point: str) -> None:
             skipped, delivered, lost = map(int, over(process).split())
             assert skipped + delivered + lost == written
             assert lost >= 2 * ELEMENTS
+
+
+# ------------------------------------------------------------------ a block server
+
+EVENT = 4120
+SLOT = 64 + 5 * EVENT   # of either ring; the window goes through all of them
+
+# By name: channel (req or resp, or its bell), offset, bytes, kind, which access counts, whether a client connects.
+SERVER_POINTS = {
+    "request's header read": ("req", SLOT, 8, ACCESS, 1, False),
+    "WSC of the requests loaded": ("req", WSC, 8, ACCESS, 2, False),
+    "amid a write's data": ("req", SLOT + 24 + 2048, 8, ACCESS, 1, False),
+    "WSC raised": ("resp", WSC, 8, WRITE, 1, False),
+    "amid a read's data": ("resp", SLOT + 24 + 2048, 8, WRITE, 1, False),
+    "answer's header stored": ("resp", SLOT, 8, WRITE, 1, False),
+    "WC raised, before the bell": ("resp", WC, 8, WRITE, 1, False),
+    "waiters taken back, before seq": ("resp.bell", WAITERS, 4, WRITE, 1, False),
+    "waiters set, before the sleep": ("req.bell", WAITERS, 4, WRITE, 1, False),
+    "inactive after its client": ("resp", EPOCH, 8, WRITE, 1, True),
+    "new epoch, before the bell": ("resp", EPOCH, 8, WRITE, 3, True),
+}
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """Runs work in a thread; what that raises is raised at the end."""
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not errors, errors
+
+
+@pytest.fixture
+def link(names: Callable[[str], str], program: Callable[..., Program]) -> Iterator[Link]:
+    link = Link(names, program)
+    yield link
+    link.close()
+
+
+def another_epoch(link: Link) -> None:
+    """Makes the client connect anew, soon: it finds that the server's epoch is not the one it knew."""
+    time.sleep(0.05)
+    with open(f"/dev/shm/{link.resp}", "r+b") as file, mmap.mmap(file.fileno(), 0) as page:
+        struct.pack_into("=Q", page, EPOCH, 1)
+
+
+def watching(pid: int, link: Link, point: tuple[str, int, int, int, int, bool]
+             ) -> contextlib.AbstractContextManager[None]:
+    channel, offset, length, kind, nth, _ = point
+    path = f"/dev/shm/{channel.replace('req', link.req).replace('resp', link.resp)}"
+    return stops.caught(pid, stops.mapped(pid, path) + offset, length, kind, nth)
+
+
+@pytest.mark.parametrize("point", SERVER_POINTS)
+def test_a_server_that_stands(link: Link, names: Callable[[str], str], point: str) -> None:
+    """Its client waits, and goes on when the server does, or another with the same disk: every call returns without
+    error, nothing acknowledged is lost, nothing is torn."""
+    where = SERVER_POINTS[point]
+    store = f"ram:{BLOCKS * 4096}:{names('disk')}"
+    server, device = link.server(store), link.device()
+    load = Load(device)
+    for fate in (signal.SIGCONT, signal.SIGKILL):
+        seen = load.progress()
+        eventually(lambda: load.progress() > seen + 100)
+        with ExitStack() as stack:
+            if where[-1]:
+                stack.enter_context(meanwhile(lambda: another_epoch(link)))
+            stack.enter_context(watching(server.pid, link, where))
+            time.sleep(PAUSE)
+            status = device.status()
+            assert status["failure"] is None and not load.errors
+            if fate == signal.SIGKILL:
+                server.process.kill()
+                server.end()
+                server = link.server(store)
+    seen = load.progress()
+    eventually(lambda: load.progress() > seen + 100)
+    load.end()
+    assert not load.errors
+    load.verify(device.pread(device.size, 0))
+    counters = device.status()["counters"]
+    assert counters["lives"] > 1 and counters["lost"] == counters["overruns"] == 0
+    device.close()
+    assert server.end()[0] == 0
+    assert run("chan", "rm", store.rpartition(":")[2]).returncode == 0
+
+
+# ------------------------------------------------------------------ a block client
+
+_CLIENT = """
+import os, random, struct, sys, threading
+from muenfast import BlockDevice
+device = BlockDevice(sys.argv[1], sys.argv[2], timeout=30)
+os.write(1, b"ready\\n")
+def work(first, version):
+    dice, mine = random.Random(first), {}
+    while True:
+        i = dice.randrange(first, 256, 4)
+        if dice.random() < 0.5:
+            version += 1
+            data = struct.pack("<Q", i << 32 | version) * 512
+            device.pwrite(data, i * 4096)
+            mine[i] = data
+            os.write(1, struct.pack("<II", i, version))
+        elif i in mine and device.pread(4096, i * 4096) != mine[i]:
+            os._exit(3)
+for first in range(4):
+    threading.Thread(target=work, args=(first, int(sys.argv[3]))).start()
+"""
+
+
+class Client:
+    """A client process under load, and what was acknowledged to it so far."""
+
+    def __init__(self, link: Link, life: int) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", _CLIENT, link.req, link.resp, str(life << 24)],
+                                        stdout=subprocess.PIPE, bufsize=0)
+        self.acknowledged: dict[int, int] = {}
+        self.count = 0
+        out = self.process.stdout
+        assert out is not None and out.read(6) == b"ready\n"
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        rest = b""
+        while data := self.process.stdout.read(1 << 16):
+            rest += data
+            whole = len(rest) // 8 * 8
+            self.acknowledged.update(struct.iter_unpack("<II", rest[:whole]))
+            self.count += whole // 8
+            rest = rest[whole:]
+
+    def busy(self, least: int = 50) -> None:
+        """Until `least` writes more were acknowledged."""
+        before = self.count
+        eventually(lambda: self.process.poll() is not None or self.count >= before + least)
+        assert self.process.poll() is None, "it found what it had not written"
+
+    def kill(self) -> dict[int, int]:
+        assert self.process.stdout is not None
+        self.process.kill()
+        self.process.wait()
+        self._thread.join()
+        self.process.stdout.close()
+        return self.acknowledged
+
+
+CLIENT_POINTS = {
+    "WSC raised": ("req", WSC, 8, WRITE, 1, False),
+    "request's header stored": ("req", SLOT, 8, WRITE, 1, False),
+    "amid a write's data": ("req", SLOT + 24 + 2048, 8, WRITE, 1, False),
+    "WC raised, before the bell": ("req", WC, 8, WRITE, 1, False),
+    "waiters taken back, before seq": ("req.bell", WAITERS, 4, WRITE, 1, False),
+    "waiters set, before the sleep": ("resp.bell", WAITERS, 4, WRITE, 1, False),
+    "answer's header read": ("resp", SLOT, 8, ACCESS, 1, False),
+    "amid a read's data": ("resp", SLOT + 24 + 2048, 8, ACCESS, 1, False),
+    "WSC of the answers loaded": ("resp", WSC, 8, ACCESS, 1, False),
+    "read counter told": ("resp.bell", 64, 8, WRITE, 1, False),
+    "epoch 0, before the server follows": ("req", EPOCH, 8, WRITE, 1, True),
+    "epoch 0, before the zeroing": ("req", EPOCH, 8, WRITE, 2, True),
+    "new epoch, before `size`": ("req", EPOCH, 8, WRITE, 3, True),
+}
+
+
+@pytest.mark.parametrize("point", CLIENT_POINTS)
+def test_a_client_that_stands(link: Link, names: Callable[[str], str], point: str) -> None:
+    """The server answers whoever asks for its state, and goes on when the client does; after its death the next client
+    is served at once: no write that was acknowledged is lost, no block is torn."""
+    where = CLIENT_POINTS[point]
+    store = f"ram:{BLOCKS * 4096}:{names('disk')}"
+    server, client = link.server(store), Client(link, 0)
+    try:
+        for fate in (signal.SIGCONT, signal.SIGKILL):
+            client.busy()
+            with ExitStack() as stack:
+                if where[-1]:
+                    stack.enter_context(meanwhile(lambda: another_epoch(link)))
+                stack.enter_context(watching(client.process.pid, link, where))
+                time.sleep(PAUSE)
+                [entry] = control.ask(server.pid, {"command": "status"})["entries"]
+                assert entry["counters"]["overruns"] == entry["counters"]["lost"] == entry["counters"]["torn"] == 0
+                if fate == signal.SIGKILL:
+                    client.kill()
+        acknowledged = dict(client.acknowledged)
+        client = Client(link, 1)
+        client.busy()
+        acknowledged |= client.kill()
+    finally:
+        client.kill()
+    device = link.device()
+    _holds(device.pread(device.size, 0), acknowledged)
+    device.close()
+    assert server.end()[0] == 0
+    assert run("chan", "rm", store.rpartition(":")[2]).returncode == 0
