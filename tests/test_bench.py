@@ -16,23 +16,29 @@ from muenfast import measure
 @pytest.mark.stress
 def test_bench_writes_every_sample_its_limit_and_the_environment(tmp_path: Path) -> None:
     """JSON holds all samples and the conditions, ratios are those of the medians, the plot is drawn from it."""
-    done = run("bench", "ring", "blk", "--rounds", "1", "--json", f"{tmp_path}/b.json", "--plot", f"{tmp_path}/b.svg",
-               timeout=170)
+    done = run("bench", "ring", "blk", "disk", "--rounds", "1", "--scale", "0.02", "--json", f"{tmp_path}/b.json",
+               "--plot", f"{tmp_path}/b.svg", timeout=240)
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "b.json").read_text())
-    assert [report["benchmark"] for report in reports] == ["ring", "blk"]
+    assert [report["benchmark"] for report in reports] == ["ring", "blk", "disk"]
     for report in reports:
         assert {"cpu", "cpus", "kernel", "python", "policy"} <= report["environment"].keys()
         medians = {row["name"]: row["median"] for row in report["rows"]}
         for row in report["rows"]:
-            assert len(row["samples"]) == 1 and row["median"] > 0
+            assert len(row["samples"]) == 1
+            assert row["median"] > 0 or row["unit"] == "%" or "beyond" in row["name"]
             assert row["name"] in done.stdout
             if row["limit"] is not None:
                 expected = row["median"] / medians[row["limit"]]
                 assert row["ratio"] == pytest.approx(1 / expected if row["unit"] == "ns" else expected)
     bars = ElementTree.parse(tmp_path / "b.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 1 + sum(row["ratio"] is not None for report in reports for row in report["rows"])
+    names = {row["name"] for report in reports for row in report["rows"]}
+    for said in ("Python 64 B one by one", "Python 4120 B batch 64", "publish 64 B", "asleep, p99",
+                 "device, write 4 KiB depth 32", "idle server, CPU", "client with device, memory"):
+        assert any(said in name for name in names), said
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("bench-")]
+    assert not [name for name in os.listdir("/dev") if name.startswith("muenbench-")]
 
 
 def test_rows_are_sampled_in_turns() -> None:
@@ -48,7 +54,7 @@ def test_rows_are_sampled_in_turns() -> None:
     assert "".join(order) == "abcabcabc" and all(len(row.samples) == 3 for row in rows)
 
 
-@pytest.mark.parametrize("words", [("bench", "net2"), ("bench", "ring", "--rounds", "0")])
+@pytest.mark.parametrize("words", [("bench", "net2"), ("bench", "ring", "--rounds", "0"), ("bench", "--scale", "0")])
 def test_a_wrong_subject_or_number_is_a_usage_error(words: tuple[str, ...]) -> None:
     """Status 2 and the rule, nothing measured."""
     done = run(*words)

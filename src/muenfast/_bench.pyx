@@ -6,13 +6,20 @@ word. Waiting, on both sides: POLITE pauses between looks.
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport errno
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from muenfast._ring cimport *
 from muenfast._wire cimport *
 
+import os as _os
+
 from muenfast.errors import UsageError
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buf, size_t n, int64_t offset)
+    ssize_t pwrite(int fd, const void *buf, size_t n, int64_t offset)
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -46,6 +53,21 @@ cdef class _Held:
             PyBuffer_Release(&self.view)
 
 
+cdef class _Private:
+    """Page-aligned memory of our own, every page touched."""
+    cdef uint8_t *base
+
+    def __cinit__(self, uint64_t length):
+        length = (length + 4095) // 4096 * 4096
+        self.base = <uint8_t *>aligned_alloc(4096, length)
+        if self.base == NULL:
+            raise MemoryError()
+        memset(self.base, 1, length)
+
+    def __dealloc__(self):
+        free(self.base)
+
+
 cdef void polite() noexcept nogil:
     cdef int i
     for i in range(POLITE):
@@ -68,11 +90,9 @@ def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t count):
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef writer_t w
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (size * batch + 4095) // 4096 * 4096)
+    cdef _Private own = _Private(size * batch)
+    cdef uint8_t *data = own.base
     cdef uint64_t n, first, room
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 1, size * batch)
     writer_init(&w, r.base, r.view.len, size, 1)
     writer_start(&w, random_epoch())
     with nogil:
@@ -90,7 +110,6 @@ def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t count):
         while load_acquire64(&words[DONE]) < count:
             polite()
         writer_stop(&w)
-    free(data)
 
 
 def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t count):
@@ -99,12 +118,10 @@ def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t count):
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef reader_t r
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (size * batch + 4095) // 4096 * 4096)
+    cdef _Private own = _Private(size * batch)
+    cdef uint8_t *data = own.base
     cdef uint64_t done = 0, n = 0, start
     cdef ring_status status
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 0, size * batch)
     reader_init(&r, m.base, m.view.len, size, 1)
     with nogil:
         while reader_copy(&r, data, batch, &n) != EPOCH_CHANGED:
@@ -121,24 +138,33 @@ def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t count):
             else:
                 break
         start = now_ns() - start
-    free(data)
     return start / 1e9, r.lost_total + (count - done)
 
 
-def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads):
-    """Round trips over two rings, one element each way, both sides polling; seconds."""
+def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads, laps, out_bell=None, back_bell=None):
+    """Round trips over two rings, one element each way; laps (a u64 per round trip) receives nanoseconds.
+
+    Without bells both sides poll. With bells both sleep as soon as there is nothing to read.
+    """
     cdef _Held o = _Held(out, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held b = _Held(back, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held times = _Held(laps, 8 * count)
+    cdef _Held ob = None if out_bell is None else _Held(out_bell, sizeof(bell_page))
+    cdef _Held bb = None if back_bell is None else _Held(back_bell, sizeof(bell_page))
+    cdef _Private own = _Private(size)
+    cdef uint8_t *data = own.base
     cdef writer_t w
     cdef reader_t r
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (size + 4095) // 4096 * 4096)
-    cdef uint64_t i, n, start
+    cdef uint32_t stop = 0
+    cdef uint64_t i, n, start, now
     cdef ring_status status
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 1, size)
     writer_init(&w, o.base, o.view.len, size, 1)
     reader_init(&r, b.base, b.view.len, size, 1)
+    r.may_spin = False
+    if ob is not None:
+        w.bell = <bell_page *>ob.base
+    if bb is not None:
+        r.bell = <bell_page *>bb.base
     writer_start(&w, random_epoch())
     with nogil:
         while reader_copy(&r, data, 1, &n) != EPOCH_CHANGED:
@@ -149,14 +175,51 @@ def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads):
                 put(&w, data, size)
             status = reader_copy(&r, data, 1, &n)
             while status == NO_DATA:
-                cpu_pause()
+                if r.bell == NULL:
+                    cpu_pause()
+                else:
+                    reader_wait(&r, 100_000_000, &stop)
                 status = reader_copy(&r, data, 1, &n)
             if not leads:
                 put(&w, data, size)
-        start = now_ns() - start
+            else:
+                now = now_ns()
+                (<uint64_t *>times.base)[i] = now - start
+                start = now
         if leads:                       # the other side has read our last element: it answered it
             writer_stop(&w)
-    free(data)
+
+
+def publish(region, bell, uint64_t size, uint64_t count):
+    """Writes `count` elements that nobody reads, one by one, with a bell that nobody sleeps on; seconds."""
+    cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held b = _Held(bell, sizeof(bell_page))
+    cdef _Private own = _Private(size)
+    cdef writer_t w
+    cdef uint64_t i, start
+    writer_init(&w, m.base, m.view.len, size, 1)
+    w.bell = <bell_page *>b.base
+    writer_start(&w, random_epoch())
+    with nogil:
+        start = now_ns()
+        for i in range(count):
+            put(&w, own.base, size)
+        start = now_ns() - start
+    writer_stop(&w)
+    return start / 1e9
+
+
+def copy_slots(region, uint64_t size, uint64_t count):
+    """What publish() does, without the ring: the copies alone, slot after slot; seconds."""
+    cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Private own = _Private(size)
+    cdef uint64_t i, start, slot = 0, elements = (<uint64_t>m.view.len - SHMSTREAM_HEADER_SIZE) // size
+    with nogil:
+        start = now_ns()
+        for i in range(count):
+            memcpy(m.base + SHMSTREAM_HEADER_SIZE + slot * size, own.base, size)
+            slot = slot + 1 if slot + 1 < elements else 0
+        start = now_ns() - start
     return start / 1e9
 
 
@@ -173,11 +236,9 @@ def queue_write(memory, progress, uint64_t size, uint64_t elements, uint64_t cou
     cdef _Held m = _Held(memory, size * elements)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (size + 4095) // 4096 * 4096)
+    cdef _Private own = _Private(size)
+    cdef uint8_t *data = own.base
     cdef uint64_t put = 0, taken = 0, slot = 0
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 1, size)
     with nogil:
         meet(words, 1)
         while put < count:
@@ -191,7 +252,6 @@ def queue_write(memory, progress, uint64_t size, uint64_t elements, uint64_t cou
             put += 1
             store_release64(&words[PUT], put)
             prefetch_write(m.base + slot * size)
-    free(data)
 
 
 def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t count):
@@ -199,11 +259,9 @@ def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t coun
     cdef _Held m = _Held(memory, size * elements)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (size + 4095) // 4096 * 4096)
+    cdef _Private own = _Private(size)
+    cdef uint8_t *data = own.base
     cdef uint64_t put = 0, taken = 0, slot = 0, start
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 0, size)
     with nogil:
         meet(words, 2)
         start = now_ns()
@@ -218,7 +276,6 @@ def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t coun
             taken += 1
             store_release64(&words[DONE], taken)
         start = now_ns() - start
-    free(data)
     return start / 1e9
 
 
@@ -228,10 +285,8 @@ def copy_write(memory, progress, uint64_t chunk, uint64_t count):
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (chunk + 4095) // 4096 * 4096)
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 1, chunk)
+    cdef _Private own = _Private(chunk)
+    cdef uint8_t *data = own.base
     with nogil:
         meet(words, 1)
         while put < count:
@@ -240,7 +295,6 @@ def copy_write(memory, progress, uint64_t chunk, uint64_t count):
             memcpy(m.base + put % chunks * chunk, data, chunk)
             put += 1
             store_release64(&words[PUT], put)
-    free(data)
 
 
 def copy_read(memory, progress, uint64_t chunk, uint64_t count):
@@ -249,10 +303,8 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef uint64_t chunks = <uint64_t>m.view.len // chunk, taken = 0, start
-    cdef uint8_t *data = <uint8_t *>aligned_alloc(4096, (chunk + 4095) // 4096 * 4096)
-    if data == NULL:
-        raise MemoryError()
-    memset(data, 0, chunk)
+    cdef _Private own = _Private(chunk)
+    cdef uint8_t *data = own.base
     with nogil:
         meet(words, 2)
         start = now_ns()
@@ -263,39 +315,50 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
             taken += 1
             store_release64(&words[DONE], taken)
         start = now_ns() - start
-    free(data)
     return start / 1e9
 
 
-def bounce(progress, uint64_t count, bint leads):
-    """Round trips of two cache lines between two CPUs; seconds."""
-    cdef _Held p = _Held(progress, 4 * LINE)
+def bounce(progress, uint64_t size, uint64_t count, bint leads, laps):
+    """Round trips of a cache line (size 0), or of `size` bytes and a line that says that they are there, between two
+    CPUs; laps (a u64 per round trip) receives nanoseconds."""
+    cdef uint64_t room = (size + LINE - 1) // LINE * LINE
+    cdef _Held p = _Held(progress, 4 * LINE + 2 * room)
+    cdef _Held times = _Held(laps, 8 * count)
+    cdef _Private own = _Private(size + 1)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef uint64_t *mine = &words[DONE] if leads else &words[PUT]
     cdef uint64_t *other = &words[PUT] if leads else &words[DONE]
-    cdef uint64_t i, start
+    cdef uint8_t *out = p.base + 4 * LINE + (room if leads else 0)
+    cdef const uint8_t *back = p.base + 4 * LINE + (0 if leads else room)
+    cdef uint64_t i, start, now
     with nogil:
         meet(words, 1 if leads else 2)
         start = now_ns()
         for i in range(1, count + 1):
             if leads:
+                memcpy(out, own.base, size)
                 store_release64(mine, i)
             while load_acquire64(other) != i:
                 cpu_pause()
+            memcpy(own.base, back, size)
             if not leads:
+                memcpy(out, own.base, size)
                 store_release64(mine, i)
-        start = now_ns() - start
-    return start / 1e9
+            else:
+                now = now_ns()
+                (<uint64_t *>times.base)[i - 1] = now - start
+                start = now
 
 
-def wake_bounce(progress, uint64_t count, bint leads):
-    """Round trips in which each side sleeps on a futex until the other wakes it; seconds."""
+def wake_bounce(progress, uint64_t count, bint leads, laps):
+    """Round trips in which each side sleeps on a futex until the other wakes it; laps as for bounce()."""
     cdef _Held p = _Held(progress, 4 * LINE)
+    cdef _Held times = _Held(laps, 8 * count)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef uint32_t *mine = <uint32_t *>(&words[DONE] if leads else &words[PUT])
     cdef uint32_t *other = <uint32_t *>(&words[PUT] if leads else &words[DONE])
     cdef uint32_t i, seen
-    cdef uint64_t start
+    cdef uint64_t start, now
     with nogil:
         meet(words, 1 if leads else 2)
         start = now_ns()
@@ -310,8 +373,10 @@ def wake_bounce(progress, uint64_t count, bint leads):
             if not leads:
                 store_release32(mine, i)
                 futex_wake_all(mine)
-        start = now_ns() - start
-    return start / 1e9
+            else:
+                now = now_ns()
+                (<uint64_t *>times.base)[i - 1] = now - start
+                start = now
 
 
 def copy_blocks(memory, uint64_t size, blocks, uint64_t times):
@@ -321,6 +386,7 @@ def copy_blocks(memory, uint64_t size, blocks, uint64_t times):
     cdef const uint64_t *at
     cdef uint64_t n, k, t, start
     cdef uint8_t *data
+    cdef _Private own
     PyObject_GetBuffer(blocks, &view, PyBUF_SIMPLE)
     try:
         at = <const uint64_t *>view.buf
@@ -328,17 +394,36 @@ def copy_blocks(memory, uint64_t size, blocks, uint64_t times):
         for k in range(n):
             if at[k] >= <uint64_t>m.view.len // size:
                 raise UsageError("a block lies beyond the memory", value=at[k])
-        data = <uint8_t *>aligned_alloc(4096, (size * n + 4095) // 4096 * 4096)
-        if data == NULL:
-            raise MemoryError()
-        memset(data, 0, size * n)
+        own = _Private(size * n)
+        data = own.base
         with nogil:
             start = now_ns()
             for t in range(times):
                 for k in range(n):
                     memcpy(data + k * size, m.base + at[k] * size, size)
             start = now_ns() - start
-        free(data)
     finally:
         PyBuffer_Release(&view)
     return start / 1e9
+
+
+def device_loop(int fd, numbers, bint write, uint64_t count):
+    """`count` reads or writes of 4096 bytes at the block numbers of a list (array of u64), one after the other, as one
+    of several threads; raises OSError."""
+    cdef _Held places = _Held(numbers, 8)
+    cdef const uint64_t *at = <const uint64_t *>places.base
+    cdef uint64_t k, n = <uint64_t>places.view.len // 8
+    cdef _Private own = _Private(BLOCK_SIZE)
+    cdef ssize_t moved = BLOCK_SIZE
+    cdef int error = 0
+    with nogil:
+        for k in range(count):
+            if write:
+                moved = pwrite(fd, own.base, BLOCK_SIZE, <int64_t>(at[k % n] * BLOCK_SIZE))
+            else:
+                moved = pread(fd, own.base, BLOCK_SIZE, <int64_t>(at[k % n] * BLOCK_SIZE))
+            if moved != BLOCK_SIZE:
+                error = errno
+                break
+    if moved != BLOCK_SIZE:
+        raise OSError(error, _os.strerror(error) if moved < 0 else "the device ended")

@@ -8,35 +8,40 @@ import sys
 
 from muenfast.errors import UsageError
 
-SUBJECTS = ("ring", "blk")
+SUBJECTS = ("ring", "blk", "disk")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, how often, where to put it."""
-    parser.add_argument("subject", nargs="*", metavar="ring|blk", help="what to measure (default: both)")
+    parser.add_argument("subject", nargs="*", metavar="ring|blk|disk",
+                        help="what to measure (default: ring and blk; disk: a device node, as root)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each figure, taken in turns (default: 5)")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="work per sample, of the usual: 0.01 is quick and rough (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write all samples and the environment to FILE (-: print)")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw the ratios")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints figure, limit and ratio of each row."""
-    subjects = arguments.subject or list(SUBJECTS)
+    subjects = arguments.subject or ["ring", "blk"]
     for index, subject in enumerate(subjects):
         if subject not in SUBJECTS:
             raise UsageError(f"a subject is one of {', '.join(SUBJECTS)}", option="SUBJECT", index=index, value=subject)
     if not 1 <= arguments.rounds <= 1000:
         raise UsageError("rounds are 1 to 1000", option="--rounds", value=arguments.rounds)
+    if not 0 < arguments.scale <= 100:
+        raise UsageError("a scale is above 0, at most 100", option="--scale", value=arguments.scale)
     from muenfast import measure
 
     reports = []
     quiet = arguments.json == "-"
     for subject in dict.fromkeys(subjects):
         if subject == "ring":
-            rows = measure.ring_rows()
+            rows = measure.ring_rows(arguments.scale)
             measure.take(rows, arguments.rounds, _step)
         else:
-            session = measure.blk_rows()
+            session = (measure.blk_rows if subject == "blk" else measure.device_rows)(arguments.scale)
             rows = next(session)
             try:
                 measure.take(rows, arguments.rounds, _step)
@@ -64,6 +69,8 @@ def _step(done: int, total: int) -> None:
 
 
 def _show(report: dict[str, object]) -> None:
+    from muenfast import measure
+
     rows = report["rows"]
     assert isinstance(rows, list)
     environment = report["environment"]
@@ -71,5 +78,6 @@ def _show(report: dict[str, object]) -> None:
     print(f"{report['benchmark']}: {environment['cpu']}, {environment['cpus']} CPUs; {environment['policy']}")
     for row in rows:
         against = "" if row["ratio"] is None else f"   {row['ratio']:5.2f} of {row['limit']}"
-        figure = f"{row['median']:12.0f} ns" if row["unit"] == "ns" else f"{row['median'] / 1e3:12.1f} k{row['unit']}"
-        print(f"  {row['name']:<34}{figure:<26}{against}")
+        figure = (f"{row['median']:12.1f} {row['unit']}" if row["unit"] in measure.UNITS
+                  else f"{row['median'] / 1e3:12.1f} k{row['unit']}")
+        print(f"  {row['name']:<40}{figure:<26}{against}")
