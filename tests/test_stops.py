@@ -64,7 +64,7 @@ def killed(process: subprocess.Popen[str]) -> None:
 # ------------------------------------------------------------------ a writer
 
 _WRITER = f"""
-import signal, sys
+import signal, sys, time
 from ring_program import PROTOCOL, element
 from muenfast import open_writer
 stopped = []
@@ -76,6 +76,7 @@ with open_writer(sys.argv[1], size={SIZE}, protocol=PROTOCOL, region_size={REGIO
             writer.write(element(writer.written, {SIZE}))
             writer.write_many(b"".join(element(writer.written + k, {SIZE}) for k in range(8)))
         if not stopped and sys.argv[2] == "lives":
+            time.sleep(0.001)   # readers come to the end of this life
             writer.activate()
     print(writer.written, flush=True)
     sys.stdin.read()
@@ -183,8 +184,8 @@ def test_a_writer_that_stands(names: Callable[[str], str], point: str) -> None:
         stack.callback(plain.close)
         followers = [of_muenfast(reader), of_peer(plain)]
 
-        def go_on(least: int = 100) -> None:
-            before, end = [one.total for one in followers], time.monotonic() + 30
+        def go_on(least: int = 50) -> None:
+            before, end = [one.total for one in followers], time.monotonic() + 90
             while any(one.total - was < least for one, was in zip(followers, before, strict=True)):
                 assert time.monotonic() < end, "nothing more is delivered"
                 for one in followers:
