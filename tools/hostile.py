@@ -358,6 +358,7 @@ class Victim:
         self.memory: list[int] = []
         self.files: list[int] = []
         self.errors = tempfile.TemporaryFile()
+        self.born = time.monotonic()
 
     process: subprocess.Popen[str]
 
@@ -394,8 +395,12 @@ class Victim:
         return int(said)
 
     def watch(self) -> None:
-        """Memory and descriptors stay what they were after the first two phases."""
+        """Memory and descriptors stay what they were after the first two phases; the log has about a line a second."""
         self.alive()
+        self.errors.seek(0)
+        lines = sum(1 for _ in self.errors)
+        if lines > time.monotonic() - self.born + 5 * (len(self.memory) + 2):
+            raise Failed(f"{lines} lines of log in {time.monotonic() - self.born:.0f} s")
         self.memory.append(resident(self.process.pid))
         self.files.append(len(os.listdir(f"/proc/{self.process.pid}/fd")))
         if len(self.memory) > 2:
