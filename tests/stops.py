@@ -6,13 +6,14 @@ is caught is left as after SIGSTOP, by nobody traced: SIGCONT lets it go on, SIG
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,6 +116,15 @@ class _Watch:
             time.sleep(0.0002)
         self._release(caught)
 
+    def abandon(self) -> None:
+        """Kills the process: a thread that is traced would keep its parent waiting for ever."""
+        os.kill(self.pid, signal.SIGKILL)
+        for tid in self.threads:
+            if tid != self.pid:
+                with contextlib.suppress(ChildProcessError):
+                    while os.WIFSTOPPED(os.waitpid(tid, _WALL)[1]):
+                        pass
+
     def _release(self, tid: int) -> None:
         self._poke(tid, 7, 0)
         _ptrace(_DETACH, tid)
@@ -122,15 +132,25 @@ class _Watch:
 
 
 @contextmanager
-def caught(pid: int, address: int, length: int, kind: int, nth: int = 1, seconds: float = 20) -> Iterator[None]:
-    """While the block runs the process stands right behind its nth access to the word; afterwards it goes on."""
+def caught(pid: int, address: int, length: int, kind: int, nth: int = 1, *, provoke: Callable[[], object] | None = None,
+           seconds: float = 40) -> Iterator[None]:
+    """While the block runs the process stands right behind its nth access to the word; afterwards it goes on.
+
+    provoke: called once the word is watched.
+    """
     watch = _Watch(pid, address, length, kind)
-    watch.arm()
-    tid = watch.hit(seconds)
-    for _ in range(nth - 1):
-        _ptrace(_CONT, tid)
+    try:
+        watch.arm()
+        if provoke is not None:
+            provoke()
         tid = watch.hit(seconds)
-    watch.freeze(tid)
+        for _ in range(nth - 1):
+            _ptrace(_CONT, tid)
+            tid = watch.hit(seconds)
+        watch.freeze(tid)
+    except BaseException:
+        watch.abandon()
+        raise
     end = time.monotonic() + seconds
     while state(pid) != "T":
         assert time.monotonic() < end, f"process {pid} is not stopped"

@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "hostile.py"
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_service_is_back_after_every_kind_of_attack(role: str) -> None:
     """Each attack once: nothing ends or stands still, what is honest is executed, kept and counted, no memory leaks."""
-    run = subprocess.run([sys.executable, str(PROGRAM), "--role", role, "--minutes", "0.05", "--phase", "0.5",
+    run = subprocess.run([sys.executable, str(PROGRAM), "--role", role, "--minutes", "0.05", "--phase", "0.3",
                           "--within", "20", "--seed", "4"], capture_output=True, text=True, timeout=170, check=False)
     assert (run.returncode, run.stderr) == (0, ""), run.stdout
     table = re.findall(rf"^{role}: (\w+) +(\d+) +([\d.]+) +([\d.]+)s", run.stdout, re.MULTILINE)

@@ -86,7 +86,7 @@ def test_threads_that_share_a_writer(size: int) -> None:
     """A write is published whole and once, or refused and not published; the counters know of nothing else."""
     memory = bytearray(64 + 16 * size)
     done, seen = [0] * THREADS, [-1] * THREADS
-    end = time.monotonic() + 1
+    end = time.monotonic() + 0.5
     with often(), Writer(memory, size=size, protocol=PROTOCOL) as writer, Reader(memory) as reader:
         reader.read()
 
@@ -137,7 +137,7 @@ def test_threads_that_share_a_reader(size: int, many: bool) -> None:
 
         crowd = Crowd(work)
         try:
-            serial, end = 0, time.monotonic() + 1
+            serial, end = 0, time.monotonic() + 0.5
             while time.monotonic() < end or crowd.refused == 0 and size == LARGE and time.monotonic() < end + 30:
                 writer.write(element(0, serial, size))
                 serial += 1
@@ -202,3 +202,35 @@ def test_importing_leaves_the_gil_off(module: str) -> None:
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60,
                             check=False, env={k: v for k, v in os.environ.items() if k != "PYTHON_GIL"})
     assert (result.stdout, result.stderr) == ("False\n", "")
+
+
+_CLOSING = """
+import mmap, sys, threading
+from muenfast import UsageError
+from muenfast._blk import Client, Server, Store
+def close(one, start):
+    start.wait()
+    try:
+        one.close()
+    except UsageError:
+        pass
+for k in range(300):
+    pages = [mmap.mmap(-1, 8192) for _ in range(2)]
+    one = Server(*pages, Store.null(4096)) if sys.argv[1] == "server" else Client(*pages)
+    start = threading.Barrier(3)
+    threads = [threading.Thread(target=close, args=(one, start)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    one.close()
+    for page in pages:
+        page.close()    # BufferError while somebody holds it
+"""
+
+
+@pytest.mark.parametrize("kind", ["server", "client"])
+def test_an_engine_that_several_threads_close(kind: str) -> None:
+    """It is closed once, and none of them writes to memory that is gone."""
+    run = subprocess.run([sys.executable, "-c", _CLOSING, kind], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stderr) == (0, "")

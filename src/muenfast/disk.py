@@ -21,6 +21,7 @@ from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, UsageE
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names, claims and policies
+_QUIET = 1.0  # seconds between two lines of the log that a peer can cause at will
 _PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
 
 
@@ -86,6 +87,7 @@ class BlockDevice:
         self._failure: str | None = None
         self._rmw = threading.Lock()
         self._complaint = ""
+        self._warned, self._swallowed = -_QUIET, 0
         self._broken = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
@@ -157,7 +159,7 @@ class BlockDevice:
                 if not lost_since:
                     lost_since = now
                     if not self._dead:
-                        log.warning("disk %s: the server is gone%s", self.channels.name, self._meanwhile())
+                        self._warn("the server is gone%s", self._meanwhile())
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
                 if self.client.server_state == "gone":
@@ -178,7 +180,7 @@ class BlockDevice:
                 if self._server_died():
                     if not self._dead:
                         self._dead = True
-                        log.warning("disk %s: the server is gone%s", self.channels.name, self._meanwhile())
+                        self._warn("the server is gone%s", self._meanwhile())
                     if self._policy.mode != "queue":
                         self.client.fail(forever=False)
                 elif self._policy.mode == "queue":
@@ -186,7 +188,7 @@ class BlockDevice:
                 elif self._policy.mode == "timeout" and self.client.in_flight:
                     stuck_since = stuck_since or now
                     if now - stuck_since > self._policy.seconds:
-                        log.warning("disk %s: no answer for %g s", self.channels.name, self._policy.seconds)
+                        self._warn("no answer for %g s", self._policy.seconds)
                         self.client.fail(forever=False)
                         stuck_since = 0.0
                 else:
@@ -201,11 +203,21 @@ class BlockDevice:
         header = self.client.incompatible
         return None if header is None else self.channels.misfit(False, header)
 
+    def _warn(self, text: str, *values: object) -> None:
+        """A warning about a peer, who shall not fill our log."""
+        now = time.monotonic()
+        if now - self._warned < _QUIET:
+            self._swallowed += 1
+            return
+        more = f" ({self._swallowed} warnings more were left out)" if self._swallowed else ""
+        log.warning("disk %s: " + text + "%s", self.channels.name, *values, more)
+        self._warned, self._swallowed = now, 0
+
     def _complain(self, text: str) -> None:
         """Says once what stands in the way of a connection."""
         if text != self._complaint:
             self._complaint = text
-            log.warning("disk %s: waiting: %s", self.channels.name, text)
+            self._warn("waiting: %s", text)
 
     def _answered(self) -> bool:
         """The server named a size: issue again if it is the same disk, else fail for good.
@@ -264,8 +276,7 @@ class BlockDevice:
         broken = self.client.broken
         if broken and not self._broken:
             self._broken = True
-            log.error("disk %s: %s", self.channels.name,
-                      BrokenChannelError(self._ends[broken == "response"].locator.text))
+            self._warn("%s", BrokenChannelError(self._ends[broken == "response"].locator.text))
         try:
             stale = [end for end in self._ends if end.replaced()]
             if broken and not stale:
