@@ -555,7 +555,7 @@ def test_a_restart_under_the_same_epoch_is_an_epoch_change(pair: Callable[..., t
     assert reader.read() == b"again" + bytes(3)
 
 
-@pytest.mark.parametrize(("wsc", "wc"), [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("wsc", "wc"), [(0, 3), (0, 0), (1, 0), (1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("many", [False, True])
 def test_a_restart_under_the_same_epoch_takes_back_what_was_seen(wsc: int, wc: int, many: bool) -> None:
     """Of three elements that a reader saw together it read one; then the writer starts anew, in the same epoch.

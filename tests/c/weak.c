@@ -10,13 +10,16 @@
  * not show: a store that overtakes an older load (nothing here rests on that), and a store that comes to stand in the
  * order of its location before one executed earlier. Plain copies are relaxed accesses, 8 bytes each; of a long copy
  * only the first MOST_WORDS words are the machine's.
+ *
+ * Plain accesses are watched where the compiler tells of them (-fsanitize=thread, without its library: the calls end
+ * here): one that another thread's store or, if it is a store, read is not ordered before is a data race.
  */
 #define WEAK_MACHINE
 #include "weak.h"
 
 #include <ucontext.h>
 
-enum { LOCATIONS = 56, STORES = 24, RANGES = 8, THREADS = 3, DEPTH = 4096, MOST_WORDS = 5, FAIR = 2, LOG = 4096 };
+enum { LOCATIONS = 96, STORES = 24, RANGES = 8, THREADS = 3, DEPTH = 4096, MOST_WORDS = 5, FAIR = 2, LOG = 4096 };
 
 typedef struct {
     uint8_t at[LOCATIONS];
@@ -36,14 +39,16 @@ static struct {
     int count[LOCATIONS];
     message stores[LOCATIONS][STORES];
     thread threads[THREADS];
-    view full;
+    view full, lock; /* lock: what the last one to hold it knew */
+    int locked;      /* thread + 1 */
+    uint8_t read[LOCATIONS][THREADS]; /* plainly: the thread's clock then, which is the last places of its view */
     uint64_t clock;
 } m, scene; /* scene: m when weak_explore was called */
 
 static struct {
     uintptr_t start;
     size_t n;
-    int zero;
+    int plain;
 } ranges[RANGES];
 static int nranges;
 static uintptr_t addresses[LOCATIONS];
@@ -53,6 +58,7 @@ static int me, exploring, switching;
 static ucontext_t contexts[THREADS], scheduler;
 static char stacks[THREADS][1 << 16];
 static void (*bodies[THREADS])(void);
+static int number_of_bodies;
 
 /* The choices of this execution: those that are repeated from the last one, and then the first of each. */
 static struct {
@@ -132,22 +138,32 @@ static void join(view *to, const view *from) {
         to->at[i] = to->at[i] > from->at[i] ? to->at[i] : from->at[i];
 }
 
+/* 2: also without atomics. */
 static int shared(const volatile void *p) {
     for (int i = 0; i < nranges; i++)
         if ((uintptr_t)p - ranges[i].start < ranges[i].n)
-            return 1;
+            return 1 + ranges[i].plain;
     return 0;
+}
+
+/* The location that was stored to plainly last: its value is seen after the store. */
+static int unseen = -1;
+static void see(void) {
+    if (unseen >= 0)
+        memcpy(&m.stores[unseen][m.count[unseen] - 1].value, (const void *)addresses[unseen], sizes[unseen]);
+    unseen = -1;
 }
 
 static int location(const volatile void *p, size_t size) {
     int i;
+    see();
     for (i = 0; i < m.locations; i++)
         if (addresses[i] == (uintptr_t)p) {
             if (sizes[i] != size)
                 weak_fail("accesses of different widths", (uintptr_t)p - ranges[0].start, size);
             return i;
         }
-    if (i == LOCATIONS)
+    if (i == LOCATIONS - THREADS)
         weak_fail("too many locations", i, 0);
     m.locations++;
     addresses[i] = (uintptr_t)p;
@@ -158,10 +174,24 @@ static int location(const volatile void *p, size_t size) {
     return i;
 }
 
-/* Another thread may come first. */
+static int can_run(int i) { return i < number_of_bodies && !m.threads[i].over && m.threads[i].futex == NULL; }
+
+/* Another thread may come first, and must where this one sleeps; back when it is this one's turn. */
 static void pause_here(void) {
-    if (exploring && switching)
-        swapcontext(&contexts[me], &scheduler);
+    int ready[THREADS], count = 0, self = me;
+    see();
+    if (!exploring || !switching)
+        return;
+    if (can_run(self))
+        ready[count++] = self;
+    for (int i = 0; i < THREADS; i++)
+        if (i != self && can_run(i))
+            ready[count++] = i;
+    if (count == 0)
+        swapcontext(&contexts[self], &scheduler); /* for good */
+    me = ready[weak_choose(count)];
+    if (me != self)
+        swapcontext(&contexts[self], &contexts[me]);
 }
 
 uint64_t weak_load(const volatile void *p, size_t size, memory_order order) {
@@ -199,6 +229,8 @@ static void append(int at, uint64_t value, int release, const view *also) {
     new->view.at[at] = (uint8_t)n;
     if (also != NULL)
         join(&new->view, also);
+    if (shared((void *)addresses[at]) == 2)
+        memcpy((void *)addresses[at], &value, sizes[at]);
 }
 
 void weak_store(volatile void *p, size_t size, uint64_t value, memory_order order) {
@@ -299,6 +331,76 @@ void *weak_set(void *dst, int value, size_t n) {
     return dst;
 }
 
+/* ------------------------------------------------------------------ plain accesses */
+
+static void plain(void *p, size_t size, int store) {
+    thread *t = &m.threads[me];
+    int at, n;
+    if (!exploring || shared(p) != 2)
+        return;
+    at = location(p, size);
+    if (t->now.at[at] != m.count[at] - 1)
+        weak_fail(store ? "a plain store, and another's that is not ordered before it: offset, last value"
+                        : "a plain read, and a store that is not ordered before it: offset, last value",
+                  (uintptr_t)p - ranges[0].start, m.stores[at][m.count[at] - 1].value);
+    if (!store) {
+        if (++t->now.at[LOCATIONS - 1 - me] == 0)
+            weak_fail("too many plain reads", 0, 0);
+        t->acquired.at[LOCATIONS - 1 - me] = m.read[at][me] = t->now.at[LOCATIONS - 1 - me];
+        return;
+    }
+    for (int i = 0; i < THREADS; i++)
+        if (i != me && m.read[at][i] > t->now.at[LOCATIONS - 1 - i])
+            weak_fail("a plain store, and a read that is not ordered before it: offset", (uintptr_t)p - ranges[0].start, 0);
+    n = m.count[at]++;
+    if (n == STORES)
+        weak_fail("too many stores", (uint64_t)at, (uint64_t)n);
+    memset(&m.stores[at][n], 0, sizeof(message));
+    m.stores[at][n].view.at[at] = t->now.at[at] = t->acquired.at[at] = (uint8_t)n;
+    unseen = at;
+    say("plain", at, 0, 0);
+}
+#define WATCH(size) \
+    void __tsan_read##size(void *p) { plain(p, size, 0); } \
+    void __tsan_write##size(void *p) { plain(p, size, 1); } \
+    void __tsan_unaligned_read##size(void *p) { plain(p, size, 0); } \
+    void __tsan_unaligned_write##size(void *p) { plain(p, size, 1); }
+WATCH(1)
+WATCH(2)
+WATCH(4)
+WATCH(8)
+WATCH(16)
+void __tsan_read_range(void *p, size_t n) { plain(p, n, 0); }
+void __tsan_write_range(void *p, size_t n) { plain(p, n, 1); }
+void __tsan_func_entry(void *p) { (void)p; }
+void __tsan_func_exit(void) {}
+void __tsan_init(void) {}
+
+int weak_lock(pthread_mutex_t *lock) {
+    if (!exploring || !switching)
+        return 0;
+    pause_here();
+    while (m.locked) {
+        m.threads[me].futex = (uint32_t *)lock;
+        pause_here();
+    }
+    m.locked = me + 1;
+    join(&m.threads[me].now, &m.lock);
+    join(&m.threads[me].acquired, &m.lock);
+    return 0;
+}
+int weak_unlock(pthread_mutex_t *lock) {
+    if (!exploring || !switching)
+        return 0;
+    see();
+    m.locked = 0;
+    join(&m.lock, &m.threads[me].now);
+    for (int i = 0; i < THREADS; i++)
+        if (m.threads[i].futex == (uint32_t *)lock)
+            m.threads[i].futex = NULL;
+    return 0;
+}
+
 /* ------------------------------------------------------------------ the system */
 
 long weak_syscall(long number, ...) {
@@ -340,7 +442,7 @@ long weak_syscall(long number, ...) {
     while (m.threads[me].futex != NULL) {
         if (!switching)
             weak_fail("a sleep with nobody to end it", 0, 0);
-        swapcontext(&contexts[me], &scheduler);
+        pause_here();
     }
     return 0;
 }
@@ -369,27 +471,48 @@ ssize_t weak_pwritev(int fd, const struct iovec *iov, int n, off_t offset) {
 void weak_share(const volatile void *start, size_t n) {
     ranges[nranges].start = (uintptr_t)start;
     ranges[nranges].n = n;
-    ranges[nranges++].zero = 0;
+    ranges[nranges++].plain = 0;
 }
 void weak_shared_memory(void *start, size_t n) {
     memset(start, 0, n);
     weak_share(start, n);
 }
+void weak_share_plainly(void *start, size_t n) {
+    weak_share(start, n);
+    ranges[nranges - 1].plain = 1;
+}
+static void (*each)(void);
+void weak_each(void (*reset)(void)) { each = reset; }
 void weak_thread(int number) { me = number; }
 int weak_asleep(int number) { return m.threads[number].futex != NULL; }
 
 static void run_body(void) {
     bodies[me]();
     m.threads[me].over = 1;
-    for (;;)
-        swapcontext(&contexts[me], &scheduler);
+    pause_here();
 }
 
 static void execute(int n) {
-    int ready[THREADS], count, running = -1;
-    m = scene;
+    m.locations = scene.locations;
+    for (int i = 0; i < scene.locations; i++) {
+        m.count[i] = scene.count[i];
+        memcpy(m.stores[i], scene.stores[i], (size_t)scene.count[i] * sizeof(message));
+    }
+    memcpy(m.threads, scene.threads, sizeof m.threads);
+    memcpy(m.read, scene.read, sizeof m.read);
+    m.full = scene.full;
+    m.lock = scene.lock;
+    m.locked = scene.locked;
+    m.clock = scene.clock;
     depth = 0;
     executions++;
+    unseen = -1;
+    if (each != NULL) {
+        int kept = nranges;
+        nranges = 0;
+        each();
+        nranges = kept;
+    }
     exploring = 1;
     switching = n > 1;
     if (!switching) {
@@ -404,22 +527,11 @@ static void execute(int n) {
         contexts[i].uc_link = NULL;
         makecontext(&contexts[i], run_body, 0);
     }
-    for (;;) {
-        count = 0;
-        if (running >= 0 && !m.threads[running].over && m.threads[running].futex == NULL)
-            ready[count++] = running;
-        for (int i = 0; i < n; i++)
-            if (i != running && !m.threads[i].over && m.threads[i].futex == NULL)
-                ready[count++] = i;
-        if (count == 0)
-            return;
-        me = running = ready[weak_choose(count)];
-        swapcontext(&scheduler, &contexts[me]);
-    }
+    me = weak_choose(n);
+    swapcontext(&scheduler, &contexts[me]);
 }
 
 static void (*at_end)(void);
-static int number_of_bodies;
 
 /* With one body, the scene's own threads have done everything that they will do; the body is a further thread. With
  * several, they take turns. The last of `list` behind the n bodies, if not NULL, looks at how it ended. */
@@ -437,15 +549,17 @@ static int run(const scenario *s) {
     memset(counts, 0, sizeof counts);
     nranges = me = exploring = known = nlogged = 0;
     executions = 0;
+    each = NULL;
     s->begin();
     scene = m;
     kept = nlogged;
     do {
         nlogged = kept;
         execute(number_of_bodies);
+        see();
+        exploring = 0;
         if (at_end != NULL)
             at_end();
-        exploring = 0;
     } while (next_execution());
     printf("%-10s %9llu executions", name, (unsigned long long)executions);
     for (int i = 0; i < 16 && counts[i].what; i++)

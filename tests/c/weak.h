@@ -37,10 +37,14 @@ int weak_clock(clockid_t clock, struct timespec *t);
 int weak_nanosleep(const struct timespec *t, struct timespec *left);
 void *weak_mmap(void *start, size_t length, int protection, int flags, int fd, off_t offset);
 ssize_t weak_pwritev(int fd, const struct iovec *iov, int n, off_t offset);
+int weak_lock(pthread_mutex_t *lock);
+int weak_unlock(pthread_mutex_t *lock);
 
 /* Called by the scenarios. */
 void weak_share(const volatile void *start, size_t n);
 void weak_shared_memory(void *start, size_t n); /* shared, and zero at the beginning of each execution */
+void weak_share_plainly(void *start, size_t n); /* shared, and accessed without atomics, too, where it is watched */
+void weak_each(void (*reset)(void));            /* called before each execution */
 void weak_thread(int number);                   /* goes on as that thread, choosing the newest of everything */
 void weak_explore(void (*const bodies[])(void), int n); /* runs them to their ends, with every choice there is */
 int weak_asleep(int number);                    /* whether that thread's body sleeps on a futex, for ever */
@@ -80,6 +84,8 @@ void ring_ready(void);
 #define clock_gettime(c, t) weak_clock((c), (t))
 #define nanosleep(t, l) weak_nanosleep((t), (l))
 #define mmap(a, n, p, f, d, o) weak_mmap((a), (n), (p), (f), (d), (o))
+#define pthread_mutex_lock(l) weak_lock(l)
+#define pthread_mutex_unlock(l) weak_unlock(l)
 #define pwritev(f, i, n, o) weak_pwritev((f), (i), (n), (o))
 #endif
 

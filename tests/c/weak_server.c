@@ -84,6 +84,10 @@ static void serve(void) {
         weak_count("withheld");
         return;
     }
+    if (s.errors[0] == -EINVAL && s.heads[0].valid == 0) { /* the new life's slot: no request at all */
+        weak_count("refused");
+        return;
+    }
     if (s.errors[0] != 0) {
         weak_count("torn");
         if (s.n.torn != 1)
