@@ -21,7 +21,7 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check asan ubsan tsan coverage build wheel sdist check-hints clean distclean bootstrap FORCE
+.PHONY: help demo test check asan ubsan tsan coverage mutants build wheel sdist check-hints clean distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
 quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
@@ -56,6 +56,9 @@ tsan: $(V)/.build-group ## the ring's core, called from C, with ThreadSanitizer;
 
 coverage: $(V)/.coverage-group ## lines that ring and block tests reach: .py, .pyx (line tracing), headers (gcov)
 	@$(PY) tools/coverage.py $(ARGS)
+
+mutants: $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
+	@$(PY) tools/mutants.py $(ARGS)
 
 build: $(V)/.installed ## build the package and install it into .venv
 

@@ -799,6 +799,19 @@ def test_a_bell_that_does_not_ring_costs_a_pause_and_no_element(silence: str) ->
     assert results == [True] * 3
 
 
+def test_a_reader_sleeps_on_a_bell_only_while_the_current_epoch_stands_in_it() -> None:
+    """Whoever wrote there before rings no more: the reader polls, a thousand times more often than it would wake."""
+    sleeps = {}
+    for ringer in (77, 78):
+        memory, page = region(4), bytearray(128)
+        with Writer(memory, size=8, protocol=PROTOCOL, epoch=77), Reader(memory, bell=page, poll=1) as reader:
+            reader.read()
+            struct.pack_into("=Q", page, 16, ringer)
+            assert reader.wait(0.5) is False
+            sleeps[ringer] = reader.counters["sleeps"]
+    assert sleeps[77] < 50 < sleeps[78]
+
+
 def test_all_readers_on_one_bell_are_woken() -> None:
     """Readers that share a bell do not take each other's ring away."""
     memory, page = region(64), bytearray(128)

@@ -1,8 +1,9 @@
-"""usage: tools/mutants.py [--list] [--everything] [NAME ...]
+"""usage: tools/mutants.py [--list] [--everything] [--arm64] [NAME ...]
 
 Removes fences, orderings and re-checks from the cores, one at a time, in a copy of the tree under build/mutants,
 builds what it touched there, and runs the tests that are meant to notice. NAME: only mutations with that in their
 name. --everything: all ring and block tests, instead of the named ones, for what is said to be hidden from them.
+--arm64: instead of testing, cross-compiles (no more) and says which barriers the code loses with each ordering.
 
 Each line of the table says what was removed and who caught it: a test, or where x86 (or the width of the window)
 hides it from tests that run on the machine, the scenario of tests/test_memory_model.py. Exit status 1 where a
@@ -19,12 +20,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import Queue
 
@@ -32,6 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "mutants"
 MODEL = "tests/test_memory_model.py"
 LIMIT = 400  # seconds for the tests of one mutation; one test has a minute, after which it counts as failed
+CROSS = os.environ.get("CROSS_CC", "aarch64-linux-gnu-gcc")
+DIRECTIVES = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
+BARRIER = re.compile(r"^\s+(dmb\s+\w+|ldar|ldapr|stlr|ldaxr|stlxr|swpal|ldaddal)\b", re.MULTILINE)
 RING = ("tests/test_ring.py", "tests/test_ring_model.py", "tests/test_ring_hostile.py", "tests/test_ring_stress.py")
 SERVER = ("tests/test_blk_server.py",)
 CLIENT = ("tests/test_blk_client.py",)
@@ -50,6 +57,11 @@ class Mutation:
     model: tuple[str, ...] = ()     # scenarios of the memory model
     count: int = 1
     spare: str = ""        # why it may survive
+
+    @property
+    def orders(self) -> bool:
+        """Whether it is a fence or an ordering."""
+        return "fence" in self.old or "/" in self.old or "memory_order" in self.old
 
 
 def relaxed(name: str, function: str, word: str, *, model: tuple[str, ...] = (), tests: tuple[str, ...] = (),
@@ -164,19 +176,19 @@ MUTATIONS = [
     Mutation("server intact: WSC", "server_intact", "wsc - (s.r.rc + k) <= s.r.elements and ", "", (),
              ("server-memory", "server-file")),
     Mutation("server intact: restart", "server_intact", " and <int64_t>(wsc - s.r.wc) >= 0", "", (),
-             ("server-file-again",)),
+             ("server-file-lowered",)),
     Mutation("server intact: epoch", "server_intact", "and load_relaxed64(&s.r.hdr.epoch) == s.r.epoch", "", (),
              ("server-file-restart",)),
-    Mutation("server: headers intact", "server_batch", "if not reader_intact(&s.r):", "if False:", SERVER,
+    Mutation("server: headers intact", "server_batch", "if not reader_intact(&s.r):", "if False:", (),
              ("server-memory", "server-file")),
     Mutation("server: file writes intact", "server_move", "if not server_intact(s, first):", "if False:", (),
              ("server-file",)),
     Mutation("server: memory writes intact", "server_answer", "if not server_intact(s, first + k):", "if False:", (),
              ("server-memory",)),
     Mutation("server: answers to an old epoch", "server_answer", "load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and ", "",
-             SERVER),
+             (), ("server-memory-restart",)),
     Mutation("server: answers to an old life", "server_answer",
-             " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0", "", SERVER),
+             " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0", "", (), ("server-file-lowered",)),
     Mutation("server: an earlier server's requests", "server_batch", "if <int64_t>(s.void_below - s.r.rc) > 0:",
              "if False:", SERVER),
     Mutation("server: the last request forgotten", "server_loop", " and server_forgotten(s)", " and False", SERVER),
@@ -322,6 +334,32 @@ def scenarios(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{MODEL}::test_no_execution_does_what_must_not_be[{name}]" for name in names)
 
 
+def barriers(tree: Path, file: str) -> Counter[str]:
+    """What orders memory in the arm64 code of the module that this file belongs to."""
+    name = "_ring" if file.endswith(".h") else file.removesuffix(".pyx")
+    code = tree / "arm64.c"
+    subprocess.run([sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", "src", "-o", code,
+                    f"src/muenfast/{name}.pyx"], cwd=tree, check=True)
+    made = subprocess.run([CROSS, "-std=gnu11", "-O2", "-w", "-march=armv8-a", "-mno-outline-atomics", "-S", "-o", "-",
+                           "-I", sysconfig.get_path("include"), "-I", tree / "src/muenfast", code], check=True,
+                          capture_output=True, text=True).stdout
+    return Counter(" ".join(words.split()) for words in BARRIER.findall(made))
+
+
+@lru_cache
+def barriers_as_is(file: str) -> Counter[str]:
+    return barriers(PLACE / "as-is", file)
+
+
+def arm64(tree: Path, mutation: Mutation) -> tuple[bool, str]:
+    """Whether the compiler for arm64 makes something of what was removed."""
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(PLACE / "as-is", tree)
+    file = apply(tree, mutation)
+    lost = barriers_as_is(file) - barriers(tree, file)
+    return bool(lost), ", ".join(f"{count} {name}" for name, count in sorted(lost.items())) or "NOTHING"
+
+
 def judge(tree: Path, mutation: Mutation, everything: bool) -> tuple[bool, str]:
     """Whether it was noticed, and by whom."""
     shutil.rmtree(tree, ignore_errors=True)
@@ -347,6 +385,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--everything", action="store_true")
+    parser.add_argument("--arm64", action="store_true")
     arguments = parser.parse_args()
     chosen = [m for m in MUTATIONS if not arguments.names or any(name in m.name for name in arguments.names)]
     if not chosen:
@@ -366,20 +405,26 @@ def main() -> int:
         for path, content in kept.items():
             path.write_bytes(content)
     needed = sorted({test for m in chosen for test in m.tests} | set(EVERYTHING if arguments.everything else ()))
-    print("as it is: building and testing", flush=True)
-    if error := build(first) if needed else "":
-        sys.exit(error)
-    if by := noticed(first, (*needed, MODEL), 600):
-        sys.exit(f"the tree as it is fails: {by}")
+    if arguments.arm64:
+        if shutil.which(CROSS) is None:
+            sys.exit(f"there is no {CROSS}; on Debian: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+    else:
+        print("as it is: building and testing", flush=True)
+        if error := build(first) if needed else "":
+            sys.exit(error)
+        if by := noticed(first, (*needed, MODEL), 600):
+            sys.exit(f"the tree as it is fails: {by}")
     for number in range(workers):
         trees.put(PLACE / str(number))
     bad, lock = 0, threading.Lock()
+    if arguments.arm64:
+        chosen = [m for m in chosen if m.orders]
 
     def one(m: Mutation) -> None:
         nonlocal bad
         tree = trees.get()
         try:
-            good, said = judge(tree, m, arguments.everything)
+            good, said = arm64(tree, m) if arguments.arm64 else judge(tree, m, arguments.everything)
         finally:
             trees.put(tree)
         with lock:

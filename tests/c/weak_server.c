@@ -11,7 +11,7 @@ static uint64_t requests[WORDS], answers[WORDS], disk[BLOCKS * 512], stage[512];
 static SERVER_TYPE(server_t) s, s_kept;
 static SERVER_TYPE(store_t) store;
 static struct __pyx_t_8muenfast_5_ring_writer_t w;
-static int written;
+static int written, restarts; /* restarts: in this scene nothing else spoils a request */
 
 static uint64_t payload(uint64_t number) { return 0xda7a000 + number; }
 
@@ -35,6 +35,7 @@ static ssize_t to_file(const struct iovec *iov, int n, off_t offset) {
 }
 static void scene(int kind) {
     SERVER_BINDINGS
+    restarts = 0;
     weak_shared_memory(requests, sizeof requests);
     memset(answers, 0, sizeof answers);
     memset(&s, 0, sizeof s);
@@ -90,6 +91,8 @@ static void serve(void) {
     }
     if (s.errors[0] != 0) {
         weak_count("torn");
+        if (restarts)
+            weak_fail("a life that was over got an answer: error", (uint64_t)-s.errors[0], 0);
         if (s.n.torn != 1)
             weak_fail("another error", (uint64_t)-s.errors[0], s.n.torn);
         return;
@@ -112,6 +115,7 @@ static void restarted(int kind, uint64_t epoch) {
     follow();
     ask(EVENT_WRITE, 5);
     RING(writer_start)(&w, epoch);
+    restarts = 1;
     explore(serve);
 }
 static void begin_memory(void) { overwritten(SERVER_CONSTANT(STORE_MEMORY)); }
@@ -120,6 +124,20 @@ static void begin_memory_restart(void) { restarted(SERVER_CONSTANT(STORE_MEMORY)
 static void begin_file_restart(void) { restarted(SERVER_CONSTANT(STORE_FILE), 22); }
 static void begin_memory_again(void) { restarted(SERVER_CONSTANT(STORE_MEMORY), 11); }
 static void begin_file_again(void) { restarted(SERVER_CONSTANT(STORE_FILE), 11); }
+/* A client that starts over without an epoch 0 between: its counters, then its slots. WSC alone tells. */
+static void begin_file_lowered(void) {
+    ring_header *h = (ring_header *)requests;
+    uint64_t nothing[515] = {0};
+    scene(SERVER_CONSTANT(STORE_FILE));
+    follow();
+    ask(EVENT_WRITE, 5);
+    store_relaxed64(&h->wsc, 0);
+    store_relaxed64(&h->wc, 0);
+    fence_release();
+    memcpy(requests + 8, nothing, sizeof nothing);
+    restarts = 1;
+    explore(serve);
+}
 
 /* A slot that an honest client uses again is no sign of a restart. */
 static void remember(void) {
@@ -148,6 +166,7 @@ const scenario server_scenarios[] = {
     {"server-file-restart", begin_file_restart, {"answered", "withheld", "recovered"}},
     {"server-memory-again", begin_memory_again, {"answered", "withheld", "recovered"}},
     {"server-file-again", begin_file_again, {"answered", "withheld", "recovered"}},
+    {"server-file-lowered", begin_file_lowered, {"answered", "withheld", "recovered"}},
     {"server-forgotten", begin_forgotten, {"remembered"}},
     {NULL, NULL, {NULL}},
 };
