@@ -426,6 +426,27 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
         client.close()
 
 
+def test_the_engine_does_not_resume_with_another_server_than_answered(link: Link, hand: Hand) -> None:
+    """What is in flight is not issued to one that has taken over since the answer to `size`."""
+    from muenfast import shm
+    from muenfast._blk import Client
+
+    with (shm.Region.open(shm.Locator.parse(link.req), writable=True) as req,
+          shm.Region.open(shm.Locator.parse(link.resp), writable=False) as resp):
+        client = Client(req.view, resp.view, poll=100)
+        welcome = Worker(hand.welcome)
+        eventually(lambda: client.run(0.05) == "answered")
+        welcome.result()
+        hand.writer.activate()  # another server
+        assert client.resume() is False
+        assert client.state == "connecting"
+        welcome = Worker(hand.welcome)
+        eventually(lambda: client.run(0.05) == "answered")
+        welcome.result()
+        assert client.resume() is True
+        client.close()
+
+
 def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Hand) -> None:
     """A request submitted in the moment in which another server has taken over is not written for it to execute."""
     opening = Worker(link.device)

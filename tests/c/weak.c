@@ -583,7 +583,7 @@ int main(int argc, char **argv) {
     int bad = 0, ran = 0;
     ring_ready();
     for (int l = 0; l < 3; l++)
-        for (const scenario *s = lists[l]; s->name; s++) {
+        for (const scenario *s = lists[l]; s && s->name; s++) {
             int wanted = argc == 1;
             for (int i = 1; i < argc; i++)
                 wanted |= strcmp(argv[i], s->name) == 0;
