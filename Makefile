@@ -21,7 +21,8 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check asan ubsan tsan coverage torn hostile build wheel sdist check-hints clean distclean bootstrap FORCE
+.PHONY: help demo test check asan ubsan tsan coverage torn hostile mutants build wheel sdist check-hints clean distclean \
+	bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
 quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
@@ -63,6 +64,9 @@ torn: $(V)/.installed ## torn reads: 10^9 bytes under overruns, every element ch
 
 hostile: $(V)/.installed ## a hostile peer against server and client, ten minutes; ARGS="--minutes N --seed S"
 	@$(PY) tools/hostile.py $(ARGS)
+
+mutants: $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
+	@$(PY) tools/mutants.py $(ARGS)
 
 build: $(V)/.installed ## build the package and install it into .venv
 

@@ -426,6 +426,27 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
         client.close()
 
 
+def test_the_engine_does_not_resume_with_another_server_than_answered(link: Link, hand: Hand) -> None:
+    """What is in flight is not issued to one that has taken over since the answer to `size`."""
+    from muenfast import shm
+    from muenfast._blk import Client
+
+    with (shm.Region.open(shm.Locator.parse(link.req), writable=True) as req,
+          shm.Region.open(shm.Locator.parse(link.resp), writable=False) as resp):
+        client = Client(req.view, resp.view, poll=100)
+        welcome = Worker(hand.welcome)
+        eventually(lambda: client.run(0.05) == "answered")
+        welcome.result()
+        hand.writer.activate()  # another server
+        assert client.resume() is False
+        assert client.state == "connecting"
+        welcome = Worker(hand.welcome)
+        eventually(lambda: client.run(0.05) == "answered")
+        welcome.result()
+        assert client.resume() is True
+        client.close()
+
+
 def test_nothing_is_issued_to_a_server_that_was_not_checked(link: Link, hand: Hand) -> None:
     """A request submitted in the moment in which another server has taken over is not written for it to execute."""
     opening = Worker(link.device)
@@ -535,6 +556,105 @@ def test_close_while_others_wait(link: Link, hand: Hand) -> None:
 
 
 # ------------------------------------------------------------------ hostile servers
+
+
+@pytest.mark.parametrize("wrong", [{"kind": WRITE}, {"kind": COMMAND}, {"id": 4}, {"priv": 1 << 31}, {"priv": 1 << 20}],
+                         ids=str)
+def test_an_answer_that_matches_in_part_is_none(link: Link, hand: Hand, wrong: dict[str, int]) -> None:
+    """Kind, block and tag have to be those of a request in flight; what is not is stale, and the request waits on."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    call = Worker(lambda: device.pread(BLOCK_BYTES, 3 * BLOCK_BYTES))
+    request = hand.take()
+    if "priv" in wrong:     # the same entry of the client's table
+        wrong = {"priv": request.priv ^ wrong["priv"]}
+    hand.answer(request._replace(**wrong), data=block(1))
+    hand.answer(request, data=block(2))
+    assert call.result() == block(2)
+    assert device.status()["counters"]["stale"] == 1
+    device.close()
+
+
+def test_an_answer_twice_in_one_batch(link: Link, hand: Hand) -> None:
+    """The second is stale: it does not stand for another block of the same call."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    call = Worker(lambda: device.pread(2 * BLOCK_BYTES, 0))
+    first, second = hand.take(), hand.take()
+    answer = first._replace(error=0, data=block(1)).pack()
+    hand.writer.write_many([answer, answer])
+    eventually(lambda: device.status()["counters"]["stale"] == 1)
+    hand.answer(second, data=block(2))
+    assert call.result() == block(1) + block(2)
+    device.close()
+
+
+class Announcing:
+    """Stands in for a plain writer's header: WSC says that the whole ring is being written again."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+
+    def __getitem__(self, index: int) -> int:
+        return self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._words[index] = value + self._words[4] if index == 6 else value
+
+    def release(self) -> None:
+        self._words.release()
+
+
+def test_an_answer_that_is_being_overwritten(link: Link, hand: Hand) -> None:
+    """It is not taken: the channel has overrun, and the client begins anew."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    call = Worker(lambda: device.pread(BLOCK_BYTES, 0))
+    request = hand.take()
+    words = hand.writer._words
+    hand.writer._words = Announcing(words)
+    hand.answer(request, data=block(1))
+    hand.writer._words = words
+    eventually(lambda: device.status()["counters"]["overruns"] == 1)
+    assert device.status()["counters"]["reads"] == 0
+    device.close()
+    with pytest.raises((OSError, UsageError)):
+        call.result()
+
+
+@pytest.mark.parametrize("wrong", [{"kind": READ}, {"id": 0}, {"id": 2}, {"priv": 1}, {"error": -errno.EIO}, {"error": 1}],
+                         ids=str)
+def test_an_answer_to_something_else_tells_no_size(link: Link, hand: Hand, wrong: dict[str, int]) -> None:
+    """Of several answers the one to this client's `size` counts, and only without an error."""
+    opening = Worker(link.device)
+    request = hand.take()
+    if "priv" in wrong:
+        wrong = {"priv": request.priv ^ 1}
+    hand.writer.activate()
+    hand.writer.write_many([request._replace(data=struct.pack("<Q", BLOCKS * 8)).pack(),
+                            request._replace(data=struct.pack("<Q", 99 * 8))._replace(**wrong).pack()])
+    device = opening.result()
+    assert device.size == BLOCKS * BLOCK_BYTES
+    device.close()
+
+
+def test_a_size_that_is_being_overwritten(link: Link, hand: Hand) -> None:
+    """It is not taken; the next answer is."""
+    opening = Worker(link.device)
+    request = hand.take()
+    hand.writer.activate()
+    words = hand.writer._words
+    hand.writer._words = Announcing(words)
+    hand.answer(request, data=struct.pack("<Q", 99 * 8))
+    hand.writer._words = words
+    time.sleep(0.1)     # seen by now, or not: it must not count in either case
+    hand.answer(request, data=struct.pack("<Q", BLOCKS * 8))
+    device = opening.result()
+    assert device.size == BLOCKS * BLOCK_BYTES
+    device.close()
 
 
 def test_an_answer_before_its_request(link: Link, hand: Hand) -> None:

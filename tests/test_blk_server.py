@@ -43,6 +43,7 @@ from peer import (
 from vectors_loader import EventVector, event_vectors
 
 from muenfast import BlockServer, ClaimError, UsageError
+from muenfast._ring import newest
 from muenfast.blk import exports_from_lists
 
 HOSTILE = str(Path(__file__).with_name("hostile_peer.py"))
@@ -263,6 +264,26 @@ def test_a_response_ring_smaller_than_the_request_ring(link: Link) -> None:
             assert [a.data for a in client.answers(elements)] == [block(priv + i) for i in range(elements)]
         client.close()
         server.close()
+
+
+def test_more_requests_at_once_than_the_response_ring_holds(link: Link) -> None:
+    """They are executed in rounds, each answered within the ring: a client that does not keep up misses answers."""
+    with open(channel_path(link.resp), "wb") as file:
+        file.truncate(HEADER_BYTES + 5 * EVENT_BYTES)
+    server, client = link.program("ram:1M"), link.raw()
+    client.connect()
+    client.send(*(Event(WRITE, 0, i, 1, i, block(i)) for i in range(64)))
+
+    def last() -> list[tuple[int, int]]:
+        found, _ = newest(bytearray(Path(channel_path(link.resp)).read_bytes()), 5)
+        return [(number, Event.unpack(raw).priv) for number, raw in found]
+
+    eventually(lambda: last() == [(60 + k, 59 + k) for k in range(5)])  # the answer to `size` was number 0
+    client.connect()
+    for i in (0, 31, 63):
+        client.send(Event(READ, 0, i, 1, i))
+        assert client.answers(1)[0].data == block(i)
+    assert server.end()[0] == 0
 
 
 def test_one_process_several_exports(new_link: Callable[[], Link], tmp_path: Path) -> None:
@@ -649,6 +670,24 @@ def test_a_file_that_shrinks(link: Link, tmp_path: Path) -> None:
     client.send(Event(READ, 0, 7, 1, 99))
     assert client.answers(1)[0].data == block(1)
     assert counters(server)["failed"] == 256
+
+
+def test_a_ram_disk_that_is_taken_away(link: Link, names: Callable[[str], str]) -> None:
+    """A named RAM disk truncated by somebody: no block of it is answered with success any more, the zeros that stand
+    there now least of all."""
+    name = names("disk")
+    server, client = link.serve(f"ram:64K:{name}"), link.raw()
+    client.connect()
+    client.send(Event(WRITE, 0, 3, 1, 1, block(3)), Event(READ, 0, 3, 1, 2))
+    assert client.answers(2)[1].data == block(3)
+    os.truncate(channel_path(name), 0)
+    for priv in range(3):
+        client.send(Event(READ, 0, 3, 1, priv), Event(WRITE, 0, 4, 1, priv, block(4)))
+        assert [(a.error, a.data) for a in client.answers(2)][0] == (-errno.EIO, bytes(BLOCK_BYTES))
+    client.send(Event(WRITE, 0, 4, 1, 9, block(4)))
+    assert client.answers(1)[0].error == -errno.EIO
+    server.close()
+    os.unlink(channel_path(name))
 
 
 def test_a_read_only_file(link: Link, tmp_path: Path) -> None:

@@ -555,7 +555,7 @@ def test_a_restart_under_the_same_epoch_is_an_epoch_change(pair: Callable[..., t
     assert reader.read() == b"again" + bytes(3)
 
 
-@pytest.mark.parametrize(("wsc", "wc"), [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("wsc", "wc"), [(0, 3), (0, 0), (1, 0), (1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("many", [False, True])
 def test_a_restart_under_the_same_epoch_takes_back_what_was_seen(wsc: int, wc: int, many: bool) -> None:
     """Of three elements that a reader saw together it read one; then the writer starts anew, in the same epoch.
@@ -797,6 +797,19 @@ def test_a_bell_that_does_not_ring_costs_a_pause_and_no_element(silence: str) ->
             writer.write(number(k))
         assert reader.read() == number(k)
     assert results == [True] * 3
+
+
+def test_a_reader_sleeps_on_a_bell_only_while_the_current_epoch_stands_in_it() -> None:
+    """Whoever wrote there before rings no more: the reader polls, a thousand times more often than it would wake."""
+    sleeps = {}
+    for ringer in (77, 78):
+        memory, page = region(4), bytearray(128)
+        with Writer(memory, size=8, protocol=PROTOCOL, epoch=77), Reader(memory, bell=page, poll=1) as reader:
+            reader.read()
+            struct.pack_into("=Q", page, 16, ringer)
+            assert reader.wait(0.5) is False
+            sleeps[ringer] = reader.counters["sleeps"]
+    assert sleeps[77] < 50 < sleeps[78]
 
 
 def test_all_readers_on_one_bell_are_woken() -> None:

@@ -1,0 +1,172 @@
+/* The server's engine on the machine of weak.h: what it takes out of request slots that change. */
+#include "weak.h"
+
+#include SERVER_SOURCE
+
+#define RING(name) __pyx_f_8muenfast_5_ring_##name
+#define STATUS(name) __pyx_e_8muenfast_5_ring_##name
+
+enum { WRITER = 0, SERVER = 2, BLOCKS = 2, WORDS = 8 + 515 };
+static uint64_t requests[WORDS], answers[WORDS], disk[BLOCKS * 512], stage[512];
+static SERVER_TYPE(server_t) s, s_kept;
+static SERVER_TYPE(store_t) store;
+static struct __pyx_t_8muenfast_5_ring_writer_t w;
+static int written, restarts; /* restarts: in this scene nothing else spoils a request */
+
+static uint64_t payload(uint64_t number) { return 0xda7a000 + number; }
+
+/* The client's request number n: its payload says which it is. Block 0, always. */
+static void ask(uint32_t kind, uint32_t n) {
+    uint64_t event[515] = {0};
+    block_event_header h = {kind, 0, 0, 1, n};
+    memcpy(event, &h, sizeof h);
+    event[3] = payload(n);
+    RING(writer_reserve)(&w, 1);
+    memcpy(RING(writer_slot)(&w, 0), event, sizeof event);
+    RING(writer_publish)(&w, 1);
+}
+static ssize_t to_file(const struct iovec *iov, int n, off_t offset) {
+    uint64_t first;
+    memcpy(&first, iov[0].iov_base, 8);
+    if (n != 1 || offset != 0 || first != payload(s.heads[0].priv))
+        weak_fail("what goes into the file is not what was asked for: word, request", first, s.heads[0].priv);
+    written++;
+    return (ssize_t)iov[0].iov_len;
+}
+static void scene(int kind) {
+    SERVER_BINDINGS
+    restarts = 0;
+    weak_shared_memory(requests, sizeof requests);
+    memset(answers, 0, sizeof answers);
+    memset(&s, 0, sizeof s);
+    memset(&store, 0, sizeof store);
+    store.kind = kind;
+    store.fd = -1;
+    store.memory = (uint8_t *)disk;
+    store.nblocks = BLOCKS;
+    s.store = &store;
+    s.stage = (uint8_t *)stage;
+    s.knows_epoch = 1;
+    RING(reader_init)(&s.r, (const uint8_t *)requests, sizeof requests, sizeof(block_event), 7);
+    RING(writer_init)(&s.w, (uint8_t *)answers, sizeof answers, sizeof(block_event), 8);
+    RING(writer_start)(&s.w, 99);
+    weak_on_write = to_file;
+    weak_thread(WRITER);
+    RING(writer_init)(&w, (uint8_t *)requests, sizeof requests, sizeof(block_event), 7);
+    RING(writer_start)(&w, 11);
+}
+static void follow(void) {
+    uint64_t n;
+    weak_thread(SERVER);
+    if (RING(reader_peek)(&s.r, &n) != STATUS(EPOCH_CHANGED))
+        weak_fail("not synchronised", s.r.epoch, 0);
+    weak_thread(WRITER);
+}
+static void explore(void (*body)(void)) {
+    void (*const bodies[])(void) = {body, NULL};
+    s_kept = s;
+    weak_explore(bodies, 1);
+}
+
+/* One round. What is answered with success was what the client published under that number. */
+static void serve(void) {
+    uint64_t n, before;
+    s = s_kept;
+    disk[0] = 0;
+    written = 0;
+    if (RING(reader_peek)(&s.r, &n) != STATUS(SUCCESS))
+        return;
+    before = s.w.wc;
+    if (SERVER_FUNCTION(server_batch)(&s, n) != STATUS(SUCCESS)) {
+        weak_count("recovered");
+        return;
+    }
+    if (s.w.wc == before) {
+        weak_count("withheld");
+        return;
+    }
+    if (s.errors[0] == -EINVAL && s.heads[0].valid == 0) { /* the new life's slot: no request at all */
+        weak_count("refused");
+        return;
+    }
+    if (s.errors[0] != 0) {
+        weak_count("torn");
+        if (restarts)
+            weak_fail("a life that was over got an answer: error", (uint64_t)-s.errors[0], 0);
+        if (s.n.torn != 1)
+            weak_fail("another error", (uint64_t)-s.errors[0], s.n.torn);
+        return;
+    }
+    weak_count("answered");
+    if (store.kind == SERVER_CONSTANT(STORE_MEMORY) && disk[0] != payload(s.heads[0].priv))
+        weak_fail("answered a write whose data is not there: word, request", disk[0], s.heads[0].priv);
+    if (store.kind == SERVER_CONSTANT(STORE_FILE) && written != 1)
+        weak_fail("answered a write that was not made", (uint64_t)written, 0);
+}
+static void overwritten(int kind) {
+    scene(kind);
+    follow();
+    ask(EVENT_WRITE, 5);
+    ask(EVENT_WRITE, 6);
+    explore(serve);
+}
+static void restarted(int kind, uint64_t epoch) {
+    scene(kind);
+    follow();
+    ask(EVENT_WRITE, 5);
+    RING(writer_start)(&w, epoch);
+    restarts = 1;
+    explore(serve);
+}
+static void begin_memory(void) { overwritten(SERVER_CONSTANT(STORE_MEMORY)); }
+static void begin_file(void) { overwritten(SERVER_CONSTANT(STORE_FILE)); }
+static void begin_memory_restart(void) { restarted(SERVER_CONSTANT(STORE_MEMORY), 22); }
+static void begin_file_restart(void) { restarted(SERVER_CONSTANT(STORE_FILE), 22); }
+static void begin_memory_again(void) { restarted(SERVER_CONSTANT(STORE_MEMORY), 11); }
+static void begin_file_again(void) { restarted(SERVER_CONSTANT(STORE_FILE), 11); }
+/* A client that starts over without an epoch 0 between: its counters, then its slots. WSC alone tells. */
+static void begin_file_lowered(void) {
+    ring_header *h = (ring_header *)requests;
+    uint64_t nothing[515] = {0};
+    scene(SERVER_CONSTANT(STORE_FILE));
+    follow();
+    ask(EVENT_WRITE, 5);
+    store_relaxed64(&h->wsc, 0);
+    store_relaxed64(&h->wc, 0);
+    fence_release();
+    memcpy(requests + 8, nothing, sizeof nothing);
+    restarts = 1;
+    explore(serve);
+}
+
+/* A slot that an honest client uses again is no sign of a restart. */
+static void remember(void) {
+    s = s_kept;
+    if (SERVER_FUNCTION(server_forgotten)(&s))
+        weak_fail("a request that was overwritten in its turn counts as a restart", 0, 0);
+    weak_count("remembered");
+}
+static void begin_forgotten(void) {
+    uint64_t n;
+    scene(SERVER_CONSTANT(STORE_NULL));
+    follow();
+    ask(EVENT_WRITE, 5);
+    weak_thread(SERVER);
+    if (RING(reader_peek)(&s.r, &n) != STATUS(SUCCESS) || SERVER_FUNCTION(server_batch)(&s, n) != STATUS(SUCCESS))
+        weak_fail("not served", 0, 0);
+    weak_thread(WRITER);
+    ask(EVENT_READ, 6);
+    explore(remember);
+}
+
+const scenario server_scenarios[] = {
+    {"server-memory", begin_memory, {"answered", "torn", "recovered"}},
+    {"server-file", begin_file, {"answered", "torn", "recovered"}},
+    {"server-memory-restart", begin_memory_restart, {"answered", "withheld", "recovered"}},
+    {"server-file-restart", begin_file_restart, {"answered", "withheld", "recovered"}},
+    {"server-memory-again", begin_memory_again, {"answered", "withheld", "recovered"}},
+    {"server-file-again", begin_file_again, {"answered", "withheld", "recovered"}},
+    {"server-file-lowered", begin_file_lowered, {"answered", "withheld", "recovered"}},
+    {"server-forgotten", begin_forgotten, {"remembered"}},
+    {NULL, NULL, {NULL}},
+};

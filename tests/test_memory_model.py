@@ -1,0 +1,128 @@
+"""The cores under a weak memory model: every execution that C11 allows, of a few calls each.
+
+docs/memory-model.md says which fence and which re-check forbids what. Here the very C that is built runs, with its
+atomics, fences and copies done by a machine (tests/c/weak.c) that gives each load every value it may see, old ones
+included, and tries all of them. x86 shows next to none of these executions; arm64 may show many.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "src/muenfast"
+HARNESS = ROOT / "tests/c"
+PREFIX = "__pyx_f_8muenfast_"
+RING = PREFIX + "5_ring_"
+GLOBAL = re.compile(r"^cdef (?:uint64_t|uint32_t|int) ([A-Z]\w*) = (\w+)", re.MULTILINE)
+SCENARIOS = re.compile(r'^    \{"([\w-]+)", begin_', re.MULTILINE)
+DIRECTIVES = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
+NAMES = {part: SCENARIOS.findall((HARNESS / f"weak_{part}.c").read_text()) for part in ("ring", "server", "client")}
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def module(function: str) -> str:
+    """The module whose .pyx defines that function."""
+    found = [path.stem for path in sorted(SOURCES.glob("*.pyx"))
+             if re.search(rf"^cdef [^=\n]*\b{function}\([^)]*\)[^:\n]*nogil:", path.read_text(), re.MULTILINE)]
+    assert len(found) == 1, f"{function} is in {found}"
+    return found[0]
+
+
+def names_of(part: str, place: Path, name: str) -> str:
+    """Macros for weak_server.c or weak_client.c: where their part of the core is, and how Cython calls it there."""
+    code = (place / f"{name}.c").read_text()
+    mangled = f"8muenfast_{len(name)}{name}_"
+    ring = sorted(set(re.findall(rf"^static [^=\n]*\(\*({RING}(\w+))\)\(", code, re.MULTILINE)))
+    bindings = " ".join(f'*(void **)&{pointer} = ring_function("{plain}");' for pointer, plain in ring)
+    types = re.findall(r"^struct (__pyx_t_8muenfast_\d+_[a-z]+_(\w+_t)) \{", code, re.MULTILINE)
+    lines = [f'#define {part}_SOURCE "{name}.c"', f"#define {part}_FUNCTION(name) __pyx_f_{mangled}##name",
+             f"#define {part}_CONSTANT(name) __pyx_e_{mangled}##name", f"#define {part}_BINDINGS {bindings}",
+             f"#define {part}_TYPE(name) {part}_TYPE_##name"]
+    lines += [f"#define {part}_TYPE_{short} struct {full}" for full, short in types]
+    return "\n".join(lines) + "\n"
+
+
+class Builder:
+    """Makes a program with the scenarios of one part, of the sources as they are in this tree."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
+
+    def translated(self, name: str) -> None:
+        """A module's C."""
+        if not (self.place / f"{name}.c").exists():
+            run(sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", ROOT / "src", "-o",
+                self.place / f"{name}.c", SOURCES / f"{name}.pyx")
+
+    def compiled(self, part: str, *more: str) -> str:
+        """An object of the harness; more: flags."""
+        target = self.place / f"weak{part}.o"
+        if not target.exists():
+            # Each function in a section of its own: what needs Python is not reached from main(), and is dropped.
+            run(*self.compiler, "-std=gnu11", "-O1", "-ftree-vectorize", "-ffunction-sections", "-fdata-sections", "-w",
+                f"-I{self.place}", f"-I{HARNESS}", f"-I{SOURCES}", f"-I{sysconfig.get_path('include')}",
+                f"-I{sysconfig.get_path('platinclude')}", *more, "-c", "-o", target, HARNESS / f"weak{part}.c")
+        return str(target)
+
+    def ring(self) -> str:
+        self.translated("_ring")
+        source = (SOURCES / "_ring.pyx").read_text()
+        stores = " ".join(f"__pyx_v_8muenfast_5_ring_{name} = {int(value, 0)};"
+                          for name, value in GLOBAL.findall(source))
+        exported = re.findall(r"^cdef [^\n(]*?\b(\w+)\([^)]*\) noexcept nogil$", (SOURCES / "_ring.pxd").read_text(),
+                              re.MULTILINE)
+        (self.place / "ring.h").write_text(
+            f'#define RING_SOURCE "_ring.c"\n#define core_constants() do {{ {stores} }} while (0)\n'
+            f"#define RING_EXPORTS {' '.join(f'EXPORT({name})' for name in exported)}\n")
+        return self.compiled("_ring", "-include", str(self.place / "ring.h"))
+
+    def engine(self, part: str, function: str, *more: str) -> str:
+        """weak_server.c or weak_client.c, with the module that defines the function."""
+        name = module(function)
+        self.translated(name)
+        (self.place / f"{part}.h").write_text(names_of(part.upper(), self.place, name))
+        return self.compiled(f"_{part}", "-include", str(self.place / f"{part}.h"), *more)
+
+    def program(self, part: str) -> Path:
+        target = self.place / f"weak-{part}"
+        if not target.exists():
+            objects = [self.compiled(""), self.ring()]
+            if part == "server":
+                objects.append(self.engine(part, "server_batch"))
+            elif part == "client":
+                objects.append(self.engine(part, "client_await", "-fsanitize=thread"))
+            run(*self.compiler, "-o", target, *objects, "-pthread", "-Wl,--gc-sections",
+                "-Wl,--unresolved-symbols=ignore-all")
+        return target
+
+
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    return Builder(tmp_path_factory.mktemp("weak"))
+
+
+# reader_intact and server_intact load WSC before the epoch: what starts the same epoch anew between the two is missed.
+MISSED = {"again", "server-memory-again", "server-file-again"}
+
+
+@pytest.mark.parametrize(("part", "name"), [
+    pytest.param(part, name, id=name, marks=[pytest.mark.xfail(reason="a restart under the same epoch between two loads")]
+                 if name in MISSED else []) for part, names in NAMES.items() for name in names])
+def test_no_execution_does_what_must_not_be(builder: Builder, part: str, name: str) -> None:
+    """Nothing is delivered, written or answered that was not published; nobody sleeps on what he was not told of."""
+    done = subprocess.run([builder.program(part), name], capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,442 @@
+"""usage: tools/mutants.py [--list] [--everything] [--arm64] [NAME ...]
+
+Removes fences, orderings and re-checks from the cores, one at a time, in a copy of the tree under build/mutants,
+builds what it touched there, and runs the tests that are meant to notice. NAME: only mutations with that in their
+name. --everything: all ring and block tests, instead of the named ones, for what is said to be hidden from them.
+--arm64: instead of testing, cross-compiles (no more) and says which barriers the code loses with each ordering.
+
+Each line of the table says what was removed and who caught it: a test, or where x86 (or the width of the window)
+hides it from tests that run on the machine, the scenario of tests/test_memory_model.py. Exit status 1 where a
+mutation is caught by nothing (those listed as spare, with a reason, need not be), the unmutated tree fails, or the
+text to be replaced does not stand in its function exactly as often as it is said to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = ROOT / "build" / "mutants"
+MODEL = "tests/test_memory_model.py"
+LIMIT = 400  # seconds for the tests of one mutation; one test has 45, and has failed then
+CROSS = os.environ.get("CROSS_CC", "aarch64-linux-gnu-gcc")
+DIRECTIVES = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
+BARRIER = re.compile(r"^\s+(dmb\s+\w+|ldar|ldapr|stlr|ldaxr|stlxr|swpal|ldaddal)\b", re.MULTILINE)
+RING = ("tests/test_ring.py", "tests/test_ring_model.py", "tests/test_ring_hostile.py", "tests/test_ring_stress.py")
+SERVER = ("tests/test_blk_server.py",)
+CLIENT = ("tests/test_blk_client.py",)
+EVERYTHING = (*RING, *SERVER, *CLIENT)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is replaced, where, and who is to notice."""
+
+    name: str
+    function: str          # in whatever file of src/muenfast
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()     # run on the machine as it is
+    model: tuple[str, ...] = ()     # scenarios of the memory model
+    count: int = 1
+    spare: str = ""        # why it may survive
+
+    @property
+    def orders(self) -> bool:
+        """Whether it is a fence or an ordering."""
+        return "fence" in self.old or "/" in self.old or "memory_order" in self.old
+
+
+def relaxed(name: str, function: str, word: str, *, model: tuple[str, ...] = (), tests: tuple[str, ...] = (),
+            count: int = 1, spare: str = "", call: str = "(load_acquire|store_release)") -> Mutation:
+    """An acquire load or release store of that word, made relaxed."""
+    return Mutation(name, function, f"/{call}(32|64)(?=\\({re.escape(word)})", "~relaxed", tests, model, count, spare)
+
+
+def fence(name: str, function: str, kind: str, *model: str) -> Mutation:
+    return Mutation(name, function, f"fence_{kind}()", "pass", (), model)
+
+
+PIECES = ("tests/test_blk_server.py::test_a_client_that_stores_its_counters_in_pieces",
+          "tests/test_blk_client.py::test_a_server_that_stores_its_counters_in_pieces")
+MUTATIONS = [
+    # ------------------------------------------------------------ fences
+    fence("F1", "writer_reserve", "release", "overrun"),
+    fence("F2", "reader_intact", "acquire", "overrun"),
+    fence("F2' server", "server_intact", "acquire", "server-memory", "server-file"),
+    fence("F2' forgotten", "server_forgotten", "acquire", "server-forgotten"),
+    fence("F3", "writer_start", "release", "restart"),
+    fence("F4", "reader_sync", "acquire", "sync"),
+    fence("F5", "ring", "seq_cst", "bell", "bell-start", "bell-stop"),
+    fence("F6", "reader_wait", "seq_cst", "bell"),
+    fence("F7", "wake_callers", "seq_cst", "await"),
+    fence("F8", "client_await", "seq_cst", "await"),
+    Mutation("guard: fence of the handler", "guard_on_sigbus", "atomic_thread_fence(memory_order_acquire);", ";",
+             (), ("guard", "guard-old")),
+    Mutation("guard: fence of guard_add", "guard_add", "atomic_thread_fence(memory_order_release);", ";", (),
+             ("guard", "guard-old")),
+    # ------------------------------------------------------------ orderings
+    relaxed("S1", "writer_publish", "&w.hdr.wc", model=("overrun", "batch")),
+    relaxed("S1, the other side", "reader_settled", "counter", count=2, model=("overrun", "batch")),
+    relaxed("S2", "writer_start", "&w.hdr.epoch", call="(store_release)", model=("restart", "sync")),
+    relaxed("L1", "reader_sync", "&r.hdr.epoch", call="(load_acquire)", model=("restart", "sync")),
+    Mutation("guard: base stored", "guard_add", "atomic_store_explicit(&g->base, base, memory_order_release)",
+             "atomic_store_explicit(&g->base, base, memory_order_relaxed)", (), ("guard", "guard-old")),
+    Mutation("guard: base loaded", "guard_on_sigbus", "atomic_load_explicit(&g->base, memory_order_acquire)",
+             "atomic_load_explicit(&g->base, memory_order_relaxed)", (), ("guard", "guard-old")),
+    relaxed("S3", "client_issue", "&e.state", model=("issue", "issue-full")),
+    relaxed("S3, the other side", "client_reap", "&e.state", call="(load_acquire)", model=("issue", "issue-full")),
+    relaxed("an entry is free", "client_reap", "&e.state", call="(store_release)", model=("issue", "issue-full"),
+            spare="the reaper is one thread, and `tail` orders it for the issuer"),
+    relaxed("head", "client_issue", "&c.head", model=("issue", "issue-full")),
+    relaxed("head, the other side", "client_reap", "&c.head", model=("issue", "issue-full")),
+    relaxed("tail", "client_reap", "&c.tail", model=("issue-full",)),
+    relaxed("tail, the other side", "client_issue", "&c.tail", model=("issue-full",)),
+    relaxed("done", "blocking_done", "&b.done", model=("await",)),
+    relaxed("done, the other side", "client_await", "&b.done", count=2, model=("await",)),
+    relaxed("peek's epoch", "reader_peek", "&r.hdr.epoch",
+            spare="equal to the epoch synchronised with it orders nothing; another one is loaded again"),
+    relaxed("recover's epoch", "reader_recover", "&r.hdr.epoch", spare="as peek's"),
+    relaxed("the end of an epoch", "writer_stop", "&w.hdr.epoch", spare="what an ended epoch published is S1's"),
+    relaxed("the sequence's load", "reader_wait", "&r.bell.seq", spare="F5 and F6 order it"),
+    # ------------------------------------------------------------ the writer
+    Mutation("epoch 0 before a start", "writer_start", "store_relaxed64(&w.hdr.epoch, 0)", "pass", (), ("restart",)),
+    Mutation("WSC is never lowered", "writer_reserve", "if <int64_t>(wsc - w.wsc) > 0:", "if True:", (), ("reserve",)),
+    Mutation("WSC before the elements", "writer_reserve", "store_relaxed64(&w.hdr.wsc, wsc)", "pass", RING),
+    Mutation("slots are zeroed", "writer_start", "memset(w.slots, 0, w.elements * w.size + w.rest)", "pass", RING),
+    Mutation("ring: publish", "writer_publish", "    ring(w)\n", "", RING),
+    Mutation("ring: start", "writer_start", "    ring(w)\n", "", (), ("bell-start",)),
+    Mutation("ring: stop", "writer_stop", "    ring(w)\n", "", (), ("bell-stop",)),
+    Mutation("waiters are taken back", "bell_kick", "exchange_acqrel32(&bell.waiters, 0)", "pass", RING),
+    Mutation("the sequence moves", "bell_kick", "fetch_add_acqrel32(&bell.seq, 1)", "pass", RING, ("bell",)),
+    # ------------------------------------------------------------ the reader: header
+    *(Mutation(f"header: {what}", "acceptable", old, new, RING) for what, old, new in (
+        ("transport", "transport == SHMSTREAM_TRANSPORT and ", ""),
+        ("protocol 0", "protocol != 0 and ", ""),
+        ("size 0", "size != 0 and ", ""),
+        ("elements 0", " and elements != 0", ""),
+        ("protocol", "and (r.want_protocol == 0 or protocol == r.want_protocol)", ""),
+        ("size", "and (r.want_size == 0 or size == r.want_size)", ""),
+        ("elements fit", "and elements <= r.capacity // size)", ")"))),
+    Mutation("sync: epoch once more", "reader_sync", "if load_relaxed64(&r.hdr.epoch) != epoch:", "if False:", (),
+             ("sync",)),
+    Mutation("sync: epoch settles", "reader_sync", "cpu_pause()", "pass", PIECES),
+    # ------------------------------------------------------------ the reader: counters
+    Mutation("peek: epoch", "reader_peek", "if r.epoch == 0 or wc != r.epoch:", "if r.epoch == 0:", RING),
+    Mutation("peek: WC < RC", "reader_peek", "if went_back(wc, r.wc):", "if False:", ("tests/test_ring.py",),
+             spare="such a distance is an overrun, too, and reader_overrun looks for the restart itself"),
+    Mutation("peek: overrun", "reader_peek", "if behind > r.elements:", "if False:", RING),
+    Mutation("peek: 2^64", "reader_peek", "if r.rc + behind < r.rc and r.rc + behind != 0:", "if False:", RING),
+    Mutation("went back: 2^64", "went_back", " and <int64_t>(now - before) < 0", "", RING),
+    Mutation("counters settle", "reader_settled", "if not went_back(now, r.wc):", "if True:", PIECES),
+    Mutation("copy: intact", "reader_copy", "if not reader_intact(r):", "if False:", RING),
+    Mutation("intact: WSC", "reader_intact", "<= ahead <= r.elements", "<= ahead", RING),
+    Mutation("intact: restart", "reader_intact", "r.wc - r.rc <= ahead <=", "ahead <=", RING),
+    Mutation("intact: epoch", "reader_intact", " and load_relaxed64(&r.hdr.epoch) == r.epoch", "", (), ("restart",)),
+    Mutation("overrun: WC < RC", "reader_overrun", "if went_back(wc, r.wc):", "if False:", (),
+             ("again-overrun",)),
+    Mutation("recover: epoch", "reader_recover", "load_acquire64(&r.hdr.epoch) != r.epoch or ", "", (),
+             ("restart",)),
+    Mutation("recover: restart", "reader_recover", " or went_back(reader_settled(r, &r.hdr.wsc), r.wc)", "", RING),
+    Mutation("drain: epoch", "reader_drain", " or load_acquire64(&r.hdr.epoch) != r.epoch", "", RING),
+    Mutation("drain: restart", "reader_drain", " or went_back(load_acquire64(&r.hdr.wc), r.wc)", "", RING),
+    # ------------------------------------------------------------ the reader: sleep
+    Mutation("wait: waiters", "reader_wait", "store_relaxed32(&r.bell.waiters, 1)", "pass", RING, ("bell",)),
+    Mutation("wait: last look", "reader_wait", "            if reader_ready(r):\n                break\n", "", (),
+             ("bell",)),
+    Mutation("wait: sequence read late", "reader_wait", "futex_wait_ns(&r.bell.seq, seen, limit)",
+             "futex_wait_ns(&r.bell.seq, load_acquire32(&r.bell.seq), limit)", (), ("bell",)),
+    Mutation("wait: who rings", "reader_wait", " and load_relaxed64(&r.bell.ringer) == epoch", "", RING),
+    Mutation("guard: base once more", "guard_on_sigbus", " || atomic_load_explicit(&g->base, memory_order_relaxed) != base",
+             "", (), ("guard", "guard-old")),
+    # ------------------------------------------------------------ the server
+    *(Mutation(f"request: {what}", "check_event", old, new, SERVER) for what, old, new in (
+        ("valid", "if h.valid != 1:", "if False:"),
+        ("command", "return 0 if h.id == COMMAND_SYNC or h.id == COMMAND_SIZE else -EINVAL", "return 0"),
+        ("kind", "if h.kind != EVENT_READ and h.kind != EVENT_WRITE:", "if False:"),
+        ("block", "if h.id >= s.store.nblocks:", "if False:"),
+        ("read-only", "if h.kind == EVENT_WRITE and s.store.read_only:", "if False:"))),
+    Mutation("server intact: WSC", "server_intact", "wsc - (s.r.rc + k) <= s.r.elements and ", "", (),
+             ("server-memory", "server-file")),
+    Mutation("server intact: restart", "server_intact", " and <int64_t>(wsc - s.r.wc) >= 0", "", (),
+             ("server-file-lowered",)),
+    Mutation("server intact: epoch", "server_intact", "and load_relaxed64(&s.r.hdr.epoch) == s.r.epoch", "", (),
+             ("server-file-restart",)),
+    Mutation("server: headers intact", "server_batch", "if not reader_intact(&s.r):", "if False:", (),
+             ("server-memory", "server-file")),
+    Mutation("server: file writes intact", "server_move", "if not server_intact(s, first):", "if False:", (),
+             ("server-file",)),
+    Mutation("server: memory writes intact", "server_answer", "if not server_intact(s, first + k):", "if False:", (),
+             ("server-memory",)),
+    Mutation("server: answers to an old epoch", "server_answer", "load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and ", "",
+             (), ("server-memory-restart",)),
+    Mutation("server: answers to an old life", "server_answer",
+             " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0", "", (), ("server-file-lowered",)),
+    Mutation("server: an earlier server's requests", "server_batch", "if <int64_t>(s.void_below - s.r.rc) > 0:",
+             "if False:", SERVER),
+    Mutation("server: the last request forgotten", "server_loop", " and server_forgotten(s)", " and False", SERVER),
+    Mutation("server forgotten: WSC", "server_forgotten",
+             "if load_relaxed64(&s.r.hdr.wsc) - (s.r.rc - 1) > s.r.elements:", "if False:", SERVER,
+             ("server-forgotten",)),
+    Mutation("server: a run's blocks", "server_batch",
+             "\n                    and check_event(s, &s.heads[k + run]) == 0", "", SERVER),
+    Mutation("server: response ring's size", "server_batch", "if n > s.w.elements:", "if False:", SERVER),
+    Mutation("server: no old bytes under an error", "server_run_blocks", "if s.heads[first].kind == EVENT_READ:",
+             "if False:", SERVER),
+    Mutation("server: store taken away", "server_move",
+             "return -EIO if s.store.broken != NULL and load_acquire32(s.store.broken) != 0 else 0", "return 0", SERVER),
+    Mutation("server: file cut short", "transfer", "return -EIO                 # the file was cut", "return 0  #",
+             SERVER),
+    # ------------------------------------------------------------ the client
+    Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),
+    Mutation("answer: priv", "client_reap", "e.priv != h.priv or ", "", CLIENT),
+    Mutation("answer: kind", "client_reap", "e.kind != h.kind or ", "", CLIENT),
+    Mutation("answer: block", "client_reap", " or e.id != h.id)", ")", CLIENT),
+    Mutation("answer: matched once", "client_reap", "e.state = ENTRY_MATCHED", "pass", CLIENT),
+    Mutation("answer: caller gave up", "client_reap", " and e.io != NULL:", ":", CLIENT),
+    Mutation("answer: intact", "client_reap", "if not reader_intact(&c.r):", "if False:", CLIENT),
+    Mutation("answer: void, in flight again", "client_reap", "matched[k].state = ENTRY_ISSUED", "pass", CLIENT,
+             spare="what follows is a new life, which issues whatever is not free; a batch that is void ends this one"),
+    Mutation("answer: an errno", "client_reap", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO", "errors[k]",
+             CLIENT),
+    Mutation("issue: window", "client_issue", "if room == 0 or ", "if ", CLIENT),
+    Mutation("issue: the server that was checked", "client_issue", " or load_relaxed64(&c.r.hdr.epoch) != c.server", "",
+             CLIENT),
+    *(Mutation(f"size: {what}", "client_take_size", old, new, CLIENT) for what, old, new in (
+        ("kind", "h.kind == EVENT_COMMAND and ", ""), ("command", "h.id == COMMAND_SIZE and ", ""),
+        ("priv", "h.priv == c.base - 1 and ", ""), ("error", " and h.error == 0", ""),
+        ("who rings", " and load_acquire64(&c.r.bell.ringer) == c.r.epoch", ""),
+        ("intact", "if not reader_intact(&c.r):", "if False:"))),
+    Mutation("resume: the server that answered", "client_resume", "if load_acquire64(&c.r.hdr.epoch) != c.r.epoch:",
+             "if False:", CLIENT),
+    Mutation("await: done once more", "client_await", "            if load_acquire32(&b.done) == 0:\n    ", "", (),
+             ("await",)),
+    Mutation("bounds: blocks", "blocks", "if first < 0 or first + view.len // BLOCK_SIZE > self.nblocks:", "if False:",
+             CLIENT),
+    Mutation("bounds: scattered", "scattered", "if at > self.nblocks or each > self.nblocks - at:", "if False:", CLIENT),
+]
+
+
+def sources(tree: Path) -> list[Path]:
+    package = tree / "src/muenfast"
+    return sorted([*package.glob("*.pyx"), *package.glob("*.h")])
+
+
+def bodies(path: Path, text: str, function: str) -> Iterator[tuple[int, int]]:
+    """Where the definitions of that function begin and end."""
+    if path.suffix == ".h":
+        for found in re.finditer(rf"^static [^;\n]*\b{function}\([^;]*?\) \{{.*?^\}}$", text, re.MULTILINE | re.DOTALL):
+            yield found.span()
+        return
+    for found in re.finditer(rf"^([ ]*)(?:cdef [^=\n]*?|def )\b{function}\((?:[^()]|\(\))*\)[^\n]*:\n", text, re.MULTILINE):
+        end = re.compile(rf"^[ ]{{0,{len(found[1])}}}\S", re.MULTILINE).search(text, found.end())
+        yield found.start(), end.start() if end else len(text)
+
+
+def apply(tree: Path, mutation: Mutation) -> str:
+    """Replaces the text; the name of the file. Ends the program where it does not stand where it is said to."""
+    found = [(path, text, span) for path in sources(tree) for text in [path.read_text()]
+             for span in bodies(path, text, mutation.function)]
+    if len(found) != 1:
+        sys.exit(f"{mutation.name}: {mutation.function} is defined in {[path.name for path, _, _ in found]}")
+    [(path, text, (start, end))] = found
+    body = text[start:end]
+    if mutation.old.startswith("/"):
+        new, count = re.subn(mutation.old[1:], lambda m: m[0].replace("acquire", "relaxed").replace("release", "relaxed"),
+                             body)
+    else:
+        new, count = body.replace(mutation.old, mutation.new), body.count(mutation.old)
+    if count != mutation.count or new == body:
+        sys.exit(f"{mutation.name}: {mutation.function} in {path.name} has that text {count} times, not {mutation.count}:"
+                 f"\n{mutation.old}")
+    path.write_text(text[:start] + new + text[end:])
+    return path.name
+
+
+def copy(name: str) -> Path:
+    """What is built and tested, without what was."""
+    tree = PLACE / name
+    tree.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, tree / name,
+                        ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__")
+                        if name == "src" else shutil.ignore_patterns("__pycache__", ".hypothesis"))
+    return tree
+
+
+def environment(tree: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1", "MUENFAST_WERROR": "",
+                         "MUENFAST_SANITIZE": "", "MUENFAST_COVERAGE": ""}
+
+
+def run(tree: Path, *words: str, limit: float = 900) -> tuple[int | None, str]:
+    """Exit status (None: the limit) and output. Everything started is gone afterwards, and what it shared, too."""
+    with subprocess.Popen([sys.executable, *words], cwd=tree, env=environment(tree), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if status is None:
+            output, _ = process.communicate()
+    for left in Path("/dev/shm").glob(f"*mf{process.pid}*"):
+        left.unlink(missing_ok=True)
+    return status, output
+
+
+def build(tree: Path) -> str:
+    """Builds what is not up to date; an error's text."""
+    status, output = run(tree, "setup.py", "-q", "build_ext", "--inplace")
+    return output if status != 0 else ""
+
+
+def noticed(tree: Path, tests: tuple[str, ...], limit: float = LIMIT) -> str:
+    """The first test that fails, or how else the run ended badly; nothing where all passed."""
+    with tempfile.TemporaryDirectory(prefix="mf") as scratch:   # short: sockets lie below
+        status, output = run(tree, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-o", "timeout=45",
+                             "-o", "timeout_method=thread", "--basetemp", scratch, *tests, limit=limit)
+    if status == 0:
+        return ""
+    if status is None:
+        return f"no end within {limit} s"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if failed:
+        return failed[1].removeprefix("tests/")
+    hung = re.search(r"^.*File \".*/(test_\w+\.py)\", line \d+,? in (test_\w+)", output, re.MULTILINE)
+    return f"{hung[1]}::{hung[2]} (time limit)" if hung else f"exit status {status}: {output[-200:]}"
+
+
+def scenarios(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{MODEL}::test_no_execution_does_what_must_not_be[{name}]" for name in names)
+
+
+def barriers(tree: Path, file: str) -> Counter[str]:
+    """What orders memory in the arm64 code of the module that this file belongs to."""
+    name = "_ring" if file.endswith(".h") else file.removesuffix(".pyx")
+    code = tree / "arm64.c"
+    subprocess.run([sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", "src", "-o", code,
+                    f"src/muenfast/{name}.pyx"], cwd=tree, check=True)
+    made = subprocess.run([CROSS, "-std=gnu11", "-O2", "-w", "-march=armv8-a", "-mno-outline-atomics", "-S", "-o", "-",
+                           "-I", sysconfig.get_path("include"), "-I", tree / "src/muenfast", code], check=True,
+                          capture_output=True, text=True).stdout
+    return Counter(" ".join(words.split()) for words in BARRIER.findall(made))
+
+
+@lru_cache
+def barriers_as_is(file: str) -> Counter[str]:
+    return barriers(PLACE / "as-is", file)
+
+
+def arm64(tree: Path, mutation: Mutation) -> tuple[bool, str]:
+    """Whether the compiler for arm64 makes something of what was removed."""
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(PLACE / "as-is", tree)
+    file = apply(tree, mutation)
+    lost = barriers_as_is(file) - barriers(tree, file)
+    return bool(lost), ", ".join(f"{count} {name}" for name, count in sorted(lost.items())) or "NOTHING"
+
+
+def judge(tree: Path, mutation: Mutation, everything: bool) -> tuple[bool, str]:
+    """Whether it was noticed, and by whom."""
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(PLACE / "as-is", tree)      # with its times: only what is changed now is built again
+    apply(tree, mutation)
+    caught = []
+    if tests := EVERYTHING if everything else mutation.tests:
+        if error := build(tree):
+            return False, f"does not build: {error[-300:]}"
+        if by := noticed(tree, tests):
+            caught.append(by)
+    hidden = not caught
+    if (hidden or everything) and (mutation.model or mutation.spare):
+        if by := noticed(tree, scenarios(mutation.model) if mutation.model else (MODEL,)):
+            caught.append(("hidden, memory model: " if hidden else "memory model: ") + by.split("[")[-1].rstrip("]"))
+    if not caught and mutation.spare:
+        return True, "spare: " + mutation.spare
+    return bool(caught), ", ".join(caught) or "SURVIVED"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--everything", action="store_true")
+    parser.add_argument("--arm64", action="store_true")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not arguments.names or any(name in m.name for name in arguments.names)]
+    if not chosen:
+        sys.exit("no mutation has such a name")
+    if arguments.list:
+        for m in chosen:
+            print(f"{m.name:36} {m.function:18} {' '.join(m.tests)} {' '.join(m.model)}".rstrip())
+        return 0
+    began = time.monotonic()
+    shutil.rmtree(PLACE, ignore_errors=True)
+    workers = max(1, min(os.cpu_count() or 1, 4, len(chosen)))
+    trees: Queue[Path] = Queue()
+    first = copy("as-is")
+    for m in chosen:        # the table is right, or nothing is run
+        kept = {path: path.read_bytes() for path in sources(first)}
+        apply(first, m)
+        for path, content in kept.items():
+            path.write_bytes(content)
+    needed = sorted({test for m in chosen for test in m.tests} | set(EVERYTHING if arguments.everything else ()))
+    if arguments.arm64:
+        if shutil.which(CROSS) is None:
+            sys.exit(f"there is no {CROSS}; on Debian: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+    else:
+        print("as it is: building and testing", flush=True)
+        if error := build(first) if needed else "":
+            sys.exit(error)
+        if by := noticed(first, (*needed, MODEL), 600):
+            sys.exit(f"the tree as it is fails: {by}")
+    for number in range(workers):
+        trees.put(PLACE / str(number))
+    bad, lock = 0, threading.Lock()
+    if arguments.arm64:
+        chosen = [m for m in chosen if m.orders]
+
+    def one(m: Mutation) -> None:
+        nonlocal bad
+        tree = trees.get()
+        try:
+            good, said = arm64(tree, m) if arguments.arm64 else judge(tree, m, arguments.everything)
+        finally:
+            trees.put(tree)
+        with lock:
+            bad += not good
+            print(f"{m.name:36} | {said}", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, chosen))
+    print(f"{len(chosen)} mutations, {bad} not noticed, {time.monotonic() - began:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
