@@ -429,7 +429,7 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
 def test_the_engine_does_not_resume_with_another_server_than_answered(link: Link, hand: Hand) -> None:
     """What is in flight is not issued to one that has taken over since the answer to `size`."""
     from muenfast import shm
-    from muenfast._blk import Client
+    from muenfast._client import Client
 
     with (shm.Region.open(shm.Locator.parse(link.req), writable=True) as req,
           shm.Region.open(shm.Locator.parse(link.resp), writable=False) as resp):

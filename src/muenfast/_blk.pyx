@@ -215,14 +215,15 @@ cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcep
 cdef bint server_intact(const server_t *s, uint64_t k) noexcept nogil:
     """Whether slot k of the batch still holds what the client published, everything used of it included.
 
-    As reader_intact: the use before the loads of WSC and epoch (acquire fence; pairs with writer_reserve and
-    writer_start); WSC below the WC seen is a restart.
+    As reader_intact: the use before the loads of epoch and WSC (acquire fence; pairs with writer_reserve and
+    writer_start), the epoch before WSC (acquire); WSC below the WC seen is a restart.
     """
     cdef uint64_t wsc
     fence_acquire()
+    if load_acquire64(&s.r.hdr.epoch) != s.r.epoch:
+        return False
     wsc = reader_settled(&s.r, &s.r.hdr.wsc)
-    return (wsc - (s.r.rc + k) <= s.r.elements and <int64_t>(wsc - s.r.wc) >= 0
-            and load_relaxed64(&s.r.hdr.epoch) == s.r.epoch)
+    return wsc - (s.r.rc + k) <= s.r.elements and <int64_t>(wsc - s.r.wc) >= 0
 
 
 cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
@@ -302,7 +303,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
                 count64(&s.n.torn, 1)
         h.error = s.errors[first + k]
         memcpy(writer_slot(&s.w, k), h, sizeof(block_event_header))
-    if load_relaxed64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0:
+    if load_acquire64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0:
         writer_publish(&s.w, n)
 
 

@@ -317,12 +317,15 @@ cdef bint reader_intact(const reader_t *r) noexcept nogil:
 
     Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch. WSC below the WC
     that peek saw: the writer has restarted, under the same epoch if that is unchanged, and zeroed the slots.
-    Ordering: the copy before the loads of WSC and epoch (acquire fence; pairs with writer_reserve and writer_start).
+    Ordering: the copy before the loads of epoch and WSC (acquire fence; pairs with writer_reserve and writer_start); the
+    epoch before WSC (acquire): whoever finds the same epoch started anew finds WSC below, too.
     """
     cdef uint64_t ahead
     fence_acquire()
+    if load_acquire64(&r.hdr.epoch) != r.epoch:
+        return False
     ahead = reader_settled(r, &r.hdr.wsc) - r.rc
-    return r.wc - r.rc <= ahead <= r.elements and load_relaxed64(&r.hdr.epoch) == r.epoch
+    return r.wc - r.rc <= ahead <= r.elements
 
 
 cdef ring_status reader_recover(reader_t *r) noexcept nogil:

@@ -82,6 +82,7 @@ static void reset_issue(void) {
     RING(reader_peek)(&c.r, &n);
     c.state = CLIENT_CONSTANT(CLIENT_READY);
     c.window = (uint32_t)window;
+    c.depth = 1024;
     c.base = BASE;
     c.server = EPOCH;
     for (int i = 0; i < 2; i++) {
