@@ -559,6 +559,9 @@ cdef class Server:
             return
         if not busy_enter(&self.busy):
             raise UsageError("stop this Server before closing it")
+        if not self.response.held:      # another thread was faster
+            busy_leave(&self.busy)
+            return
         writer_stop(&self.s.w)
         announce(self.s.w.bell, ENDPOINT_GONE if gone else ENDPOINT_BACK_LATER, None)
         if self.s.w.bell != NULL:

@@ -1014,6 +1014,9 @@ cdef class Client(Target):
         self.stop()
         if not busy_enter(&self.busy):
             raise UsageError("end the background thread before closing a Client")
+        if not self.request.held:       # another thread was faster
+            busy_leave(&self.busy)
+            return
         with nogil:
             client_take(c)
             client_fail(c, CLIENT_CLOSED)
