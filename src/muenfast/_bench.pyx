@@ -142,13 +142,15 @@ def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t count):
 
 
 def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads, laps, out_bell=None, back_bell=None):
-    """Round trips over two rings, one element each way; laps (a u64 per round trip) receives nanoseconds.
+    """Round trips over two rings, one element each way; seconds. laps: receives the nanoseconds of each (a u64), which
+    costs a look at the clock; or None.
 
     Without bells both sides poll. With bells both sleep as soon as there is nothing to read.
     """
     cdef _Held o = _Held(out, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held b = _Held(back, SHMSTREAM_HEADER_SIZE + size)
-    cdef _Held times = _Held(laps, 8 * count)
+    cdef _Held times = None if laps is None else _Held(laps, 8 * count)
+    cdef uint64_t *lap = NULL if laps is None else <uint64_t *>times.base
     cdef _Held ob = None if out_bell is None else _Held(out_bell, sizeof(bell_page))
     cdef _Held bb = None if back_bell is None else _Held(back_bell, sizeof(bell_page))
     cdef _Private own = _Private(size)
@@ -156,7 +158,7 @@ def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads, laps, out_
     cdef writer_t w
     cdef reader_t r
     cdef uint32_t stop = 0
-    cdef uint64_t i, n, start, now
+    cdef uint64_t i, n, start, before, now
     cdef ring_status status
     writer_init(&w, o.base, o.view.len, size, 1)
     reader_init(&r, b.base, b.view.len, size, 1)
@@ -169,7 +171,7 @@ def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads, laps, out_
     with nogil:
         while reader_copy(&r, data, 1, &n) != EPOCH_CHANGED:
             polite()
-        start = now_ns()
+        start = before = now_ns()
         for i in range(count):
             if leads:
                 put(&w, data, size)
@@ -182,12 +184,14 @@ def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads, laps, out_
                 status = reader_copy(&r, data, 1, &n)
             if not leads:
                 put(&w, data, size)
-            else:
+            elif lap != NULL:
                 now = now_ns()
-                (<uint64_t *>times.base)[i] = now - start
-                start = now
+                lap[i] = now - before
+                before = now
+        start = now_ns() - start
         if leads:                       # the other side has read our last element: it answered it
             writer_stop(&w)
+    return start / 1e9
 
 
 def publish(region, bell, uint64_t size, uint64_t count):
@@ -284,17 +288,21 @@ def copy_write(memory, progress, uint64_t chunk, uint64_t count):
     cdef _Held m = _Held(memory, chunk)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0
+    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0, taken = 0, slot = 0
     cdef _Private own = _Private(chunk)
     cdef uint8_t *data = own.base
     with nogil:
         meet(words, 1)
         while put < count:
-            while put - load_acquire64(&words[DONE]) == chunks:
-                polite()
-            memcpy(m.base + put % chunks * chunk, data, chunk)
+            while put - taken == chunks:
+                taken = load_acquire64(&words[DONE])
+                if put - taken == chunks:
+                    polite()
+            memcpy(m.base + slot * chunk, data, chunk)
+            slot = slot + 1 if slot + 1 < chunks else 0
             put += 1
             store_release64(&words[PUT], put)
+            prefetch_write(m.base + slot * chunk)
 
 
 def copy_read(memory, progress, uint64_t chunk, uint64_t count):
@@ -302,16 +310,19 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
     cdef _Held m = _Held(memory, chunk)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, taken = 0, start
+    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, taken = 0, put = 0, slot = 0, start
     cdef _Private own = _Private(chunk)
     cdef uint8_t *data = own.base
     with nogil:
         meet(words, 2)
         start = now_ns()
         while taken < count:
-            while load_acquire64(&words[PUT]) == taken:
-                polite()
-            memcpy(data, m.base + taken % chunks * chunk, chunk)
+            while put == taken:
+                put = load_acquire64(&words[PUT])
+                if put == taken:
+                    polite()
+            memcpy(data, m.base + slot * chunk, chunk)
+            slot = slot + 1 if slot + 1 < chunks else 0
             taken += 1
             store_release64(&words[DONE], taken)
         start = now_ns() - start
@@ -320,20 +331,21 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
 
 def bounce(progress, uint64_t size, uint64_t count, bint leads, laps):
     """Round trips of a cache line (size 0), or of `size` bytes and a line that says that they are there, between two
-    CPUs; laps (a u64 per round trip) receives nanoseconds."""
+    CPUs; seconds. laps: receives the nanoseconds of each (a u64), which costs a look at the clock; or None."""
     cdef uint64_t room = (size + LINE - 1) // LINE * LINE
     cdef _Held p = _Held(progress, 4 * LINE + 2 * room)
-    cdef _Held times = _Held(laps, 8 * count)
+    cdef _Held times = None if laps is None else _Held(laps, 8 * count)
+    cdef uint64_t *lap = NULL if laps is None else <uint64_t *>times.base
     cdef _Private own = _Private(size + 1)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef uint64_t *mine = &words[DONE] if leads else &words[PUT]
     cdef uint64_t *other = &words[PUT] if leads else &words[DONE]
     cdef uint8_t *out = p.base + 4 * LINE + (room if leads else 0)
     cdef const uint8_t *back = p.base + 4 * LINE + (0 if leads else room)
-    cdef uint64_t i, start, now
+    cdef uint64_t i, start, before, now
     with nogil:
         meet(words, 1 if leads else 2)
-        start = now_ns()
+        start = before = now_ns()
         for i in range(1, count + 1):
             if leads:
                 memcpy(out, own.base, size)
@@ -344,24 +356,27 @@ def bounce(progress, uint64_t size, uint64_t count, bint leads, laps):
             if not leads:
                 memcpy(out, own.base, size)
                 store_release64(mine, i)
-            else:
+            elif lap != NULL:
                 now = now_ns()
-                (<uint64_t *>times.base)[i - 1] = now - start
-                start = now
+                lap[i - 1] = now - before
+                before = now
+        start = now_ns() - start
+    return start / 1e9
 
 
 def wake_bounce(progress, uint64_t count, bint leads, laps):
-    """Round trips in which each side sleeps on a futex until the other wakes it; laps as for bounce()."""
+    """Round trips in which each side sleeps on a futex until the other wakes it; seconds. laps as for bounce()."""
     cdef _Held p = _Held(progress, 4 * LINE)
-    cdef _Held times = _Held(laps, 8 * count)
+    cdef _Held times = None if laps is None else _Held(laps, 8 * count)
+    cdef uint64_t *lap = NULL if laps is None else <uint64_t *>times.base
     cdef uint64_t *words = <uint64_t *>p.base
     cdef uint32_t *mine = <uint32_t *>(&words[DONE] if leads else &words[PUT])
     cdef uint32_t *other = <uint32_t *>(&words[PUT] if leads else &words[DONE])
     cdef uint32_t i, seen
-    cdef uint64_t start, now
+    cdef uint64_t start, before, now
     with nogil:
         meet(words, 1 if leads else 2)
-        start = now_ns()
+        start = before = now_ns()
         for i in range(1, <uint32_t>count + 1):
             if leads:
                 store_release32(mine, i)
@@ -373,14 +388,17 @@ def wake_bounce(progress, uint64_t count, bint leads, laps):
             if not leads:
                 store_release32(mine, i)
                 futex_wake_all(mine)
-            else:
+            elif lap != NULL:
                 now = now_ns()
-                (<uint64_t *>times.base)[i - 1] = now - start
-                start = now
+                lap[i - 1] = now - before
+                before = now
+        start = now_ns() - start
+    return start / 1e9
 
 
-def copy_blocks(memory, uint64_t size, blocks, uint64_t times):
-    """One thread's memcpy of `size` bytes from each block number of a list (array of u64) in memory; seconds."""
+def copy_blocks(memory, uint64_t size, blocks, uint64_t places, uint64_t times):
+    """One thread's memcpy of `size` bytes from each block number of a list (array of u64) in memory into `places` pieces
+    of private memory, in turns; seconds."""
     cdef _Held m = _Held(memory, size)
     cdef Py_buffer view
     cdef const uint64_t *at
@@ -394,13 +412,13 @@ def copy_blocks(memory, uint64_t size, blocks, uint64_t times):
         for k in range(n):
             if at[k] >= <uint64_t>m.view.len // size:
                 raise UsageError("a block lies beyond the memory", value=at[k])
-        own = _Private(size * n)
+        own = _Private(size * places)
         data = own.base
         with nogil:
             start = now_ns()
             for t in range(times):
                 for k in range(n):
-                    memcpy(data + k * size, m.base + at[k] * size, size)
+                    memcpy(data + k % places * size, m.base + at[k] * size, size)
             start = now_ns() - start
     finally:
         PyBuffer_Release(&view)
