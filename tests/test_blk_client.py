@@ -303,6 +303,15 @@ def test_wrong_offsets_and_lengths(link: Link) -> None:
     device.close()
 
 
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (BLOCKS, 1), (BLOCKS - 1, 2), (0, BLOCKS + 1), (1 << 64, 1)])
+def test_the_engine_sends_no_block_beyond_the_disk(link: Link, first: int, count: int) -> None:
+    """It is refused here, not left to the server."""
+    with link.server(bytearray(BLOCKS * BLOCK_BYTES)), link.device() as device:
+        for call in (device.client.read_blocks, device.client.write_blocks):
+            with pytest.raises(UsageError, match="beyond the disk"):
+                call(first, bytearray(count * BLOCK_BYTES))
+
+
 def test_no_server(link: Link) -> None:
     """TimeoutError after the timeout; nothing is left."""
     with pytest.raises(TimeoutError):
@@ -559,7 +568,7 @@ def test_close_while_others_wait(link: Link, hand: Hand) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"kind": WRITE}, {"kind": COMMAND}, {"id": 4}, {"priv": 1 << 31}, {"priv": 1 << 20}],
-                         ids=str)
+                         ids="-".join)
 def test_an_answer_that_matches_in_part_is_none(link: Link, hand: Hand, wrong: dict[str, int]) -> None:
     """Kind, block and tag have to be those of a request in flight; what is not is stale, and the request waits on."""
     opening = Worker(link.device)
@@ -626,7 +635,7 @@ def test_an_answer_that_is_being_overwritten(link: Link, hand: Hand) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"kind": READ}, {"id": 0}, {"id": 2}, {"priv": 1}, {"error": -errno.EIO}, {"error": 1}],
-                         ids=str)
+                         ids="-".join)
 def test_an_answer_to_something_else_tells_no_size(link: Link, hand: Hand, wrong: dict[str, int]) -> None:
     """Of several answers the one to this client's `size` counts, and only without an error."""
     opening = Worker(link.device)

@@ -61,7 +61,7 @@ class Mutation:
     @property
     def orders(self) -> bool:
         """Whether it is a fence or an ordering."""
-        return "fence" in self.old or "/" in self.old or "memory_order" in self.old
+        return self.old.startswith(("fence_", "/", "atomic_"))
 
 
 def relaxed(name: str, function: str, word: str, *, model: tuple[str, ...] = (), tests: tuple[str, ...] = (),
@@ -324,7 +324,7 @@ def noticed(tree: Path, tests: tuple[str, ...], limit: float = LIMIT) -> str:
         return ""
     if status is None:
         return f"no end within {limit} s"
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     if failed:
         return failed[1].removeprefix("tests/")
     hung = re.search(r"^.*File \".*/(test_\w+\.py)\", line \d+,? in (test_\w+)", output, re.MULTILINE)

@@ -64,7 +64,7 @@ static enum __pyx_t_8muenfast_5_ring_ring_status get(uint64_t most) {
         weak_count("overrun");
         if (follows)
             weak_fail("an overrun although no epoch has more than the ring holds", r.lost, r.epoch);
-        if (before + r.lost != r.rc || r.lost > 5)
+        if (before + r.lost != r.rc || r.lost == 0 || r.lost > 5)
             weak_fail("a loss that is not the distance", r.lost, r.rc - before);
         break;
     case STATUS(EPOCH_CHANGED):
@@ -198,6 +198,11 @@ static void begin_again_overrun(void) {
     scene();
     start(16, 11);
     follow();
+    put(1);
+    weak_thread(READER);
+    if (get(1) != STATUS(SUCCESS))
+        weak_fail("not read", r.rc, 0);
+    weak_thread(WRITER);
     for (int i = 0; i < 4; i++)
         put(1);
     start(16, 11);
