@@ -392,7 +392,7 @@ def test_a_server_is_killed_while_mounted(program: Start, tmp_path: Path, image:
     clean(device)
     status, errors = client.end()
     assert status == 0
-    assert errors.count("the server is gone") == 3
+    assert 1 <= errors.count("the server is gone") <= 3   # at most one line a second; the others are counted
     assert server.end() == (0, "")
     clean(image)
 

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection", "export", "disk",
                  "aio", "blk"},
     "_bench": {"errors", "_wire", "_ring"},
-    "measure": {"errors", "_bench", "blk"},
+    "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
             "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
