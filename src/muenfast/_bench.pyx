@@ -27,6 +27,9 @@ cdef extern from "<stdlib.h>" nogil:
 cdef enum:
     LINE = 64
     POLITE = 128
+    # Bytes a producer may be ahead. A whole ring of megabytes in between leaves the caches, in one run and not in the
+    # next: it depends on who is a little faster, and halves everything.
+    AHEAD = 256 << 10
 
 # Words of the shared progress area, one cache line each.
 cdef enum:
@@ -36,7 +39,7 @@ cdef enum:
 
 
 cdef class _Held:
-    """A writable buffer for the length of one call."""
+    """A writable buffer for the length of one call, every page of it mapped: faults are not what is measured."""
     cdef Py_buffer view
     cdef uint8_t *base
     cdef bint held
@@ -47,6 +50,9 @@ cdef class _Held:
         if <uint64_t>self.view.len < least:
             raise UsageError(f"{self.view.len} bytes of memory are too few, {least} are needed")
         self.base = <uint8_t *>self.view.buf
+        cdef uint64_t page
+        for page in range(<uint64_t>self.view.len // 4096):
+            load_relaxed64(<uint64_t *>(self.base + page * 4096))
 
     def __dealloc__(self):
         if self.held:
@@ -84,28 +90,34 @@ cdef void meet(uint64_t *words, uint64_t side) noexcept nogil:
 
 # ------------------------------------------------------------------ the ring
 
+cdef uint64_t window(uint64_t slots, uint64_t size, uint64_t batch) noexcept nogil:
+    """Most elements in between: AHEAD, but two batches at least, and no more than there are slots."""
+    return min(slots, max(AHEAD // size, 2 * batch))
+
+
 def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t count):
-    """Writes `count` elements of `size` bytes, `batch` per publish, never more than the ring ahead of the reader."""
+    """Writes `count` elements of `size` bytes, `batch` per publish, never more than a window() ahead of the reader."""
     cdef _Held r = _Held(region, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef writer_t w
     cdef _Private own = _Private(size * batch)
     cdef uint8_t *data = own.base
-    cdef uint64_t n, first, room
+    cdef uint64_t n, first, most
     writer_init(&w, r.base, r.view.len, size, 1)
     writer_start(&w, random_epoch())
+    most = window(w.elements, size, batch)
     with nogil:
         meet(words, 1)
         while w.wc < count:
             n = min(batch, count - w.wc)
-            while w.wc + n - load_acquire64(&words[DONE]) > w.elements:
+            while w.wc + n - load_acquire64(&words[DONE]) > most:
                 polite()
             writer_reserve(&w, n)
             first = min(n, w.elements - w.index)
-            memcpy(w.slots + w.index * size, data, first * size)
+            copy_bytes(w.slots + w.index * size, data, first * size)
             if n > first:
-                memcpy(w.slots, data + first * size, (n - first) * size)
+                copy_bytes(w.slots, data + first * size, (n - first) * size)
             writer_publish(&w, n)
         while load_acquire64(&words[DONE]) < count:
             polite()
@@ -221,7 +233,7 @@ def copy_slots(region, uint64_t size, uint64_t count):
     with nogil:
         start = now_ns()
         for i in range(count):
-            memcpy(m.base + SHMSTREAM_HEADER_SIZE + slot * size, own.base, size)
+            copy_bytes(m.base + SHMSTREAM_HEADER_SIZE + slot * size, own.base, size)
             slot = slot + 1 if slot + 1 < elements else 0
         start = now_ns() - start
     return start / 1e9
@@ -229,7 +241,7 @@ def copy_slots(region, uint64_t size, uint64_t count):
 
 cdef inline void put(writer_t *w, const uint8_t *data, uint64_t size) noexcept nogil:
     writer_reserve(w, 1)
-    memcpy(writer_slot(w, 0), data, size)
+    copy_bytes(writer_slot(w, 0), data, size)
     writer_publish(w, 1)
 
 
@@ -242,16 +254,16 @@ def queue_write(memory, progress, uint64_t size, uint64_t elements, uint64_t cou
     cdef uint64_t *words = <uint64_t *>p.base
     cdef _Private own = _Private(size)
     cdef uint8_t *data = own.base
-    cdef uint64_t put = 0, taken = 0, slot = 0
+    cdef uint64_t put = 0, taken = 0, slot = 0, most = window(elements, size, 1)
     with nogil:
         meet(words, 1)
         while put < count:
-            if put - taken == elements:
+            if put - taken == most:
                 taken = load_acquire64(&words[DONE])
-                if put - taken == elements:
+                if put - taken == most:
                     polite()
                 continue
-            memcpy(m.base + slot * size, data, size)
+            copy_bytes(m.base + slot * size, data, size)
             slot = slot + 1 if slot + 1 < elements else 0
             put += 1
             store_release64(&words[PUT], put)
@@ -275,7 +287,7 @@ def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t coun
                 if taken == put:
                     polite()
                 continue
-            memcpy(data, m.base + slot * size, size)
+            copy_bytes(data, m.base + slot * size, size)
             slot = slot + 1 if slot + 1 < elements else 0
             taken += 1
             store_release64(&words[DONE], taken)
@@ -288,17 +300,17 @@ def copy_write(memory, progress, uint64_t chunk, uint64_t count):
     cdef _Held m = _Held(memory, chunk)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0, taken = 0, slot = 0
+    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0, taken = 0, slot = 0, most = window(chunks, chunk, 1)
     cdef _Private own = _Private(chunk)
     cdef uint8_t *data = own.base
     with nogil:
         meet(words, 1)
         while put < count:
-            while put - taken == chunks:
+            while put - taken == most:
                 taken = load_acquire64(&words[DONE])
-                if put - taken == chunks:
+                if put - taken == most:
                     polite()
-            memcpy(m.base + slot * chunk, data, chunk)
+            copy_bytes(m.base + slot * chunk, data, chunk)
             slot = slot + 1 if slot + 1 < chunks else 0
             put += 1
             store_release64(&words[PUT], put)
@@ -321,7 +333,7 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
                 put = load_acquire64(&words[PUT])
                 if put == taken:
                     polite()
-            memcpy(data, m.base + slot * chunk, chunk)
+            copy_bytes(data, m.base + slot * chunk, chunk)
             slot = slot + 1 if slot + 1 < chunks else 0
             taken += 1
             store_release64(&words[DONE], taken)
@@ -348,13 +360,13 @@ def bounce(progress, uint64_t size, uint64_t count, bint leads, laps):
         start = before = now_ns()
         for i in range(1, count + 1):
             if leads:
-                memcpy(out, own.base, size)
+                copy_bytes(out, own.base, size)
                 store_release64(mine, i)
             while load_acquire64(other) != i:
                 cpu_pause()
-            memcpy(own.base, back, size)
+            copy_bytes(own.base, back, size)
             if not leads:
-                memcpy(out, own.base, size)
+                copy_bytes(out, own.base, size)
                 store_release64(mine, i)
             elif lap != NULL:
                 now = now_ns()

@@ -361,9 +361,9 @@ cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t 
     first = r.elements - r.index
     if first > available:
         first = available
-    memcpy(dst, r.slots + r.index * r.size, first * r.size)
+    copy_bytes(dst, r.slots + r.index * r.size, first * r.size)
     if available > first:
-        memcpy(dst + first * r.size, r.slots, (available - first) * r.size)
+        copy_bytes(dst + first * r.size, r.slots, (available - first) * r.size)
     if not reader_intact(r):
         return reader_recover(r)
     reader_advance(r, available)
@@ -849,7 +849,7 @@ cdef void put_one(writer_t *w, const uint8_t *data, uint64_t length) noexcept no
     cdef uint8_t *slot
     writer_reserve(w, 1)
     slot = writer_slot(w, 0)
-    memcpy(slot, data, length)
+    copy_bytes(slot, data, length)
     if length < w.size:
         memset(slot + length, 0, w.size - length)
     writer_publish(w, 1)
@@ -866,9 +866,9 @@ cdef void put_many(writer_t *w, const uint8_t *data, uint64_t n) noexcept nogil:
         if first > batch:
             first = batch
         writer_reserve(w, batch)
-        memcpy(w.slots + w.index * w.size, data, first * w.size)
+        copy_bytes(w.slots + w.index * w.size, data, first * w.size)
         if batch > first:
-            memcpy(w.slots, data + first * w.size, (batch - first) * w.size)
+            copy_bytes(w.slots, data + first * w.size, (batch - first) * w.size)
         writer_publish(w, batch)
         data += batch * w.size
         n -= batch

@@ -1,4 +1,4 @@
-"""Cython's view of _wire.h and _atomics.h; the headers own layout and meaning, this file only declares."""
+"""Cython's view of _wire.h, _atomics.h and _copy.h; the headers own layout and meaning, this file only declares."""
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 
@@ -27,6 +27,10 @@ cdef extern from "_atomics.h" nogil:
     int online_cpus() noexcept
     bint busy_enter(uint32_t *flag) noexcept
     void busy_leave(uint32_t *flag) noexcept
+
+
+cdef extern from "_copy.h" nogil:
+    void copy_bytes(void *to, const void *source, size_t n) noexcept
 
 
 cdef extern from "_wire.h" nogil:

@@ -24,9 +24,9 @@ from typing import Any
 from muenfast import _bench
 from muenfast.errors import MuenfastError, UsageError
 
-POLICY = ("one process per CPU, pinned; an empty or full ring is looked at again after 128 pauses, from Python at once; "
-          "round trips look after one pause; block I/O: the engines' own adaptive spin, then sleep on the bell; devices: "
-          "server and load on one CPU, front end on the other")
+POLICY = ("one process per CPU, pinned; producers at most 256 KiB ahead; an empty or full ring is looked at again after 128 "
+          "pauses, from Python at once; round trips look after one pause; block I/O: the engines' own adaptive spin, then "
+          "sleep on the bell; devices: server and load on one CPU, front end on the other")
 _HEADER = 64
 _BLOCK = 4096
 RING_SHAPES = ((64, 4096), (1522, 1024), (4120, 512), (131072, 32))  # bytes of an element, elements
@@ -118,13 +118,13 @@ def _queue(pair: Pair, size: int, elements: int, volume: int) -> float:
 
 
 def _copy(pair: Pair, size: int, elements: int, volume: int) -> float:
-    """Elements per second that two cores can move through a ring's memory: the best of chunks of one element, 8 and 32
-    KiB."""
+    """Elements per second that two cores can move through a ring's memory: the best of chunks of one element, 4, 12
+    and 32 KiB."""
     best = 0.0
-    for most in (size, 8192, 32768):
+    for most in (size, 4096, 12288, 32768):
         chunk = max(most // size, 1) * size
         memory, words = _shared(size * elements // chunk * chunk), _shared(4096)
-        count = max(1000, min(volume // 3 // chunk, 20_000_000))
+        count = max(1000, min(volume // 4 // chunk, 20_000_000))
         seconds = pair.run(partial(_bench.copy_write, memory, words, chunk, count),
                            partial(_bench.copy_read, memory, words, chunk, count))
         best = max(best, count * (chunk // size) / float(seconds))
@@ -202,7 +202,7 @@ def _python_ring(pair: Pair, size: int, elements: int, batch: int, count: int) -
 
     region, shared = _shared(_HEADER + size * elements), _shared(4096)
     words = memoryview(shared).cast("Q")    # 0: the reader is there; 8: elements it has taken
-    room = elements // 2
+    room = min(elements // 2, max((256 << 10) // size, 2 * batch))
     step = batch if batch > 1 else min(64, room)
     count = count // step * step
 
