@@ -25,8 +25,8 @@ from muenfast import _bench
 from muenfast.errors import MuenfastError, UsageError
 
 POLICY = ("one process per CPU, pinned; producers at most 256 KiB ahead; an empty or full ring is looked at again after "
-          "128 pauses, from Python at once; round trips look after one pause; block I/O: the engines' own adaptive spin, then "
-          "sleep on the bell; devices: server and load on one CPU, front end on the other")
+          "128 pauses, from Python at once; round trips look after one pause; block I/O: the engines' own adaptive spin, "
+          "then sleep on the bell; devices: server and load on one CPU, front end on the other")
 _HEADER = 64
 _BLOCK = 4096
 RING_SHAPES = ((64, 4096), (1522, 1024), (4120, 512), (131072, 32))  # bytes of an element, elements
