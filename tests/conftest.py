@@ -132,7 +132,8 @@ class Program:
 
     def __init__(self, *words: str, ready: bool = True, cwd: str | None = None) -> None:
         self.process = subprocess.Popen([sys.executable, "-m", "muenfast", *words], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True)
+                                        stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
+                                        env=os.environ | {"PYTHONFAULTHANDLER": "1"})
         self.lines: list[str] = []
         if ready:
             self.wait_ready()
@@ -155,7 +156,12 @@ class Program:
         """Status and what it wrote to standard error."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=timeout)
+        try:
+            _, errors = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)    # faulthandler: where its threads are
+            _, errors = self.process.communicate(timeout=timeout)
+            raise AssertionError(f"did not end by signal {number} within {timeout:g} s:\n{errors}") from None
         return self.process.returncode, errors
 
 
