@@ -35,7 +35,7 @@ def test_bench_writes_every_sample_its_limit_and_the_environment(tmp_path: Path)
     assert len(bars) == 1 + sum(row["ratio"] is not None for report in reports for row in report["rows"])
     names = {row["name"] for report in reports for row in report["rows"]}
     for said in ("Python 64 B one by one", "Python 4120 B batch 64", "publish 64 B", "asleep, p99",
-                 "device, write 4 KiB depth 32", "idle server, CPU", "client with device, memory"):
+                 "device, write 4 KiB depth 32", "idle server, CPU", "idle client with device, CPU"):
         assert any(said in name for name in names), said
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("bench-")]
     assert not [name for name in os.listdir("/dev") if name.startswith("muenbench-")]

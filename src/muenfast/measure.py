@@ -34,7 +34,7 @@ BATCHES = (1, 8, 64)
 DEPTHS = (1, 8, 32)
 
 
-UNITS = ("ns", "%", "MiB")  # the others count something per second
+UNITS = ("ns", "%")  # the others count something per second
 
 
 @dataclass
@@ -308,12 +308,6 @@ class _Child:
             words = file.read().rpartition(") ")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
-    def resident(self) -> float:
-        """MiB of resident memory besides what is shared: regions and RAM disks."""
-        with open(f"/proc/{self.pid}/status", encoding="utf-8") as file:
-            own = sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon:", "RssFile:")))
-        return own / 1024
-
     def close(self) -> None:
         if self._done >= 0:
             os.close(self._done)
@@ -420,7 +414,6 @@ def _device_rows(server: _Child, client: _Child, memory: _Child, count: int, siz
                       limit=limit)
     for child, word in ((server, "server"), (client, "client with device")):
         yield Row(f"idle {word}, CPU", "%", partial(cost, child), less=True)
-        yield Row(f"{word}, memory besides", "MiB", child.resident, less=True)
 
 
 def _disk_rows(disk: Any, size: int, volume: int) -> Iterator[Row]:
