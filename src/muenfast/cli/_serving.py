@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,7 +20,9 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # Not an Event: its lock may be held by the very code that the handler interrupts.
+        self._set_by_signal = False
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
@@ -33,18 +35,23 @@ class Stop:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        os.close(self._read)
+        os.close(self._write)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
+        if not self._set_by_signal:
+            self._set_by_signal = True
+            os.write(self._write, b"s")
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        return self._set_by_signal
 
     def wait(self, until: Callable[[], bool] | None = None) -> None:
         """Returns after a signal, or once until() is true (asked five times a second)."""
         # Never without a limit: the kernel may deliver a signal to another thread (right after SIGCONT it does), and
         # only the main thread runs Python's handler, once it wakes.
-        while not self._event.wait(0.2):
+        while not self._set_by_signal:
+            select.select([self._read], [], [], 0.2)
             if until is not None and until():
                 return
 
