@@ -178,7 +178,8 @@ class Ring(RuleBasedStateMachine):
         count = follower.reader.read_many_into(target)
         assert (follower.reader.result, count) == (result, min(available, room))
         assert bytes(target[:count * self.size]) == b"".join(self.take(follower, count))
-        assert not any(target[count * self.size:])
+        if result is Result.SUCCESS:    # after an overrun, what was copied before it was seen stands there
+            assert not any(target[count * self.size:])
 
     @rule(follower=followers)
     def drain(self, follower: Follower) -> None:

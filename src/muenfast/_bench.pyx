@@ -29,7 +29,9 @@ cdef enum:
     POLITE = 128
     # Bytes a producer may be ahead. A whole ring of megabytes in between leaves the caches, in one run and not in the
     # next: it depends on who is a little faster, and halves everything.
-    AHEAD = 256 << 10
+    AHEAD_BYTES = 256 << 10
+
+AHEAD = AHEAD_BYTES
 
 # Words of the shared progress area, one cache line each.
 cdef enum:
@@ -91,19 +93,21 @@ cdef void meet(uint64_t *words, uint64_t side) noexcept nogil:
 # ------------------------------------------------------------------ the ring
 
 cdef uint64_t window(uint64_t slots, uint64_t size, uint64_t batch) noexcept nogil:
-    """Most elements in between: AHEAD, but two batches at least, and no more than there are slots."""
-    return min(slots, max(AHEAD // size, 2 * batch))
+    """Most elements in between: AHEAD_BYTES, but two batches at least, and no more than there are slots."""
+    return min(slots, max(<uint64_t>AHEAD_BYTES // size, 2 * batch))
 
 
-def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t count):
-    """Writes `count` elements of `size` bytes, `batch` per publish, never more than a window() ahead of the reader."""
+def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t area, uint64_t count):
+    """Writes `count` elements of `size` bytes, `batch` per call, never more than a window() ahead of the reader.
+
+    area: elements of private memory that they come from, in turns, a multiple of batch; as in all these functions.
+    """
     cdef _Held r = _Held(region, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef writer_t w
-    cdef _Private own = _Private(size * batch)
-    cdef uint8_t *data = own.base
-    cdef uint64_t n, first, most
+    cdef _Private own = _Private(size * area)
+    cdef uint64_t n, most, taken = 0, at = 0
     writer_init(&w, r.base, r.view.len, size, 1)
     writer_start(&w, random_epoch())
     most = window(w.elements, size, batch)
@@ -111,39 +115,37 @@ def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t count):
         meet(words, 1)
         while w.wc < count:
             n = min(batch, count - w.wc)
-            while w.wc + n - load_acquire64(&words[DONE]) > most:
-                polite()
-            writer_reserve(&w, n)
-            first = min(n, w.elements - w.index)
-            copy_bytes(w.slots + w.index * size, data, first * size)
-            if n > first:
-                copy_bytes(w.slots, data + first * size, (n - first) * size)
-            writer_publish(&w, n)
+            while w.wc + n - taken > most:
+                taken = load_acquire64(&words[DONE])
+                if w.wc + n - taken > most:
+                    polite()
+            writer_copy(&w, own.base + at * size, n)
+            at = at + batch if at + batch < area else 0
         while load_acquire64(&words[DONE]) < count:
             polite()
         writer_stop(&w)
 
 
-def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t count):
-    """Reads `count` elements into private memory, each batch validated; (seconds, lost)."""
+def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t area, uint64_t count):
+    """Reads `count` elements into private memory, up to `batch` per call, validated; (seconds, lost)."""
     cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
     cdef reader_t r
-    cdef _Private own = _Private(size * batch)
-    cdef uint8_t *data = own.base
-    cdef uint64_t done = 0, n = 0, start
+    cdef _Private own = _Private(size * area)
+    cdef uint64_t done = 0, n = 0, at = 0, start
     cdef ring_status status
     reader_init(&r, m.base, m.view.len, size, 1)
     with nogil:
-        while reader_copy(&r, data, batch, &n) != EPOCH_CHANGED:
+        while reader_copy(&r, own.base, batch, &n) != EPOCH_CHANGED:
             polite()
         meet(words, 2)
         start = now_ns()
         while done < count:
-            status = reader_copy(&r, data, batch, &n)
+            status = reader_copy(&r, own.base + at * size, min(batch, area - at), &n)
             if status == SUCCESS:
                 done += n
+                at = at + n if at + n < area else 0
                 store_release64(&words[DONE], done)
             elif status == NO_DATA:
                 polite()
@@ -247,14 +249,13 @@ cdef inline void put(writer_t *w, const uint8_t *data, uint64_t size) noexcept n
 
 # ------------------------------------------------------------------ limits
 
-def queue_write(memory, progress, uint64_t size, uint64_t elements, uint64_t count):
+def queue_write(memory, progress, uint64_t size, uint64_t elements, uint64_t area, uint64_t count):
     """A bare single-producer single-consumer queue, one element at a time: no header, no validation, no overrun."""
     cdef _Held m = _Held(memory, size * elements)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef _Private own = _Private(size)
-    cdef uint8_t *data = own.base
-    cdef uint64_t put = 0, taken = 0, slot = 0, most = window(elements, size, 1)
+    cdef _Private own = _Private(size * area)
+    cdef uint64_t put = 0, taken = 0, slot = 0, at = 0, most = window(elements, size, 1)
     with nogil:
         meet(words, 1)
         while put < count:
@@ -263,21 +264,21 @@ def queue_write(memory, progress, uint64_t size, uint64_t elements, uint64_t cou
                 if put - taken == most:
                     polite()
                 continue
-            copy_bytes(m.base + slot * size, data, size)
+            copy_bytes(m.base + slot * size, own.base + at * size, size)
+            at = at + 1 if at + 1 < area else 0
             slot = slot + 1 if slot + 1 < elements else 0
             put += 1
             store_release64(&words[PUT], put)
             prefetch_write(m.base + slot * size)
 
 
-def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t count):
+def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t area, uint64_t count):
     """The other side of queue_write; seconds."""
     cdef _Held m = _Held(memory, size * elements)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef _Private own = _Private(size)
-    cdef uint8_t *data = own.base
-    cdef uint64_t put = 0, taken = 0, slot = 0, start
+    cdef _Private own = _Private(size * area)
+    cdef uint64_t put = 0, taken = 0, slot = 0, at = 0, start
     with nogil:
         meet(words, 2)
         start = now_ns()
@@ -287,7 +288,8 @@ def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t coun
                 if taken == put:
                     polite()
                 continue
-            copy_bytes(data, m.base + slot * size, size)
+            copy_bytes(own.base + at * size, m.base + slot * size, size)
+            at = at + 1 if at + 1 < area else 0
             slot = slot + 1 if slot + 1 < elements else 0
             taken += 1
             store_release64(&words[DONE], taken)
@@ -295,14 +297,16 @@ def queue_read(memory, progress, uint64_t size, uint64_t elements, uint64_t coun
     return start / 1e9
 
 
-def copy_write(memory, progress, uint64_t chunk, uint64_t count):
-    """Copies into shared memory what the other CPU copies out, in chunks with one flag each: what two cores can do."""
+def copy_write(memory, progress, uint64_t chunk, uint64_t area, uint64_t most, uint64_t count):
+    """Copies into shared memory what the other CPU copies out, in chunks with one flag each: what two cores can do.
+
+    area: chunks of private memory. most: chunks in between.
+    """
     cdef _Held m = _Held(memory, chunk)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0, taken = 0, slot = 0, most = window(chunks, chunk, 1)
-    cdef _Private own = _Private(chunk)
-    cdef uint8_t *data = own.base
+    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, put = 0, taken = 0, slot = 0, at = 0
+    cdef _Private own = _Private(chunk * area)
     with nogil:
         meet(words, 1)
         while put < count:
@@ -310,21 +314,21 @@ def copy_write(memory, progress, uint64_t chunk, uint64_t count):
                 taken = load_acquire64(&words[DONE])
                 if put - taken == most:
                     polite()
-            copy_bytes(m.base + slot * chunk, data, chunk)
+            copy_bytes(m.base + slot * chunk, own.base + at * chunk, chunk)
+            at = at + 1 if at + 1 < area else 0
             slot = slot + 1 if slot + 1 < chunks else 0
             put += 1
             store_release64(&words[PUT], put)
             prefetch_write(m.base + slot * chunk)
 
 
-def copy_read(memory, progress, uint64_t chunk, uint64_t count):
+def copy_read(memory, progress, uint64_t chunk, uint64_t area, uint64_t count):
     """The other side of copy_write; seconds."""
     cdef _Held m = _Held(memory, chunk)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
-    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, taken = 0, put = 0, slot = 0, start
-    cdef _Private own = _Private(chunk)
-    cdef uint8_t *data = own.base
+    cdef uint64_t chunks = <uint64_t>m.view.len // chunk, taken = 0, put = 0, slot = 0, at = 0, start
+    cdef _Private own = _Private(chunk * area)
     with nogil:
         meet(words, 2)
         start = now_ns()
@@ -333,7 +337,8 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
                 put = load_acquire64(&words[PUT])
                 if put == taken:
                     polite()
-            copy_bytes(data, m.base + slot * chunk, chunk)
+            copy_bytes(own.base + at * chunk, m.base + slot * chunk, chunk)
+            at = at + 1 if at + 1 < area else 0
             slot = slot + 1 if slot + 1 < chunks else 0
             taken += 1
             store_release64(&words[DONE], taken)
@@ -341,10 +346,11 @@ def copy_read(memory, progress, uint64_t chunk, uint64_t count):
     return start / 1e9
 
 
-def bounce(progress, uint64_t size, uint64_t count, bint leads, laps):
-    """Round trips of a cache line (size 0), or of `size` bytes and a line that says that they are there, between two
-    CPUs; seconds. laps: receives the nanoseconds of each (a u64), which costs a look at the clock; or None."""
-    cdef uint64_t room = (size + LINE - 1) // LINE * LINE
+def bounce(progress, uint64_t size, uint64_t slots, uint64_t count, bint leads, laps):
+    """Round trips of a cache line (size 0), or of `size` bytes, in one of `slots` places each way in turns, and a line
+    that says that they are there, between two CPUs; seconds. laps: receives the nanoseconds of each (a u64), which
+    costs a look at the clock; or None."""
+    cdef uint64_t room = (size * slots + LINE - 1) // LINE * LINE
     cdef _Held p = _Held(progress, 4 * LINE + 2 * room)
     cdef _Held times = None if laps is None else _Held(laps, 8 * count)
     cdef uint64_t *lap = NULL if laps is None else <uint64_t *>times.base
@@ -354,24 +360,26 @@ def bounce(progress, uint64_t size, uint64_t count, bint leads, laps):
     cdef uint64_t *other = &words[PUT] if leads else &words[DONE]
     cdef uint8_t *out = p.base + 4 * LINE + (room if leads else 0)
     cdef const uint8_t *back = p.base + 4 * LINE + (0 if leads else room)
-    cdef uint64_t i, start, before, now
+    cdef uint64_t i, at = 0, start, before, now
     with nogil:
         meet(words, 1 if leads else 2)
         start = before = now_ns()
         for i in range(1, count + 1):
             if leads:
-                copy_bytes(out, own.base, size)
+                copy_bytes(out + at, own.base, size)
                 store_release64(mine, i)
             while load_acquire64(other) != i:
                 cpu_pause()
-            copy_bytes(own.base, back, size)
+            copy_bytes(own.base, back + at, size)
             if not leads:
-                copy_bytes(out, own.base, size)
+                copy_bytes(out + at, own.base, size)
                 store_release64(mine, i)
             elif lap != NULL:
                 now = now_ns()
                 lap[i - 1] = now - before
                 before = now
+            at = at + size if at + size < slots * size else 0
+            prefetch_write(out + at)
         start = now_ns() - start
     return start / 1e9
 

@@ -85,6 +85,7 @@ cdef void writer_stop(writer_t *w) noexcept nogil
 cdef void writer_reserve(writer_t *w, uint64_t n) noexcept nogil
 cdef uint8_t *writer_slot(const writer_t *w, uint64_t k) noexcept nogil
 cdef void writer_publish(writer_t *w, uint64_t n) noexcept nogil
+cdef void writer_copy(writer_t *w, const uint8_t *data, uint64_t n) noexcept nogil
 cdef uint64_t random_epoch() noexcept nogil
 
 cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil

@@ -10,13 +10,15 @@ cdef enum:
     IO_READ = 0
     IO_WRITE = 1
     IO_SYNC = 2
+    IO_DISCARD = 3          # the contents no longer matter; submitted only where Target.discards
+    IO_ZERO = 4             # zeros from now on, without a payload; likewise
 
 
 cdef struct io_t:
-    uint32_t kind           # IO_READ, IO_WRITE, IO_SYNC
-    uint32_t nblocks        # blocks of 4096 bytes; 0 for IO_SYNC
+    uint32_t kind           # IO_READ, ...
+    uint32_t nblocks        # of Target.block_size bytes each; 0 for IO_SYNC
     uint64_t block          # first block
-    uint8_t *buf            # nblocks * 4096 bytes, the caller's, untouched by him until done
+    uint8_t *buf            # read and write: nblocks blocks, the caller's, untouched by him until done
     void (*done)(io_t *io) noexcept nogil
     void *user              # the caller's
     int32_t error           # result: 0 or a negative errno
@@ -32,4 +34,6 @@ cdef class Target:
     cdef submit_fn submit
     cdef void *ctx
     cdef readonly uint64_t nblocks
+    cdef readonly uint32_t block_size   # 512 or 4096 bytes: unit and alignment of all I/O
+    cdef readonly bint discards         # takes IO_DISCARD and IO_ZERO
     cdef readonly bint read_only

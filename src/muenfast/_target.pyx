@@ -25,7 +25,10 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 
 cdef class Target:
-    """Anything that executes block I/O in blocks of 4096 bytes; what a front end stands on."""
+    """Anything that executes block I/O in blocks of `block_size` bytes; what a front end stands on."""
+
+    def __cinit__(self):
+        self.block_size = BLOCK_SIZE
 
 
 cdef struct memory_t:

@@ -99,12 +99,17 @@ def _shared(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size)
 
 
+def _area(elements: int) -> int:
+    """Elements of private memory that each side of a throughput row uses in turns: those of the largest batch."""
+    return max(batch for batch in BATCHES if batch <= elements // 4)
+
+
 def _ring(pair: Pair, size: int, elements: int, batch: int, volume: int) -> float:
     """Elements per second through a ring; raises MuenfastError when one was lost."""
     region, words = _shared(_HEADER + size * elements), _shared(4096)
-    count = max(1000, min(volume // size, 20_000_000))
-    seconds, lost = pair.run(lambda: _bench.ring_write(region, words, size, batch, count),
-                             lambda: _bench.ring_read(region, words, size, batch, count))
+    count, area = max(1000, min(volume // size, 20_000_000)), _area(elements)
+    seconds, lost = pair.run(lambda: _bench.ring_write(region, words, size, batch, area, count),
+                             lambda: _bench.ring_read(region, words, size, batch, area, count))
     if lost:
         raise MuenfastError(f"{lost} elements were lost under flow control")
     return count / float(seconds)
@@ -112,22 +117,25 @@ def _ring(pair: Pair, size: int, elements: int, batch: int, volume: int) -> floa
 
 def _queue(pair: Pair, size: int, elements: int, volume: int) -> float:
     memory, words = _shared(size * elements), _shared(4096)
-    count = max(1000, min(volume // size, 20_000_000))
-    return count / float(pair.run(lambda: _bench.queue_write(memory, words, size, elements, count),
-                                  lambda: _bench.queue_read(memory, words, size, elements, count)))
+    count, area = max(1000, min(volume // size, 20_000_000)), _area(elements)
+    return count / float(pair.run(lambda: _bench.queue_write(memory, words, size, elements, area, count),
+                                  lambda: _bench.queue_read(memory, words, size, elements, area, count)))
 
 
 def _copy(pair: Pair, size: int, elements: int, volume: int) -> float:
     """Elements per second that two cores can move through a ring's memory: the best of chunks of one element, 4, 12
     and 32 KiB."""
     best = 0.0
-    for most in (size, 4096, 12288, 32768):
-        chunk = max(most // size, 1) * size
-        memory, words = _shared(size * elements // chunk * chunk), _shared(4096)
-        count = max(1000, min(volume // 4 // chunk, 20_000_000))
-        seconds = pair.run(partial(_bench.copy_write, memory, words, chunk, count),
-                           partial(_bench.copy_read, memory, words, chunk, count))
-        best = max(best, count * (chunk // size) / float(seconds))
+    private = _area(elements) * size
+    for chunk in (size, 4096, 12288, 32768):
+        chunks, count = size * elements // chunk, max(1000, min(volume // 4 // chunk, 20_000_000))
+        for ahead in sorted({_bench.AHEAD, max(_bench.AHEAD, 2 * private)}):  # as window() has it for a ring's batches
+            memory, words = _shared(chunks * chunk), _shared(4096)
+            area = max(1, private // chunk)
+            seconds = pair.run(
+                partial(_bench.copy_write, memory, words, chunk, area, min(chunks, max(2, ahead // chunk)), count),
+                partial(_bench.copy_read, memory, words, chunk, area, count))
+            best = max(best, count * chunk / size / float(seconds))
     return best
 
 
@@ -159,12 +167,12 @@ def _both(pair: Pair, call: Callable[[bool], float]) -> float:
 def _round_trips(pair: Pair, scale: float) -> Iterator[Row]:
     polled, slept = max(100, int(50_000 * scale)), max(100, int(2000 * scale))
 
-    def bounce(size: int, count: int, laps: mmap.mmap | None) -> float:
-        words = _shared(16384)
-        return _both(pair, lambda leads: _bench.bounce(words, size, count, leads, laps))
+    def bounce(size: int, slots: int, count: int, laps: mmap.mmap | None) -> float:
+        words = _shared(4096 + 2 * (size * slots + _HEADER))
+        return _both(pair, lambda leads: _bench.bounce(words, size, slots, count, leads, laps))
 
-    def ring(size: int, bells: bool, count: int, laps: mmap.mmap | None) -> float:
-        ends = [_shared(_HEADER + size * 64) for _ in range(2)]
+    def ring(size: int, slots: int, bells: bool, count: int, laps: mmap.mmap | None) -> float:
+        ends = [_shared(_HEADER + size * slots) for _ in range(2)]
         rings = [_shared(4096) if bells else None for _ in range(2)]
         return _both(pair, lambda leads: _bench.ring_bounce(ends[leads], ends[not leads], size, count, leads, laps,
                                                             rings[leads], rings[not leads]))
@@ -173,14 +181,15 @@ def _round_trips(pair: Pair, scale: float) -> Iterator[Row]:
         words = _shared(4096)
         return _both(pair, lambda leads: _bench.wake_bounce(words, count, leads, laps))
 
-    yield from _lap_rows("cache line round trip", _Laps(partial(bounce, 0), polled))
+    yield from _lap_rows("cache line round trip", _Laps(partial(bounce, 0, 1), polled))
     for size in (64, 4120):
-        yield from _lap_rows(f"bare round trip {size} B", _Laps(partial(bounce, size), polled),
-                             limit="cache line round trip" if size == 64 else None)
-        yield from _lap_rows(f"ring round trip {size} B", _Laps(partial(ring, size, False), polled),
-                             limit=f"bare round trip {size} B")
+        for slots, word in ((1, "1 slot"), (64, "64 slots")):
+            bare = f"bare round trip {size} B, {word}"
+            yield from _lap_rows(bare, _Laps(partial(bounce, size, slots), polled))
+            yield from _lap_rows(f"ring round trip {size} B, {word}", _Laps(partial(ring, size, slots, False), polled),
+                                 limit=bare)
     yield from _lap_rows("futex round trip", _Laps(wake, slept))
-    yield from _lap_rows("ring round trip 64 B, both asleep", _Laps(partial(ring, 64, True), slept),
+    yield from _lap_rows("ring round trip 64 B, both asleep", _Laps(partial(ring, 64, 64, True), slept),
                          limit="futex round trip")
 
 
@@ -202,7 +211,7 @@ def _python_ring(pair: Pair, size: int, elements: int, batch: int, count: int) -
 
     region, shared = _shared(_HEADER + size * elements), _shared(4096)
     words = memoryview(shared).cast("Q")    # 0: the reader is there; 8: elements it has taken
-    room = min(elements // 2, max((256 << 10) // size, 2 * batch))
+    room = min(elements // 2, max(_bench.AHEAD // size, 2 * batch))
     step = batch if batch > 1 else min(64, room)
     count = count // step * step
 
@@ -480,11 +489,13 @@ def take(rows: list[Row], rounds: int, step: Callable[[int, int], None]) -> None
 
 
 def ratio(row: Row, rows: list[Row]) -> float | None:
-    """The row's median held against its limit's; for a time, limit / figure."""
+    """The row held against its limit, for a time limit / figure: the median of the ratios within each round, for a
+    machine that is slower for some rounds is so for both."""
     limit = next((other for other in rows if other.name == row.limit), None)
     if limit is None:
         return None
-    return limit.median / row.median if row.less else row.median / limit.median
+    pairs = zip(row.samples, limit.samples, strict=True)
+    return statistics.median(most / mine if row.less else mine / most for mine, most in pairs)
 
 
 def report(what: str, rows: list[Row]) -> dict[str, Any]:
