@@ -832,6 +832,38 @@ def test_a_silent_asker_does_not_hold_up_the_end(live: tuple[dict[str, str], Pro
         assert server.end(timeout=20)[0] == 0
 
 
+WAIT = """
+import os, signal, sys
+from muenfast.cli._serving import Stop
+
+def trace(frame, event, arg):
+    global seen
+    if event == "line":
+        seen += 1
+        if seen == point:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return trace
+
+point, seen = 0, 0
+while seen == point or not point:
+    point, seen, looks = point + 1, 0, [None] * 2
+    with Stop() as stop:
+        sys.settrace(trace)
+        stop.wait(lambda: not looks or looks.pop())
+        sys.settrace(None)
+        assert stop.is_set() == (seen >= point), point
+    seen = min(seen, point)
+print(point)
+"""
+
+
+def test_a_signal_at_any_line_of_the_wait_ends_it() -> None:
+    """Whatever lock the wait may hold at that moment, the handler does not want it."""
+    done = subprocess.run([sys.executable, "-c", WAIT], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_server_in_the_background_of_a_script_ends_by_signal(number: int, four: dict[str, str], tmp_path: Path) -> None:
     """A shell's & has SIGINT ignored; the server leaves all the same, with 0 and nothing left."""

@@ -16,12 +16,11 @@ from muenfast import shm
 from muenfast._client import Client
 from muenfast._ring import Watch
 from muenfast.connection import BLOCK, Channels, channels_from_lists
-from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, UsageError
+from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, PeerLog, UsageError
 
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names, claims and policies
-_QUIET = 1.0  # seconds between two lines of the log that a peer can cause at will
 _PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
 
 
@@ -87,7 +86,7 @@ class BlockDevice:
         self._failure: str | None = None
         self._rmw = threading.Lock()
         self._complaint = ""
-        self._warned, self._swallowed = -_QUIET, 0
+        self._peer = PeerLog(f"disk {self.channels.name}")
         self._broken = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
@@ -159,7 +158,7 @@ class BlockDevice:
                 if not lost_since:
                     lost_since = now
                     if not self._dead:
-                        self._warn("the server is gone%s", self._meanwhile())
+                        self._peer.warning("the server is gone%s", self._meanwhile())
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
                 if self.client.server_state == "gone":
@@ -180,7 +179,7 @@ class BlockDevice:
                 if self._server_died():
                     if not self._dead:
                         self._dead = True
-                        self._warn("the server is gone%s", self._meanwhile())
+                        self._peer.warning("the server is gone%s", self._meanwhile())
                     if self._policy.mode != "queue":
                         self.client.fail(forever=False)
                 elif self._policy.mode == "queue":
@@ -188,7 +187,7 @@ class BlockDevice:
                 elif self._policy.mode == "timeout" and self.client.in_flight:
                     stuck_since = stuck_since or now
                     if now - stuck_since > self._policy.seconds:
-                        self._warn("no answer for %g s", self._policy.seconds)
+                        self._peer.warning("no answer for %g s", self._policy.seconds)
                         self.client.fail(forever=False)
                         stuck_since = 0.0
                 else:
@@ -203,21 +202,11 @@ class BlockDevice:
         header = self.client.incompatible
         return None if header is None else self.channels.misfit(False, header)
 
-    def _warn(self, text: str, *values: object) -> None:
-        """A warning about a peer, who shall not fill our log."""
-        now = time.monotonic()
-        if now - self._warned < _QUIET:
-            self._swallowed += 1
-            return
-        more = f" ({self._swallowed} warnings more were left out)" if self._swallowed else ""
-        log.warning("disk %s: " + text + "%s", self.channels.name, *values, more)
-        self._warned, self._swallowed = now, 0
-
     def _complain(self, text: str) -> None:
         """Says once what stands in the way of a connection."""
         if text != self._complaint:
             self._complaint = text
-            self._warn("waiting: %s", text)
+            self._peer.warning("waiting: %s", text)
 
     def _answered(self) -> bool:
         """The server named a size: issue again if it is the same disk, else fail for good.
@@ -276,7 +265,7 @@ class BlockDevice:
         broken = self.client.broken
         if broken and not self._broken:
             self._broken = True
-            self._warn("%s", BrokenChannelError(self._ends[broken == "response"].locator.text))
+            self._peer.warning("%s", BrokenChannelError(self._ends[broken == "response"].locator.text))
         try:
             stale = [end for end in self._ends if end.replaced()]
             if broken and not stale:

@@ -1,10 +1,16 @@
-"""The exception tree, split by whose fault it is; OS failures stay OSError with the path set.
+"""The exception tree, split by whose fault it is, and warnings about peers; OS failures stay OSError with the path set.
 
 Results of a ring operation (no data, overrun, ...) are not errors: see muenfast.Result.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+
+log = logging.getLogger("muenfast")
+
+_QUIET = 1.0  # seconds between two lines of a PeerLog
 
 class MuenfastError(Exception):
     """Root of everything muenfast raises on its own account."""
@@ -62,3 +68,24 @@ class BrokenChannelError(MuenfastError):
         self.channel = channel
         super().__init__(f"channel {channel}: its memory was taken away (the region was truncated); "
                          f"make it anew and start again")
+
+
+class PeerLog:
+    """Warnings that a peer can cause at will: one line a second; those left out are counted in the next one.
+
+    prefix: what stands before each line. For one thread.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._last, self._left_out = -_QUIET, 0
+
+    def warning(self, text: str, *values: object) -> None:
+        """Logs `text` with `values` filled in, or counts it."""
+        now = time.monotonic()
+        if now - self._last < _QUIET:
+            self._left_out += 1
+            return
+        more = f" ({self._left_out} warnings more were left out)" if self._left_out else ""
+        log.warning("%s: " + text + "%s", self._prefix, *values, more)
+        self._last, self._left_out = now, 0

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import threading
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,11 @@ from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device
 from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, blame, channels_from_lists, place
-from muenfast.errors import BrokenChannelError
+from muenfast.errors import BrokenChannelError, PeerLog
 
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names
-_QUIET = 1.0  # seconds between two lines of the log that a peer can cause at will
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ class Export:
             self._stack = stack.pop_all()
         self._stop = threading.Event()
         self._broken = False
-        self._complained, self._swallowed = -_QUIET, 0
+        self._peer = PeerLog(f"export {self.name}")
         self._thread = threading.Thread(target=self._serve, name=f"export {config.channels.name}", daemon=True)
 
     @property
@@ -132,27 +130,17 @@ class Export:
                 try:
                     self._look(idle=not self.server.connected or batches == before)
                 except Exception as error:  # nobody else would hear of it, and the export goes on
-                    self._complain("cannot look after its channels: %s", error)
+                    self._peer.warning("cannot look after its channels: %s", error)
                     self._stop.wait(_TICK)
             elif event == "connected":
                 log.info("export %s: client connected", self.name)
             elif event == "disconnected":
                 log.info("export %s: client left", self.name)
             elif event == "overrun":
-                self._complain("the client wrote more than the ring holds: %d requests lost so far, reconnecting",
+                self._peer.warning("the client wrote more than the ring holds: %d requests lost so far, reconnecting",
                                self.server.counters["lost"])
             elif event == "incompatible":
-                self._complain("%s", self.config.channels.misfit(True, self.server.fault))
-
-    def _complain(self, text: str, *values: object) -> None:
-        """A warning about a peer, who shall not fill our log."""
-        now = time.monotonic()
-        if now - self._complained < _QUIET:
-            self._swallowed += 1
-            return
-        more = f" ({self._swallowed} warnings more were left out)" if self._swallowed else ""
-        log.warning("export %s: " + text + "%s", self.name, *values, more)
-        self._complained, self._swallowed = now, 0
+                self._peer.warning("%s", self.config.channels.misfit(True, self.server.fault))
 
     def _look(self, idle: bool) -> None:
         """Follows the channels' memory: a peer may have made them anew, or truncated one and given it its size back.

@@ -22,10 +22,11 @@ class Stop:
     def __init__(self) -> None:
         # Not an Event: its lock may be held by the very code that the handler interrupts.
         self._set_by_signal = False
-        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._read = self._write = -1
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
