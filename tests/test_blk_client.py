@@ -495,6 +495,46 @@ def test_a_depth_bounds_what_is_in_flight(link: Link, hand: Hand) -> None:
         device.client.depth = 0
 
 
+@pytest.mark.parametrize(("pause", "depth"), [(0.003, 128), (0.0, 16)], ids=["rounds", "one by one"])
+def test_the_depth_adapts_to_the_server(link: Link, hand: Hand, pause: float, depth: int) -> None:
+    """It grows as far as the rings allow where a server needs as long for many requests as for one, and shrinks to the
+    least where more in flight only wait longer."""
+    opening = Worker(link.device)
+    hand.welcome()
+    device = opening.result()
+    assert device.client.depth == 32
+    buffer, offsets = bytearray(8192 * BLOCK_BYTES), [n % BLOCKS * BLOCK_BYTES for n in range(8192)]
+    done = threading.Event()
+
+    def load() -> None:
+        while not done.is_set():
+            device.pread_many(offsets, buffer)
+
+    def serve() -> None:
+        while calls.is_alive():
+            taken = []
+            while (raw := hand.reader.read()[1]) is not None:
+                taken.append(Event.unpack(raw))
+            if pause:
+                time.sleep(pause)
+            for request in taken:
+                hand.answer(request, data=block(request.id))
+
+    calls = Worker(load)
+    server = Worker(serve)
+    try:
+        assert eventually(lambda: device.client.depth == depth, 60), device.client.depth
+    finally:
+        done.set()
+    calls.result()
+    server.result()
+    assert buffer == b"".join(block(n % BLOCKS) for n in range(8192))
+    device.client.depth = 5
+    assert device.client.depth == 5
+    device.client.depth = None
+    assert device.client.depth == 32
+
+
 # ------------------------------------------------------------------ interruption
 
 

@@ -36,6 +36,15 @@ cdef uint64_t ANSWER_NS = 1_000_000_000
 cdef uint64_t SIGNALS_NS = 50_000_000
 
 
+# An automatic depth (docs/decisions/005): settled on and probed for so many answers each, between whom requests always
+# waited for room; every so many of those windows the double or the half is tried.
+cdef enum:
+    DEPTH_FIRST = 32
+    DEPTH_LEAST = 16
+    DEPTH_ANSWERS = 1024
+    DEPTH_WINDOWS = 8
+
+
 cdef enum:
     ENTRY_FREE = 0
     ENTRY_ISSUED = 1        # by the issuer, with the lock
@@ -89,6 +98,11 @@ cdef struct client_t:
     uint32_t base           # priv of request 0 of this epoch
     uint32_t window
     uint32_t depth          # most requests in flight, 1..WINDOW
+    uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
+    uint64_t pace           # answers per second at the settled depth, smoothed
+    uint64_t measured_from  # answers when the current window began ...
+    uint64_t measured_since # ... and the time; 0: none has
+    uint32_t windows        # at the settled depth, or probes
     uint32_t state
     uint64_t server         # response epoch of the server that was resumed with
     bint fail_fast          # while lost, new requests fail
@@ -117,8 +131,9 @@ cdef struct client_t:
 cdef void client_issue(client_t *c) noexcept nogil:
     """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY.
 
-    At most `depth` are in flight. Invariant: head - tail <= window <= elements of either ring, and tail counts answered requests only, so that
-    neither the request ring (the server has read what it answered) nor the response ring can overrun.
+    At most `depth` are in flight. Invariant: head - tail <= window <= elements of either ring, and tail counts answered
+    requests only, so that neither the request ring (the server has read what it answered) nor the response ring can
+    overrun.
     Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
     """
     cdef uint64_t n, k, room
@@ -162,6 +177,40 @@ cdef void client_issue(client_t *c) noexcept nogil:
             store_release32(&e.state, ENTRY_ISSUED)
             store_release64(&c.head, c.head + 1)
         writer_publish(&c.w, n)
+
+
+cdef void client_adapt(client_t *c) noexcept nogil:
+    """Finds the least depth that is as fast as any. Precondition: lock held, settled != 0, before client_issue.
+
+    Where requests wait for room, more in flight can only make them wait in the ring instead, unless the server gets
+    more done: the double is kept for an eighth more answers per second, the half for at most a 32nd less.
+    """
+    cdef uint64_t now, pace
+    cdef uint32_t limit = min(c.window, <uint32_t>WINDOW)
+    if c.first == NULL:
+        c.measured_since = 0
+        c.depth = c.settled
+        return
+    if c.measured_since != 0 and c.answers - c.measured_from < DEPTH_ANSWERS:
+        return
+    now = now_ns()
+    if c.measured_since != 0 and now > c.measured_since:
+        pace = (c.answers - c.measured_from) * 1_000_000_000 // (now - c.measured_since)
+        if c.depth == c.settled:
+            c.pace = pace if c.pace == 0 else (3 * c.pace + pace) // 4
+            c.windows += 1
+            if c.windows % (2 * DEPTH_WINDOWS) == 0:
+                c.depth = min(2 * c.settled, limit)
+            elif c.windows % DEPTH_WINDOWS == 0:
+                c.depth = max(c.settled // 2, <uint32_t>DEPTH_LEAST)
+        else:
+            if pace > c.pace + c.pace // 8 or c.depth < c.settled and pace >= c.pace - c.pace // 32:
+                c.settled = c.depth
+                c.pace = pace
+            c.depth = c.settled
+            c.windows += 1
+    c.measured_from = c.answers
+    c.measured_since = now
 
 
 cdef void client_submit_list(client_t *c, io_t *first, io_t *last) noexcept nogil:
@@ -280,6 +329,8 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
     store_release64(&c.tail, tail)
     pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
     if c.state == CLIENT_READY:
+        if c.settled != 0:
+            client_adapt(c)
         client_issue(c)
     pthread_mutex_unlock(&c.lock)
     client_finish(c, finished)
@@ -577,6 +628,7 @@ cdef bint client_resume(client_t *c) noexcept nogil:
         store_release64(&c.tail, c.tail + 1)
     c.head = 0
     store_release64(&c.tail, 0)
+    c.measured_since = 0
     c.window = WINDOW
     while c.window > c.w.elements or c.window > c.r.elements:
         c.window //= 2
@@ -655,7 +707,7 @@ cdef class Client(Target):
         self.bind(request, response, request_bell, response_bell, 0 if poll is None else poll * 1000)
         c.fail_fast = fail_fast
         c.window = 1
-        c.depth = WINDOW
+        c.depth = c.settled = DEPTH_FIRST
         self.ctx = <void *>c
         self.submit = client_submit
 
@@ -814,15 +866,17 @@ cdef class Client(Target):
 
     @property
     def depth(self):
-        """Most blocks in flight: 1 to 1024; the rings may hold fewer."""
+        """Most blocks in flight now. Set it to 1 to 1024 (the rings may hold fewer), or to None: it adapts."""
         return self.c.depth
 
     @depth.setter
     def depth(self, value):
-        if not 1 <= value <= WINDOW:
+        if value is not None and not 1 <= value <= WINDOW:
             raise UsageError(f"a depth is 1 to {WINDOW} blocks", value=value)
         pthread_mutex_lock(&self.c.lock)
-        self.c.depth = value
+        self.c.depth = DEPTH_FIRST if value is None else value
+        self.c.settled = DEPTH_FIRST if value is None else 0
+        self.c.pace = self.c.measured_since = 0
         pthread_mutex_unlock(&self.c.lock)
 
     @property

@@ -58,7 +58,7 @@ class BlockDevice:
     req, resp: locators (or channels: a parsed Channels). timeout: seconds to wait for the server, None: no end.
     on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
     that a server which announces no or another identity still has the same data. depth: most blocks in flight, 1 to
-    1024; None: as many as the channels hold. watch: polls for this disk while it is idle.
+    1024; None: it adapts. watch: polls for this disk while it is idle.
 
     All methods may be called from any number of threads; requests of several threads are in flight together.
     Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
