@@ -10,7 +10,7 @@ from muenfast.cli._serving import Stop, notify, say_ready
 from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
-_SERVER_ONLY = ("device", "read_only")
+_SERVER_ONLY = ("device", "read_only", "threads")
 _CLIENT_ONLY = ("attach", "on_peer_loss", "same_store")
 
 
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                       "disk or partition (default: ram:64M each)")
     add("--read-only", metavar="L", nargs="?", const="yes",
         help="server: refuse writes; yes or no for each export, alone: for all")
+    add("--threads", metavar="N", help="server: most threads for exports in RAM, which share them where they are more "
+                                       "(default: four for each CPU); other disks have one each")
     add("--req-protocol", metavar="L", help="hexadecimal (default: 9570208dca77db19)")
     add("--resp-protocol", metavar="L", help="hexadecimal (default: 9851be3282fef0dc)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 1M; foreign "
@@ -67,7 +69,10 @@ def _server(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
 
     configs = exports_from_lists(arguments.req, arguments.resp, device=arguments.device,
                                  read_only=arguments.read_only, **_lists(arguments))
-    server = stack.enter_context(BlockServer(configs))
+    threads = arguments.threads
+    if threads is not None:
+        threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
+    server = stack.enter_context(BlockServer(configs, threads=threads))
     control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
     stack.callback(control.close)
     say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
