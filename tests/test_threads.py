@@ -207,7 +207,8 @@ if FREE:
 _CLOSING = """
 import mmap, sys, threading
 from muenfast import UsageError
-from muenfast._blk import Server, Store
+from muenfast._blk import Server
+from muenfast._store import Store
 from muenfast._client import Client
 def close(one, start):
     start.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muenfast import params
-from muenfast._blk import Store
+from muenfast._store import Store
 from muenfast._ring import layout
 from muenfast.errors import UsageError
 

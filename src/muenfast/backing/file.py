@@ -11,7 +11,7 @@ import stat
 from contextlib import ExitStack
 
 from muenfast import shm
-from muenfast._blk import Store
+from muenfast._store import Store
 from muenfast.backing import BLOCK, Backing, Device
 from muenfast.errors import ClaimError, UsageError
 
