@@ -178,10 +178,13 @@ cdef uint64_t buffer_run(buffer_server_t *s, uint64_t first, uint64_t n, uint64_
 
 
 cdef uint64_t buffer_smart(buffer_server_t *s, const block_request *h) noexcept nogil:
-    """The disk's raw SMART data to the buffer; the status. Where it does not fit there is none."""
+    """The disk's raw SMART data to the buffer; the status. Where it does not fit there is none.
+
+    Public clients leave the length 0; one that is given bounds what is touched.
+    """
     cdef const device_t *d = &s.devices[h.device]
     cdef uint64_t status
-    if (h.buffer_offset & (d.block_size - 1) != 0 or h.buffer_offset > s.length
+    if (0 < h.length < SMART_SIZE or h.buffer_offset & (d.block_size - 1) != 0 or h.buffer_offset > s.length
             or SMART_SIZE > s.length - h.buffer_offset):
         count64(&s.n.rejected, 1)
         return SMART_UNAVAILABLE
@@ -372,12 +375,11 @@ cdef class BufferServer(ServerEngine):
     """Serves several Stores over one connection: two channels and a buffer.
 
     request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed by
-    the caller; buffer: writable, at least 4096 bytes. stores: device 0, 1, ... request_bell,
-    response_bell: writable buffers or None. poll: microseconds, None: adaptive. watch: of all engines of this process,
-    or None.
+    the caller; buffer: writable, at least 4096 bytes. stores: device 0, 1, ... request_bell, response_bell: writable
+    buffers or None. poll: microseconds, None: adaptive. watch: of all engines of this process, or None.
 
-    The response channel becomes active with the first run() and keeps its epoch until close(). run() belongs to one thread;
-    stop(), counters and state may be used from others.
+    The response channel becomes active with the first run() and keeps its epoch until close(). run() belongs to one
+    thread; stop(), counters and state may be used from others.
     """
     cdef buffer_server_t *s
     cdef Mapping buffer
@@ -399,10 +401,12 @@ cdef class BufferServer(ServerEngine):
         cdef Store store
         cdef uint32_t flags = 0
         cdef uint64_t count
-        if self.stores is not None:
+        if self.s.devices != NULL:
             raise UsageError("a BufferServer is initialised once")
         stores = tuple(stores)
         count = len(stores)
+        if not all([isinstance(each, Store) for each in stores]):
+            raise TypeError("stores are Store objects")
         if not 1 <= count <= MOST_DEVICES:
             raise UsageError(f"a connection has 1 to {MOST_DEVICES} devices", value=count)
         self.s.devices = <device_t *>calloc(count, sizeof(device_t))

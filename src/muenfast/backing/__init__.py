@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muenfast import params
-from muenfast._store import Store
 from muenfast._ring import layout
+from muenfast._store import Store
 from muenfast.errors import UsageError
 
 BLOCK = layout()["block_size"]
