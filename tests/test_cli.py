@@ -279,7 +279,8 @@ def test_a_runtime_directory_that_is_no_place_for_claims(kind: str, four: dict[s
 
 
 @pytest.mark.parametrize("words", [[], ["blk"], ["chan"], ["chan", "list"], ["chan", "show"], ["chan", "create"],
-                                   ["chan", "rm"], ["chan", "dump"], ["stat"], ["doctor"], ["demo"]], ids=" ".join)
+                                   ["chan", "rm"], ["chan", "dump"], ["modprobe"], ["modinfo"],
+                                   ["stat"], ["doctor"], ["demo"]], ids=" ".join)
 def test_help(words: list[str]) -> None:
     """Status 0, usage and every option on standard output."""
     done = run(*words, "--help")
@@ -298,7 +299,7 @@ def test_muenfast_alone_shows_its_commands() -> None:
     """Somebody who knows nothing yet gets the list of commands, not a complaint; no output, status 2."""
     done = run()
     assert (done.returncode, done.stdout) == (2, "")
-    for command in ("blk", "chan", "stat", "doctor", "demo"):
+    for command in ("blk", "modprobe", "modinfo", "chan", "stat", "doctor", "demo"):
         assert f"\n    {command} " in done.stderr
 
 

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "attach": {"errors", "params", "shm", "attach._fuse"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
+    "modules": {"errors", "params", "shm", "connection"},
     "export": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection"},
     "disk": {"errors", "params", "shm", "_ring", "channel", "_client", "connection"},
     "aio": {"errors", "_target", "_client", "connection", "disk"},
@@ -46,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
-            "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
+            "control", "connection", "modules", "export", "disk", "blk", "_bench", "measure", "doctor"},
     "__main__": {"cli"},
 }
 
