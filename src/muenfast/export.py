@@ -50,7 +50,10 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
              for i, d in enumerate(parsed)]
     stores = [(called.device, i, parsed[i].text, os.path.realpath(path), 0, math.inf)
               for i, path in enumerate(paths) if path]
-    params.apart([span for span in stores if not flagged[span[1]] or parsed[span[1]].kind != "file"],
+    # Partitions by their numbers: where they are, and whether they overlap after all, is seen once they are opened.
+    parts = [(option, i, text, path, parsed[i].partition, parsed[i].partition + 1 if parsed[i].partition else math.inf)
+             for option, i, text, path, _, _ in stores]
+    params.apart([span for span in parts if not flagged[span[1]] or parsed[span[1]].kind != "file"],
                  "a disk that is written has one export")
     for entry in channels:
         for option, locator in ((called.req, entry.req), (called.resp, entry.resp)):

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                   "/path@OFFSET+SIZE; client to server")
     add("--resp", metavar="L", required=True, help="response channels, server to client")
     add("--client", action="store_true", help="attach the disks as /dev/muendiska, /dev/muendiskb, ...")
-    add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, or the PATH of a file, "
-                                      "disk or partition (default: ram:64M each)")
+    add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, the PATH of a file, disk or "
+                                      "partition, or PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
+                                      "that very name (default: ram:64M each)")
     add("--read-only", metavar="L", nargs="?", const="yes",
         help="server: refuse writes; yes or no for each export, alone: for all")
     add("--req-protocol", metavar="L", help="hexadecimal (default: 9570208dca77db19)")
