@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from muenfast import params, shm
+from muenfast import params
 from muenfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from muenfast import shm
 
 SHARED_PROTOCOL = 0x5155684453516F3D  # docs/protocol.md: of both channels beside a shared buffer
 
@@ -187,6 +190,8 @@ def connections_from_lists(connections: str, device: str | None = None, *, calle
 
 
 def _connection(option: str, index: int, entry: str) -> Connection:
+    from muenfast import shm
+
     fields = [field.strip() for field in entry.split(":")]
     if len(fields) > len(_FIELDS):
         raise UsageError(f"{_CONNECTION}; this has {len(fields)} fields: a path that holds ':' or ',' cannot be "

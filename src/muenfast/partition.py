@@ -45,13 +45,15 @@ class Partition:
 class Table:
     """A table. scheme: "mbr" or "gpt". sector: the unit in which it counts. spans: the (start, end) where it stands.
 
-    faults: by number, why a partition cannot be used. notes: what else is wrong with the table.
+    faults: by number, why a partition cannot be used. containers: of these, the extended ones, where nothing is wrong.
+    notes: what else is wrong with the table.
     """
 
     scheme: str
     sector: int
     partitions: dict[int, Partition] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
+    containers: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
@@ -134,6 +136,7 @@ def _mbr(read: Read, size: int, unit: int) -> Table:
             table.faults[number] = f"the extended partition begins at byte {start * unit} of the disk's {size}"
         else:
             table.faults[number] = "it is the extended partition, which only holds the logical ones"
+            table.containers.add(number)
             logical = _logical(table, read, size, start, logical)
     return table
 
@@ -172,8 +175,7 @@ def _logical(table: Table, read: Read, size: int, first: int, number: int) -> in
 
 def _likely(table: Table, read: Read, size: int) -> tuple[int, int, int]:
     """How likely an MBR is in its unit, for comparison."""
-    containers = sum(reason.startswith("it is the extended") for reason in table.faults.values())
-    wrong = len(table.faults) - containers + len(table.notes) + len(list(table.overlaps()))
+    wrong = len(table.faults) - len(table.containers) + len(table.notes) + len(list(table.overlaps()))
     starts = [each.start for each in table.partitions.values()]
     return (-wrong, sum(_file_system(read, size, start) for start in starts),
             sum(start % (1 << 20) == 0 for start in starts))
