@@ -868,7 +868,7 @@ def test_a_signal_at_any_line_of_the_wait_ends_it() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_server_in_the_background_of_a_script_ends_by_signal(number: int, four: dict[str, str], tmp_path: Path) -> None:
     """A shell's & has SIGINT ignored; the server leaves all the same, with 0 and nothing left."""
-    script = (f'"$0" -m muenfast blk --req {four["a"]} --resp {four["c"]} --device ram:64K > ready & server=$!\n'
+    script = (f': > ready\n"$0" -m muenfast blk --req {four["a"]} --resp {four["c"]} --device ram:64K > ready & server=$!\n'
               f'while ! grep -q ready ready; do sleep 0.05; done\nkill -{number:d} $server\nwait $server')
     done = subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60, check=False)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from muenfast import partition
 from muenfast.attach import loop
-from muenfast.errors import UsageError
+from muenfast.errors import PeerLog, UsageError
 
 log = logging.getLogger("muenfast")
 
@@ -46,6 +46,7 @@ _BLOCK = 4096                   # unit of the disk, and sector of its loop devic
 
 _QUIET, _MOST_NOISE = 0.03, 0.5     # seconds: a tool writes a table in several steps; it is read once they are over
 _RETRY = 0.5                        # seconds between tries while something is in use
+_COMPLAINTS = 4                     # most of one look in one line
 _MOST_READS = 3                     # a table that moves while it is read is told to have been written
 _LOOK = 2.0                         # seconds between looks where there are no uevents to be had
 
@@ -68,7 +69,7 @@ def of_kernel(loop_number: int) -> dict[int, Device]:
             found[int((place / "partition").read_text())] = Device(
                 int((place / "start").read_text()) * 512, int((place / "size").read_text()) * 512,
                 os.makedev(int(major), int(minor)))
-        except (FileNotFoundError, OSError) as error:
+        except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):     # deleted while we looked
                 raise
     return found
@@ -93,8 +94,9 @@ class Partitions:
         self._spans: list[tuple[int, int]] = []     # where the table stood at the last look
         self._nodes: dict[str, int] = {}        # path: number of the device that we made it for
         self._by_kernel: dict[str, bool] = {}   # scheme: whether the kernel parses it by itself
-        self._said: set[str] = set()            # complaints of the look before this one
-        self._now: set[str] = set()             # and of this one
+        self._said: dict[str, None] = {}        # complaints of the look before this one
+        self._now: dict[str, None] = {}         # and of this one
+        self._peer = PeerLog(f"/dev/{name}")
         self._stopping = False
         self._wake = (-1, -1)
         self._uevents: socket.socket | None = None
@@ -109,9 +111,9 @@ class Partitions:
             self._event = os.dup(self._given)       # open for as long as the thread may live
             self._listen()
             busy = self._try()
-            self._thread = threading.Thread(target=self._follow, args=(busy,), name=f"partitions-{self.name}",
-                                            daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._follow, args=(busy,), name=f"partitions-{self.name}", daemon=True)
+            thread.start()
+            self._thread = thread
             undo.pop_all()
 
     def stop(self, timeout: float) -> bool:
@@ -142,7 +144,7 @@ class Partitions:
         """Descriptors of all partitions, by our nodes, for whoever has to flush them."""
         found = []
         for path, number in list(self._nodes.items()):
-            with contextlib.suppress(FileNotFoundError, OSError):   # it has gone, or its node has
+            with contextlib.suppress(OSError):      # it has gone, or its node has
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 if os.fstat(fd).st_rdev == number:
                     found.append(fd)
@@ -208,25 +210,33 @@ class Partitions:
                 ours = True     # some were lost
 
     def _say(self, text: str) -> None:
-        """A complaint; one that the last look had, too, was said then."""
-        if text not in self._said | self._now:
-            log.warning("/dev/%s: %s", self.name, text)
-        self._now.add(text)
+        """Notes a complaint of this look."""
+        self._now.setdefault(text)
+
+    def _report(self) -> None:
+        """Logs, in one line, what this look complained of and the last one did not: the disk's contents are its peer's.
+        """
+        new = [text for text in self._now if text not in self._said]
+        if new:
+            more = f"; and {len(new) - _COMPLAINTS} more" if len(new) > _COMPLAINTS else ""
+            self._peer.warning("%s%s", "; ".join(new[:_COMPLAINTS]), more)
 
     # ---- one look
 
     def _try(self) -> bool:
-        """_look(); True where it failed."""
+        """_look(), with its complaints; True where it failed."""
+        self._said, self._now = self._now, {}
         try:
             return self._look()
-        except OSError as error:
+        except Exception as error:      # nobody else would hear of it, and the disk goes on
             if not self._stopping:
                 self._say(f"its partitions cannot be looked after: {error}")
             return True
+        finally:
+            self._report()
 
     def _look(self) -> bool:
         """Table to kernel, kernel to nodes. True: something is in use, and it is worth trying again."""
-        self._said, self._now = self._now, set()
         fd = os.open(loop.path_of(self.loop), os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -264,8 +274,9 @@ class Partitions:
     def _wanted(self, table: partition.Table | None) -> dict[int, tuple[int, int]]:
         """(start, size) by number, of those that the kernel can have."""
         found: dict[int, tuple[int, int]] = {}
-        for number in sorted(table.partitions if table else ()):
-            assert table is not None
+        if table is None:
+            return found
+        for number in sorted({*table.partitions, *table.faults} - table.containers):
             try:
                 part = partition.find(table, number)
             except UsageError as error:
