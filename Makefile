@@ -47,16 +47,16 @@ check: $(V)/.installed $(V)/.check-group ## style, types, stubs, Cython's hints 
 	@$(PY) tools/check_hints.py
 	@$(PY) -m pytest -q tests/test_packaging.py
 
-asan: $(V)/.test-group ## ring and block tests with AddressSanitizer; ARGS="-k name" some of them
+asan: $(V)/.installed $(V)/.test-group ## ring and block tests with AddressSanitizer; ARGS="-k name" some of them
 	@$(PY) tools/sanitize.py address $(ARGS)
 
-ubsan: $(V)/.test-group ## the same with UndefinedBehaviorSanitizer
+ubsan: $(V)/.installed $(V)/.test-group ## the same with UndefinedBehaviorSanitizer
 	@$(PY) tools/sanitize.py undefined $(ARGS)
 
 tsan: $(V)/.build-group ## the ring's core, called from C, with ThreadSanitizer; ARGS=10 seconds per scenario
 	@$(PY) tools/tsan.py $(ARGS)
 
-coverage: $(V)/.coverage-group ## lines that ring and block tests reach: .py, .pyx (line tracing), headers (gcov)
+coverage: $(V)/.installed $(V)/.coverage-group ## lines that ring and block tests reach: .py, .pyx (line tracing), headers (gcov)
 	@$(PY) tools/coverage.py $(ARGS)
 
 torn: $(V)/.installed ## torn reads: 10^9 bytes under overruns, every element checked; ARGS="--bytes N"
@@ -65,7 +65,7 @@ torn: $(V)/.installed ## torn reads: 10^9 bytes under overruns, every element ch
 hostile: $(V)/.installed ## a hostile peer against server and client, ten minutes; ARGS="--minutes N --seed S"
 	@$(PY) tools/hostile.py $(ARGS)
 
-mutants: $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
+mutants: $(V)/.installed $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
 	@$(PY) tools/mutants.py $(ARGS)
 
 build: $(V)/.installed ## build the package and install it into .venv

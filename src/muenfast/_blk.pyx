@@ -3,6 +3,7 @@
 Runs without the GIL and allocates nothing per request. Trust: of every request the 24-byte header is copied once,
 validated, and only the copy is used; payload is used in place and checked for being intact afterwards.
 """
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport EFAULT, EINTR, EINVAL, EIO, EROFS, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -36,6 +37,8 @@ cdef enum:
     # Requests of one round to a store without system calls: the client takes these answers while the next ones are
     # copied. With 64, and 32 in flight, the two took turns (docs/decisions/003).
     MEMORY_BATCH = 4
+    # Rounds of one server of a group before the next one's turn.
+    TURN_ROUNDS = 8
 
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
@@ -80,6 +83,11 @@ cdef class Store:
     def read_only(self):
         """Whether writes are refused."""
         return self.s.read_only
+
+    @property
+    def waits(self):
+        """Whether it makes system calls, which may wait."""
+        return self.s.kind == STORE_FILE
 
     @staticmethod
     def in_memory(memory, *, read_only=False, identity=None):
@@ -167,6 +175,7 @@ cdef enum server_event:
     SERVER_INCOMPATIBLE = 3
     SERVER_OVERRUN = 4
     SERVER_STOPPED = 5
+    SERVER_UNRULY = 6       # of a group: this one made the others wait; after another event or alone
 
 
 cdef struct server_counters:
@@ -190,6 +199,7 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
+    bint overrun            # a new response epoch is due, once the answers published had GRACE_NS to be read
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
@@ -217,7 +227,7 @@ cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcep
     return 0
 
 
-cdef bint server_intact(const server_t *s, uint64_t k) noexcept nogil:
+cdef bint server_intact(server_t *s, uint64_t k) noexcept nogil:
     """Whether slot k of the batch still holds what the client published, everything used of it included.
 
     As reader_intact: the use before the loads of epoch and WSC (acquire fence; pairs with writer_reserve and
@@ -399,54 +409,130 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     return SUCCESS
 
 
+cdef enum:
+    STEP_WORKED = -1
+    STEP_IDLE = -2
+
+
+cdef int server_step(server_t *s) noexcept nogil:
+    """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
+
+    Sleeps only where a store or a client makes it: for up to SETTLE_NS, counted in r.unsettled, and after an overrun.
+    """
+    cdef uint64_t available
+    cdef ring_status status
+    if load_relaxed32(&s.stop) != 0:
+        return SERVER_STOPPED
+    if s.overrun:
+        s.overrun = False
+        sleep_ns(GRACE_NS)
+        writer_start(&s.w, random_epoch())
+    status = reader_peek(&s.r, &available)
+    if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
+        s.r.epoch = 0
+        status = reader_peek(&s.r, &available)
+    if status == SUCCESS:
+        status = server_batch(s, available)
+    if status == SUCCESS:
+        return STEP_WORKED
+    if status == NO_DATA:
+        return STEP_IDLE
+    s.has_last = False
+    if status == EPOCH_CHANGED:
+        s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
+        s.knows_epoch = True
+        s.refused = 0
+        writer_start(&s.w, random_epoch())
+        count64(&s.n.connections, 1)
+        return SERVER_CONNECTED
+    if status == OVERRUN_DETECTED:
+        # What a first synchronisation has missed was void anyway.
+        if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
+            return STEP_WORKED
+        s.overrun = True
+        return SERVER_OVERRUN
+    if status == INACTIVE:
+        s.knows_epoch = True            # whatever epoch comes now began in this life
+    if s.w.epoch != 0:
+        writer_stop(&s.w)
+        if status == INACTIVE:
+            return SERVER_DISCONNECTED
+    if status == INCOMPATIBLE_INTERFACE and s.refused != s.r.refused:
+        s.refused = s.r.refused
+        return SERVER_INCOMPATIBLE
+    return STEP_IDLE
+
+
 cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
     """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
-    cdef uint64_t available, start = now_ns(), passed
-    cdef ring_status status
-    while load_relaxed32(&s.stop) == 0:
-        status = reader_peek(&s.r, &available)
-        if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
-            s.r.epoch = 0
-            status = reader_peek(&s.r, &available)
-        if status == SUCCESS:
-            status = server_batch(s, available)
-        if status != SUCCESS and status != NO_DATA:
-            s.has_last = False
-        if status == SUCCESS:
-            if (s.r.batches & 0xff) == 0 and now_ns() - start >= ns:
-                return SERVER_TICK
+    cdef uint64_t start = now_ns(), passed
+    cdef int step
+    while True:
+        step = server_step(s)
+        if step >= 0:
+            return <server_event>step
+        if step == STEP_WORKED and (s.r.batches & 0xff) != 0:
             continue
-        if status == EPOCH_CHANGED:
-            s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
-            s.knows_epoch = True
-            s.refused = 0
-            writer_start(&s.w, random_epoch())
-            count64(&s.n.connections, 1)
-            return SERVER_CONNECTED
-        if status == OVERRUN_DETECTED:
-            # What a first synchronisation has missed was void anyway.
-            if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
-                continue
-            sleep_ns(GRACE_NS)
-            writer_start(&s.w, random_epoch())
-            return SERVER_OVERRUN
-        if status == INACTIVE:
-            s.knows_epoch = True        # whatever epoch comes now began in this life
-        if (status == INACTIVE or status == INCOMPATIBLE_INTERFACE) and s.w.epoch != 0:
-            writer_stop(&s.w)
-            if status == INACTIVE:
-                return SERVER_DISCONNECTED
-        if status == INCOMPATIBLE_INTERFACE and s.refused != s.r.refused:
-            s.refused = s.r.refused
-            return SERVER_INCOMPATIBLE
         passed = now_ns() - start
         if passed >= ns:
             return SERVER_TICK
+        if step == STEP_WORKED:
+            continue
         if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
             reader_wait(&s.r, min(ns - passed, SAME_EPOCH_NS), &s.stop)
         else:
             reader_wait(&s.r, ns - passed, &s.stop)
-    return SERVER_STOPPED
+
+
+cdef struct group_t:
+    server_t **servers
+    int *events             # of each: -1, or a server_event and whether it was ...
+    bint *unruly
+    uint64_t n
+    uint64_t first          # whose turn comes first
+    waitset_t set
+
+
+cdef int group_turn(group_t *g) noexcept nogil:
+    """Every server works for at most TURN_ROUNDS rounds: STEP_WORKED, STEP_IDLE, or 0 when something happened."""
+    cdef uint64_t k, at, unsettled
+    cdef server_t *s
+    cdef int step, result = STEP_IDLE, rounds
+    for k in range(g.n):
+        at = (g.first + k) % g.n
+        s = g.servers[at]
+        unsettled = s.r.unsettled
+        step = STEP_WORKED
+        rounds = 0
+        while step == STEP_WORKED and rounds < TURN_ROUNDS and s.r.unsettled == unsettled:
+            step = server_step(s)
+            rounds += 1
+        g.events[at] = step if step >= 0 else -1
+        g.unruly[at] = s.r.unsettled != unsettled
+        if step >= 0 or g.unruly[at]:
+            result = 0
+        elif step == STEP_WORKED and result == STEP_IDLE:
+            result = STEP_WORKED
+    g.first += 1
+    return result
+
+
+cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
+    """Serves all for at most ns nanoseconds, or until something happened to one: then events and unruly say what."""
+    cdef uint64_t start = now_ns(), passed, turns = 0
+    cdef int result
+    while True:
+        result = group_turn(g)
+        if result == 0:
+            return
+        turns += 1
+        if result == STEP_WORKED and turns % 64 != 0:
+            continue
+        passed = now_ns() - start
+        if passed >= ns:
+            return
+        if result == STEP_IDLE:
+            readers_wait(&g.set, ns - passed)
 
 
 cdef class Server:
@@ -458,7 +544,7 @@ cdef class Server:
 
     run() belongs to one thread; stop(), counters and state may be used from others.
     """
-    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped")
+    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "unruly")
 
     cdef server_t *s
     cdef Mapping request, response, request_bell, response_bell
@@ -517,11 +603,14 @@ cdef class Server:
             prepare_thread(TIMER_SLACK_NS, 1)
             event = server_loop(self.s, ns)
         busy_leave(&self.busy)
+        return self.happened(event)
+
+    cdef object happened(self, int event):
         if event == SERVER_CONNECTED:
             self.connected = True
         elif event == SERVER_DISCONNECTED or event == SERVER_INCOMPATIBLE:
             self.connected = False
-        return self.EVENTS[<int>event]
+        return self.EVENTS[event]
 
     def stop(self):
         """Makes run() return "stopped" soon; from any thread."""
@@ -586,6 +675,96 @@ cdef class Server:
             free(self.s.stage)
             free(self.s)
             self.s = NULL
+
+
+@cython.final
+cdef class Group:
+    """Servers that one thread serves by turns: at most 128, each with a store that makes no system calls (`waits`).
+
+    add(), remove() and run() belong to that thread.
+    """
+    cdef group_t g
+    cdef list members
+
+    def __cinit__(self):
+        self.members = []
+        self.g.servers = <server_t **>calloc(FUTEX_LIST_MOST, sizeof(server_t *))
+        self.g.events = <int *>calloc(FUTEX_LIST_MOST, sizeof(int))
+        self.g.unruly = <bint *>calloc(FUTEX_LIST_MOST, sizeof(bint))
+        self.g.set.readers = <reader_t **>calloc(FUTEX_LIST_MOST, sizeof(reader_t *))
+        if self.g.servers == NULL or self.g.events == NULL or self.g.unruly == NULL or self.g.set.readers == NULL:
+            raise MemoryError()
+
+    def __len__(self):
+        return len(self.members)
+
+    def add(self, Server server not None):
+        """Takes a server that nobody runs. Raises UsageError."""
+        if len(self.members) == FUTEX_LIST_MOST:
+            raise UsageError(f"one thread serves at most {FUTEX_LIST_MOST} connections")
+        if server.store.waits:
+            raise UsageError("a store that may wait has a thread of its own")
+        if not busy_enter(&server.busy):
+            raise UsageError("another thread runs this Server")
+        if server.response is None or not server.response.held:
+            busy_leave(&server.busy)
+            raise UsageError("this Server is closed")
+        server.s.r.watch_stop = &server.s.stop
+        self.members.append(server)
+        self.arrange()
+
+    def remove(self, Server server not None):
+        """Lets go of a server, which another thread may run then. Raises ValueError."""
+        self.members.remove(server)
+        self.arrange()
+        busy_leave(&server.busy)
+
+    cdef void arrange(self):
+        cdef Server server
+        self.g.n = 0
+        for server in self.members:
+            self.g.servers[self.g.n] = server.s
+            self.g.set.readers[self.g.n] = &server.s.r
+            self.g.n += 1
+        self.g.set.n = self.g.n
+
+    def run(self, seconds=1.0):
+        """Serves all for about `seconds`, or until something happened: a list of (server, event), as Server.run() has them,
+        and "unruly" where a client's counters went back, and the others waited to see whether they stay there.
+
+        Nothing happens to a group without servers.
+        """
+        cdef uint64_t k, ns = <uint64_t>(seconds * 1e9)
+        if self.g.n == 0:
+            return []
+        with nogil:
+            prepare_thread(TIMER_SLACK_NS, 1)
+            group_loop(&self.g, ns)
+        found = []
+        for k, member in enumerate(self.members):
+            if self.g.events[k] >= 0:
+                found.append((member, (<Server>member).happened(self.g.events[k])))
+            if self.g.unruly[k]:
+                found.append((member, Server.EVENTS[<int>SERVER_UNRULY]))
+        return found
+
+    @property
+    def sleeps(self):
+        """Times this thread went to sleep."""
+        return self.g.set.sleeps
+
+    @property
+    def polls(self):
+        """Whether it polls all its servers, for want of futex_waitv(2)."""
+        return self.g.set.polls
+
+    def __dealloc__(self):
+        for server in self.members:
+            busy_leave(&(<Server>server).busy)
+        free(self.g.servers)
+        free(self.g.events)
+        free(self.g.unruly)
+        free(self.g.set.readers)
 
 
 cdef void announce(bell_page *bell, uint32_t state, Store store) noexcept:

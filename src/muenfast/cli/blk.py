@@ -11,7 +11,7 @@ from muenfast.cli._serving import Stop, notify, say_ready
 from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
-SERVER_ONLY = ("device", "read_only")
+SERVER_ONLY = ("device", "read_only", "threads")
 CLIENT_ONLY = ("attach", "on_peer_loss", "same_store")
 
 
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                       "that very name (default: ram:64M each)")
     add("--read-only", metavar="L", nargs="?", const="yes",
         help="server: refuse writes; yes or no for each export, alone: for all")
+    add("--threads", metavar="N", help="server: most threads for exports in RAM, which share them where they are more "
+                                       "(default: four for each CPU); other disks have one each")
     add("--req-protocol", metavar="L", help="hexadecimal (default: 9570208dca77db19)")
     add("--resp-protocol", metavar="L", help="hexadecimal (default: 9851be3282fef0dc)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 1M; foreign "
@@ -73,7 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
                                                                  "size")}, **waiting(arguments)}
         if arguments.client:
             return attach_disks(arguments, lists, stop)
-        return export_disks({**lists, "device": arguments.device, "read_only": arguments.read_only}, stop)
+        threads = arguments.threads
+        if threads is not None:
+            threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
+        return export_disks({**lists, "device": arguments.device, "read_only": arguments.read_only}, stop, threads)
 
 
 def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,13 +91,13 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"poll": poll, "bells": not arguments.strict_oneway}
 
 
-def export_disks(lists: dict[str, Any], stop: Stop) -> int:
-    """The server, of what exports_from_lists takes; until stop."""
+def export_disks(lists: dict[str, Any], stop: Stop, threads: int | None = None) -> int:
+    """The server, of what exports_from_lists takes; until stop. threads: see BlockServer."""
     from muenfast.blk import BlockServer, exports_from_lists
     from muenfast.control import ControlServer
 
     with ExitStack() as stack:
-        server = stack.enter_context(BlockServer(exports_from_lists(**lists)))
+        server = stack.enter_context(BlockServer(exports_from_lists(**lists), threads=threads))
         control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
         stack.callback(control.close)
         say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
