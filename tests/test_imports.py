@@ -20,6 +20,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "params": {"errors"},
+    "partition": {"errors"},
     "shm": {"errors"},
     "_guard": set(),
     "_wire": set(),
@@ -30,11 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "_target": {"errors", "_wire", "_thread"},
     "_blk": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine"},
     "_client": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine", "_target"},
-    "backing": {"errors", "params", "shm", "_ring", "_blk"},
+    "backing": {"errors", "params", "partition", "shm", "_ring", "_blk"},
     "attach._fuse": {"errors", "params", "shm", "_target"},
-    "attach": {"errors", "params", "shm", "attach._fuse"},
+    "attach": {"errors", "params", "partition", "shm", "attach._fuse"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
+    "modules": {"errors", "params", "shm", "connection"},
     "export": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection"},
     "disk": {"errors", "params", "shm", "_ring", "channel", "_client", "connection"},
     "aio": {"errors", "_target", "_client", "connection", "disk"},
@@ -46,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
-            "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
+            "control", "connection", "modules", "export", "disk", "blk", "_bench", "measure", "doctor"},
     "__main__": {"cli"},
 }
 

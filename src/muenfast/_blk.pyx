@@ -59,6 +59,7 @@ cdef struct store_t:
     int fd
     uint8_t *memory
     const uint32_t *broken  # memory: 1 when it was taken away and zeros stand there
+    uint64_t offset         # file: bytes before block 0; with all blocks it is below 2^63
     uint64_t nblocks
     bint read_only
 
@@ -99,11 +100,15 @@ cdef class Store:
         return self.finish(self.memory.length, read_only, identity)
 
     @staticmethod
-    def in_file(int fd, size, *, read_only=False, identity=None):
-        """A store in an open file or block device of `size` bytes; the descriptor stays the caller's."""
+    def in_file(int fd, size, *, offset=0, read_only=False, identity=None):
+        """A store in `size` bytes from byte `offset` on of an open file or block device; the descriptor stays the
+        caller's."""
         cdef Store self = Store.__new__(Store)
+        if offset < 0 or offset + size >= 1 << 63:
+            raise UsageError("a store ends below 2^63", value=offset + size)
         self.s.kind = STORE_FILE
         self.s.fd = fd
+        self.s.offset = offset
         return self.finish(size, read_only, identity)
 
     @staticmethod
@@ -138,7 +143,7 @@ cdef int transfer(const store_t *s, bint write, iovec *iov, int n, uint64_t bloc
 
     EFAULT (the ring's memory was taken away) becomes EIO: it is no fault of the store.
     """
-    cdef off_t at = <off_t>(block * BLOCK_SIZE)
+    cdef off_t at = <off_t>(s.offset + block * BLOCK_SIZE)
     cdef ssize_t moved
     cdef size_t left
     while n > 0:
