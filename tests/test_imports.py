@@ -20,6 +20,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "params": {"errors"},
+    "partition": {"errors"},
     "shm": {"errors"},
     "_guard": set(),
     "_wire": set(),
@@ -32,11 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "_blk": {"errors", "_wire", "_thread", "_guard", "_ring", "_store", "_engine"},
     "_buffer": {"errors", "_wire", "_ring", "_store", "_engine"},
     "_client": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine", "_target"},
-    "backing": {"errors", "params", "shm", "_ring", "_store"},
+    "backing": {"errors", "params", "partition", "shm", "_ring", "_store"},
     "attach._fuse": {"errors", "params", "shm", "_target"},
-    "attach": {"errors", "params", "shm", "attach._fuse"},
+    "attach": {"errors", "params", "partition", "shm", "attach._fuse"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
+    "modules": {"errors", "params", "shm", "connection"},
     "export": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection"},
     "disk": {"errors", "params", "shm", "_ring", "channel", "_client", "connection"},
     "aio": {"errors", "_target", "_client", "connection", "disk"},
@@ -49,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_store", "_blk", "_buffer", "backing", "attach._fuse",
                "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
-            "attach._fuse", "attach", "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
+            "attach._fuse", "attach", "control", "connection", "modules", "export", "disk", "blk", "_bench", "measure",
+            "doctor"},
     "__main__": {"cli"},
 }
 

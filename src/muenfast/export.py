@@ -17,7 +17,7 @@ from muenfast._blk import Group, Server
 from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device
 from muenfast.channel import End
-from muenfast.connection import BLOCK, Channels, blame, channels_from_lists, place
+from muenfast.connection import BLOCK, Channels, Options, blame, channels_from_lists, place
 from muenfast.errors import BrokenChannelError, PeerLog
 
 log = logging.getLogger("muenfast")
@@ -35,26 +35,30 @@ class ExportConfig:
 
 
 def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_only: str | None = None,
-                       **lists: Any) -> list[ExportConfig]:
+                       options: Options | None = None, **lists: Any) -> list[ExportConfig]:
     """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...", or one
     entry for all. Raises UsageError."""
-    devices = None if device is None else params.split("--device", device)
-    flags = None if read_only is None else params.split("--read-only", read_only)
-    more = {"--device": devices, "--read-only": flags if flags is not None and len(flags) > 1 else None}
-    channels = channels_from_lists(req, resp, more=more, **lists)
-    parsed = [Device.parse(text, option="--device", index=i)
+    called = options or Options()
+    devices = None if device is None else params.split(called.device, device)
+    flags = None if read_only is None else params.split(called.read_only, read_only)
+    more = {called.device: devices, called.read_only: flags if flags is not None and len(flags) > 1 else None}
+    channels = channels_from_lists(req, resp, more=more, options=called, **lists)
+    parsed = [Device.parse(text, option=called.device, index=i)
               for i, text in enumerate(devices or [DEFAULT_DEVICE] * len(channels))]
-    flagged = [params.flag("--read-only", i, text) for i, text in enumerate(flags or ["no"])]
+    flagged = [params.flag(called.read_only, i, text) for i, text in enumerate(flags or ["no"])]
     if len(flagged) == 1:
         flagged *= len(channels)
-    paths = [shm.Locator.parse(d.name, option="--device", index=i).path if d.name else d.path
+    paths = [shm.Locator.parse(d.name, option=called.device, index=i).path if d.name else d.path
              for i, d in enumerate(parsed)]
-    stores = [("--device", i, parsed[i].text, os.path.realpath(path), 0, math.inf)
+    stores = [(called.device, i, parsed[i].text, os.path.realpath(path), 0, math.inf)
               for i, path in enumerate(paths) if path]
-    params.apart([span for span in stores if not flagged[span[1]] or parsed[span[1]].kind != "file"],
+    # Partitions by their numbers: where they are, and whether they overlap after all, is seen once they are opened.
+    parts = [(option, i, text, path, parsed[i].partition, parsed[i].partition + 1 if parsed[i].partition else math.inf)
+             for option, i, text, path, _, _ in stores]
+    params.apart([span for span in parts if not flagged[span[1]] or parsed[span[1]].kind != "file"],
                  "a disk that is written has one export")
     for entry in channels:
-        for option, locator in (("--req", entry.req), ("--resp", entry.resp)):
+        for option, locator in ((called.req, entry.req), (called.resp, entry.resp)):
             for store in stores:
                 params.apart([place(option, entry.index, locator), store], "a disk is no channel")
     return [ExportConfig(*entry) for entry in zip(channels, parsed, flagged, strict=True)]
@@ -71,9 +75,10 @@ class Export:
         self._watch = watch
         self._stack = ExitStack()
         with ExitStack() as stack:
-            with blame("--device", config.channels.index, config.device.text):
+            option = config.channels.options.device
+            with blame(option, config.channels.index, config.device.text):
                 self.backing: Backing = stack.enter_context(open_device(
-                    config.device, read_only=config.read_only, option="--device", index=config.channels.index))
+                    config.device, read_only=config.read_only, option=option, index=config.channels.index))
             self._open()
             stack.callback(self._leave)
             self._stack = stack.pop_all()
