@@ -1,4 +1,4 @@
-"""What a disk's SMART data and status become, with disks that are made up (tests/c/smart.c): no machine here has them all."""
+"""What a disk's SMART data and status become, with disks that are made up (tests/c/smart.c)."""
 
 from __future__ import annotations
 
