@@ -114,13 +114,14 @@ cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length
     Payload is moved once, between store and buffer.
     """
     cdef const store_t *store = s.devices[h.device].store
-    cdef uint8_t *data = s.buffer + h.buffer_offset
+    cdef uint8_t *data
     cdef iovec iov
     cdef int status = 0
     if h.kind == REQUEST_DISCARD:
         return store_discard(store, h.device_offset, length)
     if load_acquire32(s.broken) != 0:
         return -EIO
+    data = s.buffer + h.buffer_offset   # checked for all but discards, which need none
     if store.kind == STORE_FILE:
         iov.iov_base = data
         iov.iov_len = length
