@@ -311,21 +311,23 @@ def test_a_buffer_that_is_truncated_breaks_that_connection_only(link: Link, name
 
 @pytest.mark.stress
 @pytest.mark.skipif(stops.available() is not None, reason=str(stops.available()))
-def test_a_life_that_ends_amid_a_batch_gets_no_answer(link: Link, names: Callable[[str], str]) -> None:
-    """The server stands in the middle of a long read when the client begins anew: it finishes that, begins nothing else of
-    the old life, and answers the new one alone."""
+@pytest.mark.parametrize(("epoch", "more"), [(None, 40), (1, 1)], ids=["another epoch", "the same epoch"])
+def test_a_life_that_ends_amid_a_batch_gets_no_answer(link: Link, names: Callable[[str], str], epoch: int | None,
+                                                      more: int) -> None:
+    """The server stands in the middle of a long read when the client begins anew, and writes as many requests as before or
+    fewer: it finishes that read, begins nothing else of the old life, and answers the new one alone."""
     disk = names("disk")
     server = link.process(f"ram:1M:{disk}")
     try:
-        client = link.client()
+        client = link.client(epoch=epoch)
         client.write(0, 0, b"d" * 65536)
         place = stops.mapped(server.pid, f"/dev/shm/{link.buffer}")
         requests = [BufferRequest(BUFFER_READ, 0, 1, 65536, 0, 131072), BufferRequest(DISCARD, 0, 2, 4096, 0, 0),
                     BufferRequest(BUFFER_WRITE, 0, 3, 4096, 4096, 65536)]
         with stops.caught(server.pid, place + 131072 + 32768, 8, stops.WRITE, provoke=lambda: client.send(*requests)):
             client.ring.activate()
-            client.send(BufferRequest(MEDIA_BLOCKS, 0, 4), BufferRequest(GET_SMART, 0, 5))
-        assert [answer.tag for answer in client.answers(2)] == [4, 5]
+            client.send(*(BufferRequest(MEDIA_BLOCKS, 0, 100 + i) for i in range(more)), BufferRequest(GET_SMART, 0, 99))
+        assert [answer.tag for answer in client.answers(more + 1)] == [*range(100, 100 + more), 99]
         assert client.poll() is None
         with open(f"/dev/shm/{disk}", "rb") as file:
             assert file.read(65536) == b"d" * 65536
