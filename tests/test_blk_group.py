@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import struct
@@ -191,6 +192,59 @@ def test_a_client_that_starts_anew_all_the_time_leaves_the_thread(exports: Expor
         writer.close()
 
 
+def test_a_large_ring_is_not_shared(exports: Exports) -> None:
+    """Zeroing it for a new epoch would hold up the others."""
+    exports.req, exports.resp = [exports._names(f"q{i}") for i in range(3)], [exports._names(f"p{i}") for i in range(3)]
+    configs = exports_from_lists(",".join(exports.req), ",".join(exports.resp), size="1M,8M,1M",
+                                 device="ram:64K,ram:64K,ram:64K")
+    with BlockServer(configs, threads=1):
+        assert len(serving()) == 2
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    """No more threads of that name are to be had."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith(prefix):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+
+
+@pytest.mark.parametrize(("threads", "prefix"), [(3, "export "), (1, "exports ")])
+def test_no_thread_to_begin_with(exports: Exports, monkeypatch: pytest.MonkeyPatch, threads: int, prefix: str) -> None:
+    """It is said, and nothing is left."""
+    refuse(monkeypatch, prefix)
+    with pytest.raises(RuntimeError, match="new thread"):
+        exports.serve(3, threads)
+    assert serving() == []
+
+
+def test_no_thread_for_one_that_is_to_leave(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays, everybody is served on, and it leaves at the next occasion."""
+    server = exports.serve(3, 1)
+    neighbour = exports.device(1)
+    writer = ChannelWriter(exports.req[0], EVENT_BYTES, REQUEST_PROTOCOL)
+    try:
+        with monkeypatch.context() as patched:
+            refuse(patched, "export ")
+            writer.activate()
+            eventually(lambda: server.exports[0].server.connected)
+            forge(exports.req[0], 40)
+            eventually(lambda: server.exports[0].server.counters["overruns"] == 1)
+            neighbour.pwrite(block(7), 0)
+            assert neighbour.pread(BLOCK_BYTES, 0) == block(7)
+            assert len(serving()) == 1
+        forge(exports.req[0], 80)
+        eventually(lambda: len(serving()) == 2)
+    finally:
+        writer.deactivate()
+        writer.close()
+    assert neighbour.pread(BLOCK_BYTES, 0) == block(7)
+
+
 def test_channels_made_anew_are_followed_in_a_thread_of_their_own(exports: Exports) -> None:
     server = exports.serve(3, 1)
     neighbour = exports.device(1)
@@ -225,7 +279,7 @@ X86, ARM = 0xc000003e, 0xc00000b7     # AUDIT_ARCH_*; futex_waitv has one number
 program = b"".join(struct.pack("=HBBI", *line) for line in (
     (0x20, 0, 0, 0),                  # load the number of the system call
     (0x15, 0, 1, 449),                # futex_waitv?
-    (0x06, 0, 0, 0x00050000 | 38),    # ENOSYS
+    (0x06, 0, 0, 0x00050000 | int(sys.argv[1])),
     (0x06, 0, 0, 0x7fff0000)))        # allow
 lines = ctypes.create_string_buffer(program, len(program))
 class Program(ctypes.Structure):
@@ -233,7 +287,7 @@ class Program(ctypes.Structure):
 loaded = Program(len(program) // 8, ctypes.addressof(lines))
 assert libc.prctl(38, 1, 0, 0, 0) == 0                          # PR_SET_NO_NEW_PRIVS
 assert libc.prctl(22, 2, ctypes.byref(loaded), 0, 0) == 0       # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-assert libc.syscall(449, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 38
+assert libc.syscall(449, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == int(sys.argv[1])
 from muenfast._blk import Group, Server, Store
 from muenfast._ring import Writer, layout
 import time
@@ -258,9 +312,11 @@ print("polls")
 """
 
 
-def test_without_futex_waitv_a_group_polls() -> None:
-    """Before Linux 5.16."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=60, check=False)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_without_futex_waitv_a_group_polls(number: int) -> None:
+    """Before Linux 5.16; where a filter of system calls does not know it."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT, str(number)], capture_output=True, text=True, timeout=60,
+                          check=False)
     assert (done.returncode, done.stdout) == (0, "polls\n"), done.stderr
 
 

@@ -40,6 +40,11 @@ cdef enum:
     # Rounds of one server of a group before the next one's turn.
     TURN_ROUNDS = 8
 
+# What the slow turns of one server of a group, of page faults on its client's memory or the zeroing of a large ring, may
+# take of the others' time, by the clock. Turns are microseconds long; a thread that lost its CPU looks slow, too.
+cdef uint64_t SLOW_TURN_NS = 2_000_000
+cdef uint64_t BUDGET_NS = 50_000_000
+cdef uint64_t BUDGET_PERIOD_NS = 2_000_000_000
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
 # A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
@@ -417,7 +422,8 @@ cdef enum:
 cdef int server_step(server_t *s) noexcept nogil:
     """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
 
-    Sleeps only where a store or a client makes it: for up to SETTLE_NS, counted in r.unsettled, and after an overrun.
+    Sleeps only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled, and
+    after an overrun.
     """
     cdef uint64_t available
     cdef ring_status status
@@ -463,6 +469,13 @@ cdef int server_step(server_t *s) noexcept nogil:
     return STEP_IDLE
 
 
+cdef uint64_t server_patience(const server_t *s) noexcept nogil:
+    """Most nanoseconds between two looks: a client that does not ring may restart without a sign in its counters."""
+    if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
+        return SAME_EPOCH_NS
+    return <uint64_t>-1
+
+
 cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
     """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
     cdef uint64_t start = now_ns(), passed
@@ -478,10 +491,7 @@ cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
             return SERVER_TICK
         if step == STEP_WORKED:
             continue
-        if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
-            reader_wait(&s.r, min(ns - passed, SAME_EPOCH_NS), &s.stop)
-        else:
-            reader_wait(&s.r, ns - passed, &s.stop)
+        reader_wait(&s.r, min(ns - passed, server_patience(s)), &s.stop)
 
 
 cdef struct group_t:
@@ -489,15 +499,20 @@ cdef struct group_t:
     int *events             # of each: -1, or a server_event and whether it was ...
     bint *unruly
     uint64_t n
+    uint64_t *slow_ns       # of each: what its slow turns took in this budget period
+    uint64_t period_ns      # when that began
     uint64_t first          # whose turn comes first
     waitset_t set
 
 
 cdef int group_turn(group_t *g) noexcept nogil:
     """Every server works for at most TURN_ROUNDS rounds: STEP_WORKED, STEP_IDLE, or 0 when something happened."""
-    cdef uint64_t k, at, unsettled
+    cdef uint64_t k, at, unsettled, before, now = now_ns()
     cdef server_t *s
     cdef int step, result = STEP_IDLE, rounds
+    if now - g.period_ns >= BUDGET_PERIOD_NS:
+        g.period_ns = now
+        memset(g.slow_ns, 0, g.n * sizeof(uint64_t))
     for k in range(g.n):
         at = (g.first + k) % g.n
         s = g.servers[at]
@@ -507,8 +522,12 @@ cdef int group_turn(group_t *g) noexcept nogil:
         while step == STEP_WORKED and rounds < TURN_ROUNDS and s.r.unsettled == unsettled:
             step = server_step(s)
             rounds += 1
+        before = now
+        now = now_ns()
+        if now - before >= SLOW_TURN_NS:
+            g.slow_ns[at] += now - before
         g.events[at] = step if step >= 0 else -1
-        g.unruly[at] = s.r.unsettled != unsettled
+        g.unruly[at] = s.r.unsettled != unsettled or g.slow_ns[at] >= BUDGET_NS
         if step >= 0 or g.unruly[at]:
             result = 0
         elif step == STEP_WORKED and result == STEP_IDLE:
@@ -519,7 +538,7 @@ cdef int group_turn(group_t *g) noexcept nogil:
 
 cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
     """Serves all for at most ns nanoseconds, or until something happened to one: then events and unruly say what."""
-    cdef uint64_t start = now_ns(), passed, turns = 0
+    cdef uint64_t start = now_ns(), passed, patience, k, turns = 0
     cdef int result
     while True:
         result = group_turn(g)
@@ -532,7 +551,10 @@ cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
         if passed >= ns:
             return
         if result == STEP_IDLE:
-            readers_wait(&g.set, ns - passed)
+            patience = ns - passed
+            for k in range(g.n):
+                patience = min(patience, server_patience(g.servers[k]))
+            readers_wait(&g.set, patience)
 
 
 cdef class Server:
@@ -691,12 +713,19 @@ cdef class Group:
         self.g.servers = <server_t **>calloc(FUTEX_LIST_MOST, sizeof(server_t *))
         self.g.events = <int *>calloc(FUTEX_LIST_MOST, sizeof(int))
         self.g.unruly = <bint *>calloc(FUTEX_LIST_MOST, sizeof(bint))
+        self.g.slow_ns = <uint64_t *>calloc(FUTEX_LIST_MOST, sizeof(uint64_t))
         self.g.set.readers = <reader_t **>calloc(FUTEX_LIST_MOST, sizeof(reader_t *))
-        if self.g.servers == NULL or self.g.events == NULL or self.g.unruly == NULL or self.g.set.readers == NULL:
+        if (self.g.servers == NULL or self.g.events == NULL or self.g.unruly == NULL or self.g.slow_ns == NULL
+                or self.g.set.readers == NULL):
             raise MemoryError()
 
     def __len__(self):
         return len(self.members)
+
+    @property
+    def servers(self):
+        """Those that it serves."""
+        return tuple(self.members)
 
     def add(self, Server server not None):
         """Takes a server that nobody runs. Raises UsageError."""
@@ -721,7 +750,7 @@ cdef class Group:
 
     cdef void arrange(self):
         cdef Server server
-        self.g.n = 0
+        self.g.n = self.g.period_ns = 0
         for server in self.members:
             self.g.servers[self.g.n] = server.s
             self.g.set.readers[self.g.n] = &server.s.r
@@ -730,7 +759,7 @@ cdef class Group:
 
     def run(self, seconds=1.0):
         """Serves all for about `seconds`, or until something happened: a list of (server, event), as Server.run() has them,
-        and "unruly" where a client's counters went back, and the others waited to see whether they stay there.
+        and "unruly" where a client made the others wait: its counters went back, or its turns took too long.
 
         Nothing happens to a group without servers.
         """
@@ -764,6 +793,7 @@ cdef class Group:
         free(self.g.servers)
         free(self.g.events)
         free(self.g.unruly)
+        free(self.g.slow_ns)
         free(self.g.set.readers)
 
 

@@ -23,6 +23,7 @@ from muenfast.errors import BrokenChannelError, PeerLog
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names
+_SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +101,22 @@ class Export:
 
     @property
     def shares(self) -> bool:
-        """Whether it may share a thread with others: nothing that its disk does can hold them up."""
-        return not self.backing.store.waits
+        """Whether it may share a thread with others: its disk makes no system calls, and its channels are memory, not
+        files that a file system may be slow to write, and soon zeroed."""
+        return not self.backing.store.waits and all(
+            end.locator.posix and len(end.view) <= _SHARED_REGION for end in self._ends)
 
     def start(self) -> None:
         """Begins to serve, in a thread of its own."""
         self.backing.keep()
+        served = not self._ended.is_set()
         self._ended.clear()
-        threading.Thread(target=self._serve, name=f"export {self.name}", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, name=f"export {self.name}", daemon=True).start()
+        except BaseException:  # no more threads are to be had: close() must not wait for one
+            if not served:
+                self._ended.set()
+            raise
 
     def _open(self, old: tuple[End, End] | None = None) -> None:
         """old: ends to keep where their name still means the same region; closed where it does not, once this returns.
@@ -223,7 +232,8 @@ class Crew:
     """One thread for several exports that share it (`Export.shares`), by turns.
 
     What would make the others wait leaves for a thread of its own: channels to be made anew, a client that overruns its
-    ring, takes its counters back or starts anew more than MOST_EVENTS times a second. It does not come back.
+    ring, takes its counters back, makes turns take long or starts anew more than MOST_EVENTS times a second. It does not
+    come back.
     """
 
     MOST = 128  # FUTEX_WAITV_MAX
@@ -240,7 +250,12 @@ class Crew:
         for export in self._exports:
             export.backing.keep()
             export._ended.clear()
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            for export in self._exports:
+                export._ended.set()
+            raise
 
     def _serve(self) -> None:
         try:
@@ -249,9 +264,14 @@ class Crew:
             self._serve_all()
         except Exception:
             log.exception("the thread of %d exports", len(self._exports))
-        finally:
-            for export in list(self._exports):
-                self._alone(export, "the thread that it shared ended")
+        for server in self._group.servers:
+            self._group.remove(server)
+        for export in self._exports:
+            try:
+                export.start()
+            except Exception:
+                export._ended.set()
+                log.exception("export %s is not served any more", export.name)
 
     def _serve_all(self) -> None:
         looked = time.monotonic()
@@ -289,6 +309,13 @@ class Crew:
         self._group.remove(export.server)
 
     def _alone(self, export: Export, why: str) -> None:
-        log.info("export %s: %s: it has a thread of its own from now on", export.name, why)
+        """Where no thread is to be had, it stays, and the next occasion comes."""
         self._part(export)
-        export.start()
+        try:
+            export.start()
+        except Exception as error:
+            self._group.add(export.server)
+            self._exports.append(export)
+            export._peer.warning("%s, but it gets no thread of its own: %s", why, error)
+        else:
+            log.info("export %s: %s: it has a thread of its own from now on", export.name, why)
