@@ -204,7 +204,7 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
-    bint overrun            # a new response epoch is due, once the answers published had GRACE_NS to be read
+    uint64_t grace_until    # after an overrun: when a new response epoch is due, for the old one's answers are read; or 0
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
@@ -422,16 +422,17 @@ cdef enum:
 cdef int server_step(server_t *s) noexcept nogil:
     """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
 
-    Sleeps only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled, and
-    after an overrun.
+    Waits only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled. Idle
+    during the grace after an overrun.
     """
     cdef uint64_t available
     cdef ring_status status
     if load_relaxed32(&s.stop) != 0:
         return SERVER_STOPPED
-    if s.overrun:
-        s.overrun = False
-        sleep_ns(GRACE_NS)
+    if s.grace_until != 0:
+        if now_ns() < s.grace_until:
+            return STEP_IDLE
+        s.grace_until = 0
         writer_start(&s.w, random_epoch())
     status = reader_peek(&s.r, &available)
     if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
@@ -455,7 +456,7 @@ cdef int server_step(server_t *s) noexcept nogil:
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
             return STEP_WORKED
-        s.overrun = True
+        s.grace_until = now_ns() + GRACE_NS
         return SERVER_OVERRUN
     if status == INACTIVE:
         s.knows_epoch = True            # whatever epoch comes now began in this life
@@ -471,6 +472,8 @@ cdef int server_step(server_t *s) noexcept nogil:
 
 cdef uint64_t server_patience(const server_t *s) noexcept nogil:
     """Most nanoseconds between two looks: a client that does not ring may restart without a sign in its counters."""
+    if s.grace_until != 0:
+        return GRACE_NS
     if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
         return SAME_EPOCH_NS
     return <uint64_t>-1
@@ -479,6 +482,7 @@ cdef uint64_t server_patience(const server_t *s) noexcept nogil:
 cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
     """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
     cdef uint64_t start = now_ns(), passed
+    cdef int64_t left
     cdef int step
     while True:
         step = server_step(s)
@@ -490,6 +494,11 @@ cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
         if passed >= ns:
             return SERVER_TICK
         if step == STEP_WORKED:
+            continue
+        if s.grace_until != 0:
+            left = <int64_t>(s.grace_until - start - passed)
+            if left > 0:
+                sleep_ns(min(ns - passed, <uint64_t>left))
             continue
         reader_wait(&s.r, min(ns - passed, server_patience(s)), &s.stop)
 

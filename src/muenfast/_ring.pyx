@@ -603,23 +603,24 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
             return False
         idle = now - set.idle_since_ns >= IDLE_AFTER_NS
         limit = min(SLEEP_NS, ns - (now - start))
-        pause = POLL_IDLE_NS if idle else step
         asleep = 0
         for k in range(set.n):
             r = set.readers[k]
-            count64(&r.sleeps, 1)
             epoch = load_relaxed64(&r.hdr.epoch)
             if r.bell != NULL:
                 bells[asleep] = futex_entry_of(&r.bell.seq, load_acquire32(&r.bell.seq))
                 asleep += 1
                 store_relaxed32(&r.bell.waiters, 1)
             if r.bell == NULL or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+                pause = POLL_IDLE_NS if idle or r.epoch == 0 else step
                 limit = min(limit, pause if r.poll_ns == 0 else r.poll_ns)
         fence_seq_cst()                 # pairs with ring(): the announcements before the last look
         if any_ready(set):
             set.idle_since_ns = 0
             return True
         count64(&set.sleeps, 1)
+        for k in range(set.n):
+            count64(&set.readers[k].sleeps, 1)
         if asleep == 0 or set.polls:
             sleep_ns(limit)
         else:
