@@ -90,6 +90,8 @@ MUTATIONS = [
     Mutation("bells: waiters", "readers_wait", "store_relaxed32(&r.bell.waiters, 1)", "pass", (), ("bells",)),
     Mutation("bells: the last look", "readers_wait", "before the last look\n        if any_ready(set):",
              "before the last look\n        if False:", (), ("bells",)),
+    Mutation("settling: another epoch", "reader_settled", "if load_relaxed64(&r.hdr.epoch) != r.epoch:", "if False:", (),
+             ("restart", "sync")),
     Mutation("settling is bounded", "reader_settled",
              "if r.given_up_ns != 0 and start - r.given_up_ns < r.settle_ns:", "if False:", (), ("settle",)),
     relaxed("bells: the sequence's load", "readers_wait", "&r.bell.seq", spare="F5 and F6' order it"),

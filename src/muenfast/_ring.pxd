@@ -72,7 +72,7 @@ cdef struct reader_t:
     uint64_t epochs
     uint64_t sleeps
     uint64_t settle_ns      # how long a counter that seems to have gone back is waited for
-    uint64_t unsettled      # times that happened
+    uint64_t unsettled      # times that happened within an epoch
     uint64_t given_up_ns    # the end of the last wait that was in vain
     watch_t *watch          # polls for this reader while it is idle; NULL: it polls itself
     reader_t *watch_next    # under watch.lock, from here on

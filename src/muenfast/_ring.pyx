@@ -277,6 +277,8 @@ cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogi
     cdef uint64_t start, passed = 0, now = load_acquire64(counter)
     if not went_back(now, r.wc):
         return now
+    if load_relaxed64(&r.hdr.epoch) != r.epoch:     # a restart that tells of itself: F3 and the load above
+        return now
     start = now_ns()
     count64(&r.unsettled, 1)
     if r.given_up_ns != 0 and start - r.given_up_ns < r.settle_ns:
