@@ -204,7 +204,7 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
-    uint64_t grace_until    # after an overrun: when a new response epoch is due, for the old one's answers are read; or 0
+    uint64_t grace_until    # after an overrun: when a new response epoch is due, the old answers being read
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported

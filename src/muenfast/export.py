@@ -251,8 +251,8 @@ class Crew:
     """One thread for several exports that share it (`Export.shares`), by turns.
 
     What would make the others wait leaves for a thread of its own: channels to be made anew, a client that overruns its
-    ring, takes its counters back, makes turns take long or starts anew more than MOST_STARTS times between two looks. It
-    does not come back.
+    ring, takes its counters back, makes turns take long or starts anew more than MOST_STARTS times between two looks.
+    It does not come back.
     """
 
     MOST = 128  # FUTEX_WAITV_MAX
@@ -342,9 +342,12 @@ class Crew:
         self._part(export)
         try:
             export._spawn()
-        except OSError as error:
+        except BaseException as error:
             self._group.add(export.server)
             self._exports[export.server] = export
-            self._said.warning("%s: %s, but stays: %s", export.name, why, error.strerror)   # not lost among the export's
+            if not isinstance(error, OSError):
+                raise
+            # By itself: among the export's warnings, one a second, it would be lost.
+            self._said.warning("%s: %s, but stays: %s", export.name, why, error.strerror)
         else:
             log.info("export %s: %s: it has a thread of its own from now on", export.name, why)
