@@ -478,6 +478,8 @@ def test_a_depth_bounds_what_is_in_flight(link: Link, hand: Hand) -> None:
     """With depth=3 the fourth of ten requests is written once the first is answered, and so on, until all are."""
     with pytest.raises(UsageError, match="depth"):
         link.device(depth=1025)
+    with pytest.raises(UsageError, match="depth"):
+        link.device(depth=1.5)
     opening = Worker(lambda: link.device(depth=3))
     hand.welcome()
     device = opening.result()

@@ -27,6 +27,11 @@ cdef enum:
     # Rounds of one server of a group before the next one's turn.
     TURN_ROUNDS = 8
 
+# What the slow turns of one server of a group, of page faults on its client's memory or the zeroing of a large ring, may
+# take of the others' time, by the clock. Turns are microseconds long; a thread that lost its CPU looks slow, too.
+cdef uint64_t SLOW_TURN_NS = 2_000_000
+cdef uint64_t BUDGET_NS = 50_000_000
+cdef uint64_t BUDGET_PERIOD_NS = 2_000_000_000
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
 
@@ -52,7 +57,7 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
-    bint overrun            # a new response epoch is due, once the answers published had GRACE_NS to be read
+    uint64_t grace_until    # after an overrun: when a new response epoch is due, the old answers being read
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
@@ -250,15 +255,17 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
 cdef int server_step(server_t *s) noexcept nogil:
     """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
 
-    Sleeps only where a store or a client makes it: for up to SETTLE_NS, counted in r.unsettled, and after an overrun.
+    Waits only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled. Idle
+    during the grace after an overrun.
     """
     cdef uint64_t available
     cdef ring_status status
     if load_relaxed32(&s.stop) != 0:
         return SERVER_STOPPED
-    if s.overrun:
-        s.overrun = False
-        sleep_ns(GRACE_NS)
+    if s.grace_until != 0:
+        if now_ns() < s.grace_until:
+            return STEP_IDLE
+        s.grace_until = 0
         writer_start(&s.w, random_epoch())
     status = reader_peek(&s.r, &available)
     if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
@@ -282,7 +289,7 @@ cdef int server_step(server_t *s) noexcept nogil:
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
             return STEP_WORKED
-        s.overrun = True
+        s.grace_until = now_ns() + GRACE_NS
         return SERVER_OVERRUN
     if status == INACTIVE:
         s.knows_epoch = True            # whatever epoch comes now began in this life
@@ -296,20 +303,30 @@ cdef int server_step(server_t *s) noexcept nogil:
     return STEP_IDLE
 
 
+cdef uint64_t server_patience(const server_t *s) noexcept nogil:
+    """Most nanoseconds between two looks."""
+    return GRACE_NS if s.grace_until != 0 else patience(&s.r, s.has_last)
+
+
 cdef struct group_t:
     server_t **servers
     int *events             # of each: -1, or a server_event and whether it was ...
     bint *unruly
     uint64_t n
+    uint64_t *slow_ns       # of each: what its slow turns took in this budget period
+    uint64_t period_ns      # when that began
     uint64_t first          # whose turn comes first
     waitset_t set
 
 
 cdef int group_turn(group_t *g) noexcept nogil:
     """Every server works for at most TURN_ROUNDS rounds: STEP_WORKED, STEP_IDLE, or 0 when something happened."""
-    cdef uint64_t k, at, unsettled
+    cdef uint64_t k, at, unsettled, before, now = now_ns()
     cdef server_t *s
     cdef int step, result = STEP_IDLE, rounds
+    if now - g.period_ns >= BUDGET_PERIOD_NS:
+        g.period_ns = now
+        memset(g.slow_ns, 0, g.n * sizeof(uint64_t))
     for k in range(g.n):
         at = (g.first + k) % g.n
         s = g.servers[at]
@@ -319,8 +336,12 @@ cdef int group_turn(group_t *g) noexcept nogil:
         while step == STEP_WORKED and rounds < TURN_ROUNDS and s.r.unsettled == unsettled:
             step = server_step(s)
             rounds += 1
+        before = now
+        now = now_ns()
+        if now - before >= SLOW_TURN_NS:
+            g.slow_ns[at] += now - before
         g.events[at] = step if step >= 0 else -1
-        g.unruly[at] = s.r.unsettled != unsettled
+        g.unruly[at] = s.r.unsettled != unsettled or g.slow_ns[at] >= BUDGET_NS
         if step >= 0 or g.unruly[at]:
             result = 0
         elif step == STEP_WORKED and result == STEP_IDLE:
@@ -331,7 +352,7 @@ cdef int group_turn(group_t *g) noexcept nogil:
 
 cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
     """Serves all for at most ns nanoseconds, or until something happened to one: then events and unruly say what."""
-    cdef uint64_t start = now_ns(), passed, turns = 0
+    cdef uint64_t start = now_ns(), passed, patience, k, turns = 0
     cdef int result
     while True:
         result = group_turn(g)
@@ -344,7 +365,10 @@ cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
         if passed >= ns:
             return
         if result == STEP_IDLE:
-            readers_wait(&g.set, ns - passed)
+            patience = ns - passed
+            for k in range(g.n):
+                patience = min(patience, server_patience(g.servers[k]))
+            readers_wait(&g.set, patience)
 
 
 cdef class Server(ServerEngine):
@@ -364,7 +388,6 @@ cdef class Server(ServerEngine):
         self.r = &self.s.r
         self.w = &self.s.w
         self.ending = &self.s.stop
-        self.remembers = &self.s.has_last
 
     def __init__(self, request, response, Store store not None, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
@@ -383,6 +406,15 @@ cdef class Server(ServerEngine):
 
     cdef int step(self) noexcept nogil:
         return server_step(self.s)
+
+    cdef void wait(self, uint64_t ns) noexcept nogil:
+        cdef int64_t left
+        if self.s.grace_until == 0:
+            reader_wait(self.r, min(ns, server_patience(self.s)), self.ending)
+            return
+        left = <int64_t>(self.s.grace_until - now_ns())
+        if left > 0:
+            sleep_ns(min(ns, <uint64_t>left))
 
     @property
     def counters(self):
@@ -423,12 +455,19 @@ cdef class Group:
         self.g.servers = <server_t **>calloc(FUTEX_LIST_MOST, sizeof(server_t *))
         self.g.events = <int *>calloc(FUTEX_LIST_MOST, sizeof(int))
         self.g.unruly = <bint *>calloc(FUTEX_LIST_MOST, sizeof(bint))
+        self.g.slow_ns = <uint64_t *>calloc(FUTEX_LIST_MOST, sizeof(uint64_t))
         self.g.set.readers = <reader_t **>calloc(FUTEX_LIST_MOST, sizeof(reader_t *))
-        if self.g.servers == NULL or self.g.events == NULL or self.g.unruly == NULL or self.g.set.readers == NULL:
+        if (self.g.servers == NULL or self.g.events == NULL or self.g.unruly == NULL or self.g.slow_ns == NULL
+                or self.g.set.readers == NULL):
             raise MemoryError()
 
     def __len__(self):
         return len(self.members)
+
+    @property
+    def servers(self):
+        """Those that it serves."""
+        return tuple(self.members)
 
     def add(self, Server server not None):
         """Takes a server that nobody runs. Raises UsageError."""
@@ -453,7 +492,7 @@ cdef class Group:
 
     cdef void arrange(self):
         cdef Server server
-        self.g.n = 0
+        self.g.n = self.g.period_ns = 0
         for server in self.members:
             self.g.servers[self.g.n] = server.s
             self.g.set.readers[self.g.n] = &server.s.r
@@ -462,7 +501,7 @@ cdef class Group:
 
     def run(self, seconds=1.0):
         """Serves all for about `seconds`, or until something happened: a list of (server, event), as Server.run() has them,
-        and "unruly" where a client's counters went back, and the others waited to see whether they stay there.
+        and "unruly" where a client made the others wait: its counters went back, or its turns took too long.
 
         Nothing happens to a group without servers.
         """
@@ -496,4 +535,5 @@ cdef class Group:
         free(self.g.servers)
         free(self.g.events)
         free(self.g.unruly)
+        free(self.g.slow_ns)
         free(self.g.set.readers)

@@ -393,7 +393,6 @@ cdef class BufferServer(ServerEngine):
         self.r = &self.s.r
         self.w = &self.s.w
         self.ending = &self.s.stop
-        self.remembers = &self.s.has_last
 
     def __init__(self, request, response, buffer, stores, *, request_protocol=BUFFER_PROTOCOL,
                  response_protocol=BUFFER_PROTOCOL, request_bell=None, response_bell=None, poll=None,
@@ -434,6 +433,9 @@ cdef class BufferServer(ServerEngine):
 
     cdef int step(self) noexcept nogil:
         return buffer_step(self.s)
+
+    cdef void wait(self, uint64_t ns) noexcept nogil:
+        reader_wait(self.r, min(ns, patience(self.r, self.s.has_last)), self.ending)
 
     cdef str taken_away(self):
         return "buffer" if was_taken(self.buffer) else ServerEngine.taken_away(self)

@@ -877,8 +877,8 @@ cdef class Client(Target):
 
     @depth.setter
     def depth(self, value):
-        if value is not None and not 1 <= value <= WINDOW:
-            raise UsageError(f"a depth is 1 to {WINDOW} blocks", value=value)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= WINDOW):
+            raise UsageError(f"a depth is a number of blocks, 1 to {WINDOW}, or None", option="depth", value=value)
         pthread_mutex_lock(&self.c.lock)
         self.c.depth = DEPTH_FIRST if value is None else value
         self.c.settled = DEPTH_FIRST if value is None else 0
@@ -1027,7 +1027,8 @@ cdef class Client(Target):
                 return
             each = 0 if n == 0 else <uint64_t>view.len // n
             if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % BLOCK_SIZE != 0:
-                raise UsageError(f"{view.len} bytes are not {n} equal pieces of whole blocks of {BLOCK_SIZE}")
+                raise UsageError(f"data of {view.len} bytes is not one piece for each of {n} offsets, all of the same "
+                                 f"whole blocks of {BLOCK_SIZE} (offsets come first, then data)")
             each //= BLOCK_SIZE
             ios = <io_t *>calloc(n, sizeof(io_t))
             if ios == NULL:

@@ -9,6 +9,18 @@ from muenfast._wire cimport bell_page, fence_acquire, load_acquire32, load_relax
 cdef enum:
     BATCH = 64              # most requests of one round: one validation, one publish
     LARGEST_MESSAGE = 32    # bytes of a ring element that `rewritten` looks at
+    # A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
+    SAME_EPOCH_NS = 20000000
+
+
+cdef inline uint64_t patience(const reader_t *r, bint has_last) noexcept nogil:
+    """Most nanoseconds between two looks: a client that does not ring may restart without a sign in its counters.
+
+    has_last: whether there is a request that this would take away.
+    """
+    if has_last and (r.bell == NULL or load_relaxed64(&r.bell.ringer) != r.epoch):
+        return SAME_EPOCH_NS
+    return <uint64_t>-1
 
 
 cdef inline bint rewritten(const reader_t *r, const void *last, size_t n) noexcept nogil:
@@ -54,7 +66,6 @@ cdef class ServerEngine:
     cdef reader_t *r        # all four: the subclass's, set by its __cinit__
     cdef writer_t *w
     cdef uint32_t *ending   # stop() was called
-    cdef bint *remembers    # there is a request that a restart under the same epoch would take away
     cdef Mapping request, response, request_bell, response_bell
     cdef Watch watch
     cdef uint32_t busy
@@ -65,6 +76,7 @@ cdef class ServerEngine:
                   Watch watch) except -1
     cdef int introduce(self, bytes identity, uint32_t flags) except -1
     cdef int step(self) noexcept nogil
+    cdef void wait(self, uint64_t ns) noexcept nogil
     cdef server_event loop(self, uint64_t ns) noexcept nogil
     cdef object happened(self, int event)
     cdef bint held(self) noexcept

@@ -9,9 +9,6 @@ from muenfast._wire cimport *
 
 from muenfast.errors import UsageError
 
-# A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
-cdef uint64_t SAME_EPOCH_NS = 20_000_000
-
 
 cdef class ServerEngine:
     """Two channels and their bells, and the life of the engine that serves over them.
@@ -72,26 +69,25 @@ cdef class ServerEngine:
         """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event; SERVER_STOPPED once `ending` is set."""
         return SERVER_STOPPED
 
+    cdef void wait(self, uint64_t ns) noexcept nogil:
+        """Returns when there may be something to do, after ns nanoseconds at the latest."""
+
     cdef server_event loop(self, uint64_t ns) noexcept nogil:
         """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
-        cdef reader_t *r = self.r
         cdef uint64_t start = now_ns(), passed
         cdef int step
         while True:
             step = self.step()
             if step >= 0:
                 return <server_event>step
-            if step == STEP_WORKED and (r.batches & 0xff) != 0:
+            if step == STEP_WORKED and (self.r.batches & 0xff) != 0:
                 continue
             passed = now_ns() - start
             if passed >= ns:
                 return SERVER_TICK
             if step == STEP_WORKED:
                 continue
-            if self.remembers[0] and (r.bell == NULL or load_relaxed64(&r.bell.ringer) != r.epoch):
-                reader_wait(r, min(ns - passed, SAME_EPOCH_NS), self.ending)
-            else:
-                reader_wait(r, ns - passed, self.ending)
+            self.wait(ns - passed)
 
     def run(self, seconds=1.0):
         """Serves for about `seconds` or until something happened; the event's name (one of EVENTS)."""

@@ -71,7 +71,9 @@ cdef struct reader_t:
     uint64_t lost_total
     uint64_t epochs
     uint64_t sleeps
-    uint64_t unsettled      # times a counter seemed to go back and was waited for
+    uint64_t settle_ns      # how long a counter that seems to have gone back is waited for
+    uint64_t unsettled      # times that happened within an epoch
+    uint64_t given_up_ns    # the end of the last wait that was in vain
     watch_t *watch          # polls for this reader while it is idle; NULL: it polls itself
     reader_t *watch_next    # under watch.lock, from here on
     reader_t **watch_link

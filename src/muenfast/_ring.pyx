@@ -11,7 +11,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport ENOSYS
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ETIMEDOUT
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -40,6 +40,8 @@ cdef uint64_t IDLE_AFTER_NS = 1_000_000_000
 # A counter below what it was is looked at again for this long before it means a restart: a plain peer may store it in
 # pieces (Python's struct.pack_into("<Q") zeroes the eight bytes first) and lose its CPU between two of them.
 cdef uint64_t SETTLE_NS = 10_000_000
+# Of a Reader, which holds the GIL meanwhile.
+cdef uint64_t SETTLE_READER_NS = 2_000_000
 # An epoch is looked at twice this far apart before it is believed, for the same reason.
 cdef int SETTLE_PAUSES = 64
 cdef int SPIN_SCORE = 16
@@ -204,6 +206,7 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.capacity = length - SHMSTREAM_HEADER_SIZE
     r.want_size = size
     r.want_protocol = protocol
+    r.settle_ns = SETTLE_NS
     r.may_spin = online_cpus() > 1
     r.spin_score = SPIN_SCORE
 
@@ -267,19 +270,28 @@ cdef inline bint went_back(uint64_t now, uint64_t before) noexcept nogil:
 
 
 cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil:
-    """One of the channel's write counters (acquire); one that seems to have gone back is given SETTLE_NS."""
+    """One of the channel's write counters (acquire); one that seems to have gone back is given settle_ns.
+
+    Whoever has waited in vain does not wait again as soon: half of the time is the most that a writer can take.
+    """
     cdef uint64_t start, passed = 0, now = load_acquire64(counter)
     if not went_back(now, r.wc):
         return now
-    count64(&r.unsettled, 1)
+    if load_relaxed64(&r.hdr.epoch) != r.epoch:     # a restart that tells of itself: F3 and the load above
+        return now
     start = now_ns()
-    while passed < SETTLE_NS and went_back(now, r.wc) and load_relaxed64(&r.hdr.epoch) == r.epoch:
+    count64(&r.unsettled, 1)
+    if r.given_up_ns != 0 and start - r.given_up_ns < r.settle_ns:
+        return now
+    while passed < r.settle_ns and went_back(now, r.wc) and load_relaxed64(&r.hdr.epoch) == r.epoch:
         if passed < POLL_FIRST_NS:
             cpu_pause()
         else:
             sleep_ns(POLL_FIRST_NS)     # the peer may need this very CPU
         now = load_acquire64(counter)
         passed = now_ns() - start
+    if passed >= r.settle_ns:
+        r.given_up_ns = start + passed
     return now
 
 
@@ -564,7 +576,7 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
     cdef reader_t *r
     cdef uint64_t start, now, limit, epoch, k, pause, step = POLL_FIRST_NS
     cdef unsigned int asleep
-    cdef int i, pauses = 8
+    cdef int i, error, pauses = 8
     cdef bint idle
     if any_ready(set):
         set.idle_since_ns = 0
@@ -594,7 +606,6 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
             return False
         idle = now - set.idle_since_ns >= IDLE_AFTER_NS
         limit = min(SLEEP_NS, ns - (now - start))
-        pause = POLL_IDLE_NS if idle else step
         asleep = 0
         for k in range(set.n):
             r = set.readers[k]
@@ -604,16 +615,25 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
                 asleep += 1
                 store_relaxed32(&r.bell.waiters, 1)
             if r.bell == NULL or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+                pause = POLL_IDLE_NS if idle or r.epoch == 0 else step
                 limit = min(limit, pause if r.poll_ns == 0 else r.poll_ns)
         fence_seq_cst()                 # pairs with ring(): the announcements before the last look
         if any_ready(set):
             set.idle_since_ns = 0
             return True
         count64(&set.sleeps, 1)
+        for k in range(set.n):
+            count64(&set.readers[k].sleeps, 1)
         if asleep == 0 or set.polls:
             sleep_ns(limit)
-        elif futex_wait_any_ns(bells, asleep, limit) == -ENOSYS:
-            set.polls = True
+        else:
+            error = futex_wait_any_ns(bells, asleep, limit)
+            # EFAULT: a bell that was truncated, until the next load of its sequence puts private memory there. Whatever
+            # else it is (ENOSYS, or what a system-call filter says) will be so again.
+            if error == -EFAULT:
+                sleep_ns(min(limit, POLL_ACTIVE_NS))
+            elif error < 0 and error != -EAGAIN and error != -EINTR and error != -ETIMEDOUT:
+                set.polls = True
         if not idle:
             step = min(step * 2, POLL_ACTIVE_NS)
         if any_ready(set):
@@ -995,6 +1015,7 @@ cdef class Reader(Endpoint):
         self.r.bell = self.bell
         self.r.broken = self.region.broken
         self.r.poll_ns = 0 if poll is None else poll * 1000
+        self.r.settle_ns = SETTLE_READER_NS
         self.status = INACTIVE
 
     @property

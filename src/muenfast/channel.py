@@ -40,8 +40,15 @@ class End:
         if self.locator.offset % 8:
             raise UsageError(f"a {what} starts at a multiple of 8 bytes", value=self.locator.text)
         with ExitStack() as stack:
-            self.region = shm.Region.open(self.locator, writable=writes,
-                                          create=create if self.locator.posix else None)
+            try:
+                self.region = shm.Region.open(self.locator, writable=writes,
+                                              create=create if self.locator.posix else None)
+            except FileNotFoundError as error:
+                if error.filename != self.locator.path:     # of the book-keeping
+                    raise
+                how = "`muenfast chan create`" if self.locator.posix else "`truncate -s 1M`, for example"
+                raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
+                                        error.filename) from error
             stack.callback(lambda: self.region.close())
             if len(self.region.view) < least:
                 raise UsageError(f"{what} {self.locator.text} has {len(self.region.view)} bytes, at least {least} are "

@@ -58,7 +58,7 @@ class BlockDevice:
     req, resp: locators (or channels: a parsed Channels). timeout: seconds to wait for the server, None: no end.
     on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
     that a server which announces no or another identity still has the same data. depth: most blocks in flight, 1 to
-    1024; None: it adapts. watch: polls for this disk while it is idle.
+    1024; None: it adapts. watch: polls for this disk while it is idle. req_protocol to bells: as `channels_from_lists`.
 
     All methods may be called from any number of threads; requests of several threads are in flight together.
     Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
@@ -69,11 +69,13 @@ class BlockDevice:
     def __init__(self, req: str | None = None, resp: str | None = None, *, channels: Channels | None = None,
                  timeout: float | None = 10.0, on_peer_loss: str | OnPeerLoss = "queue",
                  same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
-                 **lists: Any) -> None:
+                 req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
+                 poll: int | None = None, bells: bool = True) -> None:
         if channels is None:
             if req is None or resp is None:
                 raise UsageError("a block device needs a request and a response channel")
-            (channels,) = channels_from_lists(req, resp, **lists)
+            (channels,) = channels_from_lists(req, resp, req_protocol=req_protocol, resp_protocol=resp_protocol,
+                                              size=size, poll=poll, bells=bells)
         self.channels = channels
         self._policy = OnPeerLoss.parse(on_peer_loss, "on_peer_loss") if isinstance(on_peer_loss, str) else on_peer_loss
         self._same_store = same_store
@@ -87,6 +89,7 @@ class BlockDevice:
         self._rmw = threading.Lock()
         self._complaint = ""
         self._peer = PeerLog(f"disk {self.channels.name}")
+        self._returns = PeerLog(f"disk {self.channels.name}")   # a loss just before does not keep one of them back
         self._broken = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
@@ -236,8 +239,8 @@ class BlockDevice:
             before = self.client.counters["reissued"]
             if not self.client.resume():
                 return False
-            log.info("disk %s: the server is back, %d requests issued again", self.channels.name,
-                     self.client.counters["reissued"] - before)
+            self._returns.warning("the server is back, %d requests issued again",
+                                  self.client.counters["reissued"] - before)
         return True
 
     def _give_up(self, why: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,18 @@ from muenfast.errors import BrokenChannelError, PeerLog
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names
+_SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
+
+
+def spawn(target: Callable[[], None], name: str) -> threading.Thread:
+    """A daemon thread that runs. Raises OSError (EAGAIN) where no more are to be had."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, f"no thread for `{name}`: the limit of this user (ulimit -u) or of its control "
+                      "group (pids.max) is reached") from error
+    return thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +147,27 @@ class Export:
 
     @property
     def shares(self) -> bool:
-        """Whether it may share a thread with others: nothing that its disk does can hold them up. One request beside a
-        buffer may be as long as that."""
-        return self.config.channels.buffer is None and not self.backings[0].store.waits
+        """Whether it may share a thread with others: its disk makes no system calls, its disk and channels are memory,
+        not files, pages of which wait for a disk or (FUSE) somebody's process, and the channels are soon zeroed. One
+        request beside a buffer may be as long as that."""
+        name = self.config.device.name
+        return (self.config.channels.buffer is None and not self.backings[0].store.waits
+                and (name is None or shm.Locator.parse(name).posix)
+                and all(end.locator.posix and len(end.view) <= _SHARED_REGION for end in self._ends)
+                and shm.filesystem("/dev/shm") in ("tmpfs", "ramfs"))
 
     def start(self) -> None:
-        """Begins to serve, in a thread of its own."""
-        self._keep()
+        """Begins to serve, in a thread of its own. Raises OSError where none is to be had."""
         self._ended.clear()
-        threading.Thread(target=self._serve, name=f"export {self.name}", daemon=True).start()
+        try:
+            self._spawn()
+        except BaseException:   # close() must not wait for it
+            self._ended.set()
+            raise
+        self._keep()
+
+    def _spawn(self) -> None:
+        spawn(self._serve, f"export {self.name}")
 
     def _keep(self) -> None:
         for backing in self.backings:
@@ -267,10 +292,14 @@ class Export:
                 for device, size, backing in zip(self.config.devices, self.sizes, self.backings, strict=True)]
         return found
 
-    def close(self) -> None:
-        """Finishes what is executing, tells the client "back later", leaves the channels, frees the device."""
+    def stop(self) -> None:
+        """Makes it end soon; close() waits for that."""
         self._stop.set()
         self.server.stop()
+
+    def close(self) -> None:
+        """Finishes what is executing, tells the client "back later", leaves the channels, frees the device."""
+        self.stop()
         while not self._ended.wait(0.05):
             self.server.stop()
         self._stack.close()
@@ -280,49 +309,70 @@ class Crew:
     """One thread for several exports that share it (`Export.shares`), by turns.
 
     What would make the others wait leaves for a thread of its own: channels to be made anew, a client that overruns its
-    ring, takes its counters back or starts anew more than MOST_EVENTS times a second. It does not come back.
+    ring, takes its counters back, makes turns take long or starts anew more than MOST_STARTS times between two looks.
+    It does not come back.
     """
 
     MOST = 128  # FUTEX_WAITV_MAX
-    MOST_EVENTS = 20
+    MOST_STARTS = 4
+    LOOKS = 8  # at names, some system calls each, before everybody has a turn
 
     def __init__(self, exports: Sequence[Export]) -> None:
-        self._exports = list(exports)
-        self._events = dict.fromkeys(self._exports, 0)
+        self._exports: dict[Server | BufferServer, Export] = {export.server: export for export in exports}
+        self._starts = dict.fromkeys(exports, 0)
         self._group = Group()
-        self._thread = threading.Thread(target=self._serve, name=f"exports {self._exports[0].name} ...", daemon=True)
+        self._name = f"exports {exports[0].name} ..."
+        self._said = PeerLog(self._name)
 
     def start(self) -> None:
-        """Begins to serve all."""
-        for export in self._exports:
-            export._keep()
+        """Begins to serve all. Raises OSError where no thread is to be had."""
+        exports = list(self._exports.values())
+        for export in exports:
             export._ended.clear()
-        self._thread.start()
+        try:
+            spawn(self._serve, self._name)
+        except BaseException:
+            for export in exports:
+                export._ended.set()
+            raise
+        for export in exports:
+            export._keep()
 
     def _serve(self) -> None:
         try:
-            for export in self._exports:
-                assert isinstance(export.server, Server)
-                self._group.add(export.server)
+            for server in self._exports:
+                assert isinstance(server, Server)
+                self._group.add(server)
             self._serve_all()
         except Exception:
             log.exception("the thread of %d exports", len(self._exports))
-        finally:
-            for export in list(self._exports):
-                self._alone(export, "the thread that it shared ended")
+        for server in self._group.servers:
+            self._group.remove(server)
+        for export in self._exports.values():
+            try:
+                export._spawn()
+            except Exception:
+                export._ended.set()
+                log.exception("export %s is not served any more", export.name)
 
     def _serve_all(self) -> None:
         looked = time.monotonic()
         while self._exports:
-            owners = {id(export.server): export for export in self._exports}
-            for server, event in self._group.run(_TICK):
-                if owners[id(server)] in self._exports:     # not gone by what happened just before
-                    self._happened(owners[id(server)], event)
+            self._run(_TICK)
             now = time.monotonic()
-            if now - looked >= _TICK:
-                looked = now
-                for export in list(self._exports):
+            if now - looked < _TICK:
+                continue
+            looked = now
+            for k, export in enumerate(list(self._exports.values()), 1):
+                if export.server in self._exports:      # not gone by what happened just before
                     self._look(export)
+                if k % self.LOOKS == 0:
+                    self._run(0.0)
+
+    def _run(self, seconds: float) -> None:
+        for server, event in self._group.run(seconds):
+            if server in self._exports:
+                self._happened(self._exports[server], event)
 
     def _happened(self, export: Export, event: str) -> None:
         if event == "stopped":
@@ -330,12 +380,12 @@ class Crew:
             export._ended.set()
             return
         export._happened(event)
-        self._events[export] += 1
-        if event in ("overrun", "unruly") or self._events[export] > self.MOST_EVENTS * _TICK:
+        self._starts[export] += event in ("connected", "incompatible")
+        if event in ("overrun", "unruly") or self._starts[export] > self.MOST_STARTS:
             self._alone(export, "its client makes others wait")
 
     def _look(self, export: Export) -> None:
-        self._events[export] = 0
+        self._starts[export] = 0
         try:
             if export._moved():
                 self._alone(export, "its channels are to be followed")
@@ -344,10 +394,21 @@ class Crew:
 
     def _part(self, export: Export) -> None:
         assert isinstance(export.server, Server)
-        self._exports.remove(export)
+        del self._exports[export.server]
         self._group.remove(export.server)
 
     def _alone(self, export: Export, why: str) -> None:
-        log.info("export %s: %s: it has a thread of its own from now on", export.name, why)
+        """Where no thread is to be had, it stays, and the next occasion comes."""
         self._part(export)
-        export.start()
+        try:
+            export._spawn()
+        except BaseException as error:
+            assert isinstance(export.server, Server)
+            self._group.add(export.server)
+            self._exports[export.server] = export
+            if not isinstance(error, OSError):
+                raise
+            # By itself: among the export's warnings, one a second, it would be lost.
+            self._said.warning("%s: %s, but stays: %s", export.name, why, error.strerror)
+        else:
+            log.info("export %s: %s: it has a thread of its own from now on", export.name, why)

@@ -59,7 +59,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
                                     "most 1000 while active, 10000 idle)")
-    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling")
+    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling, "
+         "and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")
 
 
