@@ -8,13 +8,13 @@ import json
 import logging
 import os
 import signal
-import stops
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stops
 from conftest import Program, leftovers, run
 from helpers import block, eventually
 from peer import (

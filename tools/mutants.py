@@ -243,7 +243,8 @@ MUTATIONS = [
     Mutation("await: done once more", "client_await", "            if load_acquire32(&b.done) == 0:\n    ", "", (),
              ("await",)),
     # ------------------------------------------------------------ the server with a buffer
-    Mutation("buffer: alignment", "check_request", " or (h.length | h.device_offset) & (d.block_size - 1) != 0", "", BUFFER),
+    Mutation("buffer: alignment", "check_request", " or (h.length | h.device_offset) & (d.block_size - 1) != 0", "",
+             BUFFER),
     Mutation("buffer: the device's end", "check_request",
              "if h.device_offset > d.size or h.length > d.size - h.device_offset:",
              "if h.device_offset + h.length > d.size:", BUFFER),
