@@ -270,8 +270,7 @@ MUTATIONS = [
              "min(available, <uint64_t>BATCH)", BUFFER),
     Mutation("buffer: room for SMART data", "buffer_smart", "SMART_SIZE > s.length - h.buffer_offset", "False", BUFFER),
     # ------------------------------------------------------------ calls
-    Mutation("bounds: blocks", "blocks", "if first < 0 or first + view.len // BLOCK_SIZE > self.nblocks:", "if False:",
-             CLIENT),
+    Mutation("bounds: one piece", "place", "if at > size or length > size - at:", "if False:", CLIENT),
     Mutation("bounds: scattered", "scattered", "if at > self.nblocks or each > self.nblocks - at:", "if False:", CLIENT),
 ]
 
@@ -292,8 +291,8 @@ def bodies(path: Path, text: str, function: str) -> Iterator[tuple[int, int]]:
         yield found.start(), end.start() if end else len(text)
 
 
-def apply(tree: Path, mutation: Mutation) -> str:
-    """Replaces the text; the name of the file. Ends the program where it does not stand where it is said to."""
+def mutated(tree: Path, mutation: Mutation) -> tuple[Path, str]:
+    """The file and its text with that replaced. Ends the program where it does not stand where it is said to."""
     found = [(path, text, span) for path in sources(tree) for text in [path.read_text()]
              for span in bodies(path, text, mutation.function)]
     if len(found) != 1:
@@ -308,7 +307,13 @@ def apply(tree: Path, mutation: Mutation) -> str:
     if count != mutation.count or new == body:
         sys.exit(f"{mutation.name}: {mutation.function} in {path.name} has that text {count} times, not {mutation.count}:"
                  f"\n{mutation.old}")
-    path.write_text(text[:start] + new + text[end:])
+    return path, text[:start] + new + text[end:]
+
+
+def apply(tree: Path, mutation: Mutation) -> str:
+    """Replaces the text; the name of the file."""
+    path, text = mutated(tree, mutation)
+    path.write_text(text)
     return path.name
 
 
