@@ -309,7 +309,7 @@ def test_the_engine_sends_no_block_beyond_the_disk(link: Link, first: int, count
     with link.server(bytearray(BLOCKS * BLOCK_BYTES)), link.device() as device:
         for write in (False, True):
             with pytest.raises(UsageError, match="beyond the disk"):
-                device.client.transfer(write, first * BLOCK_BYTES, bytearray(count * BLOCK_BYTES))
+                device.client.move(write, first * BLOCK_BYTES, bytearray(count * BLOCK_BYTES))
             with pytest.raises(UsageError, match="beyond the disk"):
                 device.client.scattered(write, [first * BLOCK_BYTES], bytearray(count * BLOCK_BYTES))
         with pytest.raises(UsageError, match="beyond the disk"):
@@ -450,7 +450,7 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
         welcome.result()
         assert client.resume()
         hand.writer.activate()  # another server; nobody has looked since
-        call = Worker(lambda: client.transfer(True, 0, block(1)))
+        call = Worker(lambda: client.move(True, 0, block(1)))
         eventually(lambda: client.state == "lost")
         assert hand.reader.read()[1] is None
         client.fail()

@@ -1000,7 +1000,7 @@ cdef class Client(Target):
             raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {size}")
         return at
 
-    def transfer(self, bint write, offset, buffer):
+    def move(self, bint write, offset, buffer):
         """Moves a buffer's bytes to the disk, or from it, at byte `offset`; how many. Raises OSError, UsageError.
 
         -1, and nothing was moved, where offset or length are no whole blocks.
@@ -1012,7 +1012,7 @@ cdef class Client(Target):
             at = self.place(offset, view.len)
             if view.len != 0 and (at | <uint64_t>view.len) % BLOCK_SIZE != 0:
                 return -1
-            self.move(IO_WRITE if write else IO_READ, at, <uint8_t *>view.buf, view.len)
+            self.whole(IO_WRITE if write else IO_READ, at, <uint8_t *>view.buf, view.len)
             return view.len
         finally:
             PyBuffer_Release(&view)
@@ -1028,10 +1028,10 @@ cdef class Client(Target):
         if length != 0 and (at | <uint64_t>length) % BLOCK_SIZE != 0:
             return None
         data = PyBytes_FromStringAndSize(NULL, length)
-        self.move(IO_READ, at, <uint8_t *>PyBytes_AS_STRING(data), length)
+        self.whole(IO_READ, at, <uint8_t *>PyBytes_AS_STRING(data), length)
         return data
 
-    cdef int move(self, uint32_t kind, uint64_t at, uint8_t *buf, uint64_t length) except -1:
+    cdef int whole(self, uint32_t kind, uint64_t at, uint8_t *buf, uint64_t length) except -1:
         cdef io_t io
         if length == 0:
             return 0

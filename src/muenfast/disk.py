@@ -321,7 +321,7 @@ class BlockDevice:
 
     def pread_into(self, buffer: Any, offset: int) -> int:
         """Fills a writable buffer from byte `offset` on; returns its length. Whole blocks are not copied twice."""
-        moved = int(self.client.transfer(False, offset, buffer))
+        moved = int(self.client.move(False, offset, buffer))
         if moved < 0:
             with memoryview(buffer) as raw, raw.cast("B") as view:
                 moved = len(view)
@@ -332,7 +332,7 @@ class BlockDevice:
         """By way of the whole blocks that hold them."""
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
         whole = bytearray((last - first + 1) * BLOCK)
-        self.client.transfer(False, first * BLOCK, whole)
+        self.client.move(False, first * BLOCK, whole)
         with memoryview(whole) as view:
             return bytes(view[offset - first * BLOCK:][:length])
 
@@ -342,19 +342,19 @@ class BlockDevice:
 
         Raises UsageError (beyond the disk), OSError.
         """
-        moved = int(self.client.transfer(True, offset, data))
+        moved = int(self.client.move(True, offset, data))
         if moved < 0:
             with memoryview(data) as raw, raw.cast("B") as view:
                 moved = len(view)
                 first, last = offset // BLOCK, (offset + moved - 1) // BLOCK
                 whole = bytearray((last - first + 1) * BLOCK)
                 with self._rmw, memoryview(whole) as target:
-                    self.client.transfer(False, first * BLOCK, target[:BLOCK])
+                    self.client.move(False, first * BLOCK, target[:BLOCK])
                     if last != first:
-                        self.client.transfer(False, last * BLOCK, target[-BLOCK:])
+                        self.client.move(False, last * BLOCK, target[-BLOCK:])
                     start = offset - first * BLOCK
                     target[start:start + moved] = view
-                    self.client.transfer(True, first * BLOCK, target)
+                    self.client.move(True, first * BLOCK, target)
         return moved
 
     def pread_many(self, offsets: Sequence[int], buffer: Any) -> int:
