@@ -21,8 +21,9 @@ from helpers import block, eventually
 from peer import EVENT_BYTES, HEADER_BYTES, READ, REQUEST_PROTOCOL, ChannelWriter, Event, channel_path
 
 from muenfast import BlockDevice, BlockServer, UsageError
-from muenfast._blk import Group, Server, Store
+from muenfast._blk import Group, Server
 from muenfast._ring import Writer
+from muenfast._store import Store
 from muenfast.blk import exports_from_lists
 from muenfast.export import Crew
 
@@ -330,7 +331,8 @@ loaded = Program(len(program) // 8, ctypes.addressof(lines))
 assert libc.prctl(38, 1, 0, 0, 0) == 0                          # PR_SET_NO_NEW_PRIVS
 assert libc.prctl(22, 2, ctypes.byref(loaded), 0, 0) == 0       # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 assert libc.syscall(449, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == int(sys.argv[1])
-from muenfast._blk import Group, Server, Store
+from muenfast._blk import Group, Server
+from muenfast._store import Store
 from muenfast._ring import Writer, layout
 group, req = Group(), [bytearray(1 << 16) for _ in range(3)]
 bells = [bytearray(4096) for _ in range(3)]

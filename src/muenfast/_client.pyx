@@ -926,7 +926,7 @@ cdef class Client(Target):
     @property
     def broken(self):
         """Name of the channel whose memory was taken away, or None."""
-        return taken_away(self.request, self.response)
+        return "request" if was_taken(self.request) else "response" if was_taken(self.response) else None
 
     @property
     def in_flight(self):

@@ -307,7 +307,8 @@ cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     return OVERRUN_DETECTED
 
 
-cdef inline void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
+cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
+    """Goes on at element wc, which is the WC of a moment ago."""
     r.rc = r.wc = wc
     r.index = wc % r.elements
     if r.bell != NULL:
@@ -1220,7 +1221,9 @@ def layout():
                               "wsc": 48, "wc": 56},
             "block_size": BLOCK_SIZE, "sector_size": SECTOR_SIZE, "event_size": sizeof(block_event),
             "event_header_size": sizeof(block_event_header), "bell_size": sizeof(bell_page),
-            "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL}
+            "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL,
+            "buffer_protocol": BUFFER_PROTOCOL, "buffer_request_size": sizeof(block_request),
+            "buffer_response_size": sizeof(block_response)}
 
 
 def newest(memory, most):

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from muenfast import params
-from muenfast._blk import Store
 from muenfast._ring import layout
+from muenfast._store import Store
 from muenfast.errors import UsageError
 
 BLOCK = layout()["block_size"]
