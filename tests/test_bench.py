@@ -58,7 +58,9 @@ def test_rows_are_sampled_in_turns() -> None:
 
 
 @pytest.mark.parametrize("words", [("bench", "net2"), ("bench", "ring", "--rounds", "0"), ("bench", "--scale", "0"),
-                                   ("bench", "ring", "--json", "/none/b.json"), ("bench", "ring", "--plot", "/tmp")])
+                                   ("bench", "ring", "--json", "/none/b.json"), ("bench", "ring", "--plot", "/tmp"),
+                                   ("bench", "ring", "--plot", "-"), ("bench", "ring", "--json", "/proc/none"),
+                                   ("bench", "ring", "--json", "/dev/null", "--plot", "/dev/null")])
 def test_a_wrong_subject_or_number_is_a_usage_error(words: tuple[str, ...]) -> None:
     """Status 2 and the rule, nothing measured."""
     done = run(*words)

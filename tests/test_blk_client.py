@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import mmap
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from helpers import TornWords, block, eventually
 from hypothesis import HealthCheck, given, settings
@@ -39,7 +41,8 @@ from peer import (
     channel_path,
 )
 
-from muenfast import BlockDevice, PeerError, UsageError
+from muenfast import BlockDevice, BlockServer, PeerError, UsageError
+from muenfast.blk import exports_from_lists
 
 HOSTILE = str(Path(__file__).with_name("hostile_peer.py"))
 BLOCKS = 64
@@ -314,6 +317,122 @@ def test_the_engine_sends_no_block_beyond_the_disk(link: Link, first: int, count
                 device.client.scattered(write, [first * BLOCK_BYTES], bytearray(count * BLOCK_BYTES))
         with pytest.raises(UsageError, match="beyond the disk"):
             device.client.read(count * BLOCK_BYTES, first * BLOCK_BYTES)
+
+
+def test_numbers_that_wrap(link: Link) -> None:
+    """numpy's narrow integers are taken as numbers, whole blocks or not."""
+    with link.server(bytearray(b"z" * 32 * BLOCK_BYTES)), link.device() as device:
+        assert len(device.pread(65000, numpy.uint16(5000))) == 65000
+        assert len(device.pread(numpy.uint16(65000), 5000)) == 65000
+        assert device.pwrite(b"y" * 65000, numpy.uint16(5000)) == 65000
+        assert device.pread(65000, 5000) == b"y" * 65000 and device.pread(8, numpy.uint8(250)) == b"z" * 8
+
+
+def test_a_piece_that_is_too_large(names: Callable[[str], str]) -> None:
+    """2^32 blocks and more in one call are refused, one piece or several; no byte of it is moved."""
+    req, resp = names("req"), names("resp")
+    with (BlockServer(exports_from_lists(req, resp, device="null:32T")), BlockDevice(req, resp) as device,
+          mmap.mmap(-1, (1 << 44) + BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE) as memory):
+        for length in (1 << 44, (1 << 44) + BLOCK_BYTES):
+            with memoryview(memory) as whole, whole[:length] as piece:
+                with pytest.raises(UsageError, match="too many for one"):
+                    device.pread_many([0], piece)
+                with pytest.raises(UsageError, match="too many for one"):
+                    device.pread_into(piece, 0)
+        assert device.client.counters["reads"] == 0
+
+
+MAP_NORESERVE = 0x4000     # uapi/asm-generic/mman.h
+
+FORKED = """
+import os, sys
+from muenfast import AsyncBlockDevice, BlockDevice, BlockServer, UsageError, open_reader, open_writer
+from muenfast.blk import exports_from_lists
+req, resp, name = sys.argv[1:]
+with (BlockServer(exports_from_lists(req, resp, device="ram:64K")) as server, BlockDevice(req, resp) as device,
+      open_writer(name, size=64, protocol=1) as writer, open_reader(name, protocol=1) as reader):
+    device.pwrite(b"P" * 4096, 0)
+    writer.write(b"one")
+    child = os.fork()
+    if child == 0:
+        for call in (lambda: device.pwrite(b"C" * 4096, 0), lambda: device.pread(1, 0), device.flush,
+                     lambda: device.pread_many([0], bytearray(4096)), lambda: writer.write(b"two"), reader.read):
+            try:
+                call()
+                os._exit(1)
+            except UsageError as error:
+                if "forked" not in str(error):
+                    os._exit(2)
+        for each in (device, writer, reader, server):
+            each.close()
+        del device, writer, reader, server
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert device.pread(4096, 0) == b"P" * 4096
+    device.pwrite(b"Q" * 4096, 0)
+    writer.write(b"three")
+    found = []
+    while len(found) < 2:
+        if (element := reader.read()):
+            found.append(element.rstrip(bytes(1)))
+    print(found, device.pread(1, 0))
+"""
+
+
+def test_a_child_of_fork_leaves_it_alone(names: Callable[[str], str]) -> None:
+    """It is told so at every call; closing and collecting change nothing for the parent."""
+    done = subprocess.run([sys.executable, "-c", FORKED, names("req"), names("resp"), names("ring")], capture_output=True,
+                          text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "[b'one', b'three'] b'Q'\n"), done.stderr
+
+
+HANDLER = """
+import signal, sys, threading
+from muenfast import BlockDevice, BlockServer
+from muenfast.blk import exports_from_lists
+server = BlockServer(exports_from_lists(*sys.argv[1:], device="ram:64K"))
+device = BlockDevice(*sys.argv[1:])
+server.close()
+def close(*_):
+    device.close()
+    print("closed", flush=True)
+signal.signal(signal.SIGALRM, close)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+try:
+    device.pread(4096, 0)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_signal_handler_that_closes_the_device(names: Callable[[str], str]) -> None:
+    """The call that it interrupts, which waits for a server that is gone, fails with EIO."""
+    done = subprocess.run([sys.executable, "-c", HANDLER, names("req"), names("resp")], capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "closed\n5\n"), done.stderr
+
+
+def test_several_threads_close_one_device(link: Link) -> None:
+    with link.server(bytearray(BLOCKS * BLOCK_BYTES)):
+        for _ in range(20):
+            device = link.device()
+            closers = [Worker(device.close) for _ in range(3)]
+            for closer in closers:
+                closer.result()
+
+
+def test_before_the_first_answer(link: Link) -> None:
+    """It is said; nothing is made of a disk without a size."""
+    with link.device(timeout=0) as device:
+        assert device.read_only is False
+        for call in (lambda: device.pread(4096, 0), lambda: device.pwrite(b"x", 0), lambda: device.pread(0, 0)):
+            with pytest.raises(UsageError, match="no server has answered yet"):
+                call()
+        device.fail("a test")
+        for call in (lambda: device.pread(4096, 0), lambda: device.pwrite(b"x", 0), device.flush):
+            with pytest.raises(OSError) as error:
+                call()
+            assert error.value.errno == errno.EIO
 
 
 def test_numbers_that_are_none(link: Link) -> None:

@@ -10,6 +10,7 @@ import os
 import queue
 import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from peer import (
     READ,
     REQUEST_PROTOCOL,
     RESPONSE_PROTOCOL,
+    TRANSPORT_ID,
     WRITE,
     ChannelReader,
     ChannelWriter,
@@ -238,6 +240,29 @@ def test_batches_of_mixed_kinds_keep_their_order(link: Link, tmp_path: Path, sto
         for event, answer, data in zip(events, client.answers(len(events)), expected, strict=True):
             assert answer[:5] == event[:5]
             assert data is None or answer.data == data
+
+
+@pytest.mark.parametrize("epoch", [77, None], ids=["the same epoch", "many epochs"])
+def test_counters_that_contradict_each_other(link: Link, epoch: int | None) -> None:
+    """A header with WSC below WC looks like a start at every look: it is looked at a hundred times a second, no more;
+    an honest client that comes then is served."""
+    server = link.serve("ram:1M").exports[0]
+    with open(channel_path(link.req), "r+b") as file, mmap.mmap(file.fileno(), 64) as header:
+        elements = (os.path.getsize(channel_path(link.req)) - 64) // EVENT_BYTES
+        struct.pack_into("<8Q", header, 0, TRANSPORT_ID, 0, REQUEST_PROTOCOL, EVENT_BYTES, elements, 0, 0, 10)
+        struct.pack_into("<Q", header, 8, 77)
+        eventually(lambda: server.server.counters["connections"] > 3)
+        before, end = server.server.counters["connections"], time.monotonic() + 0.5
+        if epoch is None:
+            while time.monotonic() < end:
+                struct.pack_into("<Q", header, 8, random.randrange(1, 1 << 63))
+        else:
+            time.sleep(0.5)
+            assert server.server.counters["connections"] - before < 100
+    client = link.raw()
+    client.connect()
+    client.send(Event(WRITE, 0, 3, 1, 1, block(3)), Event(READ, 0, 3, 1, 2))
+    assert [answer.data for answer in client.answers(2)][1] == block(3)
 
 
 def test_neighbours_are_merged(link: Link, tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
-    uint64_t grace_until    # after an overrun: when a new response epoch is due, the old answers being read
+    uint64_t grace_until    # nothing is looked at before, or 0
+    bint renew              # then a new response epoch is due: after an overrun the old answers can be read until then
+    starts_t starts
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
@@ -266,7 +268,9 @@ cdef int server_step(server_t *s) noexcept nogil:
         if now_ns() < s.grace_until:
             return STEP_IDLE
         s.grace_until = 0
-        writer_start(&s.w, random_epoch())
+        if s.renew:
+            s.renew = False
+            writer_start(&s.w, random_epoch())
     status = reader_peek(&s.r, &available)
     if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
         s.r.epoch = 0
@@ -283,6 +287,8 @@ cdef int server_step(server_t *s) noexcept nogil:
         s.knows_epoch = True
         s.refused = 0
         writer_start(&s.w, random_epoch())
+        if too_soon(&s.starts, s.r.epoch):
+            s.grace_until = now_ns() + AGAIN_NS
         count64(&s.n.connections, 1)
         return SERVER_CONNECTED
     if status == OVERRUN_DETECTED:
@@ -290,6 +296,7 @@ cdef int server_step(server_t *s) noexcept nogil:
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
             return STEP_WORKED
         s.grace_until = now_ns() + GRACE_NS
+        s.renew = True
         return SERVER_OVERRUN
     if status == INACTIVE:
         s.knows_epoch = True            # whatever epoch comes now began in this life

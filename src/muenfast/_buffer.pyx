@@ -66,6 +66,8 @@ cdef struct buffer_server_t:
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
+    starts_t starts
+    uint64_t grace_until    # nothing is looked at before, or 0
     block_request last      # the newest request taken from the ring, as it was ...
     bint has_last           # ... in this epoch, if there was one
     buffer_counters n
@@ -338,6 +340,10 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
     cdef int event = STEP_IDLE
     if load_relaxed32(&s.stop) != 0:
         return SERVER_STOPPED
+    if s.grace_until != 0:
+        if now_ns() < s.grace_until:
+            return STEP_IDLE
+        s.grace_until = 0
     status = reader_peek(&s.r, &available)
     if (status == SUCCESS or status == NO_DATA) and s.has_last and rewritten(&s.r, &s.last, sizeof(s.last)):
         s.r.epoch = 0
@@ -352,6 +358,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
     if status == EPOCH_CHANGED:
         buffer_begin(s)
         event = SERVER_CONNECTED
+        if too_soon(&s.starts, s.r.epoch):
+            s.grace_until = now_ns() + AGAIN_NS
     elif status == OVERRUN_DETECTED:
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
@@ -435,7 +443,11 @@ cdef class BufferServer(ServerEngine):
         return buffer_step(self.s)
 
     cdef void wait(self, uint64_t ns) noexcept nogil:
-        reader_wait(self.r, min(ns, patience(self.r, self.s.has_last)), self.ending)
+        cdef int64_t left = <int64_t>(self.s.grace_until - now_ns())
+        if self.s.grace_until == 0:
+            reader_wait(self.r, min(ns, patience(self.r, self.s.has_last)), self.ending)
+        elif left > 0:
+            sleep_ns(min(ns, <uint64_t>left))
 
     cdef str taken_away(self):
         return "buffer" if was_taken(self.buffer) else ServerEngine.taken_away(self)

@@ -595,6 +595,9 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
             if client_take_size(c, available):
                 c.phase = PHASE_ANSWERED
                 return True
+            sleep_ns(50_000)            # a foreign answer, or counters that contradict each other
+        elif status == EPOCH_CHANGED or status == OVERRUN_DETECTED:
+            sleep_ns(50_000)
         elif status == INACTIVE or status == INCOMPATIBLE_INTERFACE:
             c.phase_since = now         # nobody there: waiting costs nothing
             reader_wait(&c.r, ns - passed, &c.stop)
@@ -962,8 +965,7 @@ cdef class Client(Target):
             ios[k].done = blocking_done
             ios[k].user = &b
             ios[k].next = &ios[k + 1] if k + 1 < n else NULL
-        if c.state == CLIENT_CLOSED:
-            raise UsageError("this device is closed")
+        self.usable()
         fetch_add_acqrel32(&c.callers, 1)
         store_release32(&c.wanted, 1)
         try:
@@ -971,14 +973,18 @@ cdef class Client(Target):
                 client_submit_list(c, &ios[0], &ios[n - 1])
                 client_await(c, &b, SIGNALS_NS)
             while load_acquire32(&b.done) == 0:
+                # A handler may close the device: that waits for those inside.
+                fetch_add_acqrel32(&c.callers, <uint32_t>-1)
                 try:
                     PyErr_CheckSignals()
                 except BaseException:
+                    fetch_add_acqrel32(&c.callers, 1)
                     with nogil:
                         client_take(c)
                         client_forget(c, &b)
                         client_release(c)
                     raise
+                fetch_add_acqrel32(&c.callers, 1)
                 with nogil:
                     client_await(c, &b, SIGNALS_NS)
         finally:
@@ -987,11 +993,21 @@ cdef class Client(Target):
             raise OSError(-b.error, _os.strerror(-b.error))
         return 0
 
+    cdef int usable(self) except -1:
+        if self.request is not None and self.request.forked:
+            raise UsageError("this device belongs to the process that was forked; open one of your own")
+        if self.c.state == CLIENT_CLOSED:
+            raise UsageError("this device is closed")
+        return 0
+
     cdef uint64_t place(self, object offset, uint64_t length) except? 1:
         """The byte offset, which lies on the disk with the `length` bytes behind it. Raises UsageError."""
         cdef uint64_t size = self.nblocks * BLOCK_SIZE, at
-        if self.c.state == CLIENT_CLOSED:
-            raise UsageError("this device is closed")
+        self.usable()
+        if size == 0:
+            if load_acquire32(&self.c.state) == CLIENT_FAILED:
+                raise OSError(EIO, _os.strerror(EIO))
+            raise UsageError("no server has answered yet: wait_ready() waits for one")
         try:
             at = PyNumber_Index(offset)
         except OverflowError:           # negative, or no 64-bit number
@@ -1059,6 +1075,9 @@ cdef class Client(Target):
                 raise UsageError(f"data of {view.len} bytes is not one piece for each of {n} offsets, all of the same "
                                  f"whole blocks of {BLOCK_SIZE} (offsets come first, then data)")
             each //= BLOCK_SIZE
+            if each > 0xffffffff:
+                raise UsageError(f"{each * BLOCK_SIZE} bytes are too many for one piece, which takes less than 2^32 blocks "
+                                 f"of {BLOCK_SIZE}")
             ios = <io_t *>calloc(n, sizeof(io_t))
             if ios == NULL:
                 raise MemoryError()

@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from muenfast._ring cimport Mapping, Watch, reader_t, writer_t
-from muenfast._wire cimport bell_page, fence_acquire, load_acquire32, load_relaxed64
+from muenfast._wire cimport bell_page, fence_acquire, load_acquire32, load_relaxed64, now_ns
 
 
 cdef enum:
@@ -11,6 +11,25 @@ cdef enum:
     LARGEST_MESSAGE = 32    # bytes of a ring element that `rewritten` looks at
     # A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
     SAME_EPOCH_NS = 20000000
+    # One that starts under the same epoch more often than this is left alone for as long.
+    AGAIN_NS = 10000000
+
+
+cdef struct starts_t:
+    uint64_t epoch          # of the last start
+    uint64_t since          # when it was
+
+
+cdef inline bint too_soon(starts_t *s, uint64_t epoch) noexcept nogil:
+    """Notes a client's start; whether the last one, less than AGAIN_NS ago, had the same epoch.
+
+    Counters that contradict each other look like that at every look, without a client that does anything.
+    """
+    cdef uint64_t now = now_ns()
+    cdef bint soon = s.epoch == epoch and now - s.since < AGAIN_NS
+    s.epoch = epoch
+    s.since = now
+    return soon
 
 
 cdef inline uint64_t patience(const reader_t *r, bint has_last) noexcept nogil:

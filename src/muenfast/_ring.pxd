@@ -133,6 +133,8 @@ cdef class Mapping:
     cdef uint64_t length
     cdef uint32_t *broken
     cdef bint held
+    cdef bint forked        # the parent process holds it: we are a fork()ed child
+    cdef object __weakref__
 
     cdef int hold(self, object memory, bint writable, uint64_t least) except -1
     cdef void drop(self) noexcept

@@ -18,7 +18,9 @@ from libc.string cimport memcpy, memset
 from muenfast._thread cimport *
 from muenfast._wire cimport *
 
+import os as _os
 from enum import IntEnum
+from weakref import WeakSet as _WeakSet
 
 from muenfast.errors import BrokenChannelError, UsageError
 
@@ -674,6 +676,7 @@ cdef class Mapping:
         if self.broken == NULL:
             self.drop()
             raise UsageError("too many mapped regions in one process")
+        _held.add(self)
         return 0
 
     cdef void drop(self) noexcept:
@@ -705,6 +708,22 @@ cdef Mapping hold(object memory, bint writable, uint64_t least):
     return m
 
 
+_held = _WeakSet()
+
+
+def _leave_to_parent():
+    """In a child of fork(): what the parent has open is the parent's. Two processes that count for one end of a channel
+    would take each other's answers, and overwrite each other's requests."""
+    cdef Mapping m
+    for each in list(_held):
+        m = each
+        m.forked = m.held
+        m.held = False
+
+
+_os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 cdef class Endpoint:
     """What Writer and Reader share: the mappings, the claim of one thread at a time, context management."""
     cdef Mapping region
@@ -728,6 +747,9 @@ cdef class Endpoint:
 
     cdef int enter(self) except -1:
         """Keeps a second thread out while the first is inside; raises UsageError."""
+        if self.region is not None and self.region.forked:
+            raise UsageError(f"channel {self.name}: this {type(self).__name__} belongs to the process that was forked; "
+                             "open one of your own")
         if not busy_enter(&self.busy):
             raise UsageError(f"channel {self.name}: another thread is using this {type(self).__name__}; "
                              "give each thread one of its own or take a lock")

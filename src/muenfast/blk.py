@@ -41,6 +41,7 @@ class _Group:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self._process = os.getpid()
 
     @staticmethod
     def _watch(stack: ExitStack, parts: int) -> Watch | None:
@@ -54,8 +55,9 @@ class _Group:
         return watch
 
     def close(self) -> None:
-        """Closes all parts, the last first."""
-        self._stack.close()
+        """Closes all parts, the last first. In a child of fork(), where they are the parent's, nothing happens."""
+        if os.getpid() == self._process:
+            self._stack.close()
 
     def __enter__(self) -> Any:
         return self

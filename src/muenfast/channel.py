@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from contextlib import ExitStack
 
 from muenfast import shm
@@ -35,6 +36,7 @@ class End:
                  least: int = _HEADER + 1, bell: bool = True) -> None:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
+        self._process = os.getpid()
         self.bell: shm.Region | None = None
         what = "buffer" if role is None else "channel"
         if self.locator.offset % 8:
@@ -97,8 +99,10 @@ class End:
         return True
 
     def close(self) -> None:
-        """Leaves the channel; the last clean leaver removes what was made automatically."""
-        self._stack.close()
+        """Leaves the channel; the last clean leaver removes what was made automatically. In a child of fork(), where it is
+        the parent's, nothing happens."""
+        if os.getpid() == self._process:
+            self._stack.close()
 
     def __enter__(self) -> End:
         return self

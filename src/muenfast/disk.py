@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from muenfast import shm
@@ -91,12 +92,15 @@ class BlockDevice:
         self._peer = PeerLog(f"disk {self.channels.name}")
         self._returns = PeerLog(f"disk {self.channels.name}")   # a loss just before does not keep one of them back
         self._broken = False
+        self.read_only = False  # as the server says, once it has answered
+        self._closing = threading.RLock()
+        self._closed = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
         self._open()
         self._thread = threading.Thread(target=self._run, name=f"disk {channels.name}", daemon=True)
-        self._thread.start()
         try:
+            self._thread.start()
             if timeout != 0 and not self.wait_ready(timeout):
                 if self._failure is not None:
                     raise PeerError(channels.resp.text, "size", self._failure, "a disk")
@@ -330,6 +334,7 @@ class BlockDevice:
 
     def _around(self, length: int, offset: int) -> bytes:
         """By way of the whole blocks that hold them."""
+        length, offset = index(length), index(offset)   # numpy's numbers wrap
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
         whole = bytearray((last - first + 1) * BLOCK)
         self.client.move(False, first * BLOCK, whole)
@@ -345,7 +350,7 @@ class BlockDevice:
         moved = int(self.client.move(True, offset, data))
         if moved < 0:
             with memoryview(data) as raw, raw.cast("B") as view:
-                moved = len(view)
+                moved, offset = len(view), index(offset)
                 first, last = offset // BLOCK, (offset + moved - 1) // BLOCK
                 whole = bytearray((last - first + 1) * BLOCK)
                 with self._rmw, memoryview(whole) as target:
@@ -387,11 +392,15 @@ class BlockDevice:
     def close(self) -> None:
         """Leaves: outstanding requests of other threads fail. No front end may still stand on it."""
         self._stop.set()
-        while self._thread.is_alive():
-            self.client.stop()
-            self._thread.join(0.05)
-        self.client.close()
-        self._close_ends()
+        with self._closing:     # the second thread that closes it waits for the first
+            if self._closed:
+                return
+            while self._thread.is_alive():
+                self.client.stop()
+                self._thread.join(0.05)
+            self.client.close()
+            self._close_ends()
+            self._closed = True
 
     def __enter__(self) -> BlockDevice:
         return self

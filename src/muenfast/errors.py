@@ -71,21 +71,32 @@ class BrokenChannelError(MuenfastError):
 
 
 class PeerLog:
-    """Warnings that a peer can cause at will: one line a second; those left out are counted in the next one.
+    """Lines that a peer can cause at will: `most` a second; those left out are counted in the next one.
 
     prefix: what stands before each line. For one thread.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._last, self._left_out = -_QUIET, 0
+    def __init__(self, prefix: str, most: int = 1) -> None:
+        self._prefix, self._most = prefix, most
+        self._since, self._written, self._left_out = -_QUIET, 0, 0
 
     def warning(self, text: str, *values: object) -> None:
         """Logs `text` with `values` filled in, or counts it."""
+        self._line(logging.WARNING, text, *values)
+
+    def info(self, text: str, *values: object) -> None:
+        """As warning()."""
+        self._line(logging.INFO, text, *values)
+
+    def _line(self, level: int, text: str, *values: object) -> None:
         now = time.monotonic()
-        if now - self._last < _QUIET:
+        if now - self._since >= _QUIET:
+            self._since, self._written = now, 0
+        if self._written >= self._most:
             self._left_out += 1
             return
-        more = f" ({self._left_out} warnings more were left out)" if self._left_out else ""
-        log.warning("%s: " + text + "%s", self._prefix, *values, more)
-        self._last, self._left_out = now, 0
+        what = "warnings" if level == logging.WARNING else "lines"
+        more = f" ({self._left_out} {what} more were left out)" if self._left_out else ""
+        log.log(level, "%s: " + text + "%s", self._prefix, *values, more)
+        self._written += 1
+        self._left_out = 0

@@ -129,6 +129,7 @@ class Export:
         self._broken = False
         self._batches = -1
         self._peer = PeerLog(f"export {self.name}")
+        self._comings = PeerLog(f"export {self.name}", most=20)
 
     @property
     def name(self) -> str:
@@ -227,9 +228,9 @@ class Export:
 
     def _happened(self, event: str) -> None:
         if event == "connected":
-            log.info("export %s: client connected", self.name)
+            self._comings.info("client connected")
         elif event == "disconnected":
-            log.info("export %s: client left", self.name)
+            self._comings.info("client left")
         elif event == "overrun":
             self._peer.warning("the client wrote more than the ring holds: %d requests lost so far, %s",
                                self.server.counters["lost"], "reconnecting" if self.config.channels.buffer is None

@@ -47,10 +47,11 @@ class Device:
             return cls(text, kind, size=nbytes, name=name or None)
         if not text:
             raise UsageError("an entry must not be empty", option=option, index=index, value=text)
-        if colon and kind.isalpha() and "/" not in text and not os.path.exists(text):
+        partition = re.fullmatch("(.+)#([0-9]{1,9})", text, re.DOTALL)
+        there = os.path.lexists(text) or partition is not None and os.path.lexists(partition[1])
+        if colon and kind.isalpha() and "/" not in text and not there:
             raise UsageError(f"there is no kind of device {kind!r}, and no file of that name", option=option, index=index,
                              value=text, hint=f"kinds are ram:SIZE, ram:SIZE:NAME and null:SIZE; a file is ./{text}")
-        partition = re.fullmatch("(.+)#([0-9]{1,9})", text, re.DOTALL)
         if partition is None or os.path.exists(text):
             return cls(text, "file", path=text)
         if int(partition[2]) == 0:

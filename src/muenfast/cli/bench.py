@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from contextlib import ExitStack
+from typing import IO
 
 from muenfast.errors import UsageError
 
@@ -33,9 +35,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("rounds are 1 to 1000", option="--rounds", value=arguments.rounds)
     if not 0 < arguments.scale <= 100:
         raise UsageError("a scale is above 0, at most 100", option="--scale", value=arguments.scale)
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None and (option, path) != ("--json", "-"):
-            _writable(option, path)
+    if arguments.plot == "-":
+        raise UsageError("a plot is written to a file", option="--plot", value="-")
+    with ExitStack() as stack:
+        files = {option: _opened(stack, option, path) for option, path in (("--json", arguments.json),
+                 ("--plot", arguments.plot)) if path is not None and (option, path) != ("--json", "-")}
+        if len(files) == 2 and os.path.sameopenfile(*(file.fileno() for file in files.values())):
+            raise UsageError("that is the file of --json", option="--plot", value=arguments.plot)
+        return _measured(arguments, subjects, files)
+
+
+def _measured(arguments: argparse.Namespace, subjects: list[str], files: dict[str, IO[str]]) -> int:
     from muenfast import measure
 
     reports = []
@@ -58,21 +68,39 @@ def run(arguments: argparse.Namespace) -> int:
     text = json.dumps(reports, indent=2) + "\n"
     if quiet:
         print(text, end="")
-    elif arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(text)
-    if arguments.plot:
-        with open(arguments.plot, "w", encoding="utf-8") as file:
-            file.write(measure.plot(reports))
+    if "--json" in files:
+        _write(files["--json"], text)
+    if "--plot" in files:
+        _write(files["--plot"], measure.plot(reports))
     return 0
 
 
-def _writable(option: str, path: str) -> None:
-    """Raises UsageError now, not after minutes of measuring."""
-    directory = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
-        raise UsageError("no file can be written there", option=option, value=path,
-                         hint="name a file in a directory that exists and may be written")
+def _write(file: IO[str], text: str) -> None:
+    try:
+        if os.path.isfile(file.name):
+            file.truncate(0)
+        file.write(text)
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _opened(stack: ExitStack, option: str, path: str) -> IO[str]:
+    """Opened now, not after minutes of measuring; what stands in it stays until there is something better. A file that was
+    made goes again if it gets nothing. Raises UsageError."""
+    new = not os.path.lexists(path)
+    try:
+        file = stack.enter_context(open(path, "a", encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"no file can be written there: {error.strerror}", option=option, value=path,
+                         hint="name a file in a directory that exists and may be written") from error
+
+    def clean() -> None:
+        if new and os.fstat(file.fileno()).st_size == 0:
+            os.unlink(path)
+
+    stack.callback(clean)
+    return file
 
 
 def _step(done: int, total: int) -> None:
