@@ -43,7 +43,7 @@ def extension(name: str, **more: list[str]) -> Extension:
                      extra_compile_args=cflags, extra_link_args=ldflags, **more)
 
 
-extensions = [extension(f"muenfast.{name}") for name in ("_ring", "_target", "_blk", "_client", "_bench")]
+extensions = [extension(f"muenfast.{name}") for name in ("_ring", "_target", "_blk", "_client", "_bench", "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
     extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, ldflags=fuse_libs))
