@@ -32,21 +32,23 @@ ALLOWED: dict[str, set[str]] = {
     "_client": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine", "_target"},
     "backing": {"errors", "params", "shm", "_ring", "_blk"},
     "attach._fuse": {"errors", "params", "shm", "_target"},
-    "attach": {"errors", "params", "shm", "attach._fuse"},
+    "attach._nbd": {"errors", "_wire", "_thread", "_target"},
+    "attach": {"errors", "params", "shm", "_target", "attach._fuse", "attach._nbd"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
     "export": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection"},
     "disk": {"errors", "params", "shm", "_ring", "channel", "_client", "connection"},
     "aio": {"errors", "_target", "_client", "connection", "disk"},
-    "blk": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach", "control",
-            "connection", "export", "disk"},
+    "blk": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach._nbd", "attach",
+            "control", "connection", "export", "disk"},
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection", "export", "disk",
                  "aio", "blk"},
     "_bench": {"errors", "_wire", "_ring"},
     "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
-    "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach", "control"},
-    "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse", "attach",
-            "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
+    "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach._nbd",
+               "attach", "control"},
+    "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse",
+            "attach._nbd", "attach", "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
     "__main__": {"cli"},
 }
 
@@ -237,4 +239,4 @@ def test_help_loads_no_extension(command: list[str], tmp_path: Path) -> None:
     assert "muenfast" in run.stdout
     loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded, "importtime's format has changed"
-    assert not loaded & {"muenfast._ring", "muenfast._blk", "muenfast.attach._fuse"}
+    assert not loaded & {"muenfast._ring", "muenfast._blk", "muenfast.attach._fuse", "muenfast.attach._nbd"}

@@ -1,7 +1,7 @@
 """Block servers and block clients: several exports or disks in one process, set up all or none, left without trace.
 
-A server runs one Export per pair of channels; a client makes a BlockDevice of each, and a front end (attach/) makes
-it /dev/muendiskX.
+A server runs one Export per pair of channels; a client makes a BlockDevice of each, and front ends (attach/) make it
+/dev/muendiskX and an NBD export on a Unix socket.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from muenfast import shm
 from muenfast._ring import Watch
-from muenfast.connection import MOST_POLL, Channels, channels_from_lists
+from muenfast.connection import MOST_POLL, Channels, blame, channels_from_lists
 from muenfast.disk import BlockDevice, OnPeerLoss
 from muenfast.errors import ClaimError, PeerError, UsageError
 from muenfast.export import Export, ExportConfig, exports_from_lists
@@ -86,25 +86,37 @@ class BlockServer(_Group):
 
 
 class AttachedDisk:
-    """A BlockDevice and the front end on top; made by BlockClients."""
+    """A BlockDevice and the front ends on top; made by BlockClients.
 
-    def __init__(self, device: BlockDevice, attach: str) -> None:
+    front: what makes it a block device, or None. listener: of the socket it is served on, or None; nbd: the server.
+    """
+
+    def __init__(self, device: BlockDevice, listener: Any = None) -> None:
         self.device = device
         self.front: Any = None
         self.claim: Any = None
-        self.attach = attach
+        self.listener = listener
+        self.nbd: Any = None
 
     @property
     def path(self) -> str:
-        """The device node, "-" without a front end."""
+        """The device node, "-" without one."""
         return "-" if self.front is None else str(self.front.device)
+
+    @property
+    def socket(self) -> str | None:
+        """The path of the NBD socket."""
+        return None if self.listener is None else str(self.listener.path)
 
 
 class BlockClients(_Group):
-    """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True."""
+    """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True.
 
-    def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", on_peer_loss: OnPeerLoss | None = None,
-                 same_store: bool = False) -> None:
+    attach: one of ATTACHMENTS. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too.
+    """
+
+    def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
+                 on_peer_loss: OnPeerLoss | None = None, same_store: bool = False) -> None:
         super().__init__()
         if attach not in ATTACHMENTS:
             raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
@@ -118,16 +130,33 @@ class BlockClients(_Group):
         self.attach = attach
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
+            listeners = self._listeners(stack, nbd, len(channels))
             watch = self._watch(stack, len(channels))
-            for entry in channels:
+            for entry, listener in zip(channels, listeners, strict=True):
                 device = BlockDevice(channels=entry, timeout=0, on_peer_loss=on_peer_loss or OnPeerLoss(),
                                      same_store=same_store, watch=watch)
                 stack.callback(device.close)
-                self.disks.append(AttachedDisk(device, attach))
+                self.disks.append(AttachedDisk(device, listener))
             self._stack = stack.pop_all()
 
+    @staticmethod
+    def _listeners(stack: ExitStack, paths: Sequence[str] | None, count: int) -> list[Any]:
+        """Sockets whose paths are ours, and refuse clients so far; None for each disk where none are wanted."""
+        if paths is None:
+            return [None] * count
+        if len(paths) != count:
+            raise UsageError(f"there is one socket for each disk: {count}", option="--nbd", value=",".join(paths))
+        from muenfast.attach.sockets import Listener
+
+        listeners = []
+        for index, path in enumerate(paths):
+            with blame("--nbd", index, path):
+                listeners.append(Listener(path))
+            stack.callback(listeners[-1].close)
+        return listeners
+
     def ready(self, wait: Callable[[], bool]) -> bool:
-        """Waits for every server, then makes all devices appear. wait: called while waiting, False gives up.
+        """Waits for every server, then makes all devices and exports appear. wait: called while waiting, False gives up.
 
         Raises UsageError, ClaimError, OSError, PeerError; devices made by then are taken away by close().
         """
@@ -141,11 +170,24 @@ class BlockClients(_Group):
                     raise PeerError(disk.device.channels.resp.text, "size", disk.device.failure, "a disk")
                 if not wait():
                     return False
-        if self.attach != "none":
-            self._stack.callback(self._detach_all)
-            for disk in self.disks:
+        self._stack.callback(self._detach_all)
+        for disk in self.disks:
+            if self.attach != "none":
                 self._attach(disk)
+            if disk.listener is not None:
+                self._nbd(disk).listen(disk.listener)
         return True
+
+    @staticmethod
+    def _nbd(disk: AttachedDisk) -> Any:
+        """The disk's NBD server."""
+        from muenfast.attach import nbd
+
+        if disk.nbd is None:
+            disk.device.client.background = True
+            disk.nbd = nbd.NbdServer(disk.device.client, disk.device.channels.req.text,
+                                     description=f"muenfast disk over the channels {disk.device.channels.name}")
+        return disk.nbd
 
     def _attach(self, disk: AttachedDisk) -> None:
         from muenfast.attach import fuse, loop
@@ -173,7 +215,7 @@ class BlockClients(_Group):
 
     def _detach_all(self) -> None:
         """Side by side: each may have to wait for its server, and for the kernel to write what is dirty."""
-        attached = [disk for disk in self.disks if disk.front is not None]
+        attached = [disk for disk in self.disks if disk.front is not None or disk.nbd is not None]
         if not attached:
             return
         with ThreadPoolExecutor(len(attached)) as pool:
@@ -189,12 +231,14 @@ class BlockClients(_Group):
         timer = threading.Timer(_DETACH_PATIENCE, disk.device.fail, ["no answer while detaching"])
         timer.start()
         try:
-            for complaint in disk.front.detach(_DETACH_LIMIT):
-                log.warning("%s", complaint)
+            for end in ([] if disk.front is None else [disk.front.detach]) + ([] if disk.nbd is None else [disk.nbd.close]):
+                for complaint in end(_DETACH_LIMIT):
+                    log.warning("%s", complaint)
         finally:
             timer.cancel()
             timer.join()
-            disk.claim.release()
+            if disk.claim is not None:
+                disk.claim.release()
 
     def finished(self) -> bool:
         """Whether every server ended its export for good."""
@@ -208,6 +252,8 @@ class BlockClients(_Group):
             entry["device"] = disk.path
             if disk.front is not None:
                 entry["front"] = dict(disk.front.disk.counters)
+            if disk.listener is not None:
+                entry["nbd"] = {"socket": disk.socket, "counters": {} if disk.nbd is None else disk.nbd.counters}
             entries.append(entry)
         return entries
 

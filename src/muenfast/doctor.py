@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from muenfast import __version__, control, shm
-from muenfast.attach import fuse, loop, watchdog
+from muenfast.attach import fuse, loop, sockets, watchdog
 from muenfast.errors import ClaimError
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
@@ -458,6 +458,7 @@ def leftovers() -> list[Leftover]:
         if os.path.isdir(f"{base}/control"):
             found += [Leftover("socket", control.path_of(pid), f"of process {pid}, which is dead", _Socket(pid))
                       for pid in control.dead()]
+        found += _sockets(base, holders)
         stale = shm.stale()
         if any(left.kind in ("region", "bell") for left in stale):
             stale = shm.stale(_mapped())
@@ -490,6 +491,25 @@ class _Socket:
     def __call__(self) -> str | None:
         control.remove_dead(self.pid)
         return "in use again" if os.path.lexists(control.path_of(self.pid)) else None
+
+
+def _sockets(base: str, holders: dict[str, Any]) -> Iterator[Leftover]:
+    """NBD sockets of clients that died."""
+    for record, path, pid in sockets.records(base):
+        if sockets.key_of(path) not in holders:
+            there = os.path.lexists(path)
+            yield Leftover("socket", path if there else record,
+                           f"{'an NBD socket' if there else 'the record of one'} of process {pid}, which is dead",
+                           _NbdSocket(record, path))
+
+
+@dataclass(frozen=True, slots=True)
+class _NbdSocket:
+    record: str
+    path: str
+
+    def __call__(self) -> str | None:
+        return None if sockets.remove_dead(self.record, self.path) else "in use again"
 
 
 def _mapped() -> set[tuple[int, int]]:

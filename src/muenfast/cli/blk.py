@@ -11,7 +11,7 @@ from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
 _SERVER_ONLY = ("device", "read_only")
-_CLIENT_ONLY = ("attach", "on_peer_loss", "same_store")
+_CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
                                     "most 1000 while active, 10000 idle)")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling")
-    add("--attach", metavar="HOW", help="client: auto, fuse, or none: the connection alone (default: auto)")
+    add("--attach", metavar="HOW", help="client: what makes the block devices: auto, fuse, or none of them (default: "
+                                        "auto; with --nbd: none)")
+    add("--nbd", metavar="L", help="client: serve the disks as NBD exports on these Unix sockets, for nbd-client, "
+                                   "libnbd, qemu, fio: nbd+unix:///?socket=PATH; together with block devices: "
+                                   "--attach auto --nbd L")
     add("--on-peer-loss", metavar="WHAT", help="client: queue requests until the server is back, fail them, or "
                                                "timeout:SECONDS (default: queue)")
     add("--same-store", action="store_true", default=None,
@@ -52,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _lists(arguments: argparse.Namespace) -> dict[str, object]:
+    """What server and client have in common."""
     from muenfast.blk import MOST_POLL
 
     poll = arguments.poll
@@ -82,15 +87,22 @@ def _client(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
     from muenfast.blk import BlockClients, OnPeerLoss, channels_from_lists
     from muenfast.control import ControlServer
 
-    channels = channels_from_lists(arguments.req, arguments.resp, **_lists(arguments))  # type: ignore[arg-type]
+    sockets = None
+    if arguments.nbd is not None:
+        from muenfast.attach.sockets import paths_from_list
+
+        sockets = paths_from_list("--nbd", arguments.nbd)
+    channels = channels_from_lists(arguments.req, arguments.resp, more={"--nbd": sockets},
+                                   **_lists(arguments))  # type: ignore[arg-type]
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")
-    clients = stack.enter_context(BlockClients(channels, attach=arguments.attach or "auto", on_peer_loss=policy,
+    attach = arguments.attach or ("auto" if sockets is None else "none")
+    clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
                                                same_store=bool(arguments.same_store)))
     control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
     stack.callback(control.close)
     if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
         say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
-                   f"{d.path}" for d in clients.disks])
+                   f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}" for d in clients.disks])
         stop.wait(clients.finished)
     notify("STOPPING=1")
     return 0
