@@ -1,4 +1,5 @@
-"""NBD exports: negotiation and commands by hand, hostile clients, sockets' files, and the tools that people use."""
+"""NBD exports: negotiation and commands by hand, hostile clients, sockets' files, the tools that people use; and what
+of the kernel's driver can be tested without it."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ from peer import INLINE_REGION_BYTES, InlineServer, channel_path
 
 from muenfast import BlockDevice, ClaimError, UsageError, doctor, shm
 from muenfast._target import Memory
-from muenfast.attach import fuse, nbd, sockets
+from muenfast.attach import block, fuse, nbd, nbdkernel, sockets, watchdog
+from muenfast.attach.leash import Leash
 
 Start = Callable[..., Program]
 
@@ -706,7 +708,7 @@ def test_paths_that_a_socket_can_have(tmp_path: Path, monkeypatch: pytest.Monkey
             sockets.paths_from_list("--nbd", text)
 
 
-def test_sockets_of_dead_clients(tmp_path: Path, runtime: Path) -> None:
+def test_sockets_of_dead_clients(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They and their records are left-overs while nobody claims them; the next one made cleans up, too."""
     def die(path: Path) -> None:
         script = ("import os, sys\nfrom muenfast.attach.sockets import Listener\nl = Listener(sys.argv[1])\n"
@@ -744,6 +746,13 @@ def test_sockets_of_dead_clients(tmp_path: Path, runtime: Path) -> None:
     die(second)
     sockets.Listener(str(second)).close()
     assert not second.exists()
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.chdir(deep)
+    die(Path("s"))
+    (left,) = found()
+    assert left.path == str(deep / "s") and len(left.path) > sockets.MOST_PATH
+    assert doctor.remove(left) is None and os.listdir(deep) == []
     for claim in doctor.leftovers():
         assert doctor.remove(claim) is None
 
@@ -958,6 +967,13 @@ MISUSE = {
 }
 
 
+def traces(tmp_path: Path) -> dict[str, set[str]]:
+    """What is on the machine of ours; nodes may be others'."""
+    found = leftovers(tmp_path)
+    del found["nodes"]
+    return found
+
+
 @pytest.mark.parametrize("case", MISUSE)
 def test_misuse_is_told_in_one_line_and_undone(case: str, lists: list[str], tmp_path: Path) -> None:
     """Before anything is waited for; nothing is made, nothing of others' is touched."""
@@ -966,13 +982,13 @@ def test_misuse_is_told_in_one_line_and_undone(case: str, lists: list[str], tmp_
     with socket.socket(socket.AF_UNIX) as live:
         live.bind(str(tmp_path / "live"))
         live.listen(1)
-        before = leftovers(tmp_path)
+        before = traces(tmp_path)
         done = run("blk", *lists, *(word.format(tmp=tmp_path, long="l" * 107) for word in words.split()))
         assert done.returncode == status, done.stderr
         assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("muenfast: ")
         for part in expected:
             assert part in done.stderr
-        assert leftovers(tmp_path) == before
+        assert traces(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) in (["file", "live"], ["file", "live", "run"])
 
 
@@ -1030,3 +1046,165 @@ def test_the_time_that_a_record_needs(runtime: Path, tmp_path: Path) -> None:
     assert sockets.remove_dead(str(record), "") is False and record.exists()
     os.utime(record, (time.time() - 60,) * 2)
     assert sockets.remove_dead(str(record), "") is True and not record.exists()
+
+
+# ---- the kernel's driver, which this machine need not have: tests/nbd_kernel.py is for one that does
+
+
+class Driver:
+    """Stands in for the nbd driver: takes the netlink command, and is the other end of the socket."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.settings: dict[int, bytes] = {}
+        self.connection: Connection | None = None
+        self.devices: list[tuple[int, str]] = []
+        self.said: list[str] = []
+        monkeypatch.setattr(watchdog, "nbd_call", self.call)
+        monkeypatch.setattr(watchdog, "nbd_devices", lambda known_by=None: [
+            each for each in self.devices if known_by in (None, each[1])])
+        monkeypatch.setattr(nbdkernel, "available", lambda: None)
+        monkeypatch.setattr(nbdkernel.NbdAttachment, "_tune", lambda attachment: None)
+        monkeypatch.setattr(nbdkernel, "_device_of", lambda number: os.makedev(43, number << 5))
+        monkeypatch.setattr(block, "make_node", lambda name, device: self.said.append(f"node {name}"))
+
+    def call(self, command: int, data: bytes) -> dict[int, bytes]:
+        if command == watchdog.NBD_CMD_DISCONNECT:
+            assert watchdog.attributes(data) == {1: struct.pack("=I", 7)}
+            self.said.append("disconnect")
+            self.devices.clear()
+            assert self.connection is not None
+            self.connection.socket.close()
+            return {}
+        self.settings = watchdog.attributes(data)
+        item, = watchdog.attributes(self.settings[7]).values()
+        fd, = struct.unpack("=I", watchdog.attributes(item)[1])
+        self.connection = Connection(socket.socket(fileno=os.dup(fd)))
+        self.devices.append((7, self.settings[10].rstrip(b"\0").decode()))
+        return {1: struct.pack("=I", 7)}
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 512, "discards": True}, {"read_only": True}])
+def test_what_the_driver_is_told(kernel: Driver, runtime: Path, options: dict[str, Any]) -> None:
+    """Size, block size, flags it knows, no timeouts, whose it is; then it is served without negotiation."""
+    read_only = options.pop("read_only", False)
+    server = nbd.NbdServer(Memory(1024, **options), "disk", read_only=read_only)
+    attachment = nbdkernel.NbdAttachment.attach(server, "muendiskx", runtime)
+    size = options.get("block_size", 4096)
+    flags = 0b0000_1111 if read_only else 0b0110_1101 if options else 0b0100_1101
+    numbers = {kind: struct.unpack("=Q", kernel.settings[kind])[0] for kind in (2, 3, 4, 5, 6, 8)}
+    assert numbers == {2: 1024 * size, 3: size, 4: 0, 5: flags, 6: 0, 8: 0}
+    assert kernel.devices == [(7, f"muenfast:muendiskx-{os.getpid()}:{runtime}")]
+    assert nbdkernel.left_devices(runtime) == [(7, "muendiskx", os.getpid(), kernel.devices[0][1])]
+    assert nbdkernel.left_devices(runtime.parent) == []
+    assert nbdkernel.reclaim_name(runtime, "muendisky") == [] and kernel.said == ["node muendiskx"]
+    assert attachment.device == "/dev/muendiskx" and not attachment.failed and kernel.said == ["node muendiskx"]
+    assert kernel.connection is not None
+    if not read_only:
+        kernel.connection.write(4096, b"data" * 1024, FUA)
+        assert kernel.connection.read(4096, 4096) == b"data" * 1024
+    assert attachment.detach() == [] and attachment.detach() == []
+    assert kernel.said == ["node muendiskx", "disconnect"]
+    assert server.close() == []
+
+
+def test_attaching_is_all_or_nothing(kernel: Driver, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the node cannot be made, the device is disconnected and the watchdog ended; where the driver refuses, too."""
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no room", "/dev/muendiskx")
+
+    server = nbd.NbdServer(Memory(16), "disk")
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "make_node", refuse)
+        with pytest.raises(OSError, match="no room"):
+            nbdkernel.NbdAttachment.attach(server, "muendiskx", runtime)
+    assert kernel.said == ["disconnect"] and kernel.devices == []
+    monkeypatch.setattr(watchdog, "nbd_call", refuse)
+    with pytest.raises(OSError, match="no room"):
+        nbdkernel.NbdAttachment.attach(server, "muendiskx", runtime)
+    eventually(lambda: server.disk.connections == 0)
+    assert server.close() == []
+
+
+def test_a_disconnect_that_waits(kernel: Driver, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that waits for an answer that does not come: detach() shuts its socket down, and returns."""
+    server = nbd.NbdServer(Memory(16), "disk")
+    attachment = nbdkernel.NbdAttachment.attach(server, "muendiskx", runtime)
+    assert kernel.connection is not None
+    real = kernel.call
+
+    def waits(command: int, data: bytes) -> dict[int, bytes]:
+        assert kernel.connection is not None
+        with contextlib.suppress(OSError):
+            kernel.connection.socket.recv(1)
+        return real(command, data)
+
+    monkeypatch.setattr(watchdog, "nbd_call", waits)
+    said = attachment.detach(0.2)
+    assert len(said) == 1 and "did not answer for 0.2 s" in said[0]
+    assert kernel.devices == []
+    assert server.close() == []
+
+
+@pytest.mark.parametrize("how", ["killed", "stuck", "done"])
+def test_the_watchdog_of_the_driver(tmp_path: Path, how: str) -> None:
+    """It ends the connection when its client dies or is late in detaching, and not when that is done."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sleeper = subprocess.Popen(["sleep", "600"])
+        try:
+            leash = Leash("nbd", sleeper.pid, [str(ours.fileno()), "muenfast:nobody-1:/none", str(tmp_path / "node")],
+                          [ours.fileno()])
+            theirs.settimeout(20)
+            if how == "killed":
+                sleeper.kill()
+                sleeper.wait()
+                assert theirs.recv(1) == b""
+                assert leash._process.wait(20) == 1
+            elif how == "stuck":
+                assert leash.tell("detaching 0.1")
+                assert theirs.recv(1) == b""
+            leash.end()
+            assert leash._process.returncode == (1 if how == "killed" else 0)
+            theirs.setblocking(False)
+            if how == "done":
+                with pytest.raises(BlockingIOError):
+                    theirs.recv(1)
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+
+
+@pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has the driver: see tests/nbd_kernel.py")
+def test_a_kernel_without_the_driver(lists: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """--attach nbd says so at once, with the next step; netlink says that there is none."""
+    done = run("blk", "--client", *lists, "--attach", "nbd")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("muenfast: --attach 'nbd': no front end for block devices is to be had here "
+                                  "(the kernel has no nbd driver: ")
+    assert "modprobe nbd" in done.stderr or "CONFIG_BLK_DEV_NBD" in done.stderr
+    with pytest.raises(FileNotFoundError):
+        watchdog.nbd_disconnect(0)
+    assert watchdog.nbd_devices() == [] and watchdog.nbd_number("/dev/null") is None
+    assert watchdog.nbd_release("muenfast:nobody-1:/none", "/dev/none") == []
+    with pytest.raises(UsageError, match="nbd driver"):
+        nbdkernel.NbdAttachment.attach(None, "muendiskx", "/none")  # type: ignore[arg-type]
+    monkeypatch.setattr("platform.release", lambda: "5.13.1-x")
+    assert nbdkernel.available() == "Linux 5.13.1-x is too old: boot 5.14 or later"
+    monkeypatch.setattr(fuse, "available", lambda: "no FUSE either")
+    from muenfast import blk
+
+    with pytest.raises(UsageError, match=r"--attach 'auto': .*\(fuse: no FUSE either; nbd: Linux 5.13.1-x is too old"):
+        blk.BlockClients([], attach="auto")
+
+
+def test_attributes_of_netlink() -> None:
+    """They are padded to four bytes, nest, and what is cut off ends the list."""
+    data = watchdog.attribute(1, b"abc") + watchdog.attribute(2, b"") + watchdog.attribute(3, b"12345678")
+    assert data == b"\7\0\1\0abc\0" + b"\4\0\2\0" + b"\x0c\0\3\0" + b"12345678"
+    assert watchdog.attributes(data) == {1: b"abc", 2: b"", 3: b"12345678"}
+    assert watchdog.attributes(data + b"\1\0\4\0") == {1: b"abc", 2: b"", 3: b"12345678"}

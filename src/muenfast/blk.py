@@ -28,7 +28,7 @@ __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDev
 
 log = logging.getLogger("muenfast")
 
-ATTACHMENTS = ("auto", "fuse", "none")
+ATTACHMENTS = ("auto", "fuse", "nbd", "none")
 _WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
 _DETACH_PATIENCE = 2.0  # seconds a server has to take what is still dirty
 _DETACH_LIMIT = 4.0  # seconds a device has to go away
@@ -85,6 +85,24 @@ class BlockServer(_Group):
         return [export.status() for export in self.exports]
 
 
+def _front_end(attach: str) -> str:
+    """Which front end makes the block devices: "fuse", "nbd" or "none". Raises UsageError."""
+    if attach not in ATTACHMENTS:
+        raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
+    if attach == "none":
+        return attach
+    from muenfast.attach import fuse, nbdkernel
+
+    reasons = []
+    for name, reason in (("fuse", fuse.available), ("nbd", nbdkernel.available)):
+        if attach in ("auto", name):
+            if (why := reason()) is None:
+                return name
+            reasons.append(why if attach == name else f"{name}: {why}")
+    raise UsageError("no front end for block devices is to be had here", option="--attach", value=attach,
+                     hint="; ".join(reasons))
+
+
 class AttachedDisk:
     """A BlockDevice and the front ends on top; made by BlockClients.
 
@@ -112,22 +130,14 @@ class AttachedDisk:
 class BlockClients(_Group):
     """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True.
 
-    attach: one of ATTACHMENTS. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too.
+    attach: one of ATTACHMENTS, afterwards what "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD
+    export from then on, too.
     """
 
     def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
                  on_peer_loss: OnPeerLoss | None = None, same_store: bool = False) -> None:
         super().__init__()
-        if attach not in ATTACHMENTS:
-            raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
-        if attach != "none":
-            from muenfast.attach import fuse
-
-            reason = fuse.available()
-            if reason is not None:
-                raise UsageError("no front end for block devices is to be had here", option="--attach", value=attach,
-                                 hint=reason)
-        self.attach = attach
+        self.attach = _front_end(attach)
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
             listeners = self._listeners(stack, nbd, len(channels))
@@ -185,14 +195,16 @@ class BlockClients(_Group):
 
         if disk.nbd is None:
             disk.device.client.background = True
-            disk.nbd = nbd.NbdServer(disk.device.client, disk.device.channels.req.text,
-                                     description=f"muenfast disk over the channels {disk.device.channels.name}")
+            channels = disk.device.channels
+            disk.nbd = nbd.NbdServer(disk.device.client, channels.req.text,
+                                     description=f"muenfast disk over the channels {channels.name}")
         return disk.nbd
 
     def _attach(self, disk: AttachedDisk) -> None:
-        from muenfast.attach import fuse, loop
+        from muenfast.attach import fuse, loop, nbdkernel
 
         disk.device.client.background = True
+        directory = shm.runtime_dir()
         for name in loop.device_names():
             # A name is free when nobody alive claims it; what a dead client left under it goes first.
             try:
@@ -200,9 +212,12 @@ class BlockClients(_Group):
             except ClaimError:
                 continue
             try:
-                for complaint in fuse.reclaim_name(shm.runtime_dir(), name):
+                for complaint in fuse.reclaim_name(directory, name) + nbdkernel.reclaim_name(directory, name):
                     log.warning("/dev/%s: %s", name, complaint)
-                disk.front = fuse.FuseAttachment.attach(disk.device.client, name, shm.runtime_dir())
+                if self.attach == "fuse":
+                    disk.front = fuse.FuseAttachment.attach(disk.device.client, name, directory)
+                else:
+                    disk.front = nbdkernel.NbdAttachment.attach(self._nbd(disk), name, directory)
             except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps
                 claim.release()
                 continue
@@ -230,15 +245,19 @@ class BlockClients(_Group):
         # A server that does not answer must not hold up the end: its requests fail once the deadline is near.
         timer = threading.Timer(_DETACH_PATIENCE, disk.device.fail, ["no answer while detaching"])
         timer.start()
-        try:
-            for end in ([] if disk.front is None else [disk.front.detach]) + ([] if disk.nbd is None else [disk.nbd.close]):
-                for complaint in end(_DETACH_LIMIT):
-                    log.warning("%s", complaint)
-        finally:
-            timer.cancel()
-            timer.join()
+        with ExitStack() as stack:
             if disk.claim is not None:
-                disk.claim.release()
+                stack.callback(disk.claim.release)
+            stack.callback(timer.join)
+            stack.callback(timer.cancel)
+            for end in (disk.nbd and disk.nbd.close, disk.front and disk.front.detach):  # the last one first
+                if end is not None:
+                    stack.callback(self._end, end)
+
+    @staticmethod
+    def _end(end: Callable[[float], list[str]]) -> None:
+        for complaint in end(_DETACH_LIMIT):
+            log.warning("%s", complaint)
 
     def finished(self) -> bool:
         """Whether every server ended its export for good."""
@@ -251,7 +270,7 @@ class BlockClients(_Group):
             entry = disk.device.status()
             entry["device"] = disk.path
             if disk.front is not None:
-                entry["front"] = dict(disk.front.disk.counters)
+                entry["attach"], entry["front"] = self.attach, dict(disk.front.disk.counters)
             if disk.listener is not None:
                 entry["nbd"] = {"socket": disk.socket, "counters": {} if disk.nbd is None else disk.nbd.counters}
             entries.append(entry)

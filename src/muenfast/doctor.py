@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from muenfast import __version__, control, shm
-from muenfast.attach import fuse, loop, sockets, watchdog
+from muenfast.attach import block, fuse, loop, nbdkernel, sockets, watchdog
 from muenfast.errors import ClaimError
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What dead processes left. kind: claim, user, note, region, bell, temporary, socket, mount, loop or node.
+    """What dead processes left. kind: claim, user, note, region, bell, temporary, socket, mount, loop, device or node.
 
     path: what goes. text: one sentence.
     """
@@ -350,11 +350,11 @@ def _huge_pages() -> Iterator[Check]:
 
 
 def _drivers() -> Iterator[Check]:
-    """What later versions may use; said because people ask."""
+    """Drivers that one can do without, and those that later versions may use; said because people ask."""
     for name, path, lost, step in (
             ("TUN", "/dev/net/tun", "no network interfaces, which this version does not make anyhow.",
              _node("/dev/net/tun", "tun", "tun", "CONFIG_TUN")),
-            ("nbd", "/dev/nbd0", "nothing in this version: disks are attached through FUSE and loop.",
+            ("nbd", "/sys/module/nbd", "no `muenfast blk --client --attach nbd`; FUSE and loop do the same.",
              _load("nbd", "CONFIG_BLK_DEV_NBD")),
             ("ublk", "/dev/ublk-control", "nothing in this version: disks are attached through FUSE and loop.",
              _node("/dev/ublk-control", "ublk-control", "ublk_drv", "CONFIG_BLK_DEV_UBLK"))):
@@ -451,6 +451,7 @@ def leftovers() -> list[Leftover]:
     found: list[Leftover] = []
     if base:
         found += _mounts(base, holders)
+        found += _devices(base, holders)
     orphans = _orphans(base, holders)
     found += orphans.values()
     found += _nodes(holders, orphans.keys())
@@ -549,6 +550,24 @@ class _Mount:
         return "; ".join(complaints) or None
 
 
+def _devices(base: str, holders: dict[str, Any]) -> Iterator[Leftover]:
+    """Devices of the nbd driver whose name nobody alive claims."""
+    for number, name, pid, _ in nbdkernel.left_devices(base):
+        if f"name-{name}" not in holders:
+            yield Leftover("device", f"/dev/nbd{number}", f"attached as /dev/{name} by process {pid}, which is dead",
+                           _Device(base, name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    base: str
+    name: str
+
+    def __call__(self) -> str | None:
+        with shm.claim(f"name-{self.name}", f"/dev/{self.name}"):
+            return "; ".join(nbdkernel.reclaim_name(self.base, self.name)) or None
+
+
 def _orphans(base: str, holders: dict[str, Any]) -> dict[int, Leftover]:
     """Loop devices on a file in a mount of ours that has gone, of a process that is dead."""
     found: dict[int, Leftover] = {}
@@ -575,12 +594,17 @@ class _Orphan:
 
 
 def _nodes(holders: dict[str, Any], orphans: Any) -> Iterator[Leftover]:
-    """Nodes of loop devices that are free or orphans. A node is made after its device is bound and goes before that is
-    freed, so none of these is in the making."""
+    """Nodes of loop and nbd devices that are free or orphans. A node is made after its device is bound and goes before
+    that is freed, so none of these is in the making."""
     for path in sorted(glob.glob(f"{DEV}/{loop.PREFIX}*")):
         number = loop.loop_of(path)
         name = os.path.basename(path)
-        if number is None or f"name-{name}" in holders:
+        if f"name-{name}" in holders:
+            continue
+        device = block.number_of(path)
+        if device is not None and os.major(device) == block.NBD_MAJOR and not block.is_driven(device):
+            yield Leftover("node", path, f"its nbd device {os.minor(device)} is free", _NbdNode(path, name, device))
+        if number is None:
             continue
         if number in orphans or not loop.is_bound(number):
             state = "has lost its mount" if number in orphans else "is free"
@@ -603,4 +627,20 @@ class _Node:
                 return f"its loop device {self.number} is in use again"
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _NbdNode:
+    path: str
+    name: str
+    device: int
+
+    def __call__(self) -> str | None:
+        with shm.claim(f"name-{self.name}", self.path):
+            if block.number_of(self.path) != self.device:
+                return None  # gone, or another's by now
+            if block.is_driven(self.device):
+                return "its nbd device is in use again"
+            os.unlink(self.path)
         return None

@@ -584,7 +584,8 @@ cdef void answer(request_t *r) noexcept nogil:
         p = put32(p, 6 + <uint32_t>length)
         p = put32(p, nbd_errno(error))
         p = put16(p, length)
-        memcpy(p, r.text, length)
+        if length != 0:
+            memcpy(p, r.text, length)
         p += length
     elif c.structured and r.type == CMD_READ:
         p = put32(p, STRUCTURED_REPLY_MAGIC)

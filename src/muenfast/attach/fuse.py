@@ -14,8 +14,6 @@ import errno
 import glob
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from muenfast.attach import loop, watchdog
+from muenfast.attach.leash import Leash
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,8 +85,7 @@ class FuseAttachment:
         self.loop: int
         self._status: list[int] = []
         self._threads: list[threading.Thread] = []
-        self._dog: subprocess.Popen[bytes]
-        self._leash: int
+        self._leash: Leash
         self._attached = False
 
     @classmethod
@@ -117,8 +115,10 @@ class FuseAttachment:
                 thread = threading.Thread(target=new._receive, name=f"fuse-{name}-{number}", daemon=True)
                 thread.start()
                 new._threads.append(thread)
-            new._start_watchdog()
-            undo.callback(new._end_watchdog)
+            abort = new.disk.abort_fd
+            new._leash = Leash("fuse", new._threads[0].native_id or 0, [str(abort), new.mountpoint, new.device],
+                               [abort] if abort >= 0 else [])
+            undo.callback(new._leash.end)
             # Nothing here may wait without end for a target that does not answer, as udev's probe of the device does.
             limit = threading.Timer(ATTACH_LIMIT, new.disk.abort)
             limit.daemon = True
@@ -142,7 +142,7 @@ class FuseAttachment:
     def info(self) -> Info:
         """What reclaim() needs should this process die; fit for JSON."""
         return {"pid": os.getpid(), "name": self.name, "device": self.device, "mountpoint": self.mountpoint,
-                "loop": self.loop, "connection": self.disk.connection, "watchdog": self._dog.pid}
+                "loop": self.loop, "connection": self.disk.connection, "watchdog": self._leash.pid}
 
     @property
     def failed(self) -> bool:
@@ -163,7 +163,7 @@ class FuseAttachment:
         end = time.monotonic() + timeout
         left: list[str] = []
         freed: list[bool] = []
-        if not self._tell_watchdog(f"detaching {timeout + AFTER_ABORT:.3f}"):
+        if not self._leash.tell(f"detaching {timeout + AFTER_ABORT:.3f}"):
             left.append(f"the watchdog of {self.device} had ended before")
 
         def take_down() -> None:
@@ -193,7 +193,7 @@ class FuseAttachment:
             worker.join(AFTER_ABORT)
         left += self._try(self._end_session, max(AFTER_ABORT, end - time.monotonic()))
         left += self._try(os.rmdir, self.mountpoint)
-        left += self._try(self._end_watchdog)
+        left += self._try(self._leash.end)
         return left
 
     def _owns_loop(self) -> bool:
@@ -214,38 +214,6 @@ class FuseAttachment:
         self.disk.close(max(0.1, end - time.monotonic()))
         if bad := [status for status in self._status if status]:
             raise OSError(-bad[0], os.strerror(-bad[0]), "/dev/fuse")
-
-    def _start_watchdog(self) -> None:
-        control, self._leash = os.pipe()        # both close-on-exec; one is passed on
-        try:
-            passed = [control] + ([self.disk.abort_fd] if self.disk.abort_fd >= 0 else [])
-            self._dog = subprocess.Popen(
-                [sys.executable, "-I", "-S", watchdog.__file__, str(control), str(self.disk.abort_fd),
-                 str(os.getpid()), str(self._threads[0].native_id), self.mountpoint, self.device],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                pass_fds=passed, start_new_session=True, cwd="/")
-        except BaseException:
-            os.close(self._leash)
-            raise
-        finally:
-            os.close(control)
-
-    def _tell_watchdog(self, message: str) -> bool:
-        try:
-            os.write(self._leash, message.encode() + b"\n")
-        except BrokenPipeError:
-            return False
-        return True
-
-    def _end_watchdog(self) -> None:
-        self._tell_watchdog("done")
-        os.close(self._leash)
-        try:
-            self._dog.wait(AFTER_ABORT)
-        except subprocess.TimeoutExpired:
-            self._dog.kill()
-            self._dog.wait()
-            raise TimeoutError(errno.ETIMEDOUT, "the watchdog did not end and was killed") from None
 
     @staticmethod
     def _try(action: Callable[..., object], *arguments: object) -> list[str]:

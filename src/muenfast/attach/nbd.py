@@ -167,6 +167,11 @@ class NbdServer:
         return left
 
     @property
+    def thread(self) -> int:
+        """The receiving thread, as the kernel numbers it."""
+        return self._serving.native_id or 0
+
+    @property
     def transmission_flags(self) -> int:
         """What is offered; structured replies add SEND_DF.
 
@@ -211,6 +216,8 @@ class NbdServer:
                     self._watch_listeners()
         except BaseException:
             log.exception("NBD %s: no further clients", self.name)
+            for listener in self.listeners:
+                listener.socket.close()
         finally:
             for peer in list(self._peers):
                 self._drop(peer)
@@ -248,7 +255,7 @@ class NbdServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # no descriptors, no memory: that may pass
-            self._refuse(f"a client waits: {error.strerror}")
+            self._log.warning("clients have to wait: %s", error.strerror)
             for each in self.listeners:
                 if each.socket in self._selector.get_map():
                     self._selector.unregister(each.socket)

@@ -58,12 +58,16 @@ def key_of(real: str) -> str:
     return f"socket-{real}"
 
 
-def _listens(path: str) -> bool:
-    """Whether somebody listens on a socket. Raises FileNotFoundError, PermissionError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+def _listens(real: str) -> bool:
+    """Whether somebody listens on a socket, whose path may be longer than MOST_PATH. Raises FileNotFoundError, OSError.
+    """
+    directory = os.open(os.path.dirname(real), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, directory)
+        probe = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
         probe.setblocking(False)
         try:
-            probe.connect(path)
+            probe.connect(f"/proc/self/fd/{directory}/{os.path.basename(real)}")
         except ConnectionRefusedError:
             return False
         except BlockingIOError:  # so many wait there that somebody must be
@@ -71,7 +75,7 @@ def _listens(path: str) -> bool:
         except OSError as error:
             if error.errno == errno.EPROTOTYPE:  # a socket of another type
                 return True
-            error.filename = path
+            error.filename = real
             raise
     return True
 
@@ -89,7 +93,10 @@ class Listener:
         self.path, self._path = path, _real(path)
         for record, left, _ in records(shm.runtime_dir()):
             if left != self._path:
-                remove_dead(record, left)
+                try:
+                    remove_dead(record, left)
+                except OSError as error:  # somebody else's affair: doctor tells
+                    log.info("%s: %s", left, error.strerror or error)
         with contextlib.ExitStack() as undo:
             claim = shm.claim(key_of(self._path), f"the socket {path}", {"socket": self._path})
             undo.callback(claim.release)
@@ -117,7 +124,7 @@ class Listener:
         if not stat.S_ISSOCK(seen.st_mode):
             raise FileExistsError(errno.EEXIST, "something else than a socket is there", self.path)
         with contextlib.suppress(FileNotFoundError):
-            if _listens(self.path):
+            if _listens(self._path):
                 raise ClaimError(f"the socket {self.path}", "a process that listens there",
                                  hint="fuser tells which one")
             os.unlink(self._path)

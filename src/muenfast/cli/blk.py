@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
                                     "most 1000 while active, 10000 idle)")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling")
-    add("--attach", metavar="HOW", help="client: what makes the block devices: auto, fuse, or none of them (default: "
-                                        "auto; with --nbd: none)")
+    add("--attach", metavar="HOW", help="client: what makes the block devices: fuse, nbd (the kernel's driver), auto: "
+                                        "the first of them to be had, or none (default: auto; with --nbd: none)")
     add("--nbd", metavar="L", help="client: serve the disks as NBD exports on these Unix sockets, for nbd-client, "
                                    "libnbd, qemu, fio: nbd+unix:///?socket=PATH; together with block devices: "
                                    "--attach auto --nbd L")
