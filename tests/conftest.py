@@ -88,14 +88,17 @@ def leftovers(below: Path) -> dict[str, set[str]]:
 
 
 def _nodes() -> set[str]:
-    """Nodes of disks whose loop device is free: those of a client that lives are somebody's."""
+    """Nodes of disks whose loop device is free, and of partitions that are gone: those of a client that lives are
+    somebody's."""
     found = set()
     for node in Path("/dev").glob("muendisk*"):
         try:
             info = node.stat()
         except OSError:
             continue
-        if stat.S_ISBLK(info.st_mode) and not Path(f"/sys/block/loop{os.minor(info.st_rdev)}/loop").exists():
+        major, minor = os.major(info.st_rdev), os.minor(info.st_rdev)
+        behind = Path(f"/sys/block/loop{minor}/loop" if major == 7 else f"/sys/dev/block/{major}:{minor}")
+        if stat.S_ISBLK(info.st_mode) and not behind.exists():
             found.add(str(node))
     return found
 

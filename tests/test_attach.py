@@ -364,6 +364,7 @@ class TestEnd:
         attachment.disk.abort()
         assert eventually(lambda: attachment.failed)
         assert eventually(lambda: not os.path.exists(place.device))     # the watchdog acts
+        assert eventually(lambda: ended(attachment.info()["watchdog"]))
         assert len(attachment.detach()) == 1        # says so
         with pytest.raises(ValueError, match="closed"):
             attachment.disk.run()

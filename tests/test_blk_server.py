@@ -100,16 +100,22 @@ class Raw:
 
 
 class Link:
-    """A pair of channel names, and everything that was opened on them."""
+    """A pair of channel names, and everything that was opened on them. shared: an export shares its thread with another
+    one, where its disk lets it."""
 
-    def __init__(self, names: Callable[[str], str], program: Callable[..., Program]) -> None:
+    def __init__(self, names: Callable[[str], str], program: Callable[..., Program], shared: bool = False) -> None:
         self.req, self.resp = names("req"), names("resp")
+        self._other = (names("other-req"), names("other-resp")) if shared else None
         self._program = program
         self._stack = ExitStack()
 
     def serve(self, device: str = "ram:1M", **lists: Any) -> BlockServer:
-        """A server in this process."""
-        server = BlockServer(exports_from_lists(self.req, self.resp, device=device, **{"poll": 100, **lists}))
+        """A server in this process; its first export is the one of these channels."""
+        req, resp = self.req, self.resp
+        if self._other is not None:
+            req, resp, device = f"{req},{self._other[0]}", f"{resp},{self._other[1]}", f"{device},ram:1M"
+            lists = {name: f"{value},{value}" if isinstance(value, str) else value for name, value in lists.items()}
+        server = BlockServer(exports_from_lists(req, resp, device=device, **{"poll": 100, **lists}), threads=1)
         self._stack.callback(server.close)
         return server
 
@@ -144,20 +150,21 @@ class Link:
 
 
 @pytest.fixture
-def new_link(names: Callable[[str], str], program: Callable[..., Program]) -> Iterator[Callable[[], Link]]:
+def new_link(names: Callable[[str], str], program: Callable[..., Program]) -> Iterator[Callable[..., Link]]:
     """Makes Links, closed at the end."""
     with ExitStack() as stack:
-        def make() -> Link:
-            link = Link(names, program)
+        def make(shared: bool = False) -> Link:
+            link = Link(names, program, shared)
             stack.callback(link.close)
             return link
 
         yield make
 
 
-@pytest.fixture
-def link(new_link: Callable[[], Link]) -> Link:
-    return new_link()
+@pytest.fixture(params=[False, True], ids=["alone", "shared"])
+def link(new_link: Callable[..., Link], request: pytest.FixtureRequest) -> Link:
+    """With a thread of its own, and with one that serves another export, too."""
+    return new_link(request.param)
 
 
 def counters(server: BlockServer | Program) -> dict[str, int]:
@@ -266,11 +273,16 @@ def test_a_response_ring_smaller_than_the_request_ring(link: Link) -> None:
         server.close()
 
 
-def test_more_requests_at_once_than_the_response_ring_holds(link: Link) -> None:
-    """They are executed in rounds, each answered within the ring: a client that does not keep up misses answers."""
+@pytest.mark.parametrize("ram", [True, False])
+def test_more_requests_at_once_than_the_response_ring_holds(new_link: Callable[..., Link], tmp_path: Path,
+                                                            ram: bool) -> None:
+    """They are executed in rounds, each answered within the ring: a client that does not keep up misses answers. (Rounds
+    of a file are longer than those of a RAM disk, and than this ring.)"""
+    link, disk = new_link(), tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
     with open(channel_path(link.resp), "wb") as file:
         file.truncate(HEADER_BYTES + 5 * EVENT_BYTES)
-    server, client = link.program("ram:1M"), link.raw()
+    server, client = link.program("ram:1M" if ram else str(disk)), link.raw()
     client.connect()
     client.send(*(Event(WRITE, 0, i, 1, i, block(i)) for i in range(64)))
 
@@ -520,12 +532,14 @@ def _hostile(path: str, protocol: int, seconds: float, seed: int) -> subprocess.
 
 
 @pytest.mark.stress
-def test_a_hostile_writer_harms_nobody_else(new_link: Callable[[], Link], program: Callable[..., Program]) -> None:
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_hostile_writer_harms_nobody_else(new_link: Callable[[], Link], program: Callable[..., Program],
+                                            threads: str) -> None:
     """Header and slots of one request channel change at full speed for 5 s: the other export's client gets right
     answers meanwhile, the log stays short, and after that an honest client is served on the channel."""
     bad, good = new_link(), new_link()
     server = program("blk", "--req", f"{bad.req},{good.req}", "--resp", f"{bad.resp},{good.resp}",
-                     "--device", "ram:64K,ram:1M")
+                     "--device", "ram:64K,ram:1M", "--threads", threads)
     attacker = _hostile(channel_path(bad.req), REQUEST_PROTOCOL, 5, 1)
     client, dice, model = good.client(), random.Random(1), [bytes(BLOCK_BYTES)] * 256
     client.connect()

@@ -279,7 +279,8 @@ def test_a_runtime_directory_that_is_no_place_for_claims(kind: str, four: dict[s
 
 
 @pytest.mark.parametrize("words", [[], ["blk"], ["chan"], ["chan", "list"], ["chan", "show"], ["chan", "create"],
-                                   ["chan", "rm"], ["chan", "dump"], ["stat"], ["doctor"], ["demo"]], ids=" ".join)
+                                   ["chan", "rm"], ["chan", "dump"], ["modprobe"], ["modinfo"],
+                                   ["stat"], ["doctor"], ["demo"]], ids=" ".join)
 def test_help(words: list[str]) -> None:
     """Status 0, usage and every option on standard output."""
     done = run(*words, "--help")
@@ -298,7 +299,7 @@ def test_muenfast_alone_shows_its_commands() -> None:
     """Somebody who knows nothing yet gets the list of commands, not a complaint; no output, status 2."""
     done = run()
     assert (done.returncode, done.stdout) == (2, "")
-    for command in ("blk", "chan", "stat", "doctor", "demo"):
+    for command in ("blk", "modprobe", "modinfo", "chan", "stat", "doctor", "demo"):
         assert f"\n    {command} " in done.stderr
 
 
@@ -867,7 +868,7 @@ def test_a_signal_at_any_line_of_the_wait_ends_it() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_server_in_the_background_of_a_script_ends_by_signal(number: int, four: dict[str, str], tmp_path: Path) -> None:
     """A shell's & has SIGINT ignored; the server leaves all the same, with 0 and nothing left."""
-    script = (f'"$0" -m muenfast blk --req {four["a"]} --resp {four["c"]} --device ram:64K > ready & server=$!\n'
+    script = (f': > ready\n"$0" -m muenfast blk --req {four["a"]} --resp {four["c"]} --device ram:64K > ready & server=$!\n'
               f'while ! grep -q ready ready; do sleep 0.05; done\nkill -{number:d} $server\nwait $server')
     done = subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60, check=False)

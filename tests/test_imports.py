@@ -20,6 +20,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "params": {"errors"},
+    "partition": {"errors"},
     "shm": {"errors"},
     "_guard": set(),
     "_wire": set(),
@@ -30,12 +31,13 @@ ALLOWED: dict[str, set[str]] = {
     "_target": {"errors", "_wire", "_thread"},
     "_blk": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine"},
     "_client": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine", "_target"},
-    "backing": {"errors", "params", "shm", "_ring", "_blk"},
+    "backing": {"errors", "params", "partition", "shm", "_ring", "_blk"},
     "attach._fuse": {"errors", "params", "shm", "_target"},
     "attach._nbd": {"errors", "_wire", "_thread", "_target"},
-    "attach": {"errors", "params", "shm", "_target", "attach._fuse", "attach._nbd"},
+    "attach": {"errors", "params", "partition", "shm", "_target", "attach._fuse", "attach._nbd"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
+    "modules": {"errors", "params", "shm", "connection"},
     "export": {"errors", "params", "shm", "_ring", "channel", "_blk", "backing", "connection"},
     "disk": {"errors", "params", "shm", "_ring", "channel", "_client", "connection"},
     "aio": {"errors", "_target", "_client", "connection", "disk"},
@@ -48,7 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_blk", "backing", "attach._fuse", "attach._nbd",
                "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_blk", "backing", "attach._fuse",
-            "attach._nbd", "attach", "control", "connection", "export", "disk", "blk", "_bench", "measure", "doctor"},
+            "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk", "_bench", "measure",
+            "doctor"},
     "__main__": {"cli"},
 }
 

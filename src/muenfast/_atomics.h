@@ -97,6 +97,25 @@ static inline int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) {
 static inline int futex_wake_all(uint32_t *word) {
     return syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0) < 0 ? -errno : 0;
 }
+/* futex_waitv(2), Linux 5.16; older headers lack it. */
+#ifndef SYS_futex_waitv
+#define SYS_futex_waitv 449
+#endif
+enum { FUTEX_LIST_MOST = 128, FUTEX_WORD_32 = 2 }; /* FUTEX_WAITV_MAX, FUTEX_32 (FUTEX2_SIZE_U32) */
+typedef struct {
+    uint64_t seen, word;
+    uint32_t flags, reserved;
+} futex_entry; /* struct futex_waitv */
+static inline futex_entry futex_entry_of(uint32_t *word, uint32_t seen) {
+    return (futex_entry){seen, (uint64_t)(uintptr_t)word, FUTEX_WORD_32, 0};
+}
+/* Sleeps while all words hold what was seen. Which one changed or was woken, or a negative errno. */
+static inline int futex_wait_any_ns(futex_entry *list, unsigned n, uint64_t ns) {
+    uint64_t until = now_ns() + ns;
+    struct timespec t = {(time_t)(until / 1000000000u), (long)(until % 1000000000u)};
+    long woken = syscall(SYS_futex_waitv, list, n, 0, &t, CLOCK_MONOTONIC);
+    return woken < 0 ? -errno : (int)woken;
+}
 /* With one CPU online, spinning only keeps the peer from running. What this thread is pinned to tells nothing: the
  * peer may have the other CPU. Whether spinning pays is learnt from its success. */
 static inline int online_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }

@@ -3,6 +3,7 @@
 Runs without the GIL and allocates nothing per request. Trust: of every request the 24-byte header is copied once,
 validated, and only the copy is used; payload is used in place and checked for being intact afterwards.
 """
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport EFAULT, EINTR, EINVAL, EIO, EROFS, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -36,7 +37,14 @@ cdef enum:
     # Requests of one round to a store without system calls: the client takes these answers while the next ones are
     # copied. With 64, and 32 in flight, the two took turns (docs/decisions/003).
     MEMORY_BATCH = 4
+    # Rounds of one server of a group before the next one's turn.
+    TURN_ROUNDS = 8
 
+# What the slow turns of one server of a group, of page faults on its client's memory or the zeroing of a large ring, may
+# take of the others' time, by the clock. Turns are microseconds long; a thread that lost its CPU looks slow, too.
+cdef uint64_t SLOW_TURN_NS = 2_000_000
+cdef uint64_t BUDGET_NS = 50_000_000
+cdef uint64_t BUDGET_PERIOD_NS = 2_000_000_000
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
 # A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
@@ -56,6 +64,7 @@ cdef struct store_t:
     int fd
     uint8_t *memory
     const uint32_t *broken  # memory: 1 when it was taken away and zeros stand there
+    uint64_t offset         # file: bytes before block 0; with all blocks it is below 2^63
     uint64_t nblocks
     bint read_only
 
@@ -80,6 +89,11 @@ cdef class Store:
         """Whether writes are refused."""
         return self.s.read_only
 
+    @property
+    def waits(self):
+        """Whether it makes system calls, which may wait."""
+        return self.s.kind == STORE_FILE
+
     @staticmethod
     def in_memory(memory, *, read_only=False, identity=None):
         """A store in a buffer (writable unless read_only), held until close(). Truncated shared memory gives EIO."""
@@ -91,11 +105,15 @@ cdef class Store:
         return self.finish(self.memory.length, read_only, identity)
 
     @staticmethod
-    def in_file(int fd, size, *, read_only=False, identity=None):
-        """A store in an open file or block device of `size` bytes; the descriptor stays the caller's."""
+    def in_file(int fd, size, *, offset=0, read_only=False, identity=None):
+        """A store in `size` bytes from byte `offset` on of an open file or block device; the descriptor stays the
+        caller's."""
         cdef Store self = Store.__new__(Store)
+        if offset < 0 or offset + size >= 1 << 63:
+            raise UsageError("a store ends below 2^63", value=offset + size)
         self.s.kind = STORE_FILE
         self.s.fd = fd
+        self.s.offset = offset
         return self.finish(size, read_only, identity)
 
     @staticmethod
@@ -130,7 +148,7 @@ cdef int transfer(const store_t *s, bint write, iovec *iov, int n, uint64_t bloc
 
     EFAULT (the ring's memory was taken away) becomes EIO: it is no fault of the store.
     """
-    cdef off_t at = <off_t>(block * BLOCK_SIZE)
+    cdef off_t at = <off_t>(s.offset + block * BLOCK_SIZE)
     cdef ssize_t moved
     cdef size_t left
     while n > 0:
@@ -162,6 +180,7 @@ cdef enum server_event:
     SERVER_INCOMPATIBLE = 3
     SERVER_OVERRUN = 4
     SERVER_STOPPED = 5
+    SERVER_UNRULY = 6       # of a group: this one made the others wait; after another event or alone
 
 
 cdef struct server_counters:
@@ -185,6 +204,7 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
+    bint overrun            # a new response epoch is due, once the answers published had GRACE_NS to be read
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
@@ -212,7 +232,7 @@ cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcep
     return 0
 
 
-cdef bint server_intact(const server_t *s, uint64_t k) noexcept nogil:
+cdef bint server_intact(server_t *s, uint64_t k) noexcept nogil:
     """Whether slot k of the batch still holds what the client published, everything used of it included.
 
     As reader_intact: the use before the loads of epoch and WSC (acquire fence; pairs with writer_reserve and
@@ -394,54 +414,147 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     return SUCCESS
 
 
+cdef enum:
+    STEP_WORKED = -1
+    STEP_IDLE = -2
+
+
+cdef int server_step(server_t *s) noexcept nogil:
+    """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
+
+    Sleeps only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled, and
+    after an overrun.
+    """
+    cdef uint64_t available
+    cdef ring_status status
+    if load_relaxed32(&s.stop) != 0:
+        return SERVER_STOPPED
+    if s.overrun:
+        s.overrun = False
+        sleep_ns(GRACE_NS)
+        writer_start(&s.w, random_epoch())
+    status = reader_peek(&s.r, &available)
+    if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
+        s.r.epoch = 0
+        status = reader_peek(&s.r, &available)
+    if status == SUCCESS:
+        status = server_batch(s, available)
+    if status == SUCCESS:
+        return STEP_WORKED
+    if status == NO_DATA:
+        return STEP_IDLE
+    s.has_last = False
+    if status == EPOCH_CHANGED:
+        s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
+        s.knows_epoch = True
+        s.refused = 0
+        writer_start(&s.w, random_epoch())
+        count64(&s.n.connections, 1)
+        return SERVER_CONNECTED
+    if status == OVERRUN_DETECTED:
+        # What a first synchronisation has missed was void anyway.
+        if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
+            return STEP_WORKED
+        s.overrun = True
+        return SERVER_OVERRUN
+    if status == INACTIVE:
+        s.knows_epoch = True            # whatever epoch comes now began in this life
+    if s.w.epoch != 0:
+        writer_stop(&s.w)
+        if status == INACTIVE:
+            return SERVER_DISCONNECTED
+    if status == INCOMPATIBLE_INTERFACE and s.refused != s.r.refused:
+        s.refused = s.r.refused
+        return SERVER_INCOMPATIBLE
+    return STEP_IDLE
+
+
+cdef uint64_t server_patience(const server_t *s) noexcept nogil:
+    """Most nanoseconds between two looks: a client that does not ring may restart without a sign in its counters."""
+    if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
+        return SAME_EPOCH_NS
+    return <uint64_t>-1
+
+
 cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
     """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
-    cdef uint64_t available, start = now_ns(), passed
-    cdef ring_status status
-    while load_relaxed32(&s.stop) == 0:
-        status = reader_peek(&s.r, &available)
-        if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
-            s.r.epoch = 0
-            status = reader_peek(&s.r, &available)
-        if status == SUCCESS:
-            status = server_batch(s, available)
-        if status != SUCCESS and status != NO_DATA:
-            s.has_last = False
-        if status == SUCCESS:
-            if (s.r.batches & 0xff) == 0 and now_ns() - start >= ns:
-                return SERVER_TICK
+    cdef uint64_t start = now_ns(), passed
+    cdef int step
+    while True:
+        step = server_step(s)
+        if step >= 0:
+            return <server_event>step
+        if step == STEP_WORKED and (s.r.batches & 0xff) != 0:
             continue
-        if status == EPOCH_CHANGED:
-            s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
-            s.knows_epoch = True
-            s.refused = 0
-            writer_start(&s.w, random_epoch())
-            count64(&s.n.connections, 1)
-            return SERVER_CONNECTED
-        if status == OVERRUN_DETECTED:
-            # What a first synchronisation has missed was void anyway.
-            if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
-                continue
-            sleep_ns(GRACE_NS)
-            writer_start(&s.w, random_epoch())
-            return SERVER_OVERRUN
-        if status == INACTIVE:
-            s.knows_epoch = True        # whatever epoch comes now began in this life
-        if (status == INACTIVE or status == INCOMPATIBLE_INTERFACE) and s.w.epoch != 0:
-            writer_stop(&s.w)
-            if status == INACTIVE:
-                return SERVER_DISCONNECTED
-        if status == INCOMPATIBLE_INTERFACE and s.refused != s.r.refused:
-            s.refused = s.r.refused
-            return SERVER_INCOMPATIBLE
         passed = now_ns() - start
         if passed >= ns:
             return SERVER_TICK
-        if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
-            reader_wait(&s.r, min(ns - passed, SAME_EPOCH_NS), &s.stop)
-        else:
-            reader_wait(&s.r, ns - passed, &s.stop)
-    return SERVER_STOPPED
+        if step == STEP_WORKED:
+            continue
+        reader_wait(&s.r, min(ns - passed, server_patience(s)), &s.stop)
+
+
+cdef struct group_t:
+    server_t **servers
+    int *events             # of each: -1, or a server_event and whether it was ...
+    bint *unruly
+    uint64_t n
+    uint64_t *slow_ns       # of each: what its slow turns took in this budget period
+    uint64_t period_ns      # when that began
+    uint64_t first          # whose turn comes first
+    waitset_t set
+
+
+cdef int group_turn(group_t *g) noexcept nogil:
+    """Every server works for at most TURN_ROUNDS rounds: STEP_WORKED, STEP_IDLE, or 0 when something happened."""
+    cdef uint64_t k, at, unsettled, before, now = now_ns()
+    cdef server_t *s
+    cdef int step, result = STEP_IDLE, rounds
+    if now - g.period_ns >= BUDGET_PERIOD_NS:
+        g.period_ns = now
+        memset(g.slow_ns, 0, g.n * sizeof(uint64_t))
+    for k in range(g.n):
+        at = (g.first + k) % g.n
+        s = g.servers[at]
+        unsettled = s.r.unsettled
+        step = STEP_WORKED
+        rounds = 0
+        while step == STEP_WORKED and rounds < TURN_ROUNDS and s.r.unsettled == unsettled:
+            step = server_step(s)
+            rounds += 1
+        before = now
+        now = now_ns()
+        if now - before >= SLOW_TURN_NS:
+            g.slow_ns[at] += now - before
+        g.events[at] = step if step >= 0 else -1
+        g.unruly[at] = s.r.unsettled != unsettled or g.slow_ns[at] >= BUDGET_NS
+        if step >= 0 or g.unruly[at]:
+            result = 0
+        elif step == STEP_WORKED and result == STEP_IDLE:
+            result = STEP_WORKED
+    g.first += 1
+    return result
+
+
+cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
+    """Serves all for at most ns nanoseconds, or until something happened to one: then events and unruly say what."""
+    cdef uint64_t start = now_ns(), passed, patience, k, turns = 0
+    cdef int result
+    while True:
+        result = group_turn(g)
+        if result == 0:
+            return
+        turns += 1
+        if result == STEP_WORKED and turns % 64 != 0:
+            continue
+        passed = now_ns() - start
+        if passed >= ns:
+            return
+        if result == STEP_IDLE:
+            patience = ns - passed
+            for k in range(g.n):
+                patience = min(patience, server_patience(g.servers[k]))
+            readers_wait(&g.set, patience)
 
 
 cdef class Server:
@@ -453,7 +566,7 @@ cdef class Server:
 
     run() belongs to one thread; stop(), counters and state may be used from others.
     """
-    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped")
+    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "unruly")
 
     cdef server_t *s
     cdef Mapping request, response, request_bell, response_bell
@@ -512,11 +625,14 @@ cdef class Server:
             prepare_thread(TIMER_SLACK_NS, 1)
             event = server_loop(self.s, ns)
         busy_leave(&self.busy)
+        return self.happened(event)
+
+    cdef object happened(self, int event):
         if event == SERVER_CONNECTED:
             self.connected = True
         elif event == SERVER_DISCONNECTED or event == SERVER_INCOMPATIBLE:
             self.connected = False
-        return self.EVENTS[<int>event]
+        return self.EVENTS[event]
 
     def stop(self):
         """Makes run() return "stopped" soon; from any thread."""
@@ -581,6 +697,104 @@ cdef class Server:
             free(self.s.stage)
             free(self.s)
             self.s = NULL
+
+
+@cython.final
+cdef class Group:
+    """Servers that one thread serves by turns: at most 128, each with a store that makes no system calls (`waits`).
+
+    add(), remove() and run() belong to that thread.
+    """
+    cdef group_t g
+    cdef list members
+
+    def __cinit__(self):
+        self.members = []
+        self.g.servers = <server_t **>calloc(FUTEX_LIST_MOST, sizeof(server_t *))
+        self.g.events = <int *>calloc(FUTEX_LIST_MOST, sizeof(int))
+        self.g.unruly = <bint *>calloc(FUTEX_LIST_MOST, sizeof(bint))
+        self.g.slow_ns = <uint64_t *>calloc(FUTEX_LIST_MOST, sizeof(uint64_t))
+        self.g.set.readers = <reader_t **>calloc(FUTEX_LIST_MOST, sizeof(reader_t *))
+        if (self.g.servers == NULL or self.g.events == NULL or self.g.unruly == NULL or self.g.slow_ns == NULL
+                or self.g.set.readers == NULL):
+            raise MemoryError()
+
+    def __len__(self):
+        return len(self.members)
+
+    @property
+    def servers(self):
+        """Those that it serves."""
+        return tuple(self.members)
+
+    def add(self, Server server not None):
+        """Takes a server that nobody runs. Raises UsageError."""
+        if len(self.members) == FUTEX_LIST_MOST:
+            raise UsageError(f"one thread serves at most {FUTEX_LIST_MOST} connections")
+        if server.store.waits:
+            raise UsageError("a store that may wait has a thread of its own")
+        if not busy_enter(&server.busy):
+            raise UsageError("another thread runs this Server")
+        if server.response is None or not server.response.held:
+            busy_leave(&server.busy)
+            raise UsageError("this Server is closed")
+        server.s.r.watch_stop = &server.s.stop
+        self.members.append(server)
+        self.arrange()
+
+    def remove(self, Server server not None):
+        """Lets go of a server, which another thread may run then. Raises ValueError."""
+        self.members.remove(server)
+        self.arrange()
+        busy_leave(&server.busy)
+
+    cdef void arrange(self):
+        cdef Server server
+        self.g.n = self.g.period_ns = 0
+        for server in self.members:
+            self.g.servers[self.g.n] = server.s
+            self.g.set.readers[self.g.n] = &server.s.r
+            self.g.n += 1
+        self.g.set.n = self.g.n
+
+    def run(self, seconds=1.0):
+        """Serves all for about `seconds`, or until something happened: a list of (server, event), as Server.run() has them,
+        and "unruly" where a client made the others wait: its counters went back, or its turns took too long.
+
+        Nothing happens to a group without servers.
+        """
+        cdef uint64_t k, ns = <uint64_t>(seconds * 1e9)
+        if self.g.n == 0:
+            return []
+        with nogil:
+            prepare_thread(TIMER_SLACK_NS, 1)
+            group_loop(&self.g, ns)
+        found = []
+        for k, member in enumerate(self.members):
+            if self.g.events[k] >= 0:
+                found.append((member, (<Server>member).happened(self.g.events[k])))
+            if self.g.unruly[k]:
+                found.append((member, Server.EVENTS[<int>SERVER_UNRULY]))
+        return found
+
+    @property
+    def sleeps(self):
+        """Times this thread went to sleep."""
+        return self.g.set.sleeps
+
+    @property
+    def polls(self):
+        """Whether it polls all its servers, for want of futex_waitv(2)."""
+        return self.g.set.polls
+
+    def __dealloc__(self):
+        for server in self.members:
+            busy_leave(&(<Server>server).busy)
+        free(self.g.servers)
+        free(self.g.events)
+        free(self.g.unruly)
+        free(self.g.slow_ns)
+        free(self.g.set.readers)
 
 
 cdef void announce(bell_page *bell, uint32_t state, Store store) noexcept:

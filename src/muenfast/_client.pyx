@@ -26,6 +26,7 @@ from muenfast.errors import UsageError
 cdef enum:
     WINDOW = 1024           # most requests in flight; also bounded by the rings
     LINUX_ERRNO_MAX = 4095  # linux/err.h MAX_ERRNO
+    WRITE_BATCH = 4         # writes published together, so that the server copies while we do (docs/decisions/003)
 
 # How long a client that (re)connects waits for a server to notice that it had gone: as long as a slow disk may take
 # over the writes that it executes out of the request slots.
@@ -36,8 +37,8 @@ cdef uint64_t ANSWER_NS = 1_000_000_000
 cdef uint64_t SIGNALS_NS = 50_000_000
 
 
-# An automatic depth (docs/decisions/005): settled on and probed for so many answers each, between whom requests always
-# waited for room; every so many of those windows the double or the half is tried.
+# An automatic depth (docs/decisions/005): measured over windows of so many answers, while requests waited for room;
+# in every eighth window the double or the half is tried.
 cdef enum:
     DEPTH_FIRST = 32
     DEPTH_LEAST = 16
@@ -100,9 +101,12 @@ cdef struct client_t:
     uint32_t depth          # most requests in flight, 1..WINDOW
     uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
     uint64_t pace           # answers per second at the settled depth, smoothed
-    uint64_t measured_from  # answers when the current window began ...
-    uint64_t measured_since # ... and the time; 0: none has
-    uint32_t windows        # at the settled depth, or probes
+    uint64_t measured       # answers of the current window while requests waited for room ...
+    uint64_t measured_ns    # ... and how long that took
+    uint64_t waiting_from   # answers when the wait began, or the window
+    uint64_t waiting_since  # the time then; 0: no request waits
+    uint32_t windows
+    bint larger             # what the last probe tried
     uint32_t state
     uint64_t server         # response epoch of the server that was resumed with
     bint fail_fast          # while lost, new requests fail
@@ -153,7 +157,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
         while io != NULL and n < room and n < BATCH:
             n += io.nblocks - io.issued if io.kind != IO_SYNC else 1
             io = io.next
-        n = min(n, min(room, <uint64_t>BATCH))
+        n = min(n, min(room, <uint64_t>(WRITE_BATCH if c.first.kind == IO_WRITE else BATCH)))
         writer_reserve(&c.w, n)
         for k in range(n):
             io = c.first
@@ -183,34 +187,36 @@ cdef void client_adapt(client_t *c) noexcept nogil:
     """Finds the least depth that is as fast as any. Precondition: lock held, settled != 0, before client_issue.
 
     Where requests wait for room, more in flight can only make them wait in the ring instead, unless the server gets
-    more done: the double is kept for an eighth more answers per second, the half for at most a 32nd less.
+    more done: the double is kept for an eighth more answers per second, the half for at most a 32nd less. Only time in
+    which requests wait counts.
     """
     cdef uint64_t now, pace
-    cdef uint32_t limit = min(c.window, <uint32_t>WINDOW)
-    if c.first == NULL:
-        c.measured_since = 0
-        c.depth = c.settled
-        return
-    if c.measured_since != 0 and c.answers - c.measured_from < DEPTH_ANSWERS:
+    cdef bint waiting = c.first != NULL
+    if c.waiting_since == 0 or waiting and c.measured + (c.answers - c.waiting_from) < DEPTH_ANSWERS:
+        if waiting and c.waiting_since == 0:
+            c.waiting_since = now_ns()
+            c.waiting_from = c.answers
         return
     now = now_ns()
-    if c.measured_since != 0 and now > c.measured_since:
-        pace = (c.answers - c.measured_from) * 1_000_000_000 // (now - c.measured_since)
-        if c.depth == c.settled:
-            c.pace = pace if c.pace == 0 else (3 * c.pace + pace) // 4
-            c.windows += 1
-            if c.windows % (2 * DEPTH_WINDOWS) == 0:
-                c.depth = min(2 * c.settled, limit)
-            elif c.windows % DEPTH_WINDOWS == 0:
-                c.depth = max(c.settled // 2, <uint32_t>DEPTH_LEAST)
-        else:
-            if pace > c.pace + c.pace // 8 or c.depth < c.settled and pace >= c.pace - c.pace // 32:
-                c.settled = c.depth
-                c.pace = pace
-            c.depth = c.settled
-            c.windows += 1
-    c.measured_from = c.answers
-    c.measured_since = now
+    c.measured += c.answers - c.waiting_from
+    c.measured_ns += now - c.waiting_since
+    c.waiting_from = c.answers
+    c.waiting_since = now if waiting else 0
+    if c.measured < DEPTH_ANSWERS or c.measured_ns == 0:
+        return
+    pace = c.measured * 1_000_000_000 // c.measured_ns
+    c.measured = c.measured_ns = 0
+    c.windows += 1
+    if c.depth != c.settled:
+        if pace > c.pace + c.pace // 8 or c.depth < c.settled and pace >= c.pace - c.pace // 32:
+            c.settled = c.depth
+            c.pace = pace
+        c.depth = c.settled
+        return
+    c.pace = pace if c.pace == 0 else (3 * c.pace + pace) // 4
+    if c.windows % DEPTH_WINDOWS == 0:
+        c.larger = not c.larger
+        c.depth = min(2 * c.settled, c.window) if c.larger else max(c.settled // 2, <uint32_t>DEPTH_LEAST)
 
 
 cdef void client_submit_list(client_t *c, io_t *first, io_t *last) noexcept nogil:
@@ -628,7 +634,7 @@ cdef bint client_resume(client_t *c) noexcept nogil:
         store_release64(&c.tail, c.tail + 1)
     c.head = 0
     store_release64(&c.tail, 0)
-    c.measured_since = 0
+    c.waiting_since = c.measured = c.measured_ns = 0
     c.window = WINDOW
     while c.window > c.w.elements or c.window > c.r.elements:
         c.window //= 2
@@ -876,7 +882,7 @@ cdef class Client(Target):
         pthread_mutex_lock(&self.c.lock)
         self.c.depth = DEPTH_FIRST if value is None else value
         self.c.settled = DEPTH_FIRST if value is None else 0
-        self.c.pace = self.c.measured_since = 0
+        self.c.pace = self.c.measured = self.c.measured_ns = self.c.waiting_since = 0
         pthread_mutex_unlock(&self.c.lock)
 
     @property

@@ -71,12 +71,25 @@ cdef struct reader_t:
     uint64_t lost_total
     uint64_t epochs
     uint64_t sleeps
+    uint64_t settle_ns      # how long a counter that seems to have gone back is waited for
+    uint64_t unsettled      # times that happened
+    uint64_t given_up_ns    # the end of the last wait that was in vain
     watch_t *watch          # polls for this reader while it is idle; NULL: it polls itself
     reader_t *watch_next    # under watch.lock, from here on
     reader_t **watch_link
-    const uint32_t *watch_stop
+    const uint32_t *watch_stop  # ends a wait that somebody else, or readers_wait, wakes from
     uint32_t *watch_futex   # what the reader sleeps on
     uint32_t nap            # that is this one where there is no bell
+
+
+cdef struct waitset_t:
+    reader_t **readers      # of one thread, at most FUTEX_LIST_MOST, each with a watch_stop
+    uint64_t n
+    uint64_t idle_since_ns  # start of the current empty spell of all, 0: none
+    int spin_score
+    uint32_t spin_probe
+    bint polls              # the system has no futex_waitv
+    uint64_t sleeps
 
 
 cdef void writer_init(writer_t *w, uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil
@@ -91,14 +104,15 @@ cdef uint64_t random_epoch() noexcept nogil
 cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_t size, uint64_t protocol) noexcept nogil
 cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil
 cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil
-cdef bint reader_intact(const reader_t *r) noexcept nogil
+cdef bint reader_intact(reader_t *r) noexcept nogil
 cdef ring_status reader_recover(reader_t *r) noexcept nogil
-cdef uint64_t reader_settled(const reader_t *r, const uint64_t *counter) noexcept nogil
+cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil
 cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
 cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil
 cdef bint reader_ready(const reader_t *r) noexcept nogil
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil
+cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil
 cdef void bell_kick(bell_page *bell) noexcept nogil
 
 

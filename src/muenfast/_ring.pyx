@@ -11,6 +11,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ETIMEDOUT
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -38,7 +39,9 @@ cdef uint64_t POLL_IDLE_NS = 10_000_000
 cdef uint64_t IDLE_AFTER_NS = 1_000_000_000
 # A counter below what it was is looked at again for this long before it means a restart: a plain peer may store it in
 # pieces (Python's struct.pack_into("<Q") zeroes the eight bytes first) and lose its CPU between two of them.
-cdef uint64_t SETTLE_NS = 2_000_000
+cdef uint64_t SETTLE_NS = 10_000_000
+# Of a Reader, which holds the GIL meanwhile.
+cdef uint64_t SETTLE_READER_NS = 2_000_000
 # An epoch is looked at twice this far apart before it is believed, for the same reason.
 cdef int SETTLE_PAUSES = 64
 cdef int SPIN_SCORE = 16
@@ -203,6 +206,7 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.capacity = length - SHMSTREAM_HEADER_SIZE
     r.want_size = size
     r.want_protocol = protocol
+    r.settle_ns = SETTLE_NS
     r.may_spin = online_cpus() > 1
     r.spin_score = SPIN_SCORE
 
@@ -265,19 +269,27 @@ cdef inline bint went_back(uint64_t now, uint64_t before) noexcept nogil:
     return now < before and <int64_t>(now - before) < 0
 
 
-cdef uint64_t reader_settled(const reader_t *r, const uint64_t *counter) noexcept nogil:
-    """One of the channel's write counters (acquire); one that seems to have gone back is given SETTLE_NS."""
+cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil:
+    """One of the channel's write counters (acquire); one that seems to have gone back is given settle_ns.
+
+    Whoever has waited in vain does not wait again as soon: half of the time is the most that a writer can take.
+    """
     cdef uint64_t start, passed = 0, now = load_acquire64(counter)
     if not went_back(now, r.wc):
         return now
     start = now_ns()
-    while passed < SETTLE_NS and went_back(now, r.wc) and load_relaxed64(&r.hdr.epoch) == r.epoch:
-        if passed < SETTLE_NS // 100:
+    count64(&r.unsettled, 1)
+    if r.given_up_ns != 0 and start - r.given_up_ns < r.settle_ns:
+        return now
+    while passed < r.settle_ns and went_back(now, r.wc) and load_relaxed64(&r.hdr.epoch) == r.epoch:
+        if passed < POLL_FIRST_NS:
             cpu_pause()
         else:
-            sleep_ns(SETTLE_NS // 100)  # the peer may need this very CPU
+            sleep_ns(POLL_FIRST_NS)     # the peer may need this very CPU
         now = load_acquire64(counter)
         passed = now_ns() - start
+    if passed >= r.settle_ns:
+        r.given_up_ns = start + passed
     return now
 
 
@@ -335,7 +347,7 @@ cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil:
     return r.slots + at * r.size
 
 
-cdef bint reader_intact(const reader_t *r) noexcept nogil:
+cdef bint reader_intact(reader_t *r) noexcept nogil:
     """Whether everything copied since reader_peek, from slot 0 on, is what the writer published.
 
     Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch. WSC below the WC
@@ -540,6 +552,89 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
         now = now_ns()
     r.idle_since_ns = 0
     return True
+
+
+cdef bint any_ready(const waitset_t *set) noexcept nogil:
+    cdef uint64_t k
+    for k in range(set.n):
+        if reader_ready(set.readers[k]) or load_relaxed32(set.readers[k].watch_stop) != 0:
+            return True
+    return False
+
+
+cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
+    """As reader_wait, for all readers of one thread together: waits until one is ready or its watch_stop is set, at most
+    ns nanoseconds; whether one is.
+
+    Sleeps on all bells at once. Readers whose writer does not ring are polled, as all are where the system has no
+    futex_waitv(2). No watch is made use of.
+    """
+    cdef futex_entry bells[128]         # FUTEX_LIST_MOST
+    cdef reader_t *r
+    cdef uint64_t start, now, limit, epoch, k, pause, step = POLL_FIRST_NS
+    cdef unsigned int asleep
+    cdef int i, error, pauses = 8
+    cdef bint idle
+    if any_ready(set):
+        set.idle_since_ns = 0
+        return True
+    if ns == 0:
+        return False
+    start = now = now_ns()
+    if set.idle_since_ns == 0:
+        set.idle_since_ns = start
+    if set.n != 0 and set.readers[0].may_spin:
+        set.spin_probe += 1
+        if set.spin_score > 0 or set.spin_probe % SPIN_PROBE == 0:
+            while now - start < SPIN_NS and now - start < ns:
+                for i in range(pauses):
+                    cpu_pause()
+                if any_ready(set):
+                    set.spin_score = SPIN_SCORE
+                    set.idle_since_ns = 0
+                    return True
+                if pauses < 64:
+                    pauses *= 2
+                now = now_ns()
+            set.spin_score -= 4
+    while True:
+        now = now_ns()
+        if now - start >= ns:
+            return False
+        idle = now - set.idle_since_ns >= IDLE_AFTER_NS
+        limit = min(SLEEP_NS, ns - (now - start))
+        pause = POLL_IDLE_NS if idle else step
+        asleep = 0
+        for k in range(set.n):
+            r = set.readers[k]
+            count64(&r.sleeps, 1)
+            epoch = load_relaxed64(&r.hdr.epoch)
+            if r.bell != NULL:
+                bells[asleep] = futex_entry_of(&r.bell.seq, load_acquire32(&r.bell.seq))
+                asleep += 1
+                store_relaxed32(&r.bell.waiters, 1)
+            if r.bell == NULL or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+                limit = min(limit, pause if r.poll_ns == 0 else r.poll_ns)
+        fence_seq_cst()                 # pairs with ring(): the announcements before the last look
+        if any_ready(set):
+            set.idle_since_ns = 0
+            return True
+        count64(&set.sleeps, 1)
+        if asleep == 0 or set.polls:
+            sleep_ns(limit)
+        else:
+            error = futex_wait_any_ns(bells, asleep, limit)
+            # EFAULT: a bell that was truncated, until the next load of its sequence puts private memory there. Whatever
+            # else it is (ENOSYS, or what a system-call filter says) will be so again.
+            if error == -EFAULT:
+                sleep_ns(min(limit, POLL_ACTIVE_NS))
+            elif error < 0 and error != -EAGAIN and error != -EINTR and error != -ETIMEDOUT:
+                set.polls = True
+        if not idle:
+            step = min(step * 2, POLL_ACTIVE_NS)
+        if any_ready(set):
+            set.idle_since_ns = 0
+            return True
 
 
 # ------------------------------------------------------------------ Python
@@ -916,6 +1011,7 @@ cdef class Reader(Endpoint):
         self.r.bell = self.bell
         self.r.broken = self.region.broken
         self.r.poll_ns = 0 if poll is None else poll * 1000
+        self.r.settle_ns = SETTLE_READER_NS
         self.status = INACTIVE
 
     @property

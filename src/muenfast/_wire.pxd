@@ -24,6 +24,11 @@ cdef extern from "_atomics.h" nogil:
     void sleep_ns(uint64_t ns) noexcept
     int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) noexcept
     int futex_wake_all(uint32_t *word) noexcept
+    ctypedef struct futex_entry:
+        uint64_t word
+    futex_entry futex_entry_of(uint32_t *word, uint32_t seen) noexcept
+    int futex_wait_any_ns(futex_entry *list, unsigned int n, uint64_t ns) noexcept
+    const int FUTEX_LIST_MOST
     int online_cpus() noexcept
     bint busy_enter(uint32_t *flag) noexcept
     void busy_leave(uint32_t *flag) noexcept

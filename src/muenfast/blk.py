@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from muenfast._ring import Watch
 from muenfast.connection import MOST_POLL, Channels, blame, channels_from_lists
 from muenfast.disk import BlockDevice, OnPeerLoss
 from muenfast.errors import ClaimError, PeerError, UsageError
-from muenfast.export import Export, ExportConfig, exports_from_lists
+from muenfast.export import Crew, Export, ExportConfig, exports_from_lists
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
            "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
@@ -29,6 +30,7 @@ __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDev
 log = logging.getLogger("muenfast")
 
 ATTACHMENTS = ("auto", "fuse", "nbd", "none")
+_THREADS_PER_CPU = 4  # docs/decisions/006
 _WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
 _DETACH_PATIENCE = 2.0  # seconds a server has to take what is still dirty
 _DETACH_LIMIT = 4.0  # seconds a device has to go away
@@ -65,10 +67,18 @@ class _Group:
 
 
 class BlockServer(_Group):
-    """Several exports in one process; serving from construction to close()."""
+    """Several exports in one process; serving from construction to close().
 
-    def __init__(self, configs: Sequence[ExportConfig]) -> None:
+    threads: most threads for exports whose disks make no system calls (RAM, null); the others have one each. None: four
+    for each CPU it may run on. More exports than that share them.
+    """
+
+    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None) -> None:
         super().__init__()
+        if threads is None:
+            threads = _THREADS_PER_CPU * len(os.sched_getaffinity(0))
+        elif threads < 1:
+            raise UsageError("at least one thread is needed", value=threads)
         self.exports: list[Export] = []
         with ExitStack() as stack:
             watch = self._watch(stack, len(configs))
@@ -76,8 +86,13 @@ class BlockServer(_Group):
                 export = Export(config, watch=watch)
                 stack.callback(export.close)
                 self.exports.append(export)
-            for export in self.exports:
+            sharing = [export for export in self.exports if export.shares]
+            count = min(len(sharing), max(threads, math.ceil(len(sharing) / Crew.MOST)))
+            crews = [crew for k in range(count) if len(crew := sharing[k::count]) > 1]
+            for export in set(self.exports).difference(*crews):
                 export.start()
+            for exports in crews:
+                Crew(exports).start()
             self._stack = stack.pop_all()
 
     def status(self) -> list[dict[str, Any]]:

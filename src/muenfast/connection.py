@@ -23,11 +23,24 @@ _LEAST = _LAYOUT["header_size"] + _LAYOUT["event_size"]
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """What the lists are called where the user wrote them; only messages use it."""
+
+    req: str = "--req"
+    resp: str = "--resp"
+    req_protocol: str = "--req-protocol"
+    resp_protocol: str = "--resp-protocol"
+    size: str = "--size"
+    device: str = "--device"
+    read_only: str = "--read-only"
+
+
+@dataclass(frozen=True, slots=True)
 class Channels:
     """One connection: a request and a response channel, from entry `index` of the lists.
 
     size: bytes of a region that is made. poll: microseconds between polls, None: adaptive. bells: False: strict
-    one-way, nothing flows back.
+    one-way, nothing flows back. options: of the lists.
     """
 
     req: shm.Locator
@@ -38,6 +51,7 @@ class Channels:
     size: int = REGION_SIZE
     poll: int | None = None
     bells: bool = True
+    options: Options = Options()
 
     @property
     def name(self) -> str:
@@ -51,8 +65,8 @@ class Channels:
         with ExitStack() as stack:
             role = "muenfast blk server" if serving else "muenfast blk client"
             ends: list[End] = []
-            for i, (option, locator, writes) in enumerate((("--req", self.req, not serving),
-                                                           ("--resp", self.resp, serving))):
+            for i, (option, locator, writes) in enumerate(((self.options.req, self.req, not serving),
+                                                           (self.options.resp, self.resp, serving))):
                 if old is not None and not old[i].replaced():
                     ends.append(old[i])
                     continue
@@ -88,18 +102,23 @@ def blame(option: str, index: int, value: str) -> Iterator[None]:
 
 def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None, resp_protocol: str | None = None,
                         size: str | None = None, poll: int | None = None, bells: bool = True,
-                        more: dict[str, list[str] | None] | None = None) -> list[Channels]:
-    """Pairs comma lists by position; nothing is opened. more: further lists whose lengths must agree.
+                        more: dict[str, list[str] | None] | None = None,
+                        options: Options | None = None) -> list[Channels]:
+    """Pairs comma lists by position; nothing is opened. more: further lists whose lengths must agree. options: what
+    the lists are called, default: as the options of `muenfast blk`.
 
     Raises UsageError naming option, entry, value and rule.
     """
-    lists: dict[str, list[str] | None] = {"--req": params.split("--req", req), "--resp": params.split("--resp", resp)}
-    for option, text in (("--req-protocol", req_protocol), ("--resp-protocol", resp_protocol), ("--size", size)):
+    called = options or Options()
+    lists: dict[str, list[str] | None] = {called.req: params.split(called.req, req),
+                                          called.resp: params.split(called.resp, resp)}
+    for option, text in ((called.req_protocol, req_protocol), (called.resp_protocol, resp_protocol),
+                         (called.size, size)):
         lists[option] = None if text is None else params.split(option, text)
     count = params.same_length({**lists, **(more or {})})
-    locators = {option: [shm.Locator.parse(text, option=option, index=i) for i, text in enumerate(lists[option] or ())]
-                for option in ("--req", "--resp")}
-    params.apart([place(option, i, locator) for option, entries in locators.items()
+    reqs, resps = ([shm.Locator.parse(text, option=option, index=i) for i, text in enumerate(lists[option] or ())]
+                   for option in (called.req, called.resp))
+    params.apart([place(option, i, locator) for option, entries in ((called.req, reqs), (called.resp, resps))
                   for i, locator in enumerate(entries)], "a channel carries one direction of one connection")
     if poll is not None and not 1 <= poll <= MOST_POLL:
         raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option="--poll", value=poll)
@@ -108,10 +127,10 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
         texts = lists[option]
         return [default] * count if texts is None else [parse(option, i, text) for i, text in enumerate(texts)]
 
-    req_ids = each("--req-protocol", params.protocol, REQUEST_PROTOCOL)
-    resp_ids = each("--resp-protocol", params.protocol, RESPONSE_PROTOCOL)
-    sizes = each("--size", lambda o, i, t: params.size(o, i, t, least=_LEAST), REGION_SIZE)
-    return [Channels(locators["--req"][i], locators["--resp"][i], i, req_ids[i], resp_ids[i], sizes[i], poll, bells)
+    req_ids = each(called.req_protocol, params.protocol, REQUEST_PROTOCOL)
+    resp_ids = each(called.resp_protocol, params.protocol, RESPONSE_PROTOCOL)
+    sizes = each(called.size, lambda o, i, t: params.size(o, i, t, least=_LEAST), REGION_SIZE)
+    return [Channels(reqs[i], resps[i], i, req_ids[i], resp_ids[i], sizes[i], poll, bells, called)
             for i in range(count)]
 
 

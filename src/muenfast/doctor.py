@@ -594,53 +594,45 @@ class _Orphan:
 
 
 def _nodes(holders: dict[str, Any], orphans: Any) -> Iterator[Leftover]:
-    """Nodes of loop and nbd devices that are free or orphans. A node is made after its device is bound and goes before
-    that is freed, so none of these is in the making."""
+    """Nodes without a device behind them. A node is made after its device, and goes with it, by whom claims its disk's
+    name."""
     for path in sorted(glob.glob(f"{DEV}/{loop.PREFIX}*")):
-        number = loop.loop_of(path)
-        name = os.path.basename(path)
-        if f"name-{name}" in holders:
-            continue
+        disk = os.path.basename(path).rstrip("0123456789")
+        text = _dead(path, disk, orphans) if f"name-{disk}" not in holders else None
+        if text is not None:
+            yield Leftover("node", path, text, _Node(path, disk, frozenset(orphans)))
+
+
+def _dead(path: str, disk: str, orphans: Any) -> str | None:
+    """Why a node that nobody claims has nothing behind it: of a loop device that is free or an orphan, of a partition
+    that is gone or another disk's. None: it has, or is not ours."""
+    whole = os.path.basename(path) == disk
+    number = loop.loop_of(path) if whole else loop.disk_of(path)
+    if number is None:
         device = block.number_of(path)
-        if device is not None and os.major(device) == block.NBD_MAJOR and not block.is_driven(device):
-            yield Leftover("node", path, f"its nbd device {os.minor(device)} is free", _NbdNode(path, name, device))
-        if number is None:
-            continue
-        if number in orphans or not loop.is_bound(number):
-            state = "has lost its mount" if number in orphans else "is free"
-            yield Leftover("node", path, f"its loop device {number} {state}", _Node(path, name, number,
-                                                                                     number in orphans))
+        if whole and device is not None and os.major(device) == block.NBD_MAJOR and not block.is_driven(device):
+            return f"its nbd device {os.minor(device)} is free"
+        return "its partition is gone" if not whole and loop.is_dead(path) else None
+    if number in orphans:
+        return f"its loop device {number} has lost its mount"
+    if not loop.is_bound(number):
+        return f"its loop device {number} is free"
+    if not whole and loop.loop_of(f"{DEV}/{disk}") != number:
+        return f"its device is a partition of loop{number} by now"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Node:
     path: str
-    name: str
-    number: int
-    orphan: bool
+    disk: str
+    orphans: frozenset[int]
 
     def __call__(self) -> str | None:
-        with shm.claim(f"name-{self.name}", self.path):
-            if loop.loop_of(self.path) != self.number:
-                return None  # gone, or another's by now
-            if loop.is_bound(self.number) and not (self.orphan and loop.backing_file(self.number) == "/disk"):
-                return f"its loop device {self.number} is in use again"
+        with shm.claim(f"name-{self.disk}", self.path):
+            still = {number for number in self.orphans if loop.backing_file(number) == "/disk"}
+            if _dead(self.path, self.disk, still) is None:
+                return "its device is in use again" if os.path.lexists(self.path) else None
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class _NbdNode:
-    path: str
-    name: str
-    device: int
-
-    def __call__(self) -> str | None:
-        with shm.claim(f"name-{self.name}", self.path):
-            if block.number_of(self.path) != self.device:
-                return None  # gone, or another's by now
-            if block.is_driven(self.device):
-                return "its nbd device is in use again"
-            os.unlink(self.path)
         return None

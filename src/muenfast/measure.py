@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ BATCHES = (1, 8, 64)
 DEPTHS = (1, 8, 32)
 
 
-UNITS = ("ns", "%")  # the others count something per second
+UNITS = ("ns", "%", "MiB")  # the others count something per second
 
 
 @dataclass
@@ -423,6 +424,33 @@ def _device_rows(server: _Child, client: _Child, memory: _Child, count: int, siz
                       limit=limit)
     for child, word in ((server, "server"), (client, "client with device")):
         yield Row(f"idle {word}, CPU", "%", partial(cost, child), less=True)
+    for of_client, word in ((False, "server"), (True, "client with device")):
+        yield Row(f"memory of a {word}, without regions", "MiB", partial(_resident, of_client), less=True)
+
+
+def _resident(of_client: bool) -> float:
+    """MiB resident in `muenfast blk`, or its client, once it is ready: programs, libraries and heap, but no shared memory
+    and nothing of the disk, which nobody has touched."""
+    lists = ["--req", f"bench-{os.getpid()}-m-req", "--resp", f"bench-{os.getpid()}-m-resp"]
+    with ExitStack() as stack:
+        for role in ([], ["--client"])[:2 if of_client else 1]:
+            program = stack.enter_context(subprocess.Popen([sys.executable, "-m", "muenfast", "blk", *role, *lists],
+                                                           stdout=subprocess.PIPE, text=True))
+            stack.callback(program.terminate)
+            assert program.stdout is not None
+            if "ready\n" not in program.stdout:
+                raise MuenfastError("a process of the measurement failed")
+        total = 0
+        for pid in (program.pid, *_children(program.pid)):
+            with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+                fields = {line.split(":")[0]: int(line.split()[1]) for line in file if line.endswith(" kB\n")}
+            total += fields["Rss"] - fields["Pss_Shmem"]
+        return total / 1024
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
 
 
 def _disk_rows(disk: Any, size: int, volume: int) -> Iterator[Row]:

@@ -6,7 +6,7 @@ Book-keeping, in runtime_dir() (private to one user; nothing in it is a peer's w
                                 its last clean leaver unlinks it. Absent: made by `chan create` or by somebody else.
     regions/DEV-INO~PID-RANDOM  one per open Region, its JSON says who; flocked by that Region
     claims/KEY                  one per exclusive claim, flocked by its holder
-    claims/KEY~PID-RANDOM       one per shared claim, flocked by its holder
+    claims/KEY~PID-RANDOM       one per claim that is shared or of a part ("span"), flocked by its holder
 
 A record counts only while it is locked, so the kernel ends those of a dead process. Invariant: records are made,
 probed and swept only under an exclusive flock on the directory they are in; so a probe is never mistaken for a holder,
@@ -31,6 +31,7 @@ import os
 import re
 import secrets
 import stat
+import struct
 import sys
 import threading
 import time
@@ -51,6 +52,8 @@ _NAME_MAX = 240  # leaves room for ".bell" and the temporary prefix below NAME_M
 _MUTEX_TIMEOUT = 5.0  # s: for the lock of a book-keeping directory
 _REPLACED_TIMEOUT = 5.0  # s: for a name that means another inode whenever we look
 _EMPTY_TIMEOUT = 1.0  # s: for a foreign peer between shm_open and ftruncate
+
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock, bits/fcntl.h: type, whence, start, length, pid
 
 _SIZE = r"(0[xX][0-9a-fA-F]{1,20}|[0-9]{1,20})([KkMmGg]?)"
 _SLICE = re.compile(rf"{_SIZE}\+{_SIZE}")
@@ -783,16 +786,23 @@ def _file_name(key: str) -> str:
     return name if len(name) <= 200 else f"{name[:100]}%{hashlib.sha256(name.encode()).hexdigest()}"
 
 
-def _claim(key: str, what: str, info: dict[str, Any] | None, shared: bool) -> Claim:
+def _claim(key: str, what: str, info: dict[str, Any] | None, shared: bool,
+           span: tuple[int, int | None] = (0, None)) -> Claim:
+    """span: the part that is claimed, in bytes, its end excluded (None: all that follows)."""
     name = _file_name(key)
     _sweep()
     full = {**_identity(what, info), "key": key, "shared": shared}
+    part = span != (0, None)
+    if part:
+        full["span"] = span
     room = _room("claims")
     with _mutex(room):
         for other in _live(room, name):
-            if not (shared and other.get("shared")):
+            start, end = other.get("span", (0, None))
+            if (end is None or span[0] < end) and (span[1] is None or start < span[1]) and \
+                    not (shared and other.get("shared")):
                 raise ClaimError(what, _describe(other))
-        suffix = f"~{os.getpid()}-{secrets.token_hex(8)}" if shared else ""
+        suffix = f"~{os.getpid()}-{secrets.token_hex(8)}" if shared or part else ""
         return Claim(_Record(os.path.join(room, name + suffix), full), full)
 
 
@@ -815,26 +825,33 @@ def _writer_key(region: Region) -> str:
     return f"writer-{region.device}-{region.inode}-{region.locator.offset}"
 
 
-def claim_backing(fd: int, path: str, *, shared: bool, timeout: float = 5.0) -> Claim:
+def claim_backing(fd: int, path: str, *, shared: bool, span: tuple[int, int] | None = None,
+                  timeout: float = 5.0) -> Claim:
     """Claims a disk image or block device, open at fd: alone, or (shared) among those who only read.
 
-    fd's open file is flocked as well: the kernel keeps that lock until a dead holder's last I/O has ended, and other
+    span: the bytes of it that are claimed, None: all. A block device that is a partition is that part of its disk.
+    fd's open file is locked as well: the kernel keeps that lock until a dead holder's last I/O has ended, and other
     users' processes see it. For that one we wait up to timeout seconds.
     Raises ClaimError, OSError.
     """
     with _named(path):
         seen = os.fstat(fd)
     # A block device is itself whatever node names it; no file has inode 0.
-    key = f"backing-{seen.st_rdev}-0" if stat.S_ISBLK(seen.st_mode) else f"backing-{seen.st_dev}-{seen.st_ino}"
+    if stat.S_ISBLK(seen.st_mode):
+        disk, first, end = _of_disk(seen.st_rdev)
+        key = f"backing-{disk}-0"
+    else:
+        first, end, key = 0, None, f"backing-{seen.st_dev}-{seen.st_ino}"
+    part = (first, end) if span is None else (first + span[0], first + span[1])
     with contextlib.ExitStack() as undo:
-        held = _claim(key, path, {"path": path}, shared)
+        held = _claim(key, path, {"path": path}, shared, part)
         undo.callback(held.release)
         with _named(path):
             held._fd = os.dup(fd)  # the same open file: the caller may close fd first
         deadline = time.monotonic() + timeout
         while True:
             try:
-                fcntl.flock(held._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                _lock(held._fd, shared, span)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -845,6 +862,33 @@ def claim_backing(fd: int, path: str, *, shared: bool, timeout: float = 5.0) -> 
             time.sleep(0.01)
         undo.pop_all()
         return held
+
+
+def _lock(fd: int, shared: bool, span: tuple[int, int] | None) -> None:
+    """Locks an open file, or a part of it: raises BlockingIOError where another open file's lock is in the way.
+
+    Two locks, which do not see each other: flock, which other programs take, too, on the whole, shared where only a
+    part is meant; and a lock on the bytes, which tells parts from each other and from the whole.
+    """
+    fcntl.flock(fd, (fcntl.LOCK_SH if shared or span is not None else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    start, length = (0, 0) if span is None else (span[0], span[1] - span[0])  # length 0: to the end, wherever that is
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK if shared else fcntl.F_WRLCK, os.SEEK_SET, start,
+                                                   length, 0))
+
+
+def _of_disk(number: int) -> tuple[int, int, int | None]:
+    """(disk, start, end) of a block device: of a partition, its disk's number and its bytes there."""
+    place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+    try:
+        with open(f"{place}/start") as file:
+            start = int(file.read()) * 512
+        with open(f"{place}/size") as file:
+            size = int(file.read()) * 512
+        with open(f"{os.path.realpath(place)}/../dev") as file:
+            major, _, minor = file.read().strip().partition(":")
+    except (FileNotFoundError, NotADirectoryError):  # a whole disk, or no sysfs
+        return number, 0, None
+    return os.makedev(int(major), int(minor)), start, start + size
 
 
 def holder(key: str) -> dict[str, Any] | None:

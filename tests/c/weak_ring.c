@@ -216,6 +216,14 @@ static void wait_for_it(void) {
     CORE(reader_wait)(&r, UINT64_C(1) << 62, &stop);
     weak_count("told");
 }
+static void wait_for_any(void) {
+    TYPE(reader_t) *readers[1] = {&r};
+    TYPE(waitset_t) set = {.readers = readers, .n = 1};
+    r = r_kept;
+    r.watch_stop = &stop;
+    CORE(readers_wait)(&set, UINT64_C(1) << 62);
+    weak_count("told");
+}
 static void publish_one(void) {
     w = w_kept;
     put(1);
@@ -234,8 +242,8 @@ static void nobody_sleeps(void) {
     if (w.wakes != w_kept.wakes)
         weak_count("woken");
 }
-static void explore_both(void (*writing)(void)) {
-    void (*const bodies[])(void) = {writing, wait_for_it, nobody_sleeps};
+static void explore_both(void (*writing)(void), void (*waiting)(void)) {
+    void (*const bodies[])(void) = {writing, waiting, nobody_sleeps};
     r_kept = r;
     w_kept = w;
     weak_explore(bodies, 2);
@@ -250,15 +258,20 @@ static void scene_asleep(void) {
 }
 static void begin_bell(void) {
     scene_asleep();
-    explore_both(publish_one);
+    explore_both(publish_one, wait_for_it);
 }
 static void begin_bell_start(void) {
     scene_asleep();
-    explore_both(start_epoch);
+    explore_both(start_epoch, wait_for_it);
 }
 static void begin_bell_stop(void) {
     scene_asleep();
-    explore_both(stop_epoch);
+    explore_both(stop_epoch, wait_for_it);
+}
+
+static void begin_bells(void) {
+    scene_asleep();
+    explore_both(publish_one, wait_for_any);
 }
 
 /* The guard's table: the handler never takes one mapping's start for another's length. */
@@ -318,6 +331,7 @@ const scenario ring_scenarios[] = {
     {"bell", begin_bell, {"told", "woken"}},
     {"bell-start", begin_bell_start, {"told", "woken"}},
     {"bell-stop", begin_bell_stop, {"told", "woken"}},
+    {"bells", begin_bells, {"told", "woken"}},
     {"guard", begin_guard, {"replaced"}},
     {"guard-old", begin_guard_old, {NULL}},
     {NULL, NULL, {NULL}},

@@ -13,7 +13,7 @@ object with the receive thread.
 libfuse allocates its own small fuse_req per request; nothing here allocates after construction.
 """
 cimport cython
-from cpython.exc cimport PyErr_SetFromErrnoWithFilenameObject
+from cpython.exc cimport PyErr_SetFromErrno, PyErr_SetFromErrnoWithFilenameObject
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOENT, EPERM, EPROTO, EROFS, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -217,6 +217,11 @@ cdef extern from "<sys/mount.h>" nogil:
     int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
     int umount2(const char *target, int flags)
 
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned initial, int flags)
+    enum: EFD_CLOEXEC
+    enum: EFD_NONBLOCK
+
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
 
@@ -281,6 +286,21 @@ cdef struct disk_t:
     uint64_t errors
     uint64_t waits
     uint64_t unsent             # replies the kernel refused: the request was aborted meanwhile
+    uint64_t *watched           # first block and end of each range, sorted and apart
+    unsigned n_watched
+    int event                   # eventfd, readable once a watched block was written
+
+
+cdef bint is_watched(const disk_t *d, uint64_t block, uint64_t end) noexcept nogil:
+    """Whether blocks up to `end` touch a watched range. Precondition: d.lock is held."""
+    cdef unsigned low = 0, high = d.n_watched, middle
+    while low < high:                   # the first range that ends after `block`
+        middle = (low + high) // 2
+        if d.watched[2 * middle + 1] > block:
+            high = middle
+        else:
+            low = middle + 1
+    return low < d.n_watched and d.watched[2 * low] < end
 
 
 cdef request_t *take(disk_t *d) noexcept nogil:
@@ -309,6 +329,7 @@ cdef void request_done(io_t *io) noexcept nogil:
     cdef request_t *r = <request_t *>io.user
     cdef disk_t *d = r.disk
     cdef size_t size = <size_t>io.nblocks * BLOCK
+    cdef uint64_t one = 1
     cdef int unsent
     pthread_mutex_lock(&d.lock)         # counted first: who has the reply finds it in the counters
     if io.kind == IO_READ:
@@ -321,6 +342,9 @@ cdef void request_done(io_t *io) noexcept nogil:
         d.errors += 1
     else:
         d.bytes += size
+    # A write that failed may have changed something all the same.
+    if d.n_watched != 0 and io.kind == IO_WRITE and is_watched(d, io.block, io.block + io.nblocks):
+        c_write(d.event, &one, sizeof(one))
     pthread_mutex_unlock(&d.lock)
     if io.error != 0:
         unsent = fuse_reply_err(r.req, -io.error if io.error < 0 else EIO)
@@ -578,6 +602,9 @@ cdef void destroy(disk_t *d) noexcept:
     if d.arena != NULL:
         munmap(d.arena, <size_t>d.depth * STRIDE)
     free(d.requests)
+    free(d.watched)
+    if d.event >= 0:
+        c_close(d.event)
     pthread_cond_destroy(&d.changed)
     pthread_mutex_destroy(&d.lock)
     free(d)
@@ -628,7 +655,10 @@ cdef class FuseDisk:
         pthread_cond_init(&d.changed, &attr)
         pthread_condattr_destroy(&attr)
         self.d = d                      # from here on __dealloc__ frees it
-        d.fuse_fd = -1
+        d.fuse_fd = d.event = -1
+        d.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if d.event < 0:
+            PyErr_SetFromErrno(OSError)
         d.submit, d.ctx = target.submit, target.ctx
         d.size, d.read_only = target.nblocks * BLOCK, read_only or target.read_only
         d.depth, d.max_io = depth, max_io
@@ -744,6 +774,38 @@ cdef class FuseDisk:
         pthread_mutex_lock(&d.lock)
         d.attaching = value
         pthread_mutex_unlock(&d.lock)
+
+    @property
+    def watch_fd(self):
+        """Readable (an eventfd) once a block that watch() names was written; close() closes it."""
+        return self._open().event
+
+    def watch(self, ranges):
+        """The (first block, end) of the blocks whose writes watch_fd tells, in place of those before."""
+        cdef disk_t *d = self._open()
+        cdef unsigned n = 0
+        cdef uint64_t *new
+        cdef uint64_t *old
+        given = sorted((first, end) for first, end in ranges if first < end)
+        new = <uint64_t *>calloc(len(given) + 1, 2 * sizeof(uint64_t))
+        if new == NULL:
+            raise MemoryError()
+        try:
+            for first, end in given:
+                if n != 0 and <uint64_t>first <= new[2 * n - 1]:
+                    new[2 * n - 1] = max(new[2 * n - 1], <uint64_t>end)
+                else:
+                    new[2 * n] = first
+                    new[2 * n + 1] = end
+                    n += 1
+        except BaseException:
+            free(new)
+            raise
+        pthread_mutex_lock(&d.lock)
+        old = d.watched
+        d.watched, d.n_watched = new, n
+        pthread_mutex_unlock(&d.lock)
+        free(old)
 
     def exit(self):
         """End the session now: abort the connection, so that whoever waits for it gets an error.

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from muenfast.attach import loop, watchdog
+from muenfast.attach import loop, partitions, watchdog
 from muenfast.attach.leash import Leash
 from muenfast.errors import UsageError
 
@@ -83,6 +83,7 @@ class FuseAttachment:
         self.device = f"/dev/{name}"
         self.disk: FuseDisk
         self.loop: int
+        self.partitions: partitions.Partitions
         self._status: list[int] = []
         self._threads: list[threading.Thread] = []
         self._leash: Leash
@@ -130,7 +131,11 @@ class FuseAttachment:
                                    max_io=max_io)
             undo.callback(loop.detach, new.loop)
             loop.make_node(name, new.loop)
+            undo.callback(new._remove_node)
             new.disk.attaching = False
+            new.partitions = partitions.Partitions(name, new.loop, watch=new.disk.watch, event=new.disk.watch_fd)
+            undo.callback(new.partitions.stop, AFTER_ABORT)
+            new.partitions.start()
             if limit.finished.is_set():
                 raise TimeoutError(errno.ETIMEDOUT, f"no loop device within {ATTACH_LIMIT:g} s", new.device)
             limit.cancel()
@@ -168,16 +173,20 @@ class FuseAttachment:
 
         def take_down() -> None:
             try:
-                if loop.loop_of(self.device) == self.loop:
-                    os.unlink(self.device)
-                if not self._owns_loop():
-                    freed.append(True)      # the watchdog or an administrator was faster
-                    return
+                self._remove_node()
+                parts = self.partitions.open_all()
                 try:
-                    _flush(self.loop, left)
+                    self.partitions.stop(min(GRACE, timeout / 2))
+                    if not self._owns_loop():
+                        freed.append(True)      # the watchdog or an administrator was faster
+                        return
+                    _flush(self.loop, parts, left)
                 except OSError as problem:      # a disk that fails is taken down all the same
                     left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
                                 "the last successful one may be lost")
+                finally:
+                    for fd in parts:
+                        os.close(fd)
                 freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
             except OSError as problem:
                 left.append(f"{self.device}: {problem}")
@@ -191,10 +200,16 @@ class FuseAttachment:
             left += users_of(self.loop, self.device, but=os.getpid() if worker.is_alive() else None)
             left += self._try(self.disk.exit)
             worker.join(AFTER_ABORT)
+        if not self.partitions.stop(AFTER_ABORT):
+            left.append(f"{self.device}: the thread that reads its partition table did not end")
         left += self._try(self._end_session, max(AFTER_ABORT, end - time.monotonic()))
         left += self._try(os.rmdir, self.mountpoint)
         left += self._try(self._leash.end)
         return left
+
+    def _remove_node(self) -> None:
+        if loop.loop_of(self.device) == self.loop:
+            os.unlink(self.device)
 
     def _owns_loop(self) -> bool:
         return loop.backing_file(self.loop) == f"{self.mountpoint}/disk"
@@ -226,28 +241,34 @@ class FuseAttachment:
         return []
 
 
-def _mounts_of(number: int) -> list[tuple[str, str]]:
-    """(directory, file system type) of each mount of a loop device in this namespace."""
+def _mounts_of(number: int) -> list[tuple[str, str, str]]:
+    """(directory, file system type, "" or the partition's number) of each mount of a loop device in this namespace."""
+    devices = {os.makedev(loop.LOOP_MAJOR, number): "",
+               **{device.number: str(part) for part, device in partitions.of_kernel(number).items()}}
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ", 1)
         fields = left.split(" ")
-        if fields[2] == f"{loop.LOOP_MAJOR}:{number}":
+        major, _, minor = fields[2].partition(":")
+        part = devices.get(os.makedev(int(major), int(minor)))
+        if part is not None:
             directory = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-            found.append((directory, right.split(" ")[0]))
+            found.append((directory, right.split(" ")[0], part))
     return found
 
 
-def _flush(number: int, left: list[str]) -> None:
-    """Write down what is dirty: file systems mounted from the device, then the device's own cache."""
+def _flush(number: int, parts: list[int], left: list[str]) -> None:
+    """Write down what is dirty: file systems mounted from the device, its partitions (open at parts), its own cache."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for directory, _ in _mounts_of(number):
+    for directory, _, _ in _mounts_of(number):
         fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if libc.syncfs(fd) != 0:
                 left.append(f"{directory}: not all data was written: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(fd)
+    for fd in parts:
+        os.fsync(fd)
     fd = os.open(loop.path_of(number), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -256,23 +277,27 @@ def _flush(number: int, left: list[str]) -> None:
 
 
 def users_of(number: int, device: str, but: int | None = None) -> list[str]:
-    """Who has a loop device in use, as sentences, leaving out process *but*.
+    """Who has a loop device or one of its partitions in use, as sentences, leaving out process *but*.
 
     Only names are compared: asking the files could wait for them.
     """
-    found = [f"{device} is still mounted on {directory} ({kind})" for directory, kind in _mounts_of(number)]
-    names = {device, f"{device} (deleted)", loop.path_of(number)}
+    found = [f"{device}{part} is still mounted on {directory} ({kind})" for directory, kind, part in _mounts_of(number)]
+    names = {device: device, loop.path_of(number): device}
+    for part in partitions.of_kernel(number):
+        names |= {f"{device}{part}": f"{device}{part}", f"{loop.path_of(number)}p{part}": f"{device}{part}"}
+    names |= {f"{name} (deleted)": shown for name, shown in names.items()}
     for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-        if line.split()[0] in names | {f"{device}\\040(deleted)"}:
-            found.append(f"{device} is still used as swap space")
+        if shown := names.get(line.split()[0].replace("\\040", " ")):
+            found.append(f"{shown} is still used as swap space")
     for link in glob.iglob("/proc/[0-9]*/fd/*"):
         try:
-            if os.readlink(link) not in names:
+            shown = names.get(os.readlink(link))
+            if shown is None:
                 continue
             pid = link.split("/")[2]
             if pid == str(but):
                 continue
-            sentence = f"process {pid} ({Path('/proc', pid, 'comm').read_text().strip()}) still has {device} open"
+            sentence = f"process {pid} ({Path('/proc', pid, 'comm').read_text().strip()}) still has {shown} open"
         except OSError:
             continue        # ended, or closed the descriptor, while we looked
         if sentence not in found:

@@ -27,6 +27,7 @@ LOOP_GET_STATUS64 = 0x4C05
 LOOP_CONFIGURE = 0x4C0A         # Linux 5.8
 LOOP_CTL_GET_FREE = 0x4C82
 LO_FLAGS_READ_ONLY = 1
+LO_FLAGS_PARTSCAN = 8           # partitions may be added, and go when the device is freed
 LO_FLAGS_DIRECT_IO = 16
 # struct loop_config: fd, block_size, struct loop_info64 (lo_flags and lo_file_name set), reserved
 LOOP_CONFIG = struct.Struct("=II 52xI 64s 112x 64x")
@@ -120,7 +121,7 @@ def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, attem
     next one is tried, *attempts* times. Raises OSError (filename set); EINVAL where direct I/O is not to
     be had: without it everything would be cached twice and written late.
     """
-    flags = LO_FLAGS_DIRECT_IO | (LO_FLAGS_READ_ONLY if read_only else 0)
+    flags = LO_FLAGS_DIRECT_IO | LO_FLAGS_PARTSCAN | (LO_FLAGS_READ_ONLY if read_only else 0)
     mode = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
     file = os.open(backing, mode)
     try:
@@ -217,6 +218,31 @@ def loop_of(node: str) -> int | None:
     if not stat.S_ISBLK(status.st_mode) or os.major(status.st_rdev) != LOOP_MAJOR:
         return None
     return os.minor(status.st_rdev)
+
+
+def disk_of(node: str) -> int | None:
+    """Number of the loop device that *node* is, or is a partition of; None where it is missing or something else."""
+    try:
+        status = os.stat(node, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISBLK(status.st_mode):
+        return None
+    place = os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+    if os.path.exists(f"{place}/partition"):
+        place = os.path.dirname(place)
+    name = os.path.basename(place)
+    return int(name[4:]) if name.startswith("loop") and name[4:].isdecimal() else None
+
+
+def is_dead(node: str) -> bool:
+    """Whether *node* is one of a block device that the kernel does not have (any more)."""
+    try:
+        status = os.stat(node, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    where = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return stat.S_ISBLK(status.st_mode) and not os.path.exists(where)
 
 
 def make_node(name: str, number: int) -> str:

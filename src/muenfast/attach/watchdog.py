@@ -96,12 +96,38 @@ def clear_loop(number: int) -> None:
         os.close(device)
 
 
+def remove_part_nodes(node: str, loops: list[int]) -> None:
+    """Remove the nodes named *node* and a number of partitions of these loop devices, or of devices that are no more.
+
+    Raises the last OSError (filename set), after all have been tried.
+    """
+    directory, name = os.path.split(node)
+    failed = None
+    for entry in os.listdir(directory):
+        if not entry.startswith(name) or not entry[len(name):].isdecimal():
+            continue
+        try:
+            status = os.stat(f"{directory}/{entry}", follow_symlinks=False)
+            where = os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+            disk = os.path.basename(os.path.dirname(where))
+            if stat.S_ISBLK(status.st_mode) and (not os.path.exists(where) or
+                                                 disk in [f"loop{number}" for number in loops]):
+                os.unlink(f"{directory}/{entry}")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
 def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
-    """Take down what an attachment left: connection, node, loop device, mount, directory.
+    """Take down what an attachment left: connection, nodes, loop device, mount, directory.
 
     Ordering: the abort comes first, so that nothing after it can wait for a dead file system; the loop
-    device is found by its backing file's path, so before the unmount. Only a node of a loop device found
-    so is removed. Each step is tried whatever became of the others. Returns what failed, as sentences.
+    device is found by its backing file's path, so before the unmount, and its partitions before it is freed,
+    which ends them. Only nodes of a loop device found so are removed, and those of partitions that are gone.
+    Each step is tried whatever became of the others. Returns what failed, as sentences.
     """
     failed: list[str] = []
 
@@ -121,6 +147,7 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
         step(umount, mountpoint, MNT_FORCE | MNT_DETACH)
     if loop_number(node) in loops:
         step(os.unlink, node)
+    step(remove_part_nodes, node, loops)
     for number in loops:
         step(clear_loop, number)
     step(umount, mountpoint, MNT_DETACH)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 
 from muenfast import params
@@ -18,7 +20,7 @@ class Device:
     """One parsed entry of --device; nothing is opened yet.
 
     kind: "ram", "null" or "file". size: bytes, for ram and null. name: of the region that keeps a RAM disk.
-    path: of the file.
+    path: of the file. partition: its partition of that number only, 0: all of it.
     """
 
     text: str
@@ -26,10 +28,12 @@ class Device:
     size: int = 0
     name: str | None = None
     path: str = ""
+    partition: int = 0
 
     @classmethod
     def parse(cls, text: str, *, option: str | None = None, index: int | None = None) -> Device:
-        """Raises UsageError. A file called ram:x is reached as ./ram:x."""
+        """Raises UsageError. A file called ram:x is reached as ./ram:x; one that is called x#2 is that file, and
+        partition 2 of x only where there is none."""
         kind, colon, rest = text.partition(":")
         if colon and kind in ("ram", "null"):
             size, colon, name = rest.partition(":")
@@ -43,7 +47,12 @@ class Device:
             return cls(text, kind, size=nbytes, name=name or None)
         if not text:
             raise UsageError("an entry must not be empty", option=option, index=index, value=text)
-        return cls(text, "file", path=text)
+        partition = re.fullmatch("(.+)#([0-9]{1,9})", text, re.DOTALL)
+        if partition is None or os.path.exists(text):
+            return cls(text, "file", path=text)
+        if int(partition[2]) == 0:
+            raise UsageError("partitions are numbered from 1", option=option, index=index, value=text)
+        return cls(text, "file", path=partition[1], partition=int(partition[2]))
 
 
 class Backing:

@@ -1,54 +1,59 @@
-"""A file, disk or partition as a disk."""
+"""A file, disk or partition as a disk; or one partition of a file or disk, by its own table."""
 
 from __future__ import annotations
 
 import array
 import errno
 import fcntl
+import glob
 import hashlib
+import logging
 import os
 import stat
+import time
 from contextlib import ExitStack
+from pathlib import Path
 
-from muenfast import shm
+from muenfast import partition, shm
 from muenfast._blk import Store
 from muenfast.backing import BLOCK, Backing, Device
 from muenfast.errors import ClaimError, UsageError
 
+log = logging.getLogger("muenfast")
+
 _FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: _IOR('v', 1, long), the inode's generation
+_BLKSSZGET = 0x1268  # linux/fs.h: the size of a block device's sectors
+_ALONE_TIMEOUT = 1.0  # s: another server may be at _alone(), too
 
 
 class FileBacking(Backing):
     """Opens with an exclusive lock (shared when read_only); a block device also with O_EXCL, so never a mounted one.
 
+    Of a partition by number, only its bytes are locked: others of the disk may be served beside it, the whole may not.
     A size that is no multiple of 4096 loses its tail: the transport has no smaller unit.
     """
 
     def __init__(self, device: Device, *, read_only: bool, option: str | None, index: int | None) -> None:
-        path = device.path
         with ExitStack() as stack:
             try:
-                kind = os.stat(path).st_mode
-                if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
-                    raise UsageError("a device is a file, a disk, a partition, ram:SIZE or null:SIZE",
-                                     option=option, index=index, value=path)
-                flags = os.O_RDONLY if read_only else os.O_RDWR
-                if stat.S_ISBLK(kind) and not read_only:
-                    flags |= os.O_EXCL
-                fd = os.open(path, flags | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno == errno.EBUSY:
-                    raise ClaimError(f"disk {path}", "a mount or another user of the device") from error
+                offset = 0
+                if device.partition:
+                    fd, offset, size, identity = _partition(device, read_only, stack)
+                else:
+                    fd = _open(device.path, read_only, stack)
+                    stack.enter_context(shm.claim_backing(fd, device.path, shared=read_only))
+                    size, identity = os.lseek(fd, 0, os.SEEK_END), _identity(fd)
+            except _Refused as refused:
+                error = refused.error
                 raise UsageError(f"it cannot be opened {'for reading' if read_only else 'for reading and writing'}: "
-                                 f"{os.strerror(error.errno or 0)}", option=option, index=index, value=path,
-                                 hint=_next_step(error.errno, path)) from error
-            stack.callback(os.close, fd)
-            stack.enter_context(shm.claim_backing(fd, path, shared=read_only))
-            size = os.lseek(fd, 0, os.SEEK_END)
+                                 f"{os.strerror(error.errno or 0)}", option=option, index=index, value=device.text,
+                                 hint=_next_step(error.errno, device)) from error
+            except UsageError as error:
+                raise UsageError(error.rule, option=option, index=index, value=device.text, hint=error.hint) from error
             if size < BLOCK:
                 raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}",
-                                 option=option, index=index, value=path)
-            self.store = Store.in_file(fd, size, read_only=read_only, identity=_identity(fd))
+                                 option=option, index=index, value=device.text)
+            self.store = Store.in_file(fd, size, offset=offset, read_only=read_only, identity=identity)
             stack.callback(self.store.close)
             self._stack = stack.pop_all()
 
@@ -56,8 +61,109 @@ class FileBacking(Backing):
         self._stack.close()
 
 
-def _identity(fd: int) -> bytes:
-    """16 bytes that stay with the file or device: its numbers, and the generation that tells a reused inode apart."""
+class _Refused(Exception):
+    """What open() said."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+
+def _open(path: str, read_only: bool, stack: ExitStack, *, alone: bool = True) -> int:
+    """The descriptor, closed by stack. alone: of a block device that is written, O_EXCL."""
+    try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise UsageError("a device is a file, a disk, a partition, ram:SIZE or null:SIZE")
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        if stat.S_ISBLK(kind) and not read_only and alone:
+            flags |= os.O_EXCL
+        fd = os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ClaimError(f"disk {path}", "a mount or another user of the device") from error
+        raise _Refused(error) from error
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _partition(device: Device, read_only: bool, stack: ExitStack) -> tuple[int, int, int, bytes]:
+    """(descriptor, offset in it, size, identity) of one partition, claimed.
+
+    The kernel's own device for these bytes is taken where it has one: then it knows, too, who uses what. Else O_EXCL is
+    only tried, because it would shut out the other partitions of the disk.
+    """
+    fd = _open(device.path, read_only, stack, alone=False)
+    part, notes = _find(fd, device)
+    for note in notes:
+        log.warning("%s: %s", device.text, note)
+    identity = _identity(fd, f"#{part.start}+{part.size}")
+    node = _kernels_own(fd, part)
+    if node is not None:
+        own = _open(node, read_only, stack)
+        stack.enter_context(shm.claim_backing(own, device.text, shared=read_only))
+        offset = 0
+    else:
+        if stat.S_ISBLK(os.fstat(fd).st_mode) and not read_only:
+            _alone(device.path)
+        stack.enter_context(shm.claim_backing(fd, device.text, shared=read_only, span=(part.start, part.end)))
+        own, offset = fd, part.start
+    if _find(fd, device)[0] != part:
+        raise UsageError("its partition table changes at this moment", hint="try again")
+    return own, offset, part.size, identity
+
+
+def _find(fd: int, device: Device) -> tuple[partition.Partition, list[str]]:
+    """The partition, and what else is wrong with the table."""
+    def read(offset: int, length: int) -> bytes:
+        data = os.pread(fd, length, offset)
+        if len(data) != length:
+            raise OSError(errno.EIO, "it was cut short while it was read", device.path)
+        return data
+
+    sectors: tuple[int, ...] = partition.SECTOR_SIZES
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        size = array.array("i", [0])
+        fcntl.ioctl(fd, _BLKSSZGET, size)
+        sectors = tuple(sorted(sectors, key=lambda each: each != size[0]))
+    table = partition.read_table(read, os.lseek(fd, 0, os.SEEK_END), sectors)
+    return partition.find(table, device.partition), table.notes if table else []
+
+
+def _kernels_own(fd: int, part: partition.Partition) -> str | None:
+    """The node of the kernel's partition with exactly these bytes of the block device fd, if there is one."""
+    info = os.fstat(fd)
+    if not stat.S_ISBLK(info.st_mode):
+        return None
+    for entry in glob.glob(f"/sys/dev/block/{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}/*/partition"):
+        place = Path(entry).parent
+        try:
+            span = tuple(int((place / each).read_text()) * 512 for each in ("start", "size"))
+            major, _, minor = (place / "dev").read_text().strip().partition(":")
+            node = f"/dev/{place.name.replace('!', '/')}"
+            if span == (part.start, part.size) and os.stat(node).st_rdev == os.makedev(int(major), int(minor)):
+                return node
+        except FileNotFoundError:  # deleted while we looked, or without a node
+            continue
+    return None
+
+
+def _alone(path: str) -> None:
+    """Raises ClaimError where somebody has the block device for himself, as a mount has."""
+    end = time.monotonic() + _ALONE_TIMEOUT
+    while True:
+        with ExitStack() as stack:
+            try:
+                _open(path, False, stack)
+                return
+            except ClaimError:
+                if time.monotonic() >= end:
+                    raise
+        time.sleep(0.01)
+
+
+def _identity(fd: int, part: str = "") -> bytes:
+    """16 bytes that stay with the file or device: its numbers, the generation that tells a reused inode apart, and the
+    part that is meant."""
     info = os.fstat(fd)
     generation = array.array("l", [0])
     try:
@@ -66,10 +172,13 @@ def _identity(fd: int) -> bytes:
         if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
             raise
     where = f"{info.st_rdev}" if stat.S_ISBLK(info.st_mode) else f"{info.st_dev}:{info.st_ino}:{generation[0]}"
-    return hashlib.blake2b(f"file:{where}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"file:{where}{part}".encode(), digest_size=16).digest()
 
 
-def _next_step(number: int | None, path: str) -> str | None:
-    if path in ("ram", "null"):
-        return f"{path} wants a size, like {path}:64M"
-    return f"make it first, for example: truncate -s 64M {path}" if number == errno.ENOENT else None
+def _next_step(number: int | None, device: Device) -> str | None:
+    if device.path in ("ram", "null"):
+        return f"{device.path} wants a size, like {device.path}:64M"
+    if number == errno.ENOENT and device.partition:
+        return f"there is no file of that name, so partition {device.partition} of {device.path} is meant, which is not " \
+               "there either"
+    return f"make it first, for example: truncate -s 64M {device.path}" if number == errno.ENOENT else None

@@ -17,6 +17,8 @@ from muenfast.errors import MuenfastError, UsageError
 # command -> what `muenfast --help` says of it; each is a module here with add_arguments(parser) and run(arguments).
 COMMANDS = {
     "blk": "export disks over channels, or attach exported ones (--client)",
+    "modprobe": "serve as a kernel module of Muen's would: MODULE KEY=VALUE...",
+    "modinfo": "the parameters of such a module",
     "chan": "list, show, create, remove and dump channels",
     "stat": "what the serving processes of this user do",
     "doctor": "what this machine offers, and what dead processes left (--fix removes that)",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from typing import Any
 
 from muenfast import params
 from muenfast.cli._serving import Stop, notify, say_ready
 from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
-_SERVER_ONLY = ("device", "read_only")
-_CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store")
+SERVER_ONLY = ("device", "read_only", "threads")
+CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,17 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                   "/path@OFFSET+SIZE; client to server")
     add("--resp", metavar="L", required=True, help="response channels, server to client")
     add("--client", action="store_true", help="attach the disks as /dev/muendiska, /dev/muendiskb, ...")
-    add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, or the PATH of a file, "
-                                      "disk or partition (default: ram:64M each)")
+    add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, the PATH of a file, disk or "
+                                      "partition, or PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
+                                      "that very name (default: ram:64M each)")
     add("--read-only", metavar="L", nargs="?", const="yes",
         help="server: refuse writes; yes or no for each export, alone: for all")
+    add("--threads", metavar="N", help="server: most threads for exports in RAM, which share them where they are more "
+                                       "(default: four for each CPU); other disks have one each")
     add("--req-protocol", metavar="L", help="hexadecimal (default: 9570208dca77db19)")
     add("--resp-protocol", metavar="L", help="hexadecimal (default: 9851be3282fef0dc)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 1M; foreign "
                                     "peers accept no other)")
-    add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
-                                    "most 1000 while active, 10000 idle)")
-    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling")
+    add_client_options(parser)
+    add_waiting_options(parser)
+
+
+def add_client_options(parser: argparse.ArgumentParser) -> None:
+    """CLIENT_ONLY."""
+    add = parser.add_argument
     add("--attach", metavar="HOW", help="client: what makes the block devices: fuse, nbd (the kernel's driver), auto: "
                                         "the first of them to be had, or none (default: auto; with --nbd: none)")
     add("--nbd", metavar="L", help="client: serve the disks as NBD exports on these Unix sockets, for nbd-client, "
@@ -41,49 +49,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                "timeout:SECONDS (default: queue)")
     add("--same-store", action="store_true", default=None,
         help="client: trust that a server that returns has the same data even where it does not prove it")
+
+
+def add_waiting_options(parser: argparse.ArgumentParser) -> None:
+    """What waiting() reads, and -v."""
+    add = parser.add_argument
+    add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
+                                    "most 1000 while active, 10000 idle)")
+    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling, "
+         "and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")
+
+
+def refuse_options(arguments: argparse.Namespace, wrong: tuple[str, ...], hint: str) -> None:
+    """Raises UsageError where an option of the other role is given."""
+    role = "client" if wrong is CLIENT_ONLY else "server"
+    for name in wrong:
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"is an option of the {role}", option="--" + name.replace("_", "-"), hint=hint)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM."""
-    wrong, role = (_SERVER_ONLY, "server") if arguments.client else (_CLIENT_ONLY, "client")
-    for name in wrong:
-        if getattr(arguments, name) is not None:
-            hint = "leave out --client, or give it to the server" if arguments.client else "it goes with --client"
-            raise UsageError(f"is an option of the {role}", option="--" + name.replace("_", "-"), hint=hint)
-    with Stop() as stop, ExitStack() as stack:
-        return _client(arguments, stop, stack) if arguments.client else _server(arguments, stop, stack)
+    if arguments.client:
+        refuse_options(arguments, SERVER_ONLY, "leave out --client, or give it to the server")
+    else:
+        refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
+    with Stop() as stop:
+        lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
+                                                                 "size")}, **waiting(arguments)}
+        if arguments.client:
+            return attach_disks(arguments, lists, stop)
+        threads = arguments.threads
+        if threads is not None:
+            threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
+        return export_disks({**lists, "device": arguments.device, "read_only": arguments.read_only}, stop, threads)
 
 
-def _lists(arguments: argparse.Namespace) -> dict[str, object]:
-    """What server and client have in common."""
+def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How to wait for the other side, as channels_from_lists takes it."""
     from muenfast.blk import MOST_POLL
 
     poll = arguments.poll
     if poll is not None:
         poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
-    return {"req_protocol": arguments.req_protocol, "resp_protocol": arguments.resp_protocol,
-            "size": arguments.size, "poll": poll, "bells": not arguments.strict_oneway}
+    return {"poll": poll, "bells": not arguments.strict_oneway}
 
 
-def _server(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
+def export_disks(lists: dict[str, Any], stop: Stop, threads: int | None = None) -> int:
+    """The server, of what exports_from_lists takes; until stop. threads: see BlockServer."""
     from muenfast.blk import BlockServer, exports_from_lists
     from muenfast.control import ControlServer
 
-    configs = exports_from_lists(arguments.req, arguments.resp, device=arguments.device,
-                                 read_only=arguments.read_only, **_lists(arguments))
-    server = stack.enter_context(BlockServer(configs))
-    control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
-    stack.callback(control.close)
-    say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
-               f"{word(e.config.device.text)}{' read-only' if e.config.read_only else ''}"
-               for e in server.exports])
-    stop.wait()
-    notify("STOPPING=1")
-    return 0
+    with ExitStack() as stack:
+        server = stack.enter_context(BlockServer(exports_from_lists(**lists), threads=threads))
+        control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
+        stack.callback(control.close)
+        say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
+                   f"{word(e.config.device.text)}{' read-only' if e.config.read_only else ''}"
+                   for e in server.exports])
+        stop.wait()
+        notify("STOPPING=1")
+        return 0
 
 
-def _client(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
+def attach_disks(arguments: argparse.Namespace, lists: dict[str, Any], stop: Stop) -> int:
+    """The client, of what channels_from_lists takes, with the options CLIENT_ONLY; until stop, or all servers ended."""
     from muenfast.blk import BlockClients, OnPeerLoss, channels_from_lists
     from muenfast.control import ControlServer
 
@@ -92,17 +123,17 @@ def _client(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
         from muenfast.attach.sockets import paths_from_list
 
         sockets = paths_from_list("--nbd", arguments.nbd)
-    channels = channels_from_lists(arguments.req, arguments.resp, more={"--nbd": sockets},
-                                   **_lists(arguments))  # type: ignore[arg-type]
+    channels = channels_from_lists(**lists, more={"--nbd": sockets})
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")
     attach = arguments.attach or ("auto" if sockets is None else "none")
-    clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
-                                               same_store=bool(arguments.same_store)))
-    control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
-    stack.callback(control.close)
-    if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
-        say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
-                   f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}" for d in clients.disks])
-        stop.wait(clients.finished)
-    notify("STOPPING=1")
-    return 0
+    with ExitStack() as stack:
+        clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
+                                                   same_store=bool(arguments.same_store)))
+        control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
+        stack.callback(control.close)
+        if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
+            say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
+                       f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}" for d in clients.disks])
+            stop.wait(clients.finished)
+        notify("STOPPING=1")
+        return 0

@@ -1,0 +1,361 @@
+"""Exports that share a thread: everybody is served, and who makes others wait leaves."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import Program, run
+from helpers import block, eventually
+from peer import EVENT_BYTES, READ, REQUEST_PROTOCOL, ChannelWriter, Event, channel_path
+
+from muenfast import BlockDevice, BlockServer, UsageError
+from muenfast._blk import Group, Server, Store
+from muenfast.blk import exports_from_lists
+
+BLOCK_BYTES = 4096
+SMALL = "0x10000"   # bytes of a channel: 15 elements
+
+
+class Exports:
+    """Channels of several exports, the server in this process."""
+
+    def __init__(self, names: Callable[[str], str]) -> None:
+        self._names = names
+        self._stack = ExitStack()
+
+    def serve(self, count: int, threads: int | None, device: str = "ram:1M", **lists: str) -> BlockServer:
+        self.req = [self._names(f"req{i}") for i in range(count)]
+        self.resp = [self._names(f"resp{i}") for i in range(count)]
+        configs = exports_from_lists(",".join(self.req), ",".join(self.resp), device=",".join([device] * count),
+                                     size=",".join([SMALL] * count), **lists)
+        server = BlockServer(configs, threads=threads)
+        self._stack.callback(server.close)
+        return server
+
+    def device(self, i: int, **options: object) -> BlockDevice:
+        device = BlockDevice(self.req[i], self.resp[i], **{"timeout": 20, "size": SMALL, **options})
+        self._stack.callback(device.close)
+        return device
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def exports(names: Callable[[str], str]) -> Iterator[Exports]:
+    exports = Exports(names)
+    yield exports
+    exports.close()
+
+
+def serving() -> list[str]:
+    """Names of the threads of this process that serve."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("export"))
+
+
+def forge(name: str, counter: int) -> None:
+    """Both write counters of a channel."""
+    with open(channel_path(name), "r+b") as file:
+        file.seek(48)
+        file.write(struct.pack("<QQ", counter, counter))
+
+
+@pytest.mark.parametrize(("count", "threads", "expected"), [(6, 2, 2), (6, 6, 6), (3, 9, 3), (130, 1, 2), (5, 1, 1)])
+def test_exports_share_the_threads_there_are(exports: Exports, count: int, threads: int, expected: int) -> None:
+    """No more threads than asked for, but as many as 128 exports each need; a disk for each that works."""
+    exports.serve(count, threads)
+    assert len(serving()) == expected
+    for i in random.Random(count).sample(range(count), min(count, 5)):
+        device = exports.device(i)
+        device.pwrite(block(i), 0)
+        assert device.pread(BLOCK_BYTES, 0) == block(i)
+    exports.close()
+    eventually(lambda: serving() == [])
+
+
+def test_a_disk_that_may_wait_shares_with_nobody(exports: Exports, tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"disk{i}").write_bytes(bytes(1 << 16))
+    req, resp = [exports._names(f"r{i}") for i in range(4)], [exports._names(f"s{i}") for i in range(4)]
+    configs = exports_from_lists(",".join(req), ",".join(resp),
+                                 device=f"ram:64K,{tmp_path}/disk0,null:64K,{tmp_path}/disk1")
+    with BlockServer(configs, threads=1):
+        assert len(serving()) == 3
+    with pytest.raises(UsageError, match="thread of its own"), FileServer(tmp_path) as server:
+        Group().add(server)
+
+
+class FileServer:
+    """A Server over a file, in plain memory."""
+
+    def __init__(self, place: Path) -> None:
+        self._file = open(place / "disk0", "r+b")
+
+    def __enter__(self) -> Server:
+        self._server = Server(bytearray(1 << 16), bytearray(1 << 16), Store.in_file(self._file.fileno(), 1 << 16))
+        return self._server
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.close()
+        self._file.close()
+
+
+def test_twenty_disks_in_two_threads(exports: Exports) -> None:
+    """Reads, writes and flushes of all at once, each compared with a model of its own."""
+    exports.serve(20, 2, "ram:256K")
+    devices = [exports.device(i) for i in range(20)]
+
+    def use(i: int) -> None:
+        dice, model = random.Random(i), bytearray(64 * BLOCK_BYTES)
+        for _ in range(150):
+            first = dice.randrange(64)
+            length = dice.randint(1, min(8, 64 - first)) * BLOCK_BYTES
+            at = first * BLOCK_BYTES
+            if dice.random() < 0.5:
+                model[at:at + length] = dice.randbytes(length)
+                devices[i].pwrite(model[at:at + length], at)
+            else:
+                assert devices[i].pread(length, at) == model[at:at + length]
+        devices[i].flush()
+        assert devices[i].pread(len(model), 0) == model
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(use, range(20)))
+    assert len(serving()) == 2
+
+
+def test_a_client_that_overruns_leaves_the_thread(exports: Exports, caplog: pytest.LogCaptureFixture) -> None:
+    """It is served by a thread of its own from then on; the others go on where they are."""
+    caplog.set_level(logging.INFO, "muenfast")
+    server = exports.serve(3, 1)
+    neighbour = exports.device(1)
+    assert len(serving()) == 1
+    writer = ChannelWriter(exports.req[0], EVENT_BYTES, REQUEST_PROTOCOL)
+    try:
+        writer.activate()
+        eventually(lambda: server.exports[0].server.connected)
+        forge(exports.req[0], 40)
+        eventually(lambda: len(serving()) == 2)
+        neighbour.pwrite(block(7), 0)
+        assert neighbour.pread(BLOCK_BYTES, 0) == block(7)
+        assert "thread of its own" in caplog.text
+    finally:
+        writer.deactivate()
+        writer.close()
+    eventually(lambda: not server.exports[0].server.connected)
+    again = exports.device(0)
+    again.pwrite(block(9), 0)
+    assert again.pread(BLOCK_BYTES, 0) == block(9)
+
+
+def test_a_client_that_takes_its_counters_back_leaves_the_thread(exports: Exports) -> None:
+    server = exports.serve(2, 1)
+    neighbour = exports.device(1)
+    writer = ChannelWriter(exports.req[0], EVENT_BYTES, REQUEST_PROTOCOL)
+    try:
+        writer.activate()
+        eventually(lambda: server.exports[0].server.connected)
+        writer.write(Event(READ, 0, 0, 1, 1).pack())
+        eventually(lambda: server.exports[0].server.counters["reads"] == 1)
+        forge(exports.req[0], 0)
+        eventually(lambda: len(serving()) == 2)
+        neighbour.pwrite(block(3), 0)
+        assert neighbour.pread(BLOCK_BYTES, 0) == block(3)
+    finally:
+        writer.close()
+
+
+def test_a_client_that_starts_anew_all_the_time_leaves_the_thread(exports: Exports) -> None:
+    server = exports.serve(2, 1)
+    writer = ChannelWriter(exports.req[0], EVENT_BYTES, REQUEST_PROTOCOL)
+    try:
+        def anew() -> bool:
+            before = server.exports[0].server.counters["connections"]
+            writer.activate()
+            eventually(lambda: server.exports[0].server.counters["connections"] > before)
+            return len(serving()) == 2
+
+        eventually(anew)
+    finally:
+        writer.deactivate()
+        writer.close()
+
+
+def test_a_large_ring_is_not_shared(exports: Exports) -> None:
+    """Zeroing it for a new epoch would hold up the others."""
+    exports.req, exports.resp = [exports._names(f"q{i}") for i in range(3)], [exports._names(f"p{i}") for i in range(3)]
+    configs = exports_from_lists(",".join(exports.req), ",".join(exports.resp), size="1M,8M,1M",
+                                 device="ram:64K,ram:64K,ram:64K")
+    with BlockServer(configs, threads=1):
+        assert len(serving()) == 2
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    """No more threads of that name are to be had."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith(prefix):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+
+
+@pytest.mark.parametrize(("threads", "prefix"), [(3, "export "), (1, "exports ")])
+def test_no_thread_to_begin_with(exports: Exports, monkeypatch: pytest.MonkeyPatch, threads: int, prefix: str) -> None:
+    """It is said, and nothing is left."""
+    refuse(monkeypatch, prefix)
+    with pytest.raises(RuntimeError, match="new thread"):
+        exports.serve(3, threads)
+    assert serving() == []
+
+
+def test_no_thread_for_one_that_is_to_leave(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays, everybody is served on, and it leaves at the next occasion."""
+    server = exports.serve(3, 1)
+    neighbour = exports.device(1)
+    writer = ChannelWriter(exports.req[0], EVENT_BYTES, REQUEST_PROTOCOL)
+    try:
+        with monkeypatch.context() as patched:
+            refuse(patched, "export ")
+            writer.activate()
+            eventually(lambda: server.exports[0].server.connected)
+            forge(exports.req[0], 40)
+            eventually(lambda: server.exports[0].server.counters["overruns"] == 1)
+            neighbour.pwrite(block(7), 0)
+            assert neighbour.pread(BLOCK_BYTES, 0) == block(7)
+            assert len(serving()) == 1
+        forge(exports.req[0], 80)
+        eventually(lambda: len(serving()) == 2)
+    finally:
+        writer.deactivate()
+        writer.close()
+    assert neighbour.pread(BLOCK_BYTES, 0) == block(7)
+
+
+def test_channels_made_anew_are_followed_in_a_thread_of_their_own(exports: Exports) -> None:
+    server = exports.serve(3, 1)
+    neighbour = exports.device(1)
+    neighbour.pwrite(block(5), 0)
+    for name in (exports.req[0], exports.resp[0]):
+        Path(channel_path(name)).unlink()
+    device = exports.device(0)  # makes them
+    device.pwrite(block(6), 0)
+    assert device.pread(BLOCK_BYTES, 0) == block(6)
+    assert neighbour.pread(BLOCK_BYTES, 0) == block(5)
+    assert len(serving()) == 2
+    assert server.status()[0]["state"] == "connected"
+
+
+@pytest.mark.parametrize("bells", [True, False])
+def test_a_group_that_slept_wakes_up(exports: Exports, bells: bool) -> None:
+    """For whichever of its clients asks, with bells and without."""
+    exports.serve(4, 1, bells=bells)  # type: ignore[arg-type]
+    devices = [exports.device(i, bells=bells) for i in range(4)]
+    for _ in range(2):
+        for i, device in enumerate(devices):
+            device.pwrite(block(i), 4096)
+        eventually(lambda: all(device.client.in_flight == 0 for device in devices))
+        for i, device in enumerate(devices):
+            assert device.pread(BLOCK_BYTES, 4096) == block(i)
+
+
+WITHOUT = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+X86, ARM = 0xc000003e, 0xc00000b7     # AUDIT_ARCH_*; futex_waitv has one number on both
+program = b"".join(struct.pack("=HBBI", *line) for line in (
+    (0x20, 0, 0, 0),                  # load the number of the system call
+    (0x15, 0, 1, 449),                # futex_waitv?
+    (0x06, 0, 0, 0x00050000 | int(sys.argv[1])),
+    (0x06, 0, 0, 0x7fff0000)))        # allow
+lines = ctypes.create_string_buffer(program, len(program))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_void_p)]
+loaded = Program(len(program) // 8, ctypes.addressof(lines))
+assert libc.prctl(38, 1, 0, 0, 0) == 0                          # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.byref(loaded), 0, 0) == 0       # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+assert libc.syscall(449, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == int(sys.argv[1])
+from muenfast._blk import Group, Server, Store
+from muenfast._ring import Writer, layout
+import time
+group, req = Group(), [bytearray(1 << 16) for _ in range(3)]
+bells = [bytearray(4096) for _ in range(3)]
+for i in range(3):
+    group.add(Server(req[i], bytearray(1 << 16), Store.null(4096), request_bell=bells[i]))
+writers = [Writer(req[i], size=4120, protocol=layout()["request_protocol"], bell=bells[i]) for i in range(3)]
+events = []
+while len(events) < 3:
+    events += [event for _, event in group.run(1.0)]
+assert events == ["connected"] * 3, events
+end = time.monotonic() + 20
+while not group.polls and time.monotonic() < end:
+    group.run(0.1)
+assert group.polls
+writers[2].close()
+while not events[3:]:
+    events += [event for _, event in group.run(1.0)]
+assert events[3:] == ["disconnected"], events
+print("polls")
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_without_futex_waitv_a_group_polls(number: int) -> None:
+    """Before Linux 5.16; where a filter of system calls does not know it."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT, str(number)], capture_output=True, text=True, timeout=60,
+                          check=False)
+    assert (done.returncode, done.stdout) == (0, "polls\n"), done.stderr
+
+
+def test_a_server_belongs_to_one_thread(exports: Exports) -> None:
+    """Of a group or by itself."""
+    group = Group()
+    server = Server(bytearray(1 << 16), bytearray(1 << 16), Store.null(4096))
+    assert group.run(0.0) == []
+    group.add(server)
+    for call in (lambda: group.add(server), lambda: server.run(0.0), server.close, lambda: Group().add(server)):
+        with pytest.raises(UsageError, match=r"another thread|stop this Server"):
+            call()
+    assert len(group) == 1
+    server.stop()
+    assert group.run(5.0) == [(server, "stopped")]
+    group.remove(server)
+    with pytest.raises(ValueError, match="not in list"):
+        group.remove(server)
+    server.close()
+    with pytest.raises(UsageError, match="closed"):
+        group.add(server)
+
+
+def test_the_option(names: Callable[[str], str], program: Callable[..., Program]) -> None:
+    """--threads 1 serves all disks; a wrong number is named; the client has no such option."""
+    req, resp = [names(f"req{i}") for i in range(3)], [names(f"resp{i}") for i in range(3)]
+    lists = ("--req", ",".join(req), "--resp", ",".join(resp))
+    for value in ("0", "x", "1025", "-1"):
+        done = run("blk", *lists, "--threads", value)
+        assert done.returncode == 2
+        assert "--threads" in done.stderr
+    assert run("blk", "--client", *lists, "--threads", "2").returncode == 2
+    server = program("blk", *lists, "--threads", "1")
+    tasks = [path.read_text().strip() for path in Path(f"/proc/{server.pid}/task").glob("*/comm")]
+    with ExitStack() as stack:
+        for i in range(3):
+            device = stack.enter_context(BlockDevice(req[i], resp[i], timeout=20))
+            device.pwrite(block(i), 0)
+            assert device.pread(BLOCK_BYTES, 0) == block(i)
+    again = len(list(Path(f"/proc/{server.pid}/task").iterdir()))
+    assert again == len(tasks)
+    assert server.end()[0] == 0
