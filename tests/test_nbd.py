@@ -893,12 +893,13 @@ def test_a_server_killed_and_back(program: Start, lists: list[str], tmp_path: Pa
                 offset, data = i * 40000 + life * 7, dice.randbytes(dice.randrange(1, 40000 - life * 7))
                 cookies.append(c.submit(WRITE, offset, len(data), data, FUA if i % 50 == 0 else 0))
                 model[offset:offset + len(data)] = data
-                if i == 200:
-                    assert c.answer(cookies.pop(0)).error == 0
+                if i == 200:    # fewer than a connection may have in flight, or nothing more would be received
+                    assert [c.answer(cookie).error for cookie in cookies[:170]] == [0] * 170
+                    del cookies[:170]
                     server.end(signal.SIGKILL)
                 if i == 240:
                     server = program("blk", *lists, "--device", str(image))
-            assert [c.answer(cookie).error for cookie in cookies] == [0] * 399
+            assert [c.answer(cookie).error for cookie in cookies] == [0] * 230
         assert c.call(FLUSH).error == 0
         assert c.read(0, 16 * MIB) == model
     assert client.end()[0] == 0

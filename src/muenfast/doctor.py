@@ -579,7 +579,8 @@ class _Orphan:
             return None
         if loop.detach(self.number):
             return None
-        return "still open, goes with its last user: " + ", ".join(fuse.users_of(self.number, f"loop{self.number}"))
+        return "still open, goes with its last user: " + ", ".join(
+            block.users_of(os.makedev(loop.LOOP_MAJOR, self.number), f"loop{self.number}"))
 
 
 def _nodes(holders: dict[str, Any], orphans: Any) -> Iterator[Leftover]:
@@ -593,21 +594,28 @@ def _nodes(holders: dict[str, Any], orphans: Any) -> Iterator[Leftover]:
 
 
 def _dead(path: str, disk: str, orphans: Any) -> str | None:
-    """Why a node that nobody claims has nothing behind it: of a loop device that is free or an orphan, of a partition
-    that is gone or another disk's. None: it has, or is not ours."""
+    """Why a node that nobody claims has nothing behind it: of a loop or nbd device that is free or an orphan, of a
+    partition that is gone or another disk's. None: it has, or is not ours."""
     whole = os.path.basename(path) == disk
-    number = loop.loop_of(path) if whole else loop.disk_of(path)
-    if number is None:
-        device = block.number_of(path)
-        if whole and device is not None and os.major(device) == block.NBD_MAJOR and not block.is_driven(device):
-            return f"its nbd device {os.minor(device)} is free"
-        return "its partition is gone" if not whole and loop.is_dead(path) else None
-    if number in orphans:
-        return f"its loop device {number} has lost its mount"
-    if not loop.is_bound(number):
-        return f"its loop device {number} is free"
-    if not whole and loop.loop_of(f"{DEV}/{disk}") != number:
-        return f"its device is a partition of loop{number} by now"
+    node = block.number_of(path)
+    if node is None:
+        return None
+    try:
+        device = node if whole else block.disk_of(node)
+    except FileNotFoundError:       # it goes at this moment
+        device = node
+    if not whole and not block.sysfs(node).exists():
+        return "its partition is gone"
+    driver = {block.LOOP_MAJOR: "loop", block.NBD_MAJOR: "nbd"}.get(os.major(device))
+    if driver is None:
+        return None
+    name = block.kernel_name(device).removeprefix(driver)
+    if driver == "loop" and os.minor(device) in orphans:
+        return f"its loop device {name} has lost its mount"
+    if not block.is_driven(device):
+        return f"its {driver} device {name} is free"
+    if not whole and block.number_of(f"{DEV}/{disk}") != device:
+        return f"its device is a partition of {driver}{name} by now"
     return None
 
 

@@ -9,18 +9,15 @@ waited for with a limit; the abort of the FUSE connection frees it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import glob
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from muenfast.attach import loop, partitions, watchdog
+from muenfast.attach import block, loop, partitions, watchdog
 from muenfast.attach.leash import Leash
 from muenfast.errors import UsageError
 
@@ -133,7 +130,8 @@ class FuseAttachment:
             loop.make_node(name, new.loop)
             undo.callback(new._remove_node)
             new.disk.attaching = False
-            new.partitions = partitions.Partitions(name, new.loop, watch=new.disk.watch, event=new.disk.watch_fd)
+            new.partitions = partitions.Partitions(name, f"loop{new.loop}", loop.path_of(new.loop), watch=new.disk.watch,
+                                                   event=new.disk.watch_fd)
             undo.callback(new.partitions.stop, AFTER_ABORT)
             new.partitions.start()
             if limit.finished.is_set():
@@ -174,18 +172,19 @@ class FuseAttachment:
         def take_down() -> None:
             try:
                 self._remove_node()
-                parts = self.partitions.open_all()
+                opened = self.partitions.open_all()
                 try:
                     self.partitions.stop(min(GRACE, timeout / 2))
                     if not self._owns_loop():
                         freed.append(True)      # the watchdog or an administrator was faster
                         return
-                    _flush(self.loop, parts, left)
+                    opened.append(os.open(loop.path_of(self.loop), os.O_RDONLY | os.O_CLOEXEC))
+                    block.flush(self._number, opened, left)
                 except OSError as problem:      # a disk that fails is taken down all the same
                     left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
                                 "the last successful one may be lost")
                 finally:
-                    for fd in parts:
+                    for fd in opened:
                         os.close(fd)
                 freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
             except OSError as problem:
@@ -197,7 +196,7 @@ class FuseAttachment:
         if worker.is_alive():
             left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")
         if freed != [True]:
-            left += users_of(self.loop, self.device, but=os.getpid() if worker.is_alive() else None)
+            left += block.users_of(self._number, self.device, but=os.getpid() if worker.is_alive() else None)
             left += self._try(self.disk.exit)
             worker.join(AFTER_ABORT)
         if not self.partitions.stop(AFTER_ABORT):
@@ -210,6 +209,10 @@ class FuseAttachment:
     def _remove_node(self) -> None:
         if loop.loop_of(self.device) == self.loop:
             os.unlink(self.device)
+
+    @property
+    def _number(self) -> int:
+        return os.makedev(loop.LOOP_MAJOR, self.loop)
 
     def _owns_loop(self) -> bool:
         return loop.backing_file(self.loop) == f"{self.mountpoint}/disk"
@@ -239,72 +242,6 @@ class FuseAttachment:
         except OSError as problem:
             return [f"{action.__name__.strip('_').replace('_', ' ')}: {problem}"]
         return []
-
-
-def _mounts_of(number: int) -> list[tuple[str, str, str]]:
-    """(directory, file system type, "" or the partition's number) of each mount of a loop device in this namespace."""
-    devices = {os.makedev(loop.LOOP_MAJOR, number): "",
-               **{device.number: str(part) for part, device in partitions.of_kernel(number).items()}}
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, right = line.split(" - ", 1)
-        fields = left.split(" ")
-        major, _, minor = fields[2].partition(":")
-        part = devices.get(os.makedev(int(major), int(minor)))
-        if part is not None:
-            directory = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-            found.append((directory, right.split(" ")[0], part))
-    return found
-
-
-def _flush(number: int, parts: list[int], left: list[str]) -> None:
-    """Write down what is dirty: file systems mounted from the device, its partitions (open at parts), its own cache."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for directory, _, _ in _mounts_of(number):
-        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if libc.syncfs(fd) != 0:
-                left.append(f"{directory}: not all data was written: {os.strerror(ctypes.get_errno())}")
-        finally:
-            os.close(fd)
-    for fd in parts:
-        os.fsync(fd)
-    fd = os.open(loop.path_of(number), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def users_of(number: int, device: str, but: int | None = None) -> list[str]:
-    """Who has a loop device or one of its partitions in use, as sentences, leaving out process *but*.
-
-    Only names are compared: asking the files could wait for them.
-    """
-    found = [f"{device}{part} is still mounted on {directory} ({kind})" for directory, kind, part in _mounts_of(number)]
-    names = {device: device, loop.path_of(number): device}
-    for part in partitions.of_kernel(number):
-        names |= {f"{device}{part}": f"{device}{part}", f"{loop.path_of(number)}p{part}": f"{device}{part}"}
-    names |= {f"{name} (deleted)": shown for name, shown in names.items()}
-    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-        if shown := names.get(line.split()[0].replace("\\040", " ")):
-            found.append(f"{shown} is still used as swap space")
-    for link in glob.iglob("/proc/[0-9]*/fd/*"):
-        try:
-            shown = names.get(os.readlink(link))
-            if shown is None:
-                continue
-            pid = link.split("/")[2]
-            if pid == str(but):
-                continue
-            sentence = f"process {pid} ({Path('/proc', pid, 'comm').read_text().strip()}) still has {shown} open"
-        except OSError:
-            continue        # ended, or closed the descriptor, while we looked
-        if sentence not in found:
-            found.append(sentence)
-    holders = os.listdir(f"/sys/block/loop{number}/holders")
-    found += [f"{device} is still part of /dev/{holder}" for holder in holders]
-    return found or [f"{device} is still in use (by the kernel, or in another mount namespace)"]
 
 
 def _release(mountpoint: str, name: str) -> list[str]:

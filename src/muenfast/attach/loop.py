@@ -220,31 +220,6 @@ def loop_of(node: str) -> int | None:
     return os.minor(status.st_rdev)
 
 
-def disk_of(node: str) -> int | None:
-    """Number of the loop device that *node* is, or is a partition of; None where it is missing or something else."""
-    try:
-        status = os.stat(node, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISBLK(status.st_mode):
-        return None
-    place = os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
-    if os.path.exists(f"{place}/partition"):
-        place = os.path.dirname(place)
-    name = os.path.basename(place)
-    return int(name[4:]) if name.startswith("loop") and name[4:].isdecimal() else None
-
-
-def is_dead(node: str) -> bool:
-    """Whether *node* is one of a block device that the kernel does not have (any more)."""
-    try:
-        status = os.stat(node, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    where = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    return stat.S_ISBLK(status.st_mode) and not os.path.exists(where)
-
-
 def make_node(name: str, number: int) -> str:
     """Make /dev/*name* the node of loop device *number*; see block.make_node."""
     return block.make_node(name, os.makedev(LOOP_MAJOR, number))

@@ -4,8 +4,11 @@ One connection. The driver moves requests that take longer than 30 s to another 
 timeout it was given (nbd_xmit_timeout in drivers/block/nbd.c): with several, a disk that waits for its server would
 lose them all. With one and no timeout they wait.
 
+Partitions: the driver's devices can have them (its parameter max_part, 16 by default), and the kernel parses tables by
+itself; partitions.py makes the nodes and does what the kernel's parsers do not.
+
 Who may wait for whom: as in fuse.py. What may wait for I/O (flush, disconnect) runs in detach() on a thread of its own,
-waited for with a limit; shutting the socket down frees it.
+waited for with a limit; shutting the socket down frees it, and whoever reads the partition table.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ import threading
 import time
 from pathlib import Path
 
-from muenfast.attach import block, watchdog
+from muenfast.attach import block, partitions, watchdog
 from muenfast.attach.leash import Leash
 from muenfast.attach.nbd import CAN_MULTI_CONN, SEND_FAST_ZERO, NbdServer
 from muenfast.errors import UsageError
 
 CAP_SYS_ADMIN = 21  # uapi/linux/capability.h
+ATTACH_LIMIT = 10.0  # seconds in which the device has to come up
 AFTER_ABORT = 1.0  # seconds for what a shutdown of the socket sets free
 GRACE = 1.0  # seconds for short users of the device (a probe, a last close) before it counts as busy
 _LEAST_KERNEL = (5, 14)  # NBD_ATTR_BACKEND_IDENTIFIER: by which a dead client's device is known
@@ -80,6 +84,7 @@ class NbdAttachment:
         self.name, self.disk, self.identifier = name, server, known_by
         self.device = f"/dev/{name}"
         self.number: int
+        self.partitions: partitions.Partitions
         self._device: int
         self._socket = -1
         self._leash: Leash
@@ -112,6 +117,21 @@ class NbdAttachment:
             new._tune()
             new._device = _device_of(new.number)
             block.make_node(name, new._device)
+            undo.callback(block.remove_node, new.device, new._device)
+            # Reading the table waits for the disk.
+            limit = threading.Timer(ATTACH_LIMIT, watchdog.shut_down, [new._socket])
+            limit.daemon = True
+            limit.start()
+            undo.callback(limit.join)
+            undo.callback(limit.cancel)
+            new.partitions = partitions.Partitions(name, f"nbd{new.number}", new.device)
+            undo.callback(new.partitions.stop, AFTER_ABORT)
+            new.partitions.start()
+            if limit.finished.is_set():
+                raise TimeoutError(errno.ETIMEDOUT, f"its partition table was not read within {ATTACH_LIMIT:g} s",
+                                   new.device)
+            limit.cancel()
+            limit.join()
             undo.pop_all()
         new._attached = True
         return new
@@ -167,17 +187,25 @@ class NbdAttachment:
 
         def take_down() -> None:
             try:
-                if not self._is_ours():
-                    return      # the watchdog or an administrator was faster
-                if block.number_of(self.device) == self._device:
-                    fd = os.open(self.device, os.O_RDONLY | os.O_CLOEXEC)
-                    try:
+                opened = self.partitions.open_all()
+                disk = -1
+                try:
+                    if not self._is_ours():
+                        return      # the watchdog or an administrator was faster
+                    if block.number_of(self.device) == self._device:
+                        disk = os.open(self.device, os.O_RDONLY | os.O_CLOEXEC)
                         os.unlink(self.device)
-                        block.flush(fd, self._device, left)
-                    except OSError as problem:      # a disk that fails is taken down all the same
-                        left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written "
-                                    "since the last successful one may be lost")
-                    finally:
+                    self.partitions.stop(min(GRACE, timeout / 2))
+                    block.flush(self._device, [*opened, *([disk] if disk >= 0 else [])], left)
+                    while opened:
+                        os.close(opened.pop())
+                    if disk >= 0:
+                        partitions.delete_all(disk, f"nbd{self.number}")
+                except OSError as problem:      # a disk that fails is taken down all the same
+                    left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since the "
+                                "last successful one may be lost")
+                finally:
+                    for fd in (*opened, *([disk] if disk >= 0 else [])):
                         os.close(fd)
                 self._disconnect()
             except OSError as problem:
@@ -192,12 +220,12 @@ class NbdAttachment:
             left += self._try(watchdog.shut_down, self._socket)
             left += self._try(self._disconnect)
             worker.join(AFTER_ABORT)
-        if block.number_of(self.device) == self._device:
-            left += self._try(os.unlink, self.device)
+        left += self._try(block.remove_node, self.device, self._device)
         if not self._wait_free():
-            left += block.users_of(self._device, self.device, _path_of(self.number),
-                                   but=os.getpid() if worker.is_alive() else None)
+            left += block.users_of(self._device, self.device, but=os.getpid() if worker.is_alive() else None)
         left += self._try(watchdog.shut_down, self._socket)
+        if not self.partitions.stop(AFTER_ABORT):
+            left.append(f"{self.device}: the thread that reads its partition table did not end")
         os.close(self._socket)
         left += self._try(self._leash.end)
         return left
@@ -243,5 +271,5 @@ def reclaim_name(runtime_dir: str | os.PathLike[str], name: str) -> list[str]:
         if owner == name:
             left += watchdog.nbd_release(known_by, f"/dev/{name}")
             if (number, known_by) in watchdog.nbd_devices(known_by):
-                left += block.users_of(_device_of(number), _path_of(number), _path_of(number))
+                left += block.users_of(_device_of(number), _path_of(number))
     return left

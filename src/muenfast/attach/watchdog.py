@@ -96,8 +96,8 @@ def clear_loop(number: int) -> None:
         os.close(device)
 
 
-def remove_part_nodes(node: str, loops: list[int]) -> None:
-    """Remove the nodes named *node* and a number of partitions of these loop devices, or of devices that are no more.
+def remove_part_nodes(node: str, disks: list[str]) -> None:
+    """Remove the nodes named *node* and a number of partitions of these disks (loop3), or of devices that are no more.
 
     Raises the last OSError (filename set), after all have been tried.
     """
@@ -110,8 +110,7 @@ def remove_part_nodes(node: str, loops: list[int]) -> None:
             status = os.stat(f"{directory}/{entry}", follow_symlinks=False)
             where = os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
             disk = os.path.basename(os.path.dirname(where))
-            if stat.S_ISBLK(status.st_mode) and (not os.path.exists(where) or
-                                                 disk in [f"loop{number}" for number in loops]):
+            if stat.S_ISBLK(status.st_mode) and (not os.path.exists(where) or disk in disks):
                 os.unlink(f"{directory}/{entry}")
         except FileNotFoundError:
             continue
@@ -147,7 +146,7 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
         step(umount, mountpoint, MNT_FORCE | MNT_DETACH)
     if loop_number(node) in loops:
         step(os.unlink, node)
-    step(remove_part_nodes, node, loops)
+    step(remove_part_nodes, node, [f"loop{number}" for number in loops])
     for number in loops:
         step(clear_loop, number)
     step(umount, mountpoint, MNT_DETACH)
@@ -259,7 +258,7 @@ def shut_down(fd: int) -> None:
 
 
 def nbd_release(identifier: str, node: str, fd: int = -1) -> list[str]:
-    """Takes down what an attachment through the nbd driver left: connection, node, device. As release()."""
+    """Takes down what an attachment through the nbd driver left: connection, nodes, device. As release()."""
     failed: list[str] = []
 
     def step(action: Callable[..., object], *arguments: object) -> None:
@@ -275,6 +274,7 @@ def nbd_release(identifier: str, node: str, fd: int = -1) -> list[str]:
     for number, _ in nbd_devices(identifier):
         if nbd_number(node) == number:
             step(os.unlink, node)
+        step(remove_part_nodes, node, [f"nbd{number}"])
         step(nbd_disconnect, number)
     return failed
 
