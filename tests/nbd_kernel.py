@@ -19,7 +19,7 @@ from conftest import Program, leftovers, run, unique
 from helpers import eventually
 from nbd_client import connect
 
-from muenfast.attach import fuse, nbdkernel, watchdog
+from muenfast.attach import block, fuse, nbdkernel, watchdog
 
 Start = Callable[..., Program]
 MIB = 1 << 20
@@ -131,6 +131,46 @@ def test_direct_io_zeros_and_the_socket_beside_it(program: Start, lists: list[st
         c.write(20 * MIB, b"x" * 4096)
     assert direct(device, 20 * MIB) == b"x" * 4096
     assert client.end() == (0, "")
+    assert server.end() == (0, "")
+
+
+def test_partitions(program: Start, lists: list[str], tmp_path: Path) -> None:
+    """Nodes are there before `ready`, follow a tool, take a file system, and go, with the kernel's, at the end."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(96 * MIB))
+    subprocess.run(["sfdisk", "-q", image], input="label: gpt\nsize=16MiB\nsize=16MiB\n", text=True, check=True)
+    server = program("blk", *lists, "--device", str(image))
+    client = client_of(program, lists)
+    device = device_of(client)
+    for part in (1, 2):
+        assert command("blockdev", "--getsize64", f"{device}{part}") == f"{16 * MIB}\n"
+    command("mkfs.ext4", "-q", f"{device}1")
+    with mounted(f"{device}1", tmp_path / "mnt") as directory:
+        (directory / "file").write_bytes(data := random.Random(4).randbytes(MIB))
+    subprocess.run(["sfdisk", "-q", "--no-tell-kernel", device], text=True, check=True,
+                   input=f"label: gpt\nstart={MIB // 4096}, size={16 * MIB // 4096}\nstart={40 * MIB // 4096}, "
+                   f"size={8 * MIB // 4096}\n\n")
+    command("blockdev", "--rereadpt", device)
+    eventually(lambda: os.path.exists(f"{device}3") and command("blockdev", "--getsize64", f"{device}2") ==
+               f"{8 * MIB}\n", 60)
+    with mounted(f"{device}1", tmp_path / "mnt"):
+        status, said = client.end()
+        assert status == 0 and f"{device}1 is still mounted on {tmp_path}/mnt (ext4)" in said
+        assert not glob.glob(f"{device}*")
+    eventually(lambda: not glob.glob("/sys/block/nbd*/pid"), 30)
+    client = client_of(program, lists)
+    device = device_of(client)
+    with mounted(f"{device}1", tmp_path / "mnt") as directory:
+        assert (directory / "file").read_bytes() == data
+    assert sorted(glob.glob(f"{device}*")) == [device, *(f"{device}{part}" for part in (1, 2, 3))]
+    client.end(signal.SIGKILL)
+    eventually(lambda: not glob.glob(f"{device}*") and watchdog.nbd_devices() == [], 60)
+    client = client_of(program, lists)
+    device = device_of(client)
+    assert os.path.exists(f"{device}3")
+    disk = block.kernel_name(os.stat(device).st_rdev)
+    assert client.end() == (0, "")
+    assert not glob.glob(f"/sys/block/{disk}/{disk}p*")
     assert server.end() == (0, "")
 
 

@@ -495,6 +495,86 @@ def test_a_connection_cut_in_the_middle_of_a_request(export: Export, caplog: pyt
         assert c.read(0, 300000) == bytes(300000)
 
 
+def test_a_connection_cut_after_any_byte(export: Export) -> None:
+    """Of a write, a refused write and a read, one after the other: what was whole is executed, in that order; else
+    nothing is, and every connection goes."""
+    payload = b"0123456789"
+    wire = b"".join((struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 1, 4090, 10), payload,
+                     struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 2, (1 << 64) - 5, 10), payload,
+                     struct.pack(">IHHQQI", REQUEST_MAGIC, 0, READ, 3, 4090, 10)))
+    whole = (0, 38, 76, 104)
+    for end in range(len(wire) + 1):
+        ours, theirs = socket.socketpair()
+        export.server.add(theirs)
+        with ours:
+            ours.sendall(wire[:end])
+            ours.shutdown(socket.SHUT_WR)
+            ours.settimeout(20)
+            answers = b"".join(iter(lambda: ours.recv(4096), b""))
+        done = [(0, 1, b""), (ENOSPC, 2, b""), (0, 3, payload)][:sum(end >= each for each in whole[1:])]
+        assert sorted(parse(answers)) == sorted(done)
+        eventually(lambda: export.counters["open"] == 0)
+        assert export.server.disk.in_flight == 0
+        with export.connect() as c:
+            assert c.read(4090, 10) == (payload if end >= 38 else bytes(10))
+            c.write(4090, bytes(10))
+    eventually(lambda: export.counters["open"] == 0)
+    assert export.counters["cut"] == len(wire) + 1 - len(whole) and export.counters["violations"] == 0
+
+
+def parse(answers: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(error, cookie, data) of simple replies; a read of 10 bytes has cookie 3."""
+    while answers:
+        magic, error, cookie = struct.unpack_from(">IIQ", answers)
+        assert magic == 0x67446698
+        size = 10 if cookie == 3 and not error else 0
+        yield error, cookie, answers[16:16 + size]
+        answers = answers[16 + size:]
+
+
+def test_requests_in_flight_when_their_client_leaves(serve: Callable[..., Export]) -> None:
+    """The target has them still: their connection and its buffers stay until it let go of the last, and then go."""
+    disk = bytearray(random.Random(9).randbytes(64 * 4096))
+    with over_channels(disk) as (device, server):
+        export = serve(device.client)
+        release, server._release = server._release, lambda keep: None  # type: ignore[method-assign]
+        with export.connect() as c:
+            for i in range(8):
+                c.submit(READ, i * 4096, 4096)
+                c.submit(WRITE, (32 + i) * 4096, 4096, bytes([i + 1]) * 4096)
+                c.submit(WRITE, (48 + i) * 4096 + 5, 3, b"abc")
+            eventually(lambda: export.server.disk.in_flight == 24)
+        with export.connect() as other:     # its thread has seen that the first one left
+            eventually(lambda: export.counters["connections"] == 2)
+            assert other.call(WRITE, 64 * 4096, 1, b"x").error == ENOSPC
+            assert export.counters["open"] == 2 and export.server.disk.in_flight == 24
+            server._release = release  # type: ignore[method-assign]
+            eventually(lambda: export.counters["open"] == 1 and export.server.disk.in_flight == 0)
+            assert other.read(32 * 4096, 8 * 4096) == b"".join(bytes([i + 1]) * 4096 for i in range(8))
+            assert [other.read((48 + i) * 4096 + 5, 3) for i in range(8)] == [b"abc"] * 8
+        assert export.server.close() == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_threads_that_cannot_be_started(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so, and what was started ends."""
+    start, starts = threading.Thread.start, []
+
+    def refused(thread: threading.Thread) -> None:
+        starts.append(thread)
+        if len(starts) > first:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(BlockingIOError, match="no thread for `nbd .*the limit of this user"):
+            nbd.NbdServer(Memory(16), "disk")
+    assert not any(thread.is_alive() for thread in starts[:first])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_what_is_no_request_ends_the_connection(export: Export, caplog: pytest.LogCaptureFixture) -> None:
     """After the answers to what came before it."""
     with export.connect() as c:

@@ -22,7 +22,8 @@ from muenfast._ring import Watch
 from muenfast.connection import MOST_POLL, Channels, blame, channels_from_lists
 from muenfast.disk import BlockDevice, OnPeerLoss
 from muenfast.errors import ClaimError, PeerError, UsageError
-from muenfast.export import Crew, Export, ExportConfig, exports_from_lists, spawn
+from muenfast.export import Crew, Export, ExportConfig, exports_from_lists
+from muenfast.threads import spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
            "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]

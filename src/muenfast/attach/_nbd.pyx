@@ -1265,7 +1265,8 @@ cdef class NbdDisk:
 
     target: executes the I/O; its submit() is called from the thread inside run() and, for requests of several steps,
     from the target's own done(). read_only: refuse writes, also where the target takes them. connections: most at a
-    time (1 to 1024); one has up to 256 requests and 40 MiB of buffers in use, and none while it is idle.
+    time (1 to 1024); one has up to 256 requests and 40 MiB of buffers, of which memory is taken as far as they were ever
+    in use, and given back when it closes.
 
     Requests need not be aligned: blocks written in part are read first, and no other write of this NbdDisk comes
     between. Raises ValueError for a bad limit or disk size, OSError, MemoryError.

@@ -15,7 +15,6 @@ import os
 import selectors
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from muenfast.attach._nbd import NbdDisk
 from muenfast.attach.sockets import Listener
 from muenfast.errors import PeerLog, UsageError
+from muenfast.threads import spawn
 
 if TYPE_CHECKING:
     from muenfast._target import Target
@@ -112,10 +112,10 @@ class NbdServer:
             self._woken = undo.enter_context(wake)
             self._selector.register(self._woken, selectors.EVENT_READ, self._wakened)
             self._selector.register(self.disk, selectors.EVENT_READ, self._violations)
-            self._serving = threading.Thread(target=self._serve, name=f"nbd {name}", daemon=True)
-            self._negotiating = threading.Thread(target=self._negotiate, name=f"nbd clients of {name}", daemon=True)
-            self._serving.start()
-            self._negotiating.start()
+            self._serving = spawn(self._serve, f"nbd {name}")
+            undo.callback(self._serving.join)
+            undo.callback(self.disk.stop)
+            self._negotiating = spawn(self._negotiate, f"nbd clients of {name}")
             self._undo = undo.pop_all()
 
     # -------------------------------------------------------------- life
