@@ -12,8 +12,8 @@ import itertools
 import json
 import mmap
 import os
-import re
 import random
+import re
 import shutil
 import signal
 import stat
