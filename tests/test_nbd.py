@@ -439,12 +439,16 @@ def test_a_flush_reaches_the_store_before_its_answer(serve: Callable[..., Export
                     (WRITE_ZEROES, 1, 9000, b"", FUA), (FLUSH, 0, 0, b"", FUA)), start=1):
                 assert c.call(kind, offset, length, data, flags).error == 0
                 assert server.syncs == count
+            with export.connect() as other:     # what one connection wrote, another one's flush covers
+                c.write(20 * 4096, b"w" * 4096)
+                assert other.call(FLUSH).error == 0 and server.syncs == 6
+                assert server.disk[20 * 4096:21 * 4096] == b"w" * 4096
             assert c.call(WRITE, 6 * 4096, 8192, bytes(8192), FUA).error == ENOSPC
             assert c.call(READ, 9 * 4096 + 5, 5).error == EIO
             assert c.call(WRITE, 9 * 4096 + 5, 5, b"12345").error == EIO
             assert c.call(WRITE_ZEROES, 9 * 4096 + 5, 5).error == EIO
             assert c.call(WRITE_ZEROES, 0, 64 * 4096, flags=FUA).error in (EIO, ENOSPC)
-            assert server.syncs == 5
+            assert server.syncs == 6
             assert c.call(READ, 0, 4096).error == 0
         assert export.counters["errors"] == 5
         assert export.server.close() == []

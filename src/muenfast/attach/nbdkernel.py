@@ -4,7 +4,7 @@ One connection. The driver moves requests that take longer than 30 s to another 
 timeout it was given (nbd_xmit_timeout in drivers/block/nbd.c): with several, a disk that waits for its server would
 lose them all. With one and no timeout they wait.
 
-Partitions: the driver's devices can have them (its parameter max_part, 16 by default), and the kernel parses tables by
+Partitions: the driver's devices can have them (unless its parameter max_part is 0), and the kernel parses tables by
 itself; partitions.py makes the nodes and does what the kernel's parsers do not.
 
 Who may wait for whom: as in fuse.py. What may wait for I/O (flush, disconnect) runs in detach() on a thread of its own,
