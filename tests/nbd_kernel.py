@@ -147,9 +147,8 @@ def test_partitions(program: Start, lists: list[str], tmp_path: Path) -> None:
     command("mkfs.ext4", "-q", f"{device}1")
     with mounted(f"{device}1", tmp_path / "mnt") as directory:
         (directory / "file").write_bytes(data := random.Random(4).randbytes(MIB))
-    subprocess.run(["sfdisk", "-q", "--no-tell-kernel", device], text=True, check=True,
-                   input=f"label: gpt\nstart={MIB // 4096}, size={16 * MIB // 4096}\nstart={40 * MIB // 4096}, "
-                   f"size={8 * MIB // 4096}\n\n")
+    starts = "".join(f"start={start * 256}, size={size * 256}\n" for start, size in ((1, 16), (40, 8), (64, 8)))    # blocks
+    subprocess.run(["sfdisk", "-q", "--no-tell-kernel", device], input="label: gpt\n" + starts, text=True, check=True)
     command("blockdev", "--rereadpt", device)
     eventually(lambda: os.path.exists(f"{device}3") and command("blockdev", "--getsize64", f"{device}2") ==
                f"{8 * MIB}\n", 60)
