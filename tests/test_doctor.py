@@ -25,7 +25,7 @@ from conftest import Program, run, unique
 from helpers import eventually
 
 from muenfast import cli, control, doctor, shm
-from muenfast.attach import fuse, loop
+from muenfast.attach import block, fuse, loop
 
 Start = Callable[..., Program]
 
@@ -318,7 +318,8 @@ def test_temporaries() -> None:
 
 @needs_root
 def test_nodes(nodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a free loop device: goes. Of a bound one, a claimed name, another device, a file: stays."""
+    """Of a free loop or nbd device, or a partition of one: goes. Of a bound one, a claimed name, another device, a file:
+    stays."""
     unused = next(number for number in range(220, 256) if not loop.is_bound(number))
 
     def make(name: str, major: int, minor: int) -> None:
@@ -327,6 +328,9 @@ def test_nodes(nodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     make("a", loop.LOOP_MAJOR, unused)
     make("b", loop.LOOP_MAJOR, unused)
     make("c", 259, 77)
+    nbd = 240 << 5      # of a device that no kernel makes by itself
+    make("g", block.NBD_MAJOR, nbd)
+    make("g1", block.NBD_MAJOR, nbd + 1)
     (nodes / "muendiskd").write_text("mine")
     (nodes / "muendiske").symlink_to("muendiska")
     (tmp_path / "backing").write_bytes(bytes(1 << 20))
@@ -337,7 +341,10 @@ def test_nodes(nodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         with shm.claim("name-muendiskb", "/dev/muendiskb"):
             cli.main(["doctor", "--fix", "--json"])
             said = json.loads(capsys.readouterr().out)
-            assert ours(said, str(nodes)) == [("node", f"{nodes}/muendiska")]
+            assert ours(said, str(nodes)) == [("node", f"{nodes}/muendisk{name}") for name in ("a", "g", "g1")]
+            texts = {left["path"]: left["text"] for left in said["leftovers"]}
+            assert texts[f"{nodes}/muendiskg"] == f"its nbd device {block.NBD_MAJOR}:{nbd} is free"
+            assert texts[f"{nodes}/muendiskg1"] == "its partition is gone"
             assert sorted(os.listdir(nodes)) == [f"muendisk{letter}" for letter in "bcdef"]
     finally:
         subprocess.run(["losetup", "--detach", used], check=True)

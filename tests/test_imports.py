@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "params": {"errors"},
     "partition": {"errors"},
+    "threads": set(),
     "shm": {"errors"},
     "_guard": set(),
     "_wire": set(),
@@ -35,24 +36,26 @@ ALLOWED: dict[str, set[str]] = {
     "_client": {"errors", "_wire", "_thread", "_guard", "_ring", "_engine", "_target"},
     "backing": {"errors", "params", "partition", "shm", "_ring", "_store"},
     "attach._fuse": {"errors", "params", "shm", "_target"},
-    "attach": {"errors", "params", "partition", "shm", "attach._fuse"},
+    "attach._nbd": {"errors", "_wire", "_thread", "_target"},
+    "attach": {"errors", "params", "partition", "shm", "threads", "_target", "attach._fuse", "attach._nbd"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
     "modules": {"errors", "params", "shm", "connection"},
-    "export": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection"},
+    "export": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection",
+               "threads"},
     "disk": {"errors", "params", "shm", "_ring", "channel", "_client", "connection"},
     "aio": {"errors", "_target", "_client", "connection", "disk"},
     "blk": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "attach._fuse",
-            "attach", "control", "connection", "export", "disk"},
+            "attach", "control", "connection", "export", "disk", "threads"},
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection",
                  "export", "disk", "aio", "blk"},
     "_bench": {"errors", "_wire", "_ring"},
     "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_store", "_blk", "_buffer", "backing", "attach._fuse",
-               "attach", "control"},
+               "attach._nbd", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
-            "attach._fuse", "attach", "control", "connection", "modules", "export", "disk", "blk", "_bench", "measure",
-            "doctor"},
+            "attach._fuse", "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk",
+            "_bench", "measure", "doctor"},
     "__main__": {"cli"},
 }
 
@@ -243,4 +246,4 @@ def test_help_loads_no_extension(command: list[str], tmp_path: Path) -> None:
     assert "muenfast" in run.stdout
     loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded, "importtime's format has changed"
-    assert not loaded & {"muenfast._ring", "muenfast._blk", "muenfast.attach._fuse"}
+    assert not loaded & {"muenfast._ring", "muenfast._blk", "muenfast.attach._fuse", "muenfast.attach._nbd"}

@@ -46,7 +46,7 @@ def parts(device: str) -> dict[int, tuple[int, int]]:
     """(start, size) in bytes of the partitions that have a node, each of which is that of the right device."""
     number = loop.loop_of(device)
     assert number is not None
-    kernels = partitions.of_kernel(number)
+    kernels = partitions.of_kernel(f"loop{number}")
     found = {}
     for node in glob.glob(f"{device}[0-9]*"):
         each = int(node.removeprefix(device))
@@ -63,7 +63,7 @@ def become(device: str, expected: dict[int, tuple[int, int]]) -> None:
     number = loop.loop_of(device)
     assert number is not None
     until(lambda: parts(device) == expected and len(glob.glob(f"{device}[0-9]*")) == len(expected) ==
-          len(partitions.of_kernel(number)), f"partitions {expected} of {device}, which has {parts(device)}")
+          len(partitions.of_kernel(f"loop{number}")), f"partitions {expected} of {device}, which has {parts(device)}")
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +337,7 @@ def test_a_client_leaves_while_a_partition_is_mounted(attached: tuple[str, Progr
         assert f"muenfast: {device}1 is still mounted on {tmp_path}/mnt (ext4)\n" in errors
         assert f"process {os.getpid()} " in errors and f"still has {device}2 open" in errors
         assert not glob.glob(f"{device}*")
-    until(lambda: not loop.is_bound(number) and not partitions.of_kernel(number), f"loop{number} free")
+    until(lambda: not loop.is_bound(number) and not partitions.of_kernel(f"loop{number}"), f"loop{number} free")
     assert server.end() == (0, "")
     with open(image, "rb") as file:
         file.seek(201 * MIB)
@@ -363,7 +363,7 @@ def test_a_client_is_killed(attached: tuple[str, Program, Program], program: Sta
     with mounted(f"{device}1", tmp_path / "mnt") if use else contextlib.nullcontext():
         assert client.end(signal.SIGKILL)[0] == -signal.SIGKILL
         until(lambda: not glob.glob(f"{device}[0-9]*"), "no node of a partition")
-    until(lambda: not loop.is_bound(number) and not partitions.of_kernel(number), f"loop{number} free")
+    until(lambda: not loop.is_bound(number) and not partitions.of_kernel(f"loop{number}"), f"loop{number} free")
     again = program("blk", "--client", *pair)
     assert parts(disks(again)[0]) == told
     command("fsck.ext4", "-f", "-y", f"{disks(again)[0]}1", status=None)

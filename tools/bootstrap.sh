@@ -57,6 +57,8 @@ have mkfs.ext4 && have fsck.ext4 || want e2fsprogs "file systems on the disks"
 have losetup && have mount || want mount "to attach and mount the disks"
 if [ "$goal" = test ]; then
     have fio || want fio "load for the tests"
+    have nbdinfo && have nbdcopy || want libnbd-bin "NBD clients for the tests"
+    have qemu-img && have qemu-io || want qemu-utils "NBD clients for the tests"
     have sfdisk || want fdisk "partition tables for the tests"
     [ ! -e .git ] || have git || want git "the sdist's contents are compared with git's"
 fi

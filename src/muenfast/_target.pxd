@@ -1,7 +1,7 @@
 """Targets, as other compiled modules see them.
 
 A Target is anything that executes block I/O: submit() takes ownership of an io_t until its `done`
-is called, exactly once, from any thread, with no lock held.
+is called, exactly once, from any thread, with no lock held. done() may submit further requests.
 """
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 

@@ -15,7 +15,7 @@ class Target:
 
 @final
 class Memory(Target):
-    def __new__(cls, nblocks: int) -> Self: ...
+    def __new__(cls, nblocks: int, *, block_size: int = 4096, discards: bool = False) -> Self: ...
 
 @disjoint_base
 class Completions:

@@ -6,7 +6,7 @@ from cpython.buffer cimport (
 from libc.errno cimport EINVAL, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from muenfast._thread cimport *
 from muenfast._wire cimport BLOCK_SIZE
@@ -34,32 +34,43 @@ cdef class Target:
 cdef struct memory_t:
     uint8_t *base
     uint64_t nblocks
+    uint32_t block_size
 
 
 cdef void memory_submit(void *ctx, io_t *io) noexcept nogil:
     cdef memory_t *m = <memory_t *>ctx
-    cdef uint64_t bytes = <uint64_t>io.nblocks * BLOCK_SIZE
+    cdef uint64_t bytes = <uint64_t>io.nblocks * m.block_size
+    cdef uint8_t *at = m.base + io.block * m.block_size
     io.error = 0
     if io.kind != IO_SYNC:
         if io.block > m.nblocks or io.nblocks > m.nblocks - io.block:
             io.error = -EINVAL
         elif io.kind == IO_READ:
-            memcpy(io.buf, m.base + io.block * BLOCK_SIZE, bytes)
+            memcpy(io.buf, at, bytes)
+        elif io.kind == IO_WRITE:
+            memcpy(at, io.buf, bytes)
         else:
-            memcpy(m.base + io.block * BLOCK_SIZE, io.buf, bytes)
+            memset(at, 0, bytes)
     io.done(io)
 
 
 @cython.final
 cdef class Memory(Target):
-    """A disk in plain memory, executed inside submit(): the most a front end can reach, for tests and benchmarks."""
+    """A disk in plain memory, executed inside submit(): the most a front end can reach, for tests and benchmarks.
+
+    block_size: 512 or 4096. discards: whether it takes discards (after which it reads as zeros) and zeroes.
+    """
     cdef memory_t m
 
-    def __cinit__(self, uint64_t nblocks):
-        self.m.base = <uint8_t *>calloc(nblocks, BLOCK_SIZE)
+    def __cinit__(self, uint64_t nblocks, *, uint32_t block_size=BLOCK_SIZE, bint discards=False):
+        if block_size != 512 and block_size != 4096:
+            raise UsageError("a block has 512 or 4096 bytes", value=block_size)
+        self.m.base = <uint8_t *>calloc(nblocks, block_size)
         if self.m.base == NULL:
             raise MemoryError()
         self.m.nblocks = self.nblocks = nblocks
+        self.m.block_size = self.block_size = block_size
+        self.discards = discards
         self.ctx = <void *>&self.m
         self.submit = memory_submit
 

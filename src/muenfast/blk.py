@@ -1,7 +1,7 @@
 """Block servers and block clients: several exports or disks in one process, set up all or none, left without trace.
 
-A server runs one Export per pair of channels; a client makes a BlockDevice of each, and a front end (attach/) makes
-it /dev/muendiskX.
+A server runs one Export per pair of channels; a client makes a BlockDevice of each, and front ends (attach/) make it
+/dev/muendiskX and an NBD export on a Unix socket.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any
 
 from muenfast import shm
 from muenfast._ring import Watch
-from muenfast.connection import MOST_POLL, Channels, channels_from_lists
+from muenfast.connection import MOST_POLL, Channels, blame, channels_from_lists
 from muenfast.disk import BlockDevice, OnPeerLoss
 from muenfast.errors import ClaimError, PeerError, UsageError
-from muenfast.export import Crew, Export, ExportConfig, exports_from_lists, spawn
+from muenfast.export import Crew, Export, ExportConfig, exports_from_lists
+from muenfast.threads import spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
            "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
 
 log = logging.getLogger("muenfast")
 
-ATTACHMENTS = ("auto", "fuse", "none")
+ATTACHMENTS = ("auto", "fuse", "nbd", "none")
 _THREADS_PER_CPU = 4  # docs/decisions/006
 _WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
 _DETACH_PATIENCE = 2.0  # seconds a server has to take what is still dirty
@@ -108,49 +109,88 @@ class BlockServer(_Group):
         return [export.status() for export in self.exports]
 
 
-class AttachedDisk:
-    """A BlockDevice and the front end on top; made by BlockClients."""
+def _front_end(attach: str) -> str:
+    """Which front end makes the block devices: "fuse", "nbd" or "none". Raises UsageError."""
+    if attach not in ATTACHMENTS:
+        raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
+    if attach == "none":
+        return attach
+    from muenfast.attach import fuse, nbdkernel
 
-    def __init__(self, device: BlockDevice, attach: str) -> None:
+    reasons = []
+    for name, reason in (("fuse", fuse.available), ("nbd", nbdkernel.available)):
+        if attach in ("auto", name):
+            if (why := reason()) is None:
+                return name
+            reasons.append(why if attach == name else f"{name}: {why}")
+    raise UsageError("no front end for block devices is to be had here", option="--attach", value=attach,
+                     hint="; ".join(reasons))
+
+
+class AttachedDisk:
+    """A BlockDevice and the front ends on top; made by BlockClients.
+
+    front: what makes it a block device, or None. listener: of the socket it is served on, or None; nbd: the server.
+    """
+
+    def __init__(self, device: BlockDevice, listener: Any = None) -> None:
         self.device = device
         self.front: Any = None
         self.claim: Any = None
-        self.attach = attach
+        self.listener = listener
+        self.nbd: Any = None
 
     @property
     def path(self) -> str:
-        """The device node, "-" without a front end."""
+        """The device node, "-" without one."""
         return "-" if self.front is None else str(self.front.device)
+
+    @property
+    def socket(self) -> str | None:
+        """The path of the NBD socket."""
+        return None if self.listener is None else str(self.listener.path)
 
 
 class BlockClients(_Group):
-    """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True."""
+    """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True.
 
-    def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", on_peer_loss: OnPeerLoss | None = None,
-                 same_store: bool = False) -> None:
+    attach: one of ATTACHMENTS, afterwards what "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD
+    export from then on, too.
+    """
+
+    def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
+                 on_peer_loss: OnPeerLoss | None = None, same_store: bool = False) -> None:
         super().__init__()
-        if attach not in ATTACHMENTS:
-            raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
-        if attach != "none":
-            from muenfast.attach import fuse
-
-            reason = fuse.available()
-            if reason is not None:
-                raise UsageError("no front end for block devices is to be had here", option="--attach", value=attach,
-                                 hint=reason)
-        self.attach = attach
+        self.attach = _front_end(attach)
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
+            listeners = self._listeners(stack, nbd, len(channels))
             watch = self._watch(stack, len(channels))
-            for entry in channels:
+            for entry, listener in zip(channels, listeners, strict=True):
                 device = BlockDevice(channels=entry, timeout=0, on_peer_loss=on_peer_loss or OnPeerLoss(),
                                      same_store=same_store, watch=watch)
                 stack.callback(device.close)
-                self.disks.append(AttachedDisk(device, attach))
+                self.disks.append(AttachedDisk(device, listener))
             self._stack = stack.pop_all()
 
+    @staticmethod
+    def _listeners(stack: ExitStack, paths: Sequence[str] | None, count: int) -> list[Any]:
+        """Sockets whose paths are ours, and refuse clients so far; None for each disk where none are wanted."""
+        if paths is None:
+            return [None] * count
+        if len(paths) != count:
+            raise UsageError(f"there is one socket for each disk: {count}", option="--nbd", value=",".join(paths))
+        from muenfast.attach.sockets import Listener
+
+        listeners = []
+        for index, path in enumerate(paths):
+            with blame("--nbd", index, path):
+                listeners.append(Listener(path))
+            stack.callback(listeners[-1].close)
+        return listeners
+
     def ready(self, wait: Callable[[], bool]) -> bool:
-        """Waits for every server, then makes all devices appear. wait: called while waiting, False gives up.
+        """Waits for every server, then makes all devices and exports appear. wait: called while waiting, False gives up.
 
         Raises UsageError, ClaimError, OSError, PeerError; devices made by then are taken away by close().
         """
@@ -164,16 +204,31 @@ class BlockClients(_Group):
                     raise PeerError(disk.device.channels.resp.text, "size", disk.device.failure, "a disk")
                 if not wait():
                     return False
-        if self.attach != "none":
-            self._stack.callback(self._detach_all)
-            for disk in self.disks:
+        self._stack.callback(self._detach_all)
+        for disk in self.disks:
+            if self.attach != "none":
                 self._attach(disk)
+            if disk.listener is not None:
+                self._nbd(disk).listen(disk.listener)
         return True
 
+    @staticmethod
+    def _nbd(disk: AttachedDisk) -> Any:
+        """The disk's NBD server."""
+        from muenfast.attach import nbd
+
+        if disk.nbd is None:
+            disk.device.client.background = True
+            channels = disk.device.channels
+            disk.nbd = nbd.NbdServer(disk.device.client, channels.req.text,
+                                     description=f"muenfast disk over the channels {channels.name}")
+        return disk.nbd
+
     def _attach(self, disk: AttachedDisk) -> None:
-        from muenfast.attach import fuse, loop
+        from muenfast.attach import fuse, loop, nbdkernel
 
         disk.device.client.background = True
+        directory = shm.runtime_dir()
         for name in loop.device_names():
             # A name is free when nobody alive claims it; what a dead client left under it goes first.
             try:
@@ -181,9 +236,12 @@ class BlockClients(_Group):
             except ClaimError:
                 continue
             try:
-                for complaint in fuse.reclaim_name(shm.runtime_dir(), name):
+                for complaint in fuse.reclaim_name(directory, name) + nbdkernel.reclaim_name(directory, name):
                     log.warning("/dev/%s: %s", name, complaint)
-                disk.front = fuse.FuseAttachment.attach(disk.device.client, name, shm.runtime_dir())
+                if self.attach == "fuse":
+                    disk.front = fuse.FuseAttachment.attach(disk.device.client, name, directory)
+                else:
+                    disk.front = nbdkernel.NbdAttachment.attach(self._nbd(disk), name, directory)
             except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps
                 claim.release()
                 continue
@@ -196,7 +254,7 @@ class BlockClients(_Group):
 
     def _detach_all(self) -> None:
         """Side by side: each may have to wait for its server, and for the kernel to write what is dirty."""
-        attached = [disk for disk in self.disks if disk.front is not None]
+        attached = [disk for disk in self.disks if disk.front is not None or disk.nbd is not None]
         if not attached:
             return
         with ThreadPoolExecutor(len(attached)) as pool:
@@ -211,13 +269,19 @@ class BlockClients(_Group):
         # A server that does not answer must not hold up the end: its requests fail once the deadline is near.
         timer = threading.Timer(_DETACH_PATIENCE, disk.device.fail, ["no answer while detaching"])
         timer.start()
-        try:
-            for complaint in disk.front.detach(_DETACH_LIMIT):
-                log.warning("%s", complaint)
-        finally:
-            timer.cancel()
-            timer.join()
-            disk.claim.release()
+        with ExitStack() as stack:
+            if disk.claim is not None:
+                stack.callback(disk.claim.release)
+            stack.callback(timer.join)
+            stack.callback(timer.cancel)
+            for end in (disk.nbd and disk.nbd.close, disk.front and disk.front.detach):  # the last one first
+                if end is not None:
+                    stack.callback(self._end, end)
+
+    @staticmethod
+    def _end(end: Callable[[float], list[str]]) -> None:
+        for complaint in end(_DETACH_LIMIT):
+            log.warning("%s", complaint)
 
     def finished(self) -> bool:
         """Whether every server ended its export for good."""
@@ -230,7 +294,9 @@ class BlockClients(_Group):
             entry = disk.device.status()
             entry["device"] = disk.path
             if disk.front is not None:
-                entry["front"] = dict(disk.front.disk.counters)
+                entry["attach"], entry["front"] = self.attach, dict(disk.front.disk.counters)
+            if disk.listener is not None:
+                entry["nbd"] = {"socket": disk.socket, "counters": {} if disk.nbd is None else disk.nbd.counters}
             entries.append(entry)
         return entries
 

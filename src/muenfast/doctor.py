@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from muenfast import __version__, control, shm
-from muenfast.attach import fuse, loop, watchdog
+from muenfast.attach import block, fuse, loop, nbdkernel, sockets, watchdog
 from muenfast.errors import ClaimError
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What dead processes left. kind: claim, user, note, region, bell, temporary, socket, mount, loop or node.
+    """What dead processes left. kind: claim, user, note, region, bell, temporary, socket, mount, loop, device or node.
 
     path: what goes. text: one sentence.
     """
@@ -339,11 +339,11 @@ def _huge_pages() -> Iterator[Check]:
 
 
 def _drivers() -> Iterator[Check]:
-    """What later versions may use; said because people ask."""
+    """Drivers that one can do without, and those that later versions may use; said because people ask."""
     for name, path, lost, step in (
             ("TUN", "/dev/net/tun", "no network interfaces, which this version does not make anyhow.",
              _node("/dev/net/tun", "tun", "tun", "CONFIG_TUN")),
-            ("nbd", "/dev/nbd0", "nothing in this version: disks are attached through FUSE and loop.",
+            ("nbd", "/sys/module/nbd", "no `muenfast blk --client --attach nbd`; FUSE and loop do the same.",
              _load("nbd", "CONFIG_BLK_DEV_NBD")),
             ("ublk", "/dev/ublk-control", "nothing in this version: disks are attached through FUSE and loop.",
              _node("/dev/ublk-control", "ublk-control", "ublk_drv", "CONFIG_BLK_DEV_UBLK"))):
@@ -440,6 +440,7 @@ def leftovers() -> list[Leftover]:
     found: list[Leftover] = []
     if base:
         found += _mounts(base, holders)
+        found += _devices(base, holders)
     orphans = _orphans(base, holders)
     found += orphans.values()
     found += _nodes(holders, orphans.keys())
@@ -447,6 +448,7 @@ def leftovers() -> list[Leftover]:
         if os.path.isdir(f"{base}/control"):
             found += [Leftover("socket", control.path_of(pid), f"of process {pid}, which is dead", _Socket(pid))
                       for pid in control.dead()]
+        found += _sockets(base, holders)
         stale = shm.stale()
         if any(left.kind in ("region", "bell") for left in stale):
             stale = shm.stale(_mapped())
@@ -479,6 +481,25 @@ class _Socket:
     def __call__(self) -> str | None:
         control.remove_dead(self.pid)
         return "in use again" if os.path.lexists(control.path_of(self.pid)) else None
+
+
+def _sockets(base: str, holders: dict[str, Any]) -> Iterator[Leftover]:
+    """NBD sockets of clients that died."""
+    for record, path, pid in sockets.records(base):
+        if sockets.key_of(path) not in holders:
+            there = os.path.lexists(path)
+            yield Leftover("socket", path if there else record,
+                           f"{'an NBD socket' if there else 'the record of one'} of process {pid}, which is dead",
+                           _NbdSocket(record, path))
+
+
+@dataclass(frozen=True, slots=True)
+class _NbdSocket:
+    record: str
+    path: str
+
+    def __call__(self) -> str | None:
+        return None if sockets.remove_dead(self.record, self.path) else "in use again"
 
 
 def _mapped() -> set[tuple[int, int]]:
@@ -518,6 +539,24 @@ class _Mount:
         return "; ".join(complaints) or None
 
 
+def _devices(base: str, holders: dict[str, Any]) -> Iterator[Leftover]:
+    """Devices of the nbd driver whose name nobody alive claims."""
+    for number, name, pid, _ in nbdkernel.left_devices(base):
+        if f"name-{name}" not in holders:
+            yield Leftover("device", f"/dev/nbd{number}", f"attached as /dev/{name} by process {pid}, which is dead",
+                           _Device(base, name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    base: str
+    name: str
+
+    def __call__(self) -> str | None:
+        with shm.claim(f"name-{self.name}", f"/dev/{self.name}"):
+            return "; ".join(nbdkernel.reclaim_name(self.base, self.name)) or None
+
+
 def _orphans(base: str, holders: dict[str, Any]) -> dict[int, Leftover]:
     """Loop devices on a file in a mount of ours that has gone, of a process that is dead."""
     found: dict[int, Leftover] = {}
@@ -540,7 +579,8 @@ class _Orphan:
             return None
         if loop.detach(self.number):
             return None
-        return "still open, goes with its last user: " + ", ".join(fuse.users_of(self.number, f"loop{self.number}"))
+        return "still open, goes with its last user: " + ", ".join(
+            block.users_of(os.makedev(loop.LOOP_MAJOR, self.number), f"loop{self.number}"))
 
 
 def _nodes(holders: dict[str, Any], orphans: Any) -> Iterator[Leftover]:
@@ -554,18 +594,28 @@ def _nodes(holders: dict[str, Any], orphans: Any) -> Iterator[Leftover]:
 
 
 def _dead(path: str, disk: str, orphans: Any) -> str | None:
-    """Why a node that nobody claims has nothing behind it: of a loop device that is free or an orphan, of a partition
-    that is gone or another disk's. None: it has, or is not ours."""
+    """Why a node that nobody claims has nothing behind it: of a loop or nbd device that is free or an orphan, of a
+    partition that is gone or another disk's. None: it has, or is not ours."""
     whole = os.path.basename(path) == disk
-    number = loop.loop_of(path) if whole else loop.disk_of(path)
-    if number is None:
-        return "its partition is gone" if not whole and loop.is_dead(path) else None
-    if number in orphans:
-        return f"its loop device {number} has lost its mount"
-    if not loop.is_bound(number):
-        return f"its loop device {number} is free"
-    if not whole and loop.loop_of(f"{DEV}/{disk}") != number:
-        return f"its device is a partition of loop{number} by now"
+    node = block.number_of(path)
+    if node is None:
+        return None
+    try:
+        device = node if whole else block.disk_of(node)
+    except FileNotFoundError:       # it goes at this moment
+        device = node
+    if not whole and not block.sysfs(node).exists():
+        return "its partition is gone"
+    driver = {block.LOOP_MAJOR: "loop", block.NBD_MAJOR: "nbd"}.get(os.major(device))
+    if driver is None:
+        return None
+    name = block.kernel_name(device).removeprefix(driver)
+    if driver == "loop" and os.minor(device) in orphans:
+        return f"its loop device {name} has lost its mount"
+    if not block.is_driven(device):
+        return f"its {driver} device {name} is free"
+    if not whole and block.number_of(f"{DEV}/{disk}") != device:
+        return f"its device is a partition of {driver}{name} by now"
     return None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +20,12 @@ from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device
 from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, Options, blame, channels_from_lists, place
 from muenfast.errors import BrokenChannelError, PeerLog
+from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names
 _SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
-
-
-def spawn(target: Callable[[], None], name: str) -> threading.Thread:
-    """A daemon thread that runs. Raises OSError (EAGAIN) where no more are to be had."""
-    thread = threading.Thread(target=target, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, f"no thread for `{name}`: the limit of this user (ulimit -u) or of its control "
-                      "group (pids.max) is reached") from error
-    return thread
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,16 @@ waited for with a limit; the abort of the FUSE connection frees it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import glob
 import os
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from muenfast.attach import loop, partitions, watchdog
+from muenfast.attach import block, loop, partitions, watchdog
+from muenfast.attach.leash import Leash
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,8 +83,7 @@ class FuseAttachment:
         self.partitions: partitions.Partitions
         self._status: list[int] = []
         self._threads: list[threading.Thread] = []
-        self._dog: subprocess.Popen[bytes]
-        self._leash: int
+        self._leash: Leash
         self._attached = False
 
     @classmethod
@@ -118,8 +113,10 @@ class FuseAttachment:
                 thread = threading.Thread(target=new._receive, name=f"fuse-{name}-{number}", daemon=True)
                 thread.start()
                 new._threads.append(thread)
-            new._start_watchdog()
-            undo.callback(new._end_watchdog)
+            abort = new.disk.abort_fd
+            new._leash = Leash("fuse", new._threads[0].native_id or 0, [str(abort), new.mountpoint, new.device],
+                               [abort] if abort >= 0 else [])
+            undo.callback(new._leash.end)
             # Nothing here may wait without end for a target that does not answer, as udev's probe of the device does.
             limit = threading.Timer(ATTACH_LIMIT, new.disk.abort)
             limit.daemon = True
@@ -133,7 +130,8 @@ class FuseAttachment:
             loop.make_node(name, new.loop)
             undo.callback(new._remove_node)
             new.disk.attaching = False
-            new.partitions = partitions.Partitions(name, new.loop, watch=new.disk.watch, event=new.disk.watch_fd)
+            new.partitions = partitions.Partitions(name, f"loop{new.loop}", loop.path_of(new.loop), watch=new.disk.watch,
+                                                   event=new.disk.watch_fd)
             undo.callback(new.partitions.stop, AFTER_ABORT)
             new.partitions.start()
             if limit.finished.is_set():
@@ -147,7 +145,7 @@ class FuseAttachment:
     def info(self) -> Info:
         """What reclaim() needs should this process die; fit for JSON."""
         return {"pid": os.getpid(), "name": self.name, "device": self.device, "mountpoint": self.mountpoint,
-                "loop": self.loop, "connection": self.disk.connection, "watchdog": self._dog.pid}
+                "loop": self.loop, "connection": self.disk.connection, "watchdog": self._leash.pid}
 
     @property
     def failed(self) -> bool:
@@ -168,24 +166,25 @@ class FuseAttachment:
         end = time.monotonic() + timeout
         left: list[str] = []
         freed: list[bool] = []
-        if not self._tell_watchdog(f"detaching {timeout + AFTER_ABORT:.3f}"):
+        if not self._leash.tell(f"detaching {timeout + AFTER_ABORT:.3f}"):
             left.append(f"the watchdog of {self.device} had ended before")
 
         def take_down() -> None:
             try:
                 self._remove_node()
-                parts = self.partitions.open_all()
+                opened = self.partitions.open_all()
                 try:
                     self.partitions.stop(min(GRACE, timeout / 2))
                     if not self._owns_loop():
                         freed.append(True)      # the watchdog or an administrator was faster
                         return
-                    _flush(self.loop, parts, left)
+                    opened.append(os.open(loop.path_of(self.loop), os.O_RDONLY | os.O_CLOEXEC))
+                    block.flush(self._number, opened, left)
                 except OSError as problem:      # a disk that fails is taken down all the same
                     left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
                                 "the last successful one may be lost")
                 finally:
-                    for fd in parts:
+                    for fd in opened:
                         os.close(fd)
                 freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
             except OSError as problem:
@@ -197,19 +196,23 @@ class FuseAttachment:
         if worker.is_alive():
             left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")
         if freed != [True]:
-            left += users_of(self.loop, self.device, but=os.getpid() if worker.is_alive() else None)
+            left += block.users_of(self._number, self.device, but=os.getpid() if worker.is_alive() else None)
             left += self._try(self.disk.exit)
             worker.join(AFTER_ABORT)
         if not self.partitions.stop(AFTER_ABORT):
             left.append(f"{self.device}: the thread that reads its partition table did not end")
         left += self._try(self._end_session, max(AFTER_ABORT, end - time.monotonic()))
         left += self._try(os.rmdir, self.mountpoint)
-        left += self._try(self._end_watchdog)
+        left += self._try(self._leash.end)
         return left
 
     def _remove_node(self) -> None:
         if loop.loop_of(self.device) == self.loop:
             os.unlink(self.device)
+
+    @property
+    def _number(self) -> int:
+        return os.makedev(loop.LOOP_MAJOR, self.loop)
 
     def _owns_loop(self) -> bool:
         return loop.backing_file(self.loop) == f"{self.mountpoint}/disk"
@@ -230,38 +233,6 @@ class FuseAttachment:
         if bad := [status for status in self._status if status]:
             raise OSError(-bad[0], os.strerror(-bad[0]), "/dev/fuse")
 
-    def _start_watchdog(self) -> None:
-        control, self._leash = os.pipe()        # both close-on-exec; one is passed on
-        try:
-            passed = [control] + ([self.disk.abort_fd] if self.disk.abort_fd >= 0 else [])
-            self._dog = subprocess.Popen(
-                [sys.executable, "-I", "-S", watchdog.__file__, str(control), str(self.disk.abort_fd),
-                 str(os.getpid()), str(self._threads[0].native_id), self.mountpoint, self.device],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                pass_fds=passed, start_new_session=True, cwd="/")
-        except BaseException:
-            os.close(self._leash)
-            raise
-        finally:
-            os.close(control)
-
-    def _tell_watchdog(self, message: str) -> bool:
-        try:
-            os.write(self._leash, message.encode() + b"\n")
-        except BrokenPipeError:
-            return False
-        return True
-
-    def _end_watchdog(self) -> None:
-        self._tell_watchdog("done")
-        os.close(self._leash)
-        try:
-            self._dog.wait(AFTER_ABORT)
-        except subprocess.TimeoutExpired:
-            self._dog.kill()
-            self._dog.wait()
-            raise TimeoutError(errno.ETIMEDOUT, "the watchdog did not end and was killed") from None
-
     @staticmethod
     def _try(action: Callable[..., object], *arguments: object) -> list[str]:
         try:
@@ -271,72 +242,6 @@ class FuseAttachment:
         except OSError as problem:
             return [f"{action.__name__.strip('_').replace('_', ' ')}: {problem}"]
         return []
-
-
-def _mounts_of(number: int) -> list[tuple[str, str, str]]:
-    """(directory, file system type, "" or the partition's number) of each mount of a loop device in this namespace."""
-    devices = {os.makedev(loop.LOOP_MAJOR, number): "",
-               **{device.number: str(part) for part, device in partitions.of_kernel(number).items()}}
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, right = line.split(" - ", 1)
-        fields = left.split(" ")
-        major, _, minor = fields[2].partition(":")
-        part = devices.get(os.makedev(int(major), int(minor)))
-        if part is not None:
-            directory = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-            found.append((directory, right.split(" ")[0], part))
-    return found
-
-
-def _flush(number: int, parts: list[int], left: list[str]) -> None:
-    """Write down what is dirty: file systems mounted from the device, its partitions (open at parts), its own cache."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for directory, _, _ in _mounts_of(number):
-        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if libc.syncfs(fd) != 0:
-                left.append(f"{directory}: not all data was written: {os.strerror(ctypes.get_errno())}")
-        finally:
-            os.close(fd)
-    for fd in parts:
-        os.fsync(fd)
-    fd = os.open(loop.path_of(number), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def users_of(number: int, device: str, but: int | None = None) -> list[str]:
-    """Who has a loop device or one of its partitions in use, as sentences, leaving out process *but*.
-
-    Only names are compared: asking the files could wait for them.
-    """
-    found = [f"{device}{part} is still mounted on {directory} ({kind})" for directory, kind, part in _mounts_of(number)]
-    names = {device: device, loop.path_of(number): device}
-    for part in partitions.of_kernel(number):
-        names |= {f"{device}{part}": f"{device}{part}", f"{loop.path_of(number)}p{part}": f"{device}{part}"}
-    names |= {f"{name} (deleted)": shown for name, shown in names.items()}
-    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-        if shown := names.get(line.split()[0].replace("\\040", " ")):
-            found.append(f"{shown} is still used as swap space")
-    for link in glob.iglob("/proc/[0-9]*/fd/*"):
-        try:
-            shown = names.get(os.readlink(link))
-            if shown is None:
-                continue
-            pid = link.split("/")[2]
-            if pid == str(but):
-                continue
-            sentence = f"process {pid} ({Path('/proc', pid, 'comm').read_text().strip()}) still has {shown} open"
-        except OSError:
-            continue        # ended, or closed the descriptor, while we looked
-        if sentence not in found:
-            found.append(sentence)
-    holders = os.listdir(f"/sys/block/loop{number}/holders")
-    found += [f"{device} is still part of /dev/{holder}" for holder in holders]
-    return found or [f"{device} is still in use (by the kernel, or in another mount namespace)"]
 
 
 def _release(mountpoint: str, name: str) -> list[str]:

@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from muenfast.attach import block
+
 LOOP_MAJOR = 7
 LOOP_CLR_FD = 0x4C01
 LOOP_GET_STATUS64 = 0x4C05
@@ -218,45 +220,6 @@ def loop_of(node: str) -> int | None:
     return os.minor(status.st_rdev)
 
 
-def disk_of(node: str) -> int | None:
-    """Number of the loop device that *node* is, or is a partition of; None where it is missing or something else."""
-    try:
-        status = os.stat(node, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISBLK(status.st_mode):
-        return None
-    place = os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
-    if os.path.exists(f"{place}/partition"):
-        place = os.path.dirname(place)
-    name = os.path.basename(place)
-    return int(name[4:]) if name.startswith("loop") and name[4:].isdecimal() else None
-
-
-def is_dead(node: str) -> bool:
-    """Whether *node* is one of a block device that the kernel does not have (any more)."""
-    try:
-        status = os.stat(node, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    where = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    return stat.S_ISBLK(status.st_mode) and not os.path.exists(where)
-
-
 def make_node(name: str, number: int) -> str:
-    """Make /dev/*name* the node of loop device *number* (mode 0600, owner root); returns its path.
-
-    The caller holds the claim on the name. A node that was left behind (its loop device is free) is
-    replaced; anything else there raises FileExistsError.
-    """
-    path = f"/dev/{name}"
-    for _ in range(2):
-        try:
-            os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
-            return path
-        except FileExistsError:
-            old = loop_of(path)
-            if old is None or (old != number and is_bound(old)):
-                raise
-            os.unlink(path)
-    raise FileExistsError(errno.EEXIST, "somebody else makes this node at the same time", path)
+    """Make /dev/*name* the node of loop device *number*; see block.make_node."""
+    return block.make_node(name, os.makedev(LOOP_MAJOR, number))

@@ -25,12 +25,12 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from muenfast import partition
-from muenfast.attach import loop
+from muenfast.attach import block
 from muenfast.errors import PeerLog, UsageError
 
 log = logging.getLogger("muenfast")
@@ -60,10 +60,10 @@ class Device:
     number: int
 
 
-def of_kernel(loop_number: int) -> dict[int, Device]:
-    """The partitions of a loop device that the kernel has, by their number."""
+def of_kernel(disk: str) -> dict[int, Device]:
+    """The partitions of a disk (loop3, nbd0) that the kernel has, by their number."""
     found: dict[int, Device] = {}
-    for place in Path(f"/sys/block/loop{loop_number}").glob(f"loop{loop_number}p*"):
+    for place in Path("/sys/block", disk).glob(f"{disk}p*"):
         try:
             major, _, minor = (place / "dev").read_text().strip().partition(":")
             found[int((place / "partition").read_text())] = Device(
@@ -80,16 +80,28 @@ def _blkpg(fd: int, operation: int, number: int, start: int = 0, size: int = 0) 
     fcntl.ioctl(fd, BLKPG, _ARGUMENT.pack(operation, 0, _PARTITION.size, ctypes.addressof(data)))
 
 
+def delete_all(fd: int, disk: str) -> None:
+    """Has the kernel forget a disk's partitions, those that are in use left out: some drivers' devices keep them without
+    a disk. fd: of the disk. Raises OSError."""
+    for number in of_kernel(disk):
+        try:
+            _blkpg(fd, DELETE, number)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENXIO):
+                raise
+
+
 class Partitions:
     """The partitions and nodes of one disk, from start() to stop().
 
-    name: of the disk's node, to which the numbers are appended. watch: told the (first block, end) of the blocks whose
-    writes matter; event: readable once one was written.
+    name: of the disk's node, to which the numbers are appended. disk: what the kernel calls it; path: a node of it.
+    watch: told the (first block, end) of the blocks whose writes matter; event: readable once one was written. Without
+    them only the kernel's uevents tell of a table that changed.
     """
 
-    def __init__(self, name: str, loop_number: int, *, watch: Callable[[list[tuple[int, int]]], None],
-                 event: int) -> None:
-        self.name, self.loop = name, loop_number
+    def __init__(self, name: str, disk: str, path: str, *, watch: Callable[[list[tuple[int, int]]], None] = lambda _: None,
+                 event: int = -1) -> None:
+        self.name, self.disk, self.path = name, disk, path
         self._watch, self._given, self._event = watch, event, -1
         self._spans: list[tuple[int, int]] = []     # where the table stood at the last look
         self._nodes: dict[str, int] = {}        # path: number of the device that we made it for
@@ -108,7 +120,8 @@ class Partitions:
         with contextlib.ExitStack() as undo:
             undo.callback(self.stop, 0.0)
             self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self._event = os.dup(self._given)       # open for as long as the thread may live
+            if self._given >= 0:
+                self._event = os.dup(self._given)   # open for as long as the thread may live
             self._listen()
             busy = self._try()
             thread = threading.Thread(target=self._follow, args=(busy,), name=f"partitions-{self.name}", daemon=True)
@@ -117,7 +130,7 @@ class Partitions:
             undo.pop_all()
 
     def stop(self, timeout: float) -> bool:
-        """Ends the thread and removes the nodes; the partitions go with the loop device. False: the thread waits for
+        """Ends the thread and removes the nodes; the partitions go with the device. False: the thread waits for
         the disk's I/O and needs another call, after an abort. Idempotent."""
         self._stopping = True
         if self._wake[1] >= 0:
@@ -168,7 +181,8 @@ class Partitions:
     def _follow(self, busy: bool) -> None:
         poller = select.poll()
         poller.register(self._wake[0], select.POLLIN)
-        poller.register(self._event, select.POLLIN)
+        if self._event >= 0:
+            poller.register(self._event, select.POLLIN)
         if self._uevents is not None:
             poller.register(self._uevents, select.POLLIN)
         while not self._stopping:
@@ -197,7 +211,7 @@ class Partitions:
 
     def _drain(self) -> bool:
         """Reads all uevents; whether one was about this disk."""
-        ours, pattern = False, re.compile(rb"[a-z]+@.*/block/loop%d(/|$)" % self.loop)
+        ours, pattern = False, re.compile(rb"[a-z]+@.*/block/%s(/|$)" % self.disk.encode())
         assert self._uevents is not None
         while True:
             try:
@@ -237,7 +251,7 @@ class Partitions:
 
     def _look(self) -> bool:
         """Table to kernel, kernel to nodes. True: something is in use, and it is worth trying again."""
-        fd = os.open(loop.path_of(self.loop), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             table, usable = self._read(fd)
@@ -303,14 +317,14 @@ class Partitions:
                     raise
                 self._by_kernel[scheme] = False
             else:
-                self._by_kernel[scheme] = bool(of_kernel(self.loop))
+                self._by_kernel[scheme] = bool(of_kernel(self.disk))
         if self._by_kernel.get(scheme, any(self._by_kernel.values())):
             return False
         return self._change(fd, wanted)
 
     def _change(self, fd: int, wanted: dict[int, tuple[int, int]]) -> bool:
         """Makes the kernel's partitions those; deleting comes first, and shrinking before growing, to make room."""
-        has = of_kernel(self.loop)
+        has = of_kernel(self.disk)
         busy = False
         steps: list[tuple[int, int, int, int]] = []
         for number, device in has.items():
@@ -339,7 +353,7 @@ class Partitions:
         return busy
 
     def _follow_nodes(self) -> None:
-        wanted = {f"/dev/{self.name}{number}": device.number for number, device in of_kernel(self.loop).items()}
+        wanted = {f"/dev/{self.name}{number}": device.number for number, device in of_kernel(self.disk).items()}
         for path in [path for path, number in self._nodes.items() if wanted.get(path) != number]:
             self._remove(path)
         for path, number in wanted.items():
@@ -353,7 +367,7 @@ class Partitions:
                 self._nodes[path] = number
                 return
             except FileExistsError:
-                if not loop.is_dead(path):
+                if not block.is_left(path):
                     break
                 os.unlink(path)
         self._say(f"{path} is somebody else's and stays")
@@ -370,10 +384,3 @@ def _pread(fd: int, length: int, offset: int) -> bytes:
     if len(data) != length:
         raise OSError(errno.EIO, "the disk ended while its table was read")
     return data
-
-
-def names_of(name: str, loop_number: int) -> Iterator[tuple[str, int]]:
-    """(path, number of the device) of the disk's partitions as /dev/NAME1 and as the kernel calls them."""
-    for number, device in of_kernel(loop_number).items():
-        yield f"/dev/{name}{number}", device.number
-        yield f"{loop.path_of(loop_number)}p{number}", device.number

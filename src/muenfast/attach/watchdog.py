@@ -1,23 +1,27 @@
-"""The second life of a FUSE attachment: cleans up when the process that answers its I/O cannot.
+"""The second life of an attachment: cleans up when the process that answers its I/O cannot.
 
 Run as a script, by path, in a process of its own: [python, "-I", "-S", watchdog.py, arguments]; hence
-the standard library only, little of it, and nothing of this package. attach/fuse.py uses release() too.
+the standard library only, little of it, and nothing of this package, which uses release(), nbd_call() and their
+like, too.
 
-Why a process: a client killed with a thread of its own waiting for FUSE never dies, because that thread
+Why a process: a client killed with a thread of its own waiting for its device never dies, because that thread
 waits (uninterruptibly) for an answer of threads that are already dead; its descriptors stay open, so
-the kernel does not end the connection either. Somebody else must abort it.
+the kernel does not end the connection either. Somebody else must abort it. And a device of the nbd driver stays
+until somebody disconnects it, whatever became of its socket.
 
-Arguments: CONTROL ABORT PID TID MOUNTPOINT NODE.
+Arguments: "fuse" CONTROL PID TID ABORT MOUNTPOINT NODE, or "nbd" CONTROL PID TID SOCKET IDENTIFIER NODE.
     CONTROL  read end of a pipe from the client
-    ABORT    open fusectl "abort" of the connection, or -1 (then: forced unmount)
     PID TID  the client, and one of its receive threads: that thread sleeps interruptibly only, so it is
              gone soon after any kill, also where the process lingers and the pipe stays open
+    ABORT    open fusectl "abort" of the connection, or -1 (then: forced unmount)
+    SOCKET   of the connection to the nbd driver, open
+    IDENTIFIER  what the driver's device was given to know it by
 Messages on the pipe, one a line:
     detaching SECONDS   the client takes the device down; abort if it is not done by then
     done                nothing is left to do
 End of file, or the end of the thread before "detaching", means that the client is dead.
 
-Never opens a file in the mount and holds neither the fuse device nor the loop device. Exit status: 0 the
+Never opens a file in the mount and holds neither the fuse device nor a block device. Exit status: 0 the
 client was done, 1 it had to act, 2 it could not clean everything (/dev/kmsg says what).
 """
 
@@ -30,6 +34,7 @@ import os
 import select
 import signal
 import stat
+import struct
 import sys
 import time
 
@@ -91,8 +96,8 @@ def clear_loop(number: int) -> None:
         os.close(device)
 
 
-def remove_part_nodes(node: str, loops: list[int]) -> None:
-    """Remove the nodes named *node* and a number of partitions of these loop devices, or of devices that are no more.
+def remove_part_nodes(node: str, disks: list[str]) -> None:
+    """Remove the nodes named *node* and a number of partitions of these disks (loop3), or of devices that are no more.
 
     Raises the last OSError (filename set), after all have been tried.
     """
@@ -105,8 +110,7 @@ def remove_part_nodes(node: str, loops: list[int]) -> None:
             status = os.stat(f"{directory}/{entry}", follow_symlinks=False)
             where = os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
             disk = os.path.basename(os.path.dirname(where))
-            if stat.S_ISBLK(status.st_mode) and (not os.path.exists(where) or
-                                                 disk in [f"loop{number}" for number in loops]):
+            if stat.S_ISBLK(status.st_mode) and (not os.path.exists(where) or disk in disks):
                 os.unlink(f"{directory}/{entry}")
         except FileNotFoundError:
             continue
@@ -142,11 +146,136 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
         step(umount, mountpoint, MNT_FORCE | MNT_DETACH)
     if loop_number(node) in loops:
         step(os.unlink, node)
-    step(remove_part_nodes, node, loops)
+    step(remove_part_nodes, node, [f"loop{number}" for number in loops])
     for number in loops:
         step(clear_loop, number)
     step(umount, mountpoint, MNT_DETACH)
     step(os.rmdir, mountpoint)
+    return failed
+
+
+# ---- the nbd driver, by generic netlink: uapi/linux/{netlink,genetlink,nbd-netlink}.h
+
+NETLINK_GENERIC, GENL_ID_CTRL, CTRL_CMD_GETFAMILY = 16, 16, 3
+CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 1, 2
+NLM_F_REQUEST, NLM_F_ACK, NLMSG_ERROR = 1, 4, 2
+NBD_CMD_CONNECT, NBD_CMD_DISCONNECT = 1, 2
+NBD_ATTR_INDEX = 1
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One netlink attribute, padded."""
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes in a message, by kind."""
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if length < 4:
+            break
+        found[kind] = data[4:length]
+        data = data[(length + 3) & ~3:]
+    return found
+
+
+def nbd_call(command: int, data: bytes) -> dict[int, bytes]:
+    """One command to the nbd driver; the attributes of its reply. May wait for the device's I/O.
+
+    Raises FileNotFoundError where this kernel, or this network namespace, has no nbd driver, OSError for what it
+    refuses.
+    """
+    import socket
+
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_GENERIC) as s:
+        s.bind((0, 0))
+
+        def call(family: int, command: int, version: int, data: bytes) -> dict[int, bytes]:
+            payload = struct.pack("=BBH", command, version, 0) + data
+            s.send(struct.pack("=IHHII", 16 + len(payload), family, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + payload)
+            reply: dict[int, bytes] = {}
+            while True:
+                received = s.recv(1 << 16)
+                while len(received) >= 16:
+                    length, kind = struct.unpack_from("=IH", received)
+                    if kind == NLMSG_ERROR:     # the acknowledgement, with 0
+                        error, = struct.unpack_from("=i", received, 16)
+                        if error:
+                            raise OSError(-error, os.strerror(-error), "nbd netlink")
+                        return reply
+                    reply.update(attributes(received[20:length]))
+                    received = received[(max(length, 16) + 3) & ~3:]
+
+        known = call(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, 1, attribute(CTRL_ATTR_FAMILY_NAME, b"nbd\0"))
+        return call(struct.unpack("=H", known[CTRL_ATTR_FAMILY_ID])[0], command, 1, data)
+
+
+def nbd_devices(identifier: str | None = None) -> list[tuple[int, str]]:
+    """(number, identifier) of the connected nbd devices that were given an identifier, or that one."""
+    found = []
+    for entry in os.listdir("/sys/block"):
+        if entry.startswith("nbd") and entry[3:].isdecimal():
+            try:
+                with open(f"/sys/block/{entry}/backend") as file:
+                    given = file.read().rstrip("\n")
+            except OSError:
+                continue        # not connected, or no more
+            if given and identifier in (None, given):
+                found.append((int(entry[3:]), given))
+    return sorted(found)
+
+
+def nbd_disconnect(number: int) -> None:
+    """Takes a device's connection away: whoever waits for it gets EIO. Precondition: its socket is shut down, or
+    somebody reads from it; else this may wait for that."""
+    nbd_call(NBD_CMD_DISCONNECT, attribute(NBD_ATTR_INDEX, struct.pack("=I", number)))
+
+
+def nbd_number(node: str) -> int | None:
+    """Which nbd device *node* is, or None."""
+    try:
+        device = os.stat(node, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISBLK(device.st_mode):
+        return None
+    link = f"/sys/dev/block/{os.major(device.st_rdev)}:{os.minor(device.st_rdev)}"
+    name = os.path.basename(os.path.realpath(link))
+    return int(name[3:]) if name.startswith("nbd") and name[3:].isdecimal() else None
+
+
+def shut_down(fd: int) -> None:
+    """Ends a connection in both directions, for all who have its ends open."""
+    import socket
+
+    with socket.socket(fileno=os.dup(fd)) as s:
+        try:
+            s.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+
+
+def nbd_release(identifier: str, node: str, fd: int = -1) -> list[str]:
+    """Takes down what an attachment through the nbd driver left: connection, nodes, device. As release()."""
+    failed: list[str] = []
+
+    def step(action: Callable[..., object], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except FileNotFoundError:
+            pass        # done before us
+        except OSError as error:
+            failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno or 0)}")
+
+    if fd >= 0:
+        step(shut_down, fd)
+    for number, _ in nbd_devices(identifier):
+        if nbd_number(node) == number:
+            step(os.unlink, node)
+        step(remove_part_nodes, node, [f"nbd{number}"])
+        step(nbd_disconnect, number)
     return failed
 
 
@@ -172,8 +301,8 @@ class Thread:
         return not os.path.exists(self.entry)
 
 
-def watch(control: int, abort: int, thread: Thread, mountpoint: str) -> bool:
-    """Until the client is done (True) or dead (False)."""
+def watch(control: int, thread: Thread, abort: Callable[[], object]) -> bool:
+    """Until the client is done (True) or dead (False); aborts the connection of one that cannot finish."""
     poller = select.poll()
     poller.register(control, select.POLLIN)
     if thread.fd >= 0:
@@ -201,10 +330,7 @@ def watch(control: int, abort: int, thread: Thread, mountpoint: str) -> bool:
                 continue
             if aborted:
                 return False
-            if abort >= 0:
-                os.write(abort, b"1")
-            else:
-                umount(mountpoint, MNT_FORCE | MNT_DETACH)
+            abort()
             aborted, deadline = True, deadline + AFTERMATH
         elif thread.gone():
             return False
@@ -220,20 +346,36 @@ def say(text: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    control, abort, pid, tid = map(int, arguments[:4])
-    mountpoint, node = arguments[4:]
+    kind = arguments[0]
+    control, pid, tid, fd = map(int, arguments[1:5])
+    below, node = arguments[5:]
+    if kind == "nbd":
+        __import__("socket")    # now: what has to be loaded may not be to be had later
+
+        def abort() -> object:
+            shut_down(fd)
+            return None
+
+        def clean() -> list[str]:
+            return nbd_release(below, node, fd)
+    else:
+        def abort() -> object:
+            return os.write(fd, b"1") if fd >= 0 else umount(below, MNT_FORCE | MNT_DETACH)
+
+        def clean() -> list[str]:
+            return release(below, node, fd)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     try:
-        done = watch(control, abort, Thread(pid, tid), mountpoint)
+        done = watch(control, Thread(pid, tid), abort)
     except Exception as error:      # whatever it is: from here on nobody else would clean up
         say(f"watchdog of {node}: {error!r}")
         done = False
     if done:
         return 0
     signal.alarm(LIMIT)     # default action: ends us, should a step hang after all
-    failed = release(mountpoint, node, abort)
+    failed = clean()
     say(f"{node}: process {pid} died with the device attached; "
         + ("not cleaned: " + "; ".join(failed) if failed else "cleaned up"))
     return 2 if failed else 1

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from muenfast.blk import Export, ExportConfig
 
 SERVER_ONLY = ("device", "read_only", "threads", "shm", "shm_size")
-CLIENT_ONLY = ("attach", "on_peer_loss", "same_store")
+CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_client_options(parser: argparse.ArgumentParser) -> None:
     """CLIENT_ONLY."""
     add = parser.add_argument
-    add("--attach", metavar="HOW", help="client: auto, fuse, or none: the connection alone (default: auto)")
+    add("--attach", metavar="HOW", help="client: what makes the block devices: fuse, nbd (the kernel's driver), auto: "
+                                        "the first of them to be had, or none (default: auto; with --nbd: none)")
+    add("--nbd", metavar="L", help="client: serve the disks as NBD exports on these Unix sockets, for nbd-client, "
+                                   "libnbd, qemu, fio: nbd+unix:///?socket=PATH; together with block devices: "
+                                   "--attach auto --nbd L")
     add("--on-peer-loss", metavar="WHAT", help="client: queue requests until the server is back, fail them, or "
                                                "timeout:SECONDS (default: queue)")
     add("--same-store", action="store_true", default=None,
@@ -132,16 +136,22 @@ def attach_disks(arguments: argparse.Namespace, lists: dict[str, Any], stop: Sto
     from muenfast.blk import BlockClients, OnPeerLoss, channels_from_lists
     from muenfast.control import ControlServer
 
-    channels = channels_from_lists(**lists)
+    sockets = None
+    if arguments.nbd is not None:
+        from muenfast.attach.sockets import paths_from_list
+
+        sockets = paths_from_list("--nbd", arguments.nbd)
+    channels = channels_from_lists(**lists, more={"--nbd": sockets})
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")
+    attach = arguments.attach or ("auto" if sockets is None else "none")
     with ExitStack() as stack:
-        clients = stack.enter_context(BlockClients(channels, attach=arguments.attach or "auto", on_peer_loss=policy,
+        clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
                                                    same_store=bool(arguments.same_store)))
         control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
         stack.callback(control.close)
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
-                       f"{d.path}" for d in clients.disks])
+                       f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}" for d in clients.disks])
             stop.wait(clients.finished)
         notify("STOPPING=1")
         return 0

@@ -33,7 +33,12 @@ def _show(entry: dict[str, object]) -> None:
     flags = " read-only" if entry.get("read_only") else ""
     print(f"  {entry['role']} {entry['req']} {entry['resp']} {entry.get('device', '-')} {entry['size']} bytes{flags}: "
           f"{entry.get('failure') or entry['state']}")
-    counters = entry["counters"]
+    print(f"    {_words(entry['counters'])}")
+    nbd = entry.get("nbd")
+    if isinstance(nbd, dict):
+        print(f"    NBD {nbd['socket']}: {_words(nbd['counters'])}")
+
+
+def _words(counters: object) -> str:
     assert isinstance(counters, dict)
-    words = [f"{name} {value}" for name, value in counters.items() if value]
-    print("    " + (", ".join(words) if words else "no traffic"))
+    return ", ".join(f"{name} {value}" for name, value in counters.items() if value) or "no traffic"

@@ -1,0 +1,57 @@
+"""The watchdog of an attachment, as its client holds it: started, told, ended."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from muenfast.attach import watchdog
+
+AFTER_DONE = 5.0    # seconds the watchdog has to end; on a busy machine it may only just be starting
+
+
+class Leash:
+    """A watchdog process of its own, which cleans up should this one die; see watchdog.py.
+
+    kind, arguments: what it watches over. thread: one that is gone soon after any kill. fds: descriptors passed on.
+    """
+
+    def __init__(self, kind: str, thread: int, arguments: Sequence[str], fds: Sequence[int]) -> None:
+        control, self._control = os.pipe()      # both close-on-exec; one is passed on
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", watchdog.__file__, kind, str(control), str(os.getpid()), str(thread),
+                 *arguments],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                pass_fds=[control, *fds], start_new_session=True, cwd="/")
+        except BaseException:
+            os.close(self._control)
+            raise
+        finally:
+            os.close(control)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def tell(self, message: str) -> bool:
+        """False: it had ended before."""
+        try:
+            os.write(self._control, message.encode() + b"\n")
+        except BrokenPipeError:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Nothing is left to do for it. Raises TimeoutError when it had to be killed."""
+        self.tell("done")
+        os.close(self._control)
+        try:
+            self._process.wait(AFTER_DONE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise TimeoutError(errno.ETIMEDOUT, "the watchdog did not end and was killed") from None
