@@ -38,7 +38,7 @@ test: $(V)/.installed $(V)/.test-group ## install what is missing, build, and ru
 
 # A virtual environment's python by its path: a shim costs seconds in software emulation.
 test-guest: $(V)/.installed $(V)/.test-group ## device tests in a kernel with device-mapper and nbd, under QEMU: tools/guest
-	@$(PY) tools/guest --time 1500 -- $(CURDIR)/$(PY) -m pytest -c tests/guest/pytest.ini --confcutdir=tests tests/guest \
+	@$(PY) tools/guest --time 1500 -- "$(CURDIR)/$(PY)" -m pytest -c tests/guest/pytest.ini --confcutdir=tests tests/guest \
 		$(ARGS)
 
 # stubtest compares the stubs with what is installed; the FUSE front end is not built everywhere.
