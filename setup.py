@@ -11,7 +11,7 @@ import subprocess
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard")]
+HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":
     CFLAGS.append("-Werror")
@@ -43,7 +43,8 @@ def extension(name: str, **more: list[str]) -> Extension:
                      extra_compile_args=cflags, extra_link_args=ldflags, **more)
 
 
-extensions = [extension(f"muenfast.{name}") for name in ("_ring", "_target", "_blk", "_client", "_bench")]
+extensions = [extension(f"muenfast.{name}")
+              for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bench")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
     extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, ldflags=fuse_libs))

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-# A shell's & or nohup has SIGINT ignored, and children inherit that: the tests send it.
+# A shell's & has SIGINT ignored, nohup SIGHUP, and children inherit that: the tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()

@@ -1,4 +1,4 @@
-"""Plain SHMStream v2 and inline-block peers, written from the protocol text alone.
+"""Plain SHMStream v2 peers, inline block peers and a shared-buffer client, from the protocol text alone.
 
 They share no code with muenfast, so that agreement between the two means something. Header
 fields are read and written through a native 64-bit view: one access each, in program order, which
@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -37,6 +37,17 @@ SECTOR_BYTES = 512
 
 READ, WRITE, COMMAND = 0, 1, 2
 COMMAND_SYNC, COMMAND_SIZE = 0, 1
+
+BUFFER_PROTOCOL = 0x5155684453516F3D
+BUFFER_REQUEST_REGION_BYTES = 0x8000
+BUFFER_RESPONSE_REGION_BYTES = 0x4000
+BUFFER_BYTES = 16 << 20
+
+# Kinds of requests beside a shared buffer.
+NONE, BUFFER_READ, BUFFER_WRITE, DISCARD, SYNC, GET_SMART = range(6)
+MEDIA_BLOCKS, BLOCK_LENGTH = 0x10, 0x11
+MAX_REQUESTS, MAX_BLOCKS_COUNT, MAX_DEVICES = 0x19, 0x1A, 0x1B
+RESET = 0x1F
 
 
 class Result(str, enum.Enum):
@@ -594,3 +605,202 @@ class InlineServer:
             self._stale_left -= 1
             self._resp.write(raw)
         self.answered.append(answer._replace(data=b""))
+
+
+class BufferRequest(NamedTuple):
+    """One request of the shared-buffer transport."""
+
+    kind: int
+    device: int = 0
+    tag: int = 0
+    length: int = 0
+    device_offset: int = 0
+    buffer_offset: int = 0
+
+    def pack(self) -> bytes:
+        return _BUFFER_REQUEST.pack(*self)
+
+
+class BufferResponse(NamedTuple):
+    """Its answer."""
+
+    kind: int
+    device: int
+    tag: int
+    status: int
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> BufferResponse:
+        return cls(*_BUFFER_RESPONSE.unpack(raw))
+
+
+class BufferDevice(NamedTuple):
+    """What a device of a connection says of itself."""
+
+    blocks: int
+    block_length: int
+    max_blocks: int
+
+
+_BUFFER_REQUEST = struct.Struct("<HHIQQQ")
+_BUFFER_RESPONSE = struct.Struct("<HHIQ")
+BUFFER_REQUEST_BYTES = _BUFFER_REQUEST.size
+BUFFER_RESPONSE_BYTES = _BUFFER_RESPONSE.size
+
+
+class BufferClient:
+    """A second-generation block client, starting up as Muen's does.
+
+    Keeping at most as many requests outstanding as either ring holds is up to the caller, and so
+    is which part of `buffer` belongs to which of them. `idle` is called while waiting.
+    """
+
+    def __init__(
+        self,
+        req: str,
+        resp: str,
+        buffer: str,
+        req_protocol: int = BUFFER_PROTOCOL,
+        resp_protocol: int = BUFFER_PROTOCOL,
+        *,
+        request_region: int = BUFFER_REQUEST_REGION_BYTES,
+        buffer_size: int = BUFFER_BYTES,
+        epoch: int | None = None,
+        timeout: float = 5.0,
+        idle: Callable[[], object] = lambda: time.sleep(POLL_SECONDS),
+    ) -> None:
+        self.timeout = timeout
+        self.devices: list[BufferDevice] = []
+        self._idle = idle
+        self._resp_name = resp
+        self._resp_protocol = resp_protocol
+        self._resp: ChannelReader | None = None
+        fd = os.open(channel_path(buffer), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(fd).st_size == 0:
+                os.ftruncate(fd, buffer_size)
+            self._map = mmap.mmap(fd, 0)
+        finally:
+            os.close(fd)
+        self.buffer = memoryview(self._map)
+        self._req = ChannelWriter(req, BUFFER_REQUEST_BYTES, req_protocol, request_region, epoch)
+        self._next_tag = random.getrandbits(32)
+
+    @property
+    def ring(self) -> ChannelWriter:
+        """The request channel."""
+        return self._req
+
+    def connect(self) -> list[BufferDevice]:
+        """A life's beginning: activate, drain, wait, Reset, ask for every device's geometry."""
+        deadline = time.monotonic() + self.timeout
+        self._req.activate()
+        if self._resp is None:
+            self._resp = ChannelReader(
+                self._resp_name, self._resp_protocol, BUFFER_RESPONSE_BYTES, timeout=self.timeout
+            )
+        while True:
+            self._resp.drain()
+            if self._resp.synchronised:
+                break
+            if _expired(deadline):
+                raise TimeoutError("the response channel stays inactive")
+            self._idle()
+        self.call(RESET)
+        count = self.call(MAX_DEVICES)
+        self.devices = [
+            BufferDevice(
+                self.call(MEDIA_BLOCKS, device),
+                self.call(BLOCK_LENGTH, device),
+                self.call(MAX_BLOCKS_COUNT, device),
+            )
+            for device in range(count)
+        ]
+        return self.devices
+
+    def tag(self) -> int:
+        """A tag of its own."""
+        self._next_tag = (self._next_tag + 1) & 0xFFFFFFFF
+        return self._next_tag
+
+    def send(self, *requests: BufferRequest) -> None:
+        """Publish all requests at once, as they are."""
+        self._req.write_many([request.pack() for request in requests])
+
+    def poll(self) -> BufferResponse | None:
+        """The next response that is there, whatever it answers.
+
+        Raises ConnectionResetError when the server went or restarted, and RuntimeError when
+        responses were overwritten before they were read.
+        """
+        if self._resp is None:
+            raise RuntimeError("not connected")
+        result, raw = self._resp.read()
+        if raw is not None:
+            return BufferResponse.unpack(raw)
+        if result is Result.OVERRUN_DETECTED:
+            raise RuntimeError(f"{self._resp.lost} responses lost")
+        if result is not Result.NO_DATA:
+            raise ConnectionResetError(f"the server has gone ({result.value})")
+        return None
+
+    def answers(self, count: int) -> list[BufferResponse]:
+        """The next `count` responses; raises TimeoutError, and what poll() raises."""
+        deadline = time.monotonic() + self.timeout
+        found: list[BufferResponse] = []
+        while len(found) < count:
+            answer = self.poll()
+            if answer is not None:
+                found.append(answer)
+                continue
+            if _expired(deadline):
+                raise TimeoutError(f"{len(found)} of {count} responses")
+            self._idle()
+        return found
+
+    def call(
+        self,
+        kind: int,
+        device: int = 0,
+        length: int = 0,
+        device_offset: int = 0,
+        buffer_offset: int = 0,
+    ) -> int:
+        """The status that answers one request; answers to others are dropped."""
+        request = BufferRequest(kind, device, self.tag(), length, device_offset, buffer_offset)
+        self.send(request)
+        while True:
+            (answer,) = self.answers(1)
+            if answer[:3] == request[:3]:
+                return answer.status
+
+    def read(self, device: int, device_offset: int, length: int, at: int = 0) -> bytes:
+        """Through the buffer's bytes from `at` on."""
+        self._succeed(self.call(BUFFER_READ, device, length, device_offset, at))
+        return bytes(self.buffer[at : at + length])
+
+    def write(self, device: int, device_offset: int, data: bytes, at: int = 0) -> None:
+        self.buffer[at : at + len(data)] = data
+        self._succeed(self.call(BUFFER_WRITE, device, len(data), device_offset, at))
+
+    def discard(self, device: int, device_offset: int, length: int) -> None:
+        self._succeed(self.call(DISCARD, device, length, device_offset))
+
+    def sync(self, device: int) -> None:
+        self._succeed(self.call(SYNC, device))
+
+    def disconnect(self) -> None:
+        self._req.deactivate()
+
+    def close(self) -> None:
+        """Unmap without disconnecting, like a client that died; call disconnect() to be polite."""
+        self._req.close()
+        if self._resp is not None:
+            self._resp.close()
+        self.buffer.release()
+        self._map.close()
+
+    @staticmethod
+    def _succeed(status: int) -> None:
+        if status:
+            raise OSError(status, f"status {status}")

@@ -57,7 +57,8 @@ def test_rows_are_sampled_in_turns() -> None:
     assert "".join(order) == "abcabcabc" and all(len(row.samples) == 3 for row in rows)
 
 
-@pytest.mark.parametrize("words", [("bench", "net2"), ("bench", "ring", "--rounds", "0"), ("bench", "--scale", "0")])
+@pytest.mark.parametrize("words", [("bench", "net2"), ("bench", "ring", "--rounds", "0"), ("bench", "--scale", "0"),
+                                   ("bench", "ring", "--json", "/none/b.json"), ("bench", "ring", "--plot", "/tmp")])
 def test_a_wrong_subject_or_number_is_a_usage_error(words: tuple[str, ...]) -> None:
     """Status 2 and the rule, nothing measured."""
     done = run(*words)

@@ -307,9 +307,33 @@ def test_wrong_offsets_and_lengths(link: Link) -> None:
 def test_the_engine_sends_no_block_beyond_the_disk(link: Link, first: int, count: int) -> None:
     """It is refused here, not left to the server."""
     with link.server(bytearray(BLOCKS * BLOCK_BYTES)), link.device() as device:
-        for call in (device.client.read_blocks, device.client.write_blocks):
+        for write in (False, True):
             with pytest.raises(UsageError, match="beyond the disk"):
-                call(first, bytearray(count * BLOCK_BYTES))
+                device.client.move(write, first * BLOCK_BYTES, bytearray(count * BLOCK_BYTES))
+            with pytest.raises(UsageError, match="beyond the disk"):
+                device.client.scattered(write, [first * BLOCK_BYTES], bytearray(count * BLOCK_BYTES))
+        with pytest.raises(UsageError, match="beyond the disk"):
+            device.client.read(count * BLOCK_BYTES, first * BLOCK_BYTES)
+
+
+def test_numbers_that_are_none(link: Link) -> None:
+    """Neither a fraction nor a negative length is rounded; unaligned or not, nothing is moved."""
+    with link.server(bytearray(b"z" * BLOCKS * BLOCK_BYTES)), link.device() as device:
+        for offset in (0.0, 1.5, "0", None):
+            for call in (lambda: device.pread(BLOCK_BYTES, offset), lambda: device.pwrite(block(1), offset),
+                         lambda: device.pread_into(bytearray(8), offset), lambda: device.pwrite_many([offset], block(1))):
+                with pytest.raises(TypeError):
+                    call()
+        for length in (-1, 1 << 63, 1 << 70):
+            with pytest.raises(UsageError):
+                device.pread(length, 0)
+        with pytest.raises(TypeError):
+            device.pread(1.0, 0)
+        writes = device.client.counters["writes"]
+        for offset in (0, 5, BLOCKS * BLOCK_BYTES):
+            assert device.pread(0, offset) == b"" and device.pwrite(b"", offset) == 0
+        assert device.client.counters["writes"] == writes
+        assert device.pread(BLOCKS * BLOCK_BYTES, 0) == b"z" * BLOCKS * BLOCK_BYTES
 
 
 def test_no_server(link: Link) -> None:
@@ -426,7 +450,7 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
         welcome.result()
         assert client.resume()
         hand.writer.activate()  # another server; nobody has looked since
-        call = Worker(lambda: client.write_blocks(0, block(1)))
+        call = Worker(lambda: client.move(True, 0, block(1)))
         eventually(lambda: client.state == "lost")
         assert hand.reader.read()[1] is None
         client.fail()
@@ -478,6 +502,8 @@ def test_a_depth_bounds_what_is_in_flight(link: Link, hand: Hand) -> None:
     """With depth=3 the fourth of ten requests is written once the first is answered, and so on, until all are."""
     with pytest.raises(UsageError, match="depth"):
         link.device(depth=1025)
+    with pytest.raises(UsageError, match="depth"):
+        link.device(depth=1.5)
     opening = Worker(lambda: link.device(depth=3))
     hand.welcome()
     device = opening.result()

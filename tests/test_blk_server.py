@@ -817,8 +817,9 @@ def test_a_client_that_stores_its_counters_in_pieces(link: Link) -> None:
 
 def test_a_watch_wakes_engines_that_are_idle() -> None:
     """Two idle engines without bells, asked to sleep for a minute, see a client that comes, and stop(), at once."""
-    from muenfast._blk import Server, Store
+    from muenfast._blk import Server
     from muenfast._ring import Watch, Writer
+    from muenfast._store import Store
 
     watch = Watch()
     servers, requests = [], []

@@ -86,6 +86,7 @@ MISUSE = {
     "empty entry": ("--req {a}, --resp {c},{d}", ["--req, entry 1", "{a},", "must not be empty"]),
     "empty list": ("--req {a} --resp =", ["--resp, entry 0", "must not be empty"]),
     "devices": (TWO + " --device ram:4096", ["--device, entry 1", "is missing", "2 in --req"]),
+    "unknown kind": (PAIR + " --device ramm:1M", ["--device, entry 0 'ramm:1M'", "no kind of device 'ramm'", "./ramm:1M"]),
     "sizes": (PAIR + " --size 1M,1M", ["--size, entry 1", "no partner in --req", "2 here and 1"]),
     "protocols": (TWO + " --resp-protocol 1,2,3", ["--resp-protocol, entry 2", "no partner"]),
     # names
@@ -161,7 +162,7 @@ def test_misuse_is_told_in_one_line_and_undone(case: str, four: dict[str, str], 
 
 
 REFUSED = {
-    "missing path": ("--req {a},{tmp}/none --resp {c},{d}", ["--req, entry 1 '{tmp}/none'", "No such file"]),
+    "missing path": ("--req {a},{tmp}/none --resp {c},{d}", ["--req, entry 1 '{tmp}/none'", "No such file", "truncate -s"]),
     "missing path, second list": (TWO.replace("{d}", "{tmp}/none"), ["--resp, entry 1 '{tmp}/none'", "No such file"]),
     "directory as a channel": ("--req {tmp} --resp {c}", ["--req, entry 0 '{tmp}'", "not a file that can be mapped"]),
     "a size without end": (PAIR + " --device ram:1000000T", ["--device, entry 0 'ram:1000000T'", "memory"]),

@@ -55,8 +55,10 @@ def names_of(part: str, place: Path, name: str) -> str:
                         if plain in exported())
     types = re.findall(r"^struct (__pyx_t_8muenfast_\d+_[a-z]+_(\w+_t)) \{", code, re.MULTILINE)
     lines = [f'#define {part}_SOURCE "{name}.c"', f"#define {part}_FUNCTION(name) __pyx_f_{mangled}##name",
-             f"#define {part}_CONSTANT(name) __pyx_e_{mangled}##name", f"#define {part}_BINDINGS {bindings}",
+             f"#define {part}_CONSTANT(name) {part}_CONSTANT_##name", f"#define {part}_BINDINGS {bindings}",
              f"#define {part}_TYPE(name) {part}_TYPE_##name"]
+    constants = sorted(set(re.findall(r"\b(__pyx_e_8muenfast_\d+_[a-z]+_([A-Z]\w*))\b", code)))
+    lines += [f"#define {part}_CONSTANT_{short} {full}" for full, short in constants]
     lines += [f"#define {part}_TYPE_{short} struct {full}" for full, short in types]
     return "\n".join(lines) + "\n"
 

@@ -107,7 +107,7 @@ MISUSE = {
     "its devices": ("muenblock-server connections=1:{a}:{b}:{c} devices=/x:2", ["devices, entry 0 '/x:2'",
                                                                                "no connection has the ID '2'"]),
     "no such transport": ("muenblock-client connections=1:{a}:{b}:{c}", ["connections: the shared-buffer transport is "
-                                                                         "not in this build", "req_shm_name"]),
+                                                                         "not in this build's client", "req_shm_name"]),
 }
 
 

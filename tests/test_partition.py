@@ -22,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from muenfast import BlockDevice, ClaimError, UsageError, partition, shm
-from muenfast._blk import Store
+from muenfast._store import Store
 from muenfast.backing import Device, open_device
 from muenfast.partition import Partition, Table
 

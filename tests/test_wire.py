@@ -20,8 +20,10 @@ CHANNEL = [("transport", "Q"), ("epoch", "Q"), ("protocol", "Q"), ("size", "Q"),
 EVENT = [("kind", "I"), ("error", "i"), ("id", "Q"), ("valid", "I"), ("priv", "I")]
 BELL = [("magic", "Q"), ("seq", "I"), ("waiters", "I"), ("ringer", "Q"), ("state", "I"), ("flags", "I"),
         ("store", "16s"), ("unused", "16s"), ("reader_rc", "Q"), ("reader_epoch", "Q"), ("unused2", "48s")]
+REQUEST = [("kind", "H"), ("device", "H"), ("tag", "I"), ("length", "Q"), ("device_offset", "Q"), ("buffer_offset", "Q")]
+RESPONSE = [("kind", "H"), ("device", "H"), ("tag", "I"), ("status", "Q")]
 STRUCTS = {"ring_header": CHANNEL, "block_event_header": EVENT, "bell_page": BELL,
-           "block_event": [("header", "24s"), ("data", "4096s")]}
+           "block_event": [("header", "24s"), ("data", "4096s")], "block_request": REQUEST, "block_response": RESPONSE}
 
 HEADER = Path(__file__).parents[1] / "src" / "muenfast" / "_wire.h"
 
@@ -72,7 +74,8 @@ def test_layout_tells_what_is_described() -> None:
     assert layout() == {
         "transport": 0x487312B6B79A9B6D, "header_size": 64, "header_fields": offsets(CHANNEL), "block_size": 4096,
         "sector_size": 512, "event_size": 4120, "event_header_size": 24, "bell_size": 128,
-        "request_protocol": 0x9570208DCA77DB19, "response_protocol": 0x9851BE3282FEF0DC}
+        "request_protocol": 0x9570208DCA77DB19, "response_protocol": 0x9851BE3282FEF0DC,
+        "buffer_protocol": 0x5155684453516F3D, "buffer_request_size": 32, "buffer_response_size": 16}
 
 
 def test_a_writer_puts_the_header_of_the_specification() -> None:

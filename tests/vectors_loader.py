@@ -51,6 +51,31 @@ class EventVector:
     response_fields: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Effect:
+    """`bytes` bytes from `offset` on of the buffer or a device that are `fill` afterwards."""
+
+    where: str
+    offset: int
+    bytes: int
+    fill: int
+
+
+@dataclass(frozen=True)
+class BufferVector:
+    """A request with a shared buffer, what it meets, its response, and all that changes."""
+
+    name: str
+    rule: str
+    devices: tuple[bytes, ...]
+    buffer: bytes
+    request: bytes
+    request_fields: dict[str, int]
+    response: bytes
+    response_fields: dict[str, int]
+    effects: tuple[Effect, ...]
+
+
 def _number(value: str | int) -> int:
     return value if isinstance(value, int) else int(value, 0)
 
@@ -122,6 +147,46 @@ def event_vectors() -> list[EventVector]:
                 request_fields=request_fields,
                 response=response,
                 response_fields=response_fields,
+            )
+        )
+    return vectors
+
+
+def _message(table: dict[str, Any], size: int) -> tuple[bytes, dict[str, int]]:
+    raw = _hex(table["hex"])
+    if len(raw) != size:
+        raise ValueError(f"a message of {len(raw)} bytes, not {size}")
+    return raw, {name: _number(value) for name, value in table.items() if name != "hex"}
+
+
+def _effect(table: dict[str, Any]) -> Effect:
+    return Effect(table["where"], table["offset"], table["bytes"], _number(table["fill"]))
+
+
+def buffer_vectors() -> list[BufferVector]:
+    """All vectors of a request with a shared buffer, in the order of their file names."""
+    vectors = []
+    for path in sorted(DIRECTORY.glob("*.toml")):
+        document = _load(path)
+        if "buffer_request" not in document:
+            continue
+        request, request_fields = _message(document["buffer_request"], 32)
+        response, response_fields = _message(document["buffer_response"], 16)
+        devices = document["devices"]
+        vectors.append(
+            BufferVector(
+                name=document["name"],
+                rule=document["rule"],
+                devices=tuple(
+                    bytes([_number(fill)]) * size
+                    for size, fill in zip(devices["bytes"], devices["fill"], strict=True)
+                ),
+                buffer=bytes([_number(document["buffer"]["fill"])]) * document["buffer"]["bytes"],
+                request=request,
+                request_fields=request_fields,
+                response=response,
+                response_fields=response_fields,
+                effects=tuple(_effect(table) for table in document.get("effects", ())),
             )
         )
     return vectors

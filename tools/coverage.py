@@ -97,8 +97,8 @@ def main() -> int:
     for name, (total, reached) in sorted(figures.items()):
         if total:
             print(f"{total:6} {reached / total:8.1%}  {name}")
-    expected = {f"src/muenfast/{name}" for name in ("_ring.pyx", "_target.pyx", "_blk.pyx", "_client.pyx", "_atomics.h",
-                                                       "_copy.h", "_guard.h")}
+    expected = {f"src/muenfast/{name}" for name in ("_ring.pyx", "_target.pyx", "_store.pyx", "_engine.pyx", "_blk.pyx",
+                                                       "_buffer.pyx", "_client.pyx", "_atomics.h", "_copy.h", "_guard.h")}
     missing = sorted(expected - set(figures))
     if missing and tests:
         print(f"no figures for {', '.join(missing)}")

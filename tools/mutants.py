@@ -42,6 +42,7 @@ BARRIER = re.compile(r"^\s+(dmb\s+\w+|ldar|ldapr|stlr|ldaxr|stlxr|swpal|ldaddal)
 RING = ("tests/test_ring.py", "tests/test_ring_model.py", "tests/test_ring_hostile.py", "tests/test_ring_stress.py")
 SERVER = ("tests/test_blk_server.py",)
 CLIENT = ("tests/test_blk_client.py",)
+BUFFER = ("tests/test_blk_buffer.py",)
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
 
@@ -81,13 +82,19 @@ MUTATIONS = [
     fence("F1", "writer_reserve", "release", "overrun"),
     fence("F2", "reader_intact", "acquire", "overrun"),
     fence("F2' server", "server_intact", "acquire", "server-memory", "server-file"),
-    fence("F2' forgotten", "server_forgotten", "acquire", "server-forgotten"),
+    fence("F2' forgotten", "rewritten", "acquire", "server-forgotten"),
     fence("F3", "writer_start", "release", "restart"),
     fence("F4", "reader_sync", "acquire", "sync"),
     fence("F5", "ring", "seq_cst", "bell", "bell-start", "bell-stop"),
     fence("F6", "reader_wait", "seq_cst", "bell"),
     fence("F6' bells", "readers_wait", "seq_cst", "bells"),
     Mutation("bells: waiters", "readers_wait", "store_relaxed32(&r.bell.waiters, 1)", "pass", (), ("bells",)),
+    Mutation("bells: the last look", "readers_wait", "before the last look\n        if any_ready(set):",
+             "before the last look\n        if False:", (), ("bells",)),
+    Mutation("settling: another epoch", "reader_settled", "if load_relaxed64(&r.hdr.epoch) != r.epoch:", "if False:",
+             (), ("restart", "sync")),
+    Mutation("settling is bounded", "reader_settled",
+             "if r.given_up_ns != 0 and start - r.given_up_ns < r.settle_ns:", "if False:", (), ("settle",)),
     relaxed("bells: the sequence's load", "readers_wait", "&r.bell.seq", spare="F5 and F6' order it"),
     fence("F7", "wake_callers", "seq_cst", "await"),
     fence("F8", "client_await", "seq_cst", "await"),
@@ -198,9 +205,9 @@ MUTATIONS = [
              " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0", "", (), ("server-file-lowered",)),
     Mutation("server: an earlier server's requests", "server_batch", "if <int64_t>(s.void_below - s.r.rc) > 0:",
              "if False:", SERVER),
-    Mutation("server: the last request forgotten", "server_loop", " and server_forgotten(s)", " and False", SERVER),
-    Mutation("server forgotten: WSC", "server_forgotten",
-             "if load_relaxed64(&s.r.hdr.wsc) - (s.r.rc - 1) > s.r.elements:", "if False:", SERVER,
+    Mutation("server: the last request forgotten", "server_step", " and server_forgotten(s)", " and False", SERVER),
+    Mutation("server forgotten: WSC", "rewritten",
+             "if load_relaxed64(&r.hdr.wsc) - (r.rc - 1) > r.elements:", "if False:", SERVER,
              ("server-forgotten",)),
     Mutation("server: a run's blocks", "server_batch",
              "\n                    and check_event(s, &s.heads[k + run]) == 0", "", SERVER),
@@ -208,7 +215,7 @@ MUTATIONS = [
     Mutation("server: no old bytes under an error", "server_run_blocks", "if s.heads[first].kind == EVENT_READ:",
              "if False:", SERVER),
     Mutation("server: store taken away", "server_move",
-             "return -EIO if s.store.broken != NULL and load_acquire32(s.store.broken) != 0 else 0", "return 0", SERVER),
+             "return -EIO if store_broken(s.store) else 0", "return 0", SERVER),
     Mutation("server: file cut short", "transfer", "return -EIO                 # the file was cut", "return 0  #",
              SERVER),
     # ------------------------------------------------------------ the client
@@ -235,15 +242,42 @@ MUTATIONS = [
              "if False:", CLIENT),
     Mutation("await: done once more", "client_await", "            if load_acquire32(&b.done) == 0:\n    ", "", (),
              ("await",)),
-    Mutation("bounds: blocks", "blocks", "if first < 0 or first + view.len // BLOCK_SIZE > self.nblocks:", "if False:",
-             CLIENT),
+    # ------------------------------------------------------------ the server with a buffer
+    Mutation("buffer: alignment", "check_request", " or (h.length | h.device_offset) & (d.block_size - 1) != 0", "",
+             BUFFER),
+    Mutation("buffer: the device's end", "check_request",
+             "if h.device_offset > d.size or h.length > d.size - h.device_offset:",
+             "if h.device_offset + h.length > d.size:", BUFFER),
+    Mutation("buffer: the buffer's end", "check_request",
+             "if h.buffer_offset > s.length or h.length > s.length - h.buffer_offset:",
+             "if h.buffer_offset + h.length > s.length:", BUFFER),
+    Mutation("buffer: the device's number", "check_request", "if h.device >= s.ndevices:", "if h.device > s.ndevices:",
+             BUFFER),
+    Mutation("buffer: a run on the device", "buffer_run", " or next.device_offset != h.device_offset + length", "", BUFFER),
+    Mutation("buffer: a run in the buffer", "buffer_run",
+             "if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length:", "if False:", BUFFER),
+    Mutation("buffer: a run is checked", "buffer_run", "if check_request(s, next) != 0:", "if False:", BUFFER),
+    Mutation("buffer: what fails together", "buffer_run", "if together != 0 and run > 1:", "if False:", BUFFER),
+    Mutation("buffer: an ended life", "buffer_answer", "load_acquire64(&s.r.hdr.epoch) != s.r.epoch or ", "",
+             ("tests/test_blk_shm.py",)),
+    Mutation("buffer: void requests", "buffer_batch", "if predecessors and not repeatable(h):", "if False:", BUFFER),
+    Mutation("buffer: a ring gone round", "buffer_begin", "if s.void_below > s.r.elements:", "if False:", BUFFER),
+    Mutation("buffer: the last request forgotten", "buffer_step", " and rewritten(&s.r, &s.last, sizeof(s.last))",
+             " and False", BUFFER),
+    Mutation("buffer: taken away", "buffer_move", "return -EIO if load_acquire32(s.broken) != 0 else status",
+             "return status", BUFFER),
+    Mutation("buffer: a batch fits the response ring", "buffer_batch", "min(min(available, <uint64_t>BATCH), s.w.elements)",
+             "min(available, <uint64_t>BATCH)", BUFFER),
+    Mutation("buffer: room for SMART data", "buffer_smart", "SMART_SIZE > s.length - h.buffer_offset", "False", BUFFER),
+    # ------------------------------------------------------------ calls
+    Mutation("bounds: one piece", "place", "if at > size or length > size - at:", "if False:", CLIENT),
     Mutation("bounds: scattered", "scattered", "if at > self.nblocks or each > self.nblocks - at:", "if False:", CLIENT),
 ]
 
 
 def sources(tree: Path) -> list[Path]:
     package = tree / "src/muenfast"
-    return sorted([*package.glob("*.pyx"), *package.glob("*.h")])
+    return sorted([*package.glob("*.pyx"), *package.glob("*.pxd"), *package.glob("*.h")])
 
 
 def bodies(path: Path, text: str, function: str) -> Iterator[tuple[int, int]]:
@@ -257,8 +291,8 @@ def bodies(path: Path, text: str, function: str) -> Iterator[tuple[int, int]]:
         yield found.start(), end.start() if end else len(text)
 
 
-def apply(tree: Path, mutation: Mutation) -> str:
-    """Replaces the text; the name of the file. Ends the program where it does not stand where it is said to."""
+def mutated(tree: Path, mutation: Mutation) -> tuple[Path, str]:
+    """The file and its text with that replaced. Ends the program where it does not stand where it is said to."""
     found = [(path, text, span) for path in sources(tree) for text in [path.read_text()]
              for span in bodies(path, text, mutation.function)]
     if len(found) != 1:
@@ -273,7 +307,13 @@ def apply(tree: Path, mutation: Mutation) -> str:
     if count != mutation.count or new == body:
         sys.exit(f"{mutation.name}: {mutation.function} in {path.name} has that text {count} times, not {mutation.count}:"
                  f"\n{mutation.old}")
-    path.write_text(text[:start] + new + text[end:])
+    return path, text[:start] + new + text[end:]
+
+
+def apply(tree: Path, mutation: Mutation) -> str:
+    """Replaces the text; the name of the file."""
+    path, text = mutated(tree, mutation)
+    path.write_text(text)
     return path.name
 
 
@@ -344,7 +384,7 @@ def scenarios(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def barriers(tree: Path, file: str) -> Counter[str]:
     """What orders memory in the arm64 code of the module that this file belongs to."""
-    name = "_ring" if file.endswith(".h") else file.removesuffix(".pyx")
+    name = "_ring" if file.endswith(".h") else "_blk" if file.endswith(".pxd") else file.removesuffix(".pyx")
     code = tree / "arm64.c"
     subprocess.run([sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", "src", "-o", code,
                     f"src/muenfast/{name}.pyx"], cwd=tree, check=True)

@@ -4,31 +4,18 @@ Runs without the GIL and allocates nothing per request. Trust: of every request 
 validated, and only the copy is used; payload is used in place and checked for being intact afterwards.
 """
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING
-from libc.errno cimport EFAULT, EINTR, EINVAL, EIO, EROFS, errno
+from libc.errno cimport EINVAL, EIO, EROFS
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.types cimport off_t
 
 from muenfast._engine cimport *
 from muenfast._ring cimport *
+from muenfast._store cimport *
 from muenfast._thread cimport TIMER_SLACK_NS, prepare_thread
 from muenfast._wire cimport *
 
-import os as _os
-
 from muenfast.errors import UsageError
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t preadv(int fd, const iovec *iov, int n, off_t offset)
-    ssize_t pwritev(int fd, const iovec *iov, int n, off_t offset)
-
-cdef extern from "<unistd.h>" nogil:
-    int fdatasync(int fd)
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -47,140 +34,6 @@ cdef uint64_t BUDGET_NS = 50_000_000
 cdef uint64_t BUDGET_PERIOD_NS = 2_000_000_000
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
-# A client without a bell may have restarted under its old epoch: its last request is looked at again this often.
-cdef uint64_t SAME_EPOCH_NS = 20_000_000
-
-
-# ------------------------------------------------------------------ stores
-
-cdef enum:
-    STORE_MEMORY = 0
-    STORE_FILE = 1
-    STORE_NULL = 2
-
-
-cdef struct store_t:
-    int kind
-    int fd
-    uint8_t *memory
-    const uint32_t *broken  # memory: 1 when it was taken away and zeros stand there
-    uint64_t offset         # file: bytes before block 0; with all blocks it is below 2^63
-    uint64_t nblocks
-    bint read_only
-
-
-cdef class Store:
-    """What a server exports: nblocks blocks of 4096 bytes.
-
-    Made by in_memory(), in_file() or null(). identity: 16 bytes that name the data, stable for as long as they
-    live; a client re-issues requests only to the identity it knew.
-    """
-    cdef store_t s
-    cdef Mapping memory
-    cdef readonly bytes identity
-
-    @property
-    def nblocks(self):
-        """Size in blocks of 4096 bytes."""
-        return self.s.nblocks
-
-    @property
-    def read_only(self):
-        """Whether writes are refused."""
-        return self.s.read_only
-
-    @property
-    def waits(self):
-        """Whether it makes system calls, which may wait."""
-        return self.s.kind == STORE_FILE
-
-    @staticmethod
-    def in_memory(memory, *, read_only=False, identity=None):
-        """A store in a buffer (writable unless read_only), held until close(). Truncated shared memory gives EIO."""
-        cdef Store self = Store.__new__(Store)
-        self.memory = hold(memory, not read_only, BLOCK_SIZE)
-        self.s.kind = STORE_MEMORY
-        self.s.memory = self.memory.base
-        self.s.broken = self.memory.broken
-        return self.finish(self.memory.length, read_only, identity)
-
-    @staticmethod
-    def in_file(int fd, size, *, offset=0, read_only=False, identity=None):
-        """A store in `size` bytes from byte `offset` on of an open file or block device; the descriptor stays the
-        caller's."""
-        cdef Store self = Store.__new__(Store)
-        if offset < 0 or offset + size >= 1 << 63:
-            raise UsageError("a store ends below 2^63", value=offset + size)
-        self.s.kind = STORE_FILE
-        self.s.fd = fd
-        self.s.offset = offset
-        return self.finish(size, read_only, identity)
-
-    @staticmethod
-    def null(size, *, identity=None):
-        """Reads zeros, forgets writes."""
-        cdef Store self = Store.__new__(Store)
-        self.s.kind = STORE_NULL
-        return self.finish(size, False, identity)
-
-    cdef Store finish(self, object size, bint read_only, object identity):
-        if identity is None:
-            identity = _os.urandom(16)
-        if len(identity) != 16:
-            raise UsageError("a store's identity has 16 bytes", value=identity)
-        self.identity = bytes(identity)
-        self.s.nblocks = size // BLOCK_SIZE
-        self.s.read_only = read_only
-        if self.s.nblocks == 0:
-            raise UsageError("a disk has at least one block of 4096 bytes", value=size)
-        return self
-
-    def close(self):
-        """Lets go of the buffer. No server may still use the store."""
-        if self.memory is not None:
-            self.s.nblocks = 0
-            self.s.memory = NULL
-            self.memory.drop()
-
-
-cdef int transfer(const store_t *s, bint write, iovec *iov, int n, uint64_t block) noexcept nogil:
-    """Moves n pieces, consecutive from `block` on, to or from a file; 0 or a negative errno.
-
-    EFAULT (the ring's memory was taken away) becomes EIO: it is no fault of the store.
-    """
-    cdef off_t at = <off_t>(s.offset + block * BLOCK_SIZE)
-    cdef ssize_t moved
-    cdef size_t left
-    while n > 0:
-        moved = pwritev(s.fd, iov, n, at) if write else preadv(s.fd, iov, n, at)
-        if moved < 0:
-            if errno == EINTR:
-                continue
-            return -EIO if errno == EFAULT else -errno
-        if moved == 0:
-            return -EIO                 # the file was cut short behind our back
-        at += moved
-        left = <size_t>moved
-        while n > 0 and left >= iov[0].iov_len:
-            left -= iov[0].iov_len
-            iov += 1
-            n -= 1
-        if left:
-            iov[0].iov_base = <uint8_t *>iov[0].iov_base + left
-            iov[0].iov_len -= left
-    return 0
-
-
-# ------------------------------------------------------------------ server
-
-cdef enum server_event:
-    SERVER_TICK = 0
-    SERVER_CONNECTED = 1
-    SERVER_DISCONNECTED = 2
-    SERVER_INCOMPATIBLE = 3
-    SERVER_OVERRUN = 4
-    SERVER_STOPPED = 5
-    SERVER_UNRULY = 6       # of a group: this one made the others wait; after another event or alone
 
 
 cdef struct server_counters:
@@ -204,7 +57,7 @@ cdef struct server_t:
     writer_t w
     const store_t *store
     uint32_t stop
-    bint overrun            # a new response epoch is due, once the answers published had GRACE_NS to be read
+    uint64_t grace_until    # after an overrun: when a new response epoch is due, the old answers being read
     bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
     uint64_t void_below     # requests of this epoch with a number below are void
     uint64_t refused        # incompatible epoch that was reported
@@ -272,17 +125,17 @@ cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) 
             else:
                 memset(data, 0, BLOCK_SIZE)
     if s.store.kind == STORE_MEMORY:
-        return -EIO if s.store.broken != NULL and load_acquire32(s.store.broken) != 0 else 0
+        return -EIO if store_broken(s.store) else 0
     if s.store.kind != STORE_FILE:
         return 0
     if not write:
-        return transfer(s.store, False, s.iov, <int>n, block)
+        return transfer(s.store, False, s.iov, <int>n, block * BLOCK_SIZE)
     if not server_intact(s, first):
         count64(&s.n.torn, n)
         return -EIO
     s.iov[0].iov_base = s.stage
     s.iov[0].iov_len = n * BLOCK_SIZE
-    return transfer(s.store, True, s.iov, 1, block)
+    return transfer(s.store, True, s.iov, 1, block * BLOCK_SIZE)
 
 
 cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
@@ -314,15 +167,15 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
     A client that has begun a new epoch, or the same one anew, gets no answer to the old one's requests.
     """
     cdef uint64_t k
-    cdef block_event_header *h
+    cdef block_event_header h
     for k in range(n):
-        h = &s.heads[first + k]
+        h = s.heads[first + k]
         if h.kind == EVENT_WRITE and s.errors[first + k] == 0 and s.store.kind == STORE_MEMORY:
             if not server_intact(s, first + k):
                 s.errors[first + k] = -EIO
                 count64(&s.n.torn, 1)
         h.error = s.errors[first + k]
-        memcpy(writer_slot(&s.w, k), h, sizeof(block_event_header))
+        memcpy(writer_slot(&s.w, k), &h, sizeof(block_event_header))
     if load_acquire64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0:
         writer_publish(&s.w, n)
 
@@ -335,20 +188,8 @@ cdef void server_took(server_t *s, const block_event_header *h, uint64_t n) noex
 
 
 cdef bint server_forgotten(const server_t *s) noexcept nogil:
-    """Whether the newest request taken no longer stands in its slot, although the client may not have touched it.
-
-    Then the client has restarted under the same epoch, and its counters alone, equal to the old ones or above, do not
-    tell. A slot that the client may overwrite by now (WSC, loaded after it) tells nothing.
-    """
-    cdef block_event_header h
-    cdef uint64_t at = s.r.index if s.r.index != 0 else s.r.elements
-    if not s.has_last or s.r.epoch == 0:
-        return False
-    memcpy(&h, s.r.slots + (at - 1) * s.r.size, sizeof(h))
-    fence_acquire()
-    if load_relaxed64(&s.r.hdr.wsc) - (s.r.rc - 1) > s.r.elements:
-        return False
-    return h.kind != s.last.kind or h.id != s.last.id or h.valid != s.last.valid or h.priv != s.last.priv
+    """Whether the client has restarted under the same epoch although its counters do not tell."""
+    return s.has_last and rewritten(&s.r, &s.last, sizeof(s.last))
 
 
 cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
@@ -356,7 +197,6 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     cdef uint64_t n, k, run, published = 0, sectors
     cdef uint8_t *slot
     cdef block_event_header *h
-    cdef int status
     n = min(available, <uint64_t>(BATCH if s.store.kind == STORE_FILE else MEMORY_BATCH))
     if n > s.w.elements:
         n = s.w.elements
@@ -394,11 +234,9 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
                     server_answer(s, published, k - published)   # a slow flush holds nothing back
                     published = k
                 count64(&s.n.syncs, 1)
-                if s.store.kind == STORE_FILE and not s.store.read_only:
-                    status = fdatasync(s.store.fd)
-                    if status != 0:
-                        s.errors[k] = -errno
-                        count64(&s.n.failed, 1)
+                s.errors[k] = store_flush(s.store)
+                if s.errors[k] != 0:
+                    count64(&s.n.failed, 1)
             k += 1
         else:
             run = 1
@@ -414,24 +252,20 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     return SUCCESS
 
 
-cdef enum:
-    STEP_WORKED = -1
-    STEP_IDLE = -2
-
-
 cdef int server_step(server_t *s) noexcept nogil:
     """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
 
-    Sleeps only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled, and
-    after an overrun.
+    Waits only where a store or a client makes it: for up to 10 ms while counters settle, counted in r.unsettled. Idle
+    during the grace after an overrun.
     """
     cdef uint64_t available
     cdef ring_status status
     if load_relaxed32(&s.stop) != 0:
         return SERVER_STOPPED
-    if s.overrun:
-        s.overrun = False
-        sleep_ns(GRACE_NS)
+    if s.grace_until != 0:
+        if now_ns() < s.grace_until:
+            return STEP_IDLE
+        s.grace_until = 0
         writer_start(&s.w, random_epoch())
     status = reader_peek(&s.r, &available)
     if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
@@ -455,7 +289,7 @@ cdef int server_step(server_t *s) noexcept nogil:
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
             return STEP_WORKED
-        s.overrun = True
+        s.grace_until = now_ns() + GRACE_NS
         return SERVER_OVERRUN
     if status == INACTIVE:
         s.knows_epoch = True            # whatever epoch comes now began in this life
@@ -470,28 +304,8 @@ cdef int server_step(server_t *s) noexcept nogil:
 
 
 cdef uint64_t server_patience(const server_t *s) noexcept nogil:
-    """Most nanoseconds between two looks: a client that does not ring may restart without a sign in its counters."""
-    if s.has_last and (s.r.bell == NULL or load_relaxed64(&s.r.bell.ringer) != s.r.epoch):
-        return SAME_EPOCH_NS
-    return <uint64_t>-1
-
-
-cdef server_event server_loop(server_t *s, uint64_t ns) noexcept nogil:
-    """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
-    cdef uint64_t start = now_ns(), passed
-    cdef int step
-    while True:
-        step = server_step(s)
-        if step >= 0:
-            return <server_event>step
-        if step == STEP_WORKED and (s.r.batches & 0xff) != 0:
-            continue
-        passed = now_ns() - start
-        if passed >= ns:
-            return SERVER_TICK
-        if step == STEP_WORKED:
-            continue
-        reader_wait(&s.r, min(ns - passed, server_patience(s)), &s.stop)
+    """Most nanoseconds between two looks."""
+    return GRACE_NS if s.grace_until != 0 else patience(&s.r, s.has_last)
 
 
 cdef struct group_t:
@@ -557,33 +371,27 @@ cdef void group_loop(group_t *g, uint64_t ns) noexcept nogil:
             readers_wait(&g.set, patience)
 
 
-cdef class Server:
+cdef class Server(ServerEngine):
     """Serves one Store over a pair of inline channels.
 
     request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed
     by the caller. request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. watch: of
     all engines of this process, or None.
-
-    run() belongs to one thread; stop(), counters and state may be used from others.
     """
-    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "unruly")
-
     cdef server_t *s
-    cdef Mapping request, response, request_bell, response_bell
     cdef readonly Store store
-    cdef Watch watch
-    cdef uint32_t busy
-    cdef readonly bint connected
 
     def __cinit__(self):
         self.s = <server_t *>calloc(1, sizeof(server_t))
         if self.s == NULL:
             raise MemoryError()
+        self.r = &self.s.r
+        self.w = &self.s.w
+        self.ending = &self.s.stop
 
     def __init__(self, request, response, Store store not None, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
                  Watch watch=None):
-        cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
         if self.store is not None:
             raise UsageError("a Server is initialised once")
         self.store = store
@@ -592,66 +400,21 @@ cdef class Server:
             self.s.stage = <uint8_t *>aligned_alloc(BLOCK_SIZE, BATCH * BLOCK_SIZE)
             if self.s.stage == NULL:
                 raise MemoryError()
-        self.request = hold(request, False, least)
-        self.response = hold(response, True, least)
-        reader_init(&self.s.r, self.request.base, self.request.length, sizeof(block_event), request_protocol)
-        writer_init(&self.s.w, self.response.base, self.response.length, sizeof(block_event), response_protocol)
-        self.s.r.broken = self.request.broken
-        self.s.w.broken = self.response.broken
-        self.s.r.poll_ns = 0 if poll is None else poll * 1000
-        if watch is not None:
-            self.watch = watch
-            self.s.r.watch = &watch.w
-        if request_bell is not None:
-            self.request_bell = hold(request_bell, True, sizeof(bell_page))
-            self.s.r.bell = self.request_bell.as_bell()
-        if response_bell is not None:
-            self.response_bell = hold(response_bell, True, sizeof(bell_page))
-            self.s.w.bell = self.response_bell.as_bell()
-        # A dead predecessor's epoch must not look alive: its answers are nobody's, and our store is not its.
-        writer_stop(&self.s.w)
-        announce(self.s.w.bell, ENDPOINT_SERVING, store)
+        self.bind(request, response, request_bell, response_bell, sizeof(block_event), sizeof(block_event),
+                  request_protocol, response_protocol, poll, watch)
+        self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0)
 
-    def run(self, seconds=1.0):
-        """Serves for about `seconds` or until something happened; the event's name (one of EVENTS)."""
-        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
-        cdef server_event event
-        if not busy_enter(&self.busy):
-            raise UsageError("another thread runs this Server")
-        if self.response is None or not self.response.held:
-            busy_leave(&self.busy)
-            raise UsageError("this Server is closed")
-        with nogil:
-            prepare_thread(TIMER_SLACK_NS, 1)
-            event = server_loop(self.s, ns)
-        busy_leave(&self.busy)
-        return self.happened(event)
+    cdef int step(self) noexcept nogil:
+        return server_step(self.s)
 
-    cdef object happened(self, int event):
-        if event == SERVER_CONNECTED:
-            self.connected = True
-        elif event == SERVER_DISCONNECTED or event == SERVER_INCOMPATIBLE:
-            self.connected = False
-        return self.EVENTS[event]
-
-    def stop(self):
-        """Makes run() return "stopped" soon; from any thread."""
-        store_release32(&self.s.stop, 1)
-        if self.s.r.bell != NULL:
-            bell_kick(self.s.r.bell)
-
-    @property
-    def broken(self):
-        """Name of the channel whose memory was taken away ("request", "response"), or None."""
-        return taken_away(self.request, self.response)
-
-    @property
-    def fault(self):
-        """What an incompatible request channel's header holds: (protocol, size, elements), as read now."""
-        if self.request is None or not self.request.held:
-            return (0, 0, 0)
-        return (load_relaxed64(&self.s.r.hdr.protocol), load_relaxed64(&self.s.r.hdr.size),
-                load_relaxed64(&self.s.r.hdr.elements))
+    cdef void wait(self, uint64_t ns) noexcept nogil:
+        cdef int64_t left
+        if self.s.grace_until == 0:
+            reader_wait(self.r, min(ns, server_patience(self.s)), self.ending)
+            return
+        left = <int64_t>(self.s.grace_until - now_ns())
+        if left > 0:
+            sleep_ns(min(ns, <uint64_t>left))
 
     @property
     def counters(self):
@@ -669,30 +432,9 @@ cdef class Server:
         self.s.r.overruns = other.s.r.overruns
         self.s.r.lost_total = other.s.r.lost_total
 
-    def close(self, *, gone=False):
-        """Deactivates the response channel. gone: for good, not "back later"."""
-        if self.response is None or not self.response.held:
-            return
-        if not busy_enter(&self.busy):
-            raise UsageError("stop this Server before closing it")
-        if not self.response.held:      # another thread was faster
-            busy_leave(&self.busy)
-            return
-        writer_stop(&self.s.w)
-        announce(self.s.w.bell, ENDPOINT_GONE if gone else ENDPOINT_BACK_LATER, None)
-        if self.s.w.bell != NULL:
-            bell_kick(self.s.w.bell)
-        self.s.r.bell = NULL
-        self.s.w.bell = NULL
-        for m in (self.request, self.response, self.request_bell, self.response_bell):
-            if m is not None:
-                (<Mapping>m).drop()
-        self.connected = False
-        busy_leave(&self.busy)
-
     def __dealloc__(self):
         if self.s != NULL:
-            if self.response is not None and self.response.held:
+            if self.held():
                 writer_stop(&self.s.w)
             free(self.s.stage)
             free(self.s)
@@ -735,7 +477,7 @@ cdef class Group:
             raise UsageError("a store that may wait has a thread of its own")
         if not busy_enter(&server.busy):
             raise UsageError("another thread runs this Server")
-        if server.response is None or not server.response.held:
+        if not server.held():
             busy_leave(&server.busy)
             raise UsageError("this Server is closed")
         server.s.r.watch_stop = &server.s.stop
@@ -795,13 +537,3 @@ cdef class Group:
         free(self.g.unruly)
         free(self.g.slow_ns)
         free(self.g.set.readers)
-
-
-cdef void announce(bell_page *bell, uint32_t state, Store store) noexcept:
-    """Tells the other side, who may believe it or not, what stands behind the channel."""
-    if bell == NULL:
-        return
-    if store is not None:
-        memcpy(bell.store, PyBytes_AS_STRING(store.identity), 16)
-        store_relaxed32(&bell.flags, STORE_READ_ONLY if store.s.read_only else 0)
-    store_release32(&bell.state, state)

@@ -3,11 +3,12 @@
 Runs without the GIL and allocates nothing per request. Trust: of every answer the 24-byte header is copied once,
 validated, and only the copy is used; payload is copied and checked before anybody sees it.
 """
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.number cimport PyNumber_Index
 from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -877,8 +878,8 @@ cdef class Client(Target):
 
     @depth.setter
     def depth(self, value):
-        if value is not None and not 1 <= value <= WINDOW:
-            raise UsageError(f"a depth is 1 to {WINDOW} blocks", value=value)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= WINDOW):
+            raise UsageError(f"a depth is a number of blocks, 1 to {WINDOW}, or None", option="depth", value=value)
         pthread_mutex_lock(&self.c.lock)
         self.c.depth = DEPTH_FIRST if value is None else value
         self.c.settled = DEPTH_FIRST if value is None else 0
@@ -925,7 +926,7 @@ cdef class Client(Target):
     @property
     def broken(self):
         """Name of the channel whose memory was taken away, or None."""
-        return taken_away(self.request, self.response)
+        return "request" if was_taken(self.request) else "response" if was_taken(self.response) else None
 
     @property
     def in_flight(self):
@@ -986,48 +987,77 @@ cdef class Client(Target):
             raise OSError(-b.error, _os.strerror(-b.error))
         return 0
 
-    cdef int blocks(self, uint32_t kind, object block, object buffer) except -1:
-        cdef Py_buffer view
-        cdef io_t io
-        cdef object first = block
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE if kind == IO_READ else PyBUF_SIMPLE)
+    cdef uint64_t place(self, object offset, uint64_t length) except? 1:
+        """The byte offset, which lies on the disk with the `length` bytes behind it. Raises UsageError."""
+        cdef uint64_t size = self.nblocks * BLOCK_SIZE, at
+        if self.c.state == CLIENT_CLOSED:
+            raise UsageError("this device is closed")
         try:
-            if view.len % BLOCK_SIZE != 0 or view.len // BLOCK_SIZE > 0xffffffff:
-                raise UsageError(f"{view.len} bytes are no whole number of blocks of {BLOCK_SIZE}")
-            if first < 0 or first + view.len // BLOCK_SIZE > self.nblocks:
-                raise UsageError(f"blocks {first} to {first + view.len // BLOCK_SIZE - 1} reach beyond the disk's "
-                                 f"{self.nblocks}")
-            if view.len == 0:
-                return 0
-            io.kind = kind
-            io.block = first
-            io.nblocks = <uint32_t>(<uint64_t>view.len // BLOCK_SIZE)
-            io.buf = <uint8_t *>view.buf
-            self.execute(&io, 1)
+            at = PyNumber_Index(offset)
+        except OverflowError:           # negative, or no 64-bit number
+            at = <uint64_t>-1
+        if at > size or length > size - at:
+            raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {size}")
+        return at
+
+    def move(self, bint write, offset, buffer):
+        """Moves a buffer's bytes to the disk, or from it, at byte `offset`; how many. Raises OSError, UsageError.
+
+        -1, and nothing was moved, where offset or length are no whole blocks.
+        """
+        cdef Py_buffer view
+        cdef uint64_t at
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
+        try:
+            at = self.place(offset, view.len)
+            if view.len != 0 and (at | <uint64_t>view.len) % BLOCK_SIZE != 0:
+                return -1
+            self.whole(IO_WRITE if write else IO_READ, at, <uint8_t *>view.buf, view.len)
+            return view.len
         finally:
             PyBuffer_Release(&view)
-        return 0
 
-    def read_blocks(self, block, buffer):
-        """Fills a writable buffer (whole blocks) from block number `block` on; raises OSError, UsageError."""
-        self.blocks(IO_READ, block, buffer)
+    def read(self, length, offset):
+        """`length` bytes from byte `offset` on; None where they are no whole blocks. Raises OSError, UsageError."""
+        cdef uint64_t at
+        cdef bytes data
+        length = PyNumber_Index(length)
+        if not 0 <= length < 1 << 63:
+            raise UsageError("a length is a number of bytes, 0 to 2^63 - 1", value=length)
+        at = self.place(offset, length)
+        if length != 0 and (at | <uint64_t>length) % BLOCK_SIZE != 0:
+            return None
+        data = PyBytes_FromStringAndSize(NULL, length)
+        self.whole(IO_READ, at, <uint8_t *>PyBytes_AS_STRING(data), length)
+        return data
 
-    def write_blocks(self, block, buffer):
-        """Writes a buffer (whole blocks) from block number `block` on; raises OSError, UsageError."""
-        self.blocks(IO_WRITE, block, buffer)
+    cdef int whole(self, uint32_t kind, uint64_t at, uint8_t *buf, uint64_t length) except -1:
+        cdef io_t io
+        if length == 0:
+            return 0
+        if length // BLOCK_SIZE > 0xffffffff:
+            raise UsageError(f"{length} bytes are too many for one call, which takes less than 2^32 blocks of {BLOCK_SIZE}")
+        io.kind = kind
+        io.block = at // BLOCK_SIZE
+        io.nblocks = <uint32_t>(length // BLOCK_SIZE)
+        io.buf = buf
+        return self.execute(&io, 1)
 
     def scattered(self, bint write, offsets, buffer):
-        """One request per byte offset in `offsets`, all in flight together; buffer holds len(offsets) equal pieces."""
+        """One request per byte offset in `offsets`, all in flight together; buffer holds len(offsets) equal pieces. Bytes
+        moved. Raises OSError, UsageError."""
         cdef Py_buffer view
         cdef io_t *ios = NULL
         cdef uint64_t n = len(offsets), k = 0, each, at
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
         try:
+            self.place(0, 0)
             if n == 0 and view.len == 0:
-                return
+                return 0
             each = 0 if n == 0 else <uint64_t>view.len // n
             if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % BLOCK_SIZE != 0:
-                raise UsageError(f"{view.len} bytes are not {n} equal pieces of whole blocks of {BLOCK_SIZE}")
+                raise UsageError(f"data of {view.len} bytes is not one piece for each of {n} offsets, all of the same "
+                                 f"whole blocks of {BLOCK_SIZE} (offsets come first, then data)")
             each //= BLOCK_SIZE
             ios = <io_t *>calloc(n, sizeof(io_t))
             if ios == NULL:
@@ -1036,7 +1066,7 @@ cdef class Client(Target):
                 for offset in offsets:
                     if k == n:
                         break
-                    at = offset
+                    at = PyNumber_Index(offset)
                     if at % BLOCK_SIZE != 0:
                         raise UsageError(f"an offset is a multiple of {BLOCK_SIZE} here", value=offset)
                     at //= BLOCK_SIZE
@@ -1053,6 +1083,7 @@ cdef class Client(Target):
             if k != n:
                 raise UsageError("the list of offsets changed while it was read")
             self.execute(ios, n)
+            return view.len
         finally:
             free(ios)
             PyBuffer_Release(&view)

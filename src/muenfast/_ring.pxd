@@ -72,7 +72,7 @@ cdef struct reader_t:
     uint64_t epochs
     uint64_t sleeps
     uint64_t settle_ns      # how long a counter that seems to have gone back is waited for
-    uint64_t unsettled      # times that happened
+    uint64_t unsettled      # times that happened within an epoch
     uint64_t given_up_ns    # the end of the last wait that was in vain
     watch_t *watch          # polls for this reader while it is idle; NULL: it polls itself
     reader_t *watch_next    # under watch.lock, from here on
@@ -109,6 +109,7 @@ cdef ring_status reader_recover(reader_t *r) noexcept nogil
 cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil
 cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
 cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
+cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil
 cdef bint reader_ready(const reader_t *r) noexcept nogil
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil

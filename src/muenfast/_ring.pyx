@@ -277,6 +277,8 @@ cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogi
     cdef uint64_t start, passed = 0, now = load_acquire64(counter)
     if not went_back(now, r.wc):
         return now
+    if load_relaxed64(&r.hdr.epoch) != r.epoch:     # a restart that tells of itself: F3 and the load above
+        return now
     start = now_ns()
     count64(&r.unsettled, 1)
     if r.given_up_ns != 0 and start - r.given_up_ns < r.settle_ns:
@@ -305,7 +307,8 @@ cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     return OVERRUN_DETECTED
 
 
-cdef inline void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
+cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
+    """Goes on at element wc, which is the WC of a moment ago."""
     r.rc = r.wc = wc
     r.index = wc % r.elements
     if r.bell != NULL:
@@ -603,23 +606,24 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
             return False
         idle = now - set.idle_since_ns >= IDLE_AFTER_NS
         limit = min(SLEEP_NS, ns - (now - start))
-        pause = POLL_IDLE_NS if idle else step
         asleep = 0
         for k in range(set.n):
             r = set.readers[k]
-            count64(&r.sleeps, 1)
             epoch = load_relaxed64(&r.hdr.epoch)
             if r.bell != NULL:
                 bells[asleep] = futex_entry_of(&r.bell.seq, load_acquire32(&r.bell.seq))
                 asleep += 1
                 store_relaxed32(&r.bell.waiters, 1)
             if r.bell == NULL or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+                pause = POLL_IDLE_NS if idle or r.epoch == 0 else step
                 limit = min(limit, pause if r.poll_ns == 0 else r.poll_ns)
         fence_seq_cst()                 # pairs with ring(): the announcements before the last look
         if any_ready(set):
             set.idle_since_ns = 0
             return True
         count64(&set.sleeps, 1)
+        for k in range(set.n):
+            count64(&set.readers[k].sleeps, 1)
         if asleep == 0 or set.polls:
             sleep_ns(limit)
         else:
@@ -1217,7 +1221,9 @@ def layout():
                               "wsc": 48, "wc": 56},
             "block_size": BLOCK_SIZE, "sector_size": SECTOR_SIZE, "event_size": sizeof(block_event),
             "event_header_size": sizeof(block_event_header), "bell_size": sizeof(bell_page),
-            "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL}
+            "request_protocol": BLOCK_REQUEST_PROTOCOL, "response_protocol": BLOCK_RESPONSE_PROTOCOL,
+            "buffer_protocol": BUFFER_PROTOCOL, "buffer_request_size": sizeof(block_request),
+            "buffer_response_size": sizeof(block_response)}
 
 
 def newest(memory, most):

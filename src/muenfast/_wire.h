@@ -1,4 +1,5 @@
-/* Wire formats: SHMStream v2 header, inline block events, and muenfast's own bell page; no Python.h.
+/* Wire formats: SHMStream v2 header, block events, block requests with a shared buffer, muenfast's own bell page; no
+ * Python.h.
  *
  * Byte order is the machine's: both sides run on one machine. All fields are naturally aligned within their
  * struct; a ring element may start at any address, so elements are only ever touched through memcpy.
@@ -72,13 +73,65 @@ _Static_assert(_Alignof(block_event) == 8, "block_event alignment");
 MF_OFFSET(block_event, header, 0);
 MF_OFFSET(block_event, data, 24);
 
+/* Block transport with a shared buffer (second generation of muenblock, Muen's driver subject): short requests and
+ * responses in two channels, payload in a plain region that both sides map writable. Muen's customary id serves both
+ * channels. */
+#define BUFFER_PROTOCOL UINT64_C(0x5155684453516f3d)
+
+enum { /* kind */
+    REQUEST_NONE = 0x00,
+    REQUEST_READ = 0x01,
+    REQUEST_WRITE = 0x02,
+    REQUEST_DISCARD = 0x03,
+    REQUEST_SYNC = 0x04,
+    REQUEST_SMART = 0x05,
+    REQUEST_MEDIA_BLOCKS = 0x10,
+    REQUEST_BLOCK_LENGTH = 0x11,
+    REQUEST_MAX_REQUESTS = 0x19,
+    REQUEST_MAX_BLOCKS = 0x1a,
+    REQUEST_MAX_DEVICES = 0x1b,
+    REQUEST_RESET = 0x1f
+};
+enum { SMART_UNAVAILABLE = 0, SMART_OK = 1, SMART_EXCEEDED = 2, SMART_UNDEFINED = 3 }; /* status of REQUEST_SMART */
+#define SMART_SIZE 512 /* bytes of raw data: ATA SMART READ DATA and the NVMe SMART log alike */
+
+typedef struct {
+    uint16_t kind;
+    uint16_t device;        /* from 0 on */
+    uint32_t tag;           /* the client's, copied into the response */
+    uint64_t length;        /* bytes, a multiple of the block length */
+    uint64_t device_offset; /* bytes, likewise */
+    uint64_t buffer_offset; /* bytes, likewise */
+} block_request;
+MF_SIZE(block_request, 32);
+_Static_assert(_Alignof(block_request) == 8, "block_request alignment");
+MF_OFFSET(block_request, kind, 0);
+MF_OFFSET(block_request, device, 2);
+MF_OFFSET(block_request, tag, 4);
+MF_OFFSET(block_request, length, 8);
+MF_OFFSET(block_request, device_offset, 16);
+MF_OFFSET(block_request, buffer_offset, 24);
+
+typedef struct {
+    uint16_t kind;
+    uint16_t device;
+    uint32_t tag;
+    uint64_t status; /* 0 done, else an error; of a query its answer */
+} block_response;
+MF_SIZE(block_response, 16);
+_Static_assert(_Alignof(block_response) == 8, "block_response alignment");
+MF_OFFSET(block_response, kind, 0);
+MF_OFFSET(block_response, device, 2);
+MF_OFFSET(block_response, tag, 4);
+MF_OFFSET(block_response, status, 8);
+
 /* The bell: a page of its own beside a channel, writable by both sides, never part of a wire format that foreign
  * peers see. A hostile value costs a wake-up or one bounded pause. First line: the channel's writer (and `waiters`:
  * readers); second line: the reader. */
 #define BELL_MAGIC UINT64_C(0x4c4c45426e65754d) /* "MuenBELL" */
 
 enum { ENDPOINT_NONE = 0, ENDPOINT_SERVING = 1, ENDPOINT_BACK_LATER = 2, ENDPOINT_GONE = 3 }; /* state */
-enum { STORE_READ_ONLY = 1 };                                                                 /* flags */
+enum { STORE_READ_ONLY = 1 }; /* flags: shifted left by the number of the device, below 32 */
 
 typedef struct {
     uint64_t magic;
@@ -87,7 +140,7 @@ typedef struct {
     uint64_t ringer;      /* epoch of the writer that rings */
     uint32_t state;       /* of the writer's endpoint */
     uint32_t flags;
-    uint8_t store[16];    /* identity of the store behind the endpoint; zero = none */
+    uint8_t store[16];    /* identity of what is behind the endpoint; zero = none */
     uint64_t unused[2];
     uint64_t reader_rc;   /* advice: the reader's RC ... */
     uint64_t reader_epoch; /* ... in this epoch */

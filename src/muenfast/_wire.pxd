@@ -1,5 +1,5 @@
 """Cython's view of _wire.h, _atomics.h and _copy.h; the headers own layout and meaning, this file only declares."""
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "_atomics.h" nogil:
@@ -45,12 +45,30 @@ cdef extern from "_wire.h" nogil:
     const uint64_t SECTOR_SIZE
     const uint64_t BLOCK_REQUEST_PROTOCOL
     const uint64_t BLOCK_RESPONSE_PROTOCOL
+    const uint64_t BUFFER_PROTOCOL
     const uint64_t BELL_MAGIC
     const uint32_t EVENT_READ
     const uint32_t EVENT_WRITE
     const uint32_t EVENT_COMMAND
     const uint64_t COMMAND_SYNC
     const uint64_t COMMAND_SIZE
+    const uint16_t REQUEST_NONE
+    const uint16_t REQUEST_READ
+    const uint16_t REQUEST_WRITE
+    const uint16_t REQUEST_DISCARD
+    const uint16_t REQUEST_SYNC
+    const uint16_t REQUEST_SMART
+    const uint16_t REQUEST_MEDIA_BLOCKS
+    const uint16_t REQUEST_BLOCK_LENGTH
+    const uint16_t REQUEST_MAX_REQUESTS
+    const uint16_t REQUEST_MAX_BLOCKS
+    const uint16_t REQUEST_MAX_DEVICES
+    const uint16_t REQUEST_RESET
+    const uint64_t SMART_UNAVAILABLE
+    const uint64_t SMART_OK
+    const uint64_t SMART_EXCEEDED
+    const uint64_t SMART_UNDEFINED
+    const uint64_t SMART_SIZE
     const uint32_t ENDPOINT_NONE
     const uint32_t ENDPOINT_SERVING
     const uint32_t ENDPOINT_BACK_LATER
@@ -77,6 +95,20 @@ cdef extern from "_wire.h" nogil:
     ctypedef struct block_event:
         block_event_header header
         uint8_t data[4096]
+
+    ctypedef struct block_request:
+        uint16_t kind
+        uint16_t device
+        uint32_t tag
+        uint64_t length
+        uint64_t device_offset
+        uint64_t buffer_offset
+
+    ctypedef struct block_response:
+        uint16_t kind
+        uint16_t device
+        uint32_t tag
+        uint64_t status
 
     ctypedef struct bell_page:
         uint64_t magic

@@ -22,7 +22,7 @@ from muenfast._ring import Watch
 from muenfast.connection import MOST_POLL, Channels, channels_from_lists
 from muenfast.disk import BlockDevice, OnPeerLoss
 from muenfast.errors import ClaimError, PeerError, UsageError
-from muenfast.export import Crew, Export, ExportConfig, exports_from_lists
+from muenfast.export import Crew, Export, ExportConfig, exports_from_lists, spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
            "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
@@ -48,8 +48,7 @@ class _Group:
         if parts < 2:
             return None
         watch = Watch()
-        thread = threading.Thread(target=watch.run, name="watch", daemon=True)
-        thread.start()
+        thread = spawn(watch.run, "watch")
         stack.callback(thread.join)
         stack.callback(watch.stop)
         return watch
@@ -69,8 +68,10 @@ class _Group:
 class BlockServer(_Group):
     """Several exports in one process; serving from construction to close().
 
-    threads: most threads for exports whose disks make no system calls (RAM, null); the others have one each. None: four
-    for each CPU it may run on. More exports than that share them.
+    threads: most threads for exports in RAM (`Export.shares`); the others have one each. None: four for each CPU it may
+    run on. More exports than that share them, at most 128 one thread.
+
+    Raises UsageError, ClaimError, PeerError, OSError.
     """
 
     def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None) -> None:
@@ -93,7 +94,12 @@ class BlockServer(_Group):
                 export.start()
             for exports in crews:
                 Crew(exports).start()
+            stack.callback(self._stop)      # all, before the first is waited for
             self._stack = stack.pop_all()
+
+    def _stop(self) -> None:
+        for export in self.exports:
+            export.stop()
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per export."""

@@ -24,27 +24,36 @@ class End:
     """The end of one channel; a context manager.
 
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
-    name of `role`. create: bytes of the region when a POSIX name is missing, None: it must exist. least: bytes it
-    must have. bell: False: none is made or used (strict one-way).
+    name of `role`; role None: a plain region that both sides write, claimed by nobody. create: bytes of the region when
+    a POSIX name is missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict
+    one-way).
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str, create: int | None = None,
+    def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str | None, create: int | None = None,
                  least: int = _HEADER + 1, bell: bool = True) -> None:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
         self.bell: shm.Region | None = None
+        what = "buffer" if role is None else "channel"
         if self.locator.offset % 8:
-            raise UsageError("a channel starts at a multiple of 8 bytes", value=self.locator.text)
+            raise UsageError(f"a {what} starts at a multiple of 8 bytes", value=self.locator.text)
         with ExitStack() as stack:
-            self.region = shm.Region.open(self.locator, writable=writes,
-                                          create=create if self.locator.posix else None)
+            try:
+                self.region = shm.Region.open(self.locator, writable=writes,
+                                              create=create if self.locator.posix else None)
+            except FileNotFoundError as error:
+                if error.filename != self.locator.path:     # of the book-keeping
+                    raise
+                how = "`muenfast chan create`" if self.locator.posix else "`truncate -s 1M`, for example"
+                raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
+                                        error.filename) from error
             stack.callback(lambda: self.region.close())
             if len(self.region.view) < least:
-                raise UsageError(f"channel {self.locator.text} has {len(self.region.view)} bytes, at least {least} "
-                                 "are needed", hint="remove it, or name another")
-            if writes:
+                raise UsageError(f"{what} {self.locator.text} has {len(self.region.view)} bytes, at least {least} are "
+                                 "needed", hint="remove it, or name another")
+            if writes and role is not None:
                 self.claim = stack.enter_context(shm.claim_writer(self.region, role))
             where = self.locator.bell if bell else None
             if where is not None:

@@ -1,10 +1,10 @@
-"""A block connection: a request and a response channel, as configuration and as opened ends."""
+"""A block connection: a request and a response channel, perhaps a buffer, as configuration and as opened ends."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +17,12 @@ _LAYOUT = layout()
 BLOCK: int = _LAYOUT["block_size"]
 REQUEST_PROTOCOL: int = _LAYOUT["request_protocol"]
 RESPONSE_PROTOCOL: int = _LAYOUT["response_protocol"]
-REGION_SIZE = 0x100000  # docs/protocol.md: the known peer's inline regions, 254 elements
+BUFFER_PROTOCOL: int = _LAYOUT["buffer_protocol"]
+# docs/protocol.md: the known peers' regions, inline (254 elements) and beside a buffer (1022 and 1020), and that buffer.
+REGION_SIZE = 0x100000
+BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE = 0x8000, 0x4000
+BUFFER_SIZE = 16 << 20
 MOST_POLL = 10_000_000  # microseconds: a channel is looked at once in 10 s at least
-_LEAST = _LAYOUT["header_size"] + _LAYOUT["event_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,17 @@ class Options:
     size: str = "--size"
     device: str = "--device"
     read_only: str = "--read-only"
+    buffer: str = "--shm"
+    buffer_size: str = "--shm-size"
 
 
 @dataclass(frozen=True, slots=True)
 class Channels:
     """One connection: a request and a response channel, from entry `index` of the lists.
 
-    size: bytes of a region that is made. poll: microseconds between polls, None: adaptive. bells: False: strict
-    one-way, nothing flows back. options: of the lists.
+    buffer: the region that both sides write; None: the inline transport. sizes: bytes of the request and the response
+    channel where they are made; buffer_size: of the buffer. poll: microseconds between polls, None: adaptive. bells:
+    False: strict one-way, nothing flows back. options: of the lists.
     """
 
     req: shm.Locator
@@ -48,33 +54,51 @@ class Channels:
     index: int = 0
     req_protocol: int = REQUEST_PROTOCOL
     resp_protocol: int = RESPONSE_PROTOCOL
-    size: int = REGION_SIZE
+    sizes: tuple[int, int] = (REGION_SIZE, REGION_SIZE)
     poll: int | None = None
     bells: bool = True
     options: Options = Options()
+    buffer: shm.Locator | None = None
+    buffer_size: int = BUFFER_SIZE
 
     @property
     def name(self) -> str:
         return f"{self.req.text}/{self.resp.text}"
 
-    def open(self, serving: bool, old: tuple[End, End] | None = None) -> tuple[End, End]:
-        """Both ends (request, response), claimed for the server or the client; errors name option and entry.
+    @property
+    def regions(self) -> tuple[tuple[str, shm.Locator], ...]:
+        """(option, locator) of the request channel, the response channel, and the buffer where there is one."""
+        both = ((self.options.req, self.req), (self.options.resp, self.resp))
+        return both if self.buffer is None else (*both, (self.options.buffer, self.buffer))
+
+    @property
+    def element_sizes(self) -> tuple[int, int]:
+        """Bytes of an element of the request and of the response channel."""
+        if self.buffer is None:
+            return _LAYOUT["event_size"], _LAYOUT["event_size"]
+        return _LAYOUT["buffer_request_size"], _LAYOUT["buffer_response_size"]
+
+    def open(self, serving: bool, old: Sequence[End] | None = None) -> tuple[End, ...]:
+        """The ends (request, response, and buffer where there is one), the channels claimed for the server or the client;
+        errors name option and entry.
 
         old: ends to keep where their name still means the same region.
         """
+        role = "muenfast blk server" if serving else "muenfast blk client"
+        least = [_LAYOUT["header_size"] + size for size in self.element_sizes]
         with ExitStack() as stack:
-            role = "muenfast blk server" if serving else "muenfast blk client"
             ends: list[End] = []
-            for i, (option, locator, writes) in enumerate(((self.options.req, self.req, not serving),
-                                                           (self.options.resp, self.resp, serving))):
+            for i, (option, locator) in enumerate(self.regions):
                 if old is not None and not old[i].replaced():
                     ends.append(old[i])
                     continue
                 with blame(option, self.index, locator.text):
-                    ends.append(stack.enter_context(End(locator, writes=writes, role=role, create=self.size,
-                                                        least=_LEAST, bell=self.bells)))
+                    end = End(locator, writes=serving == (i == 1), role=role, create=self.sizes[i], least=least[i],
+                              bell=self.bells) if i < 2 else \
+                        End(locator, writes=True, role=None, create=self.buffer_size, least=BLOCK, bell=False)
+                    ends.append(stack.enter_context(end))
             stack.pop_all()
-            return ends[0], ends[1]
+            return tuple(ends)
 
     def misfit(self, request: bool, header: tuple[int, int, int]) -> PeerError:
         """What to say of a channel whose (protocol, size, elements) do not fit this connection."""
@@ -82,7 +106,7 @@ class Channels:
         return PeerError((self.req if request else self.resp).text, "header",
                          f"protocol {protocol:x}, size {size}, elements {elements}",
                          f"protocol {self.req_protocol if request else self.resp_protocol:x}, "
-                         f"size {_LAYOUT['event_size']}, elements that fit")
+                         f"size {self.element_sizes[not request]}, elements that fit")
 
 
 @contextmanager
@@ -102,10 +126,11 @@ def blame(option: str, index: int, value: str) -> Iterator[None]:
 
 def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None, resp_protocol: str | None = None,
                         size: str | None = None, poll: int | None = None, bells: bool = True,
+                        buffer: str | None = None, buffer_size: str | None = None,
                         more: dict[str, list[str] | None] | None = None,
                         options: Options | None = None) -> list[Channels]:
-    """Pairs comma lists by position; nothing is opened. more: further lists whose lengths must agree. options: what
-    the lists are called, default: as the options of `muenfast blk`.
+    """Pairs comma lists by position; nothing is opened. buffer: an empty entry is an inline connection. more: further
+    lists whose lengths must agree. options: what the lists are called, default: as the options of `muenfast blk`.
 
     Raises UsageError naming option, entry, value and rule.
     """
@@ -115,23 +140,41 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
     for option, text in ((called.req_protocol, req_protocol), (called.resp_protocol, resp_protocol),
                          (called.size, size)):
         lists[option] = None if text is None else params.split(option, text)
+    for option, text in ((called.buffer, buffer), (called.buffer_size, buffer_size)):
+        lists[option] = None if text is None else params.split(option, text, empty=True)
     count = params.same_length({**lists, **(more or {})})
     reqs, resps = ([shm.Locator.parse(text, option=option, index=i) for i, text in enumerate(lists[option] or ())]
                    for option in (called.req, called.resp))
+    buffers = [shm.Locator.parse(text, option=called.buffer, index=i) if text else None
+               for i, text in enumerate(lists[called.buffer] or [""] * count)]
     params.apart([place(option, i, locator) for option, entries in ((called.req, reqs), (called.resp, resps))
                   for i, locator in enumerate(entries)], "a channel carries one direction of one connection")
+    params.apart([place(option, i, locator)
+                  for option, entries in ((called.req, reqs), (called.resp, resps), (called.buffer, buffers))
+                  for i, locator in enumerate(entries) if locator is not None],
+                 "a region is one channel or the buffer of one connection")
     if poll is not None and not 1 <= poll <= MOST_POLL:
         raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option="--poll", value=poll)
 
-    def each(option: str, parse: Callable[[str, int, str], int], default: int) -> list[int]:
+    def entry(option: str, i: int, parse: Callable[[str, int, str], int]) -> int | None:
         texts = lists[option]
-        return [default] * count if texts is None else [parse(option, i, text) for i, text in enumerate(texts)]
+        return parse(option, i, texts[i]) if texts and texts[i] else None
 
-    req_ids = each(called.req_protocol, params.protocol, REQUEST_PROTOCOL)
-    resp_ids = each(called.resp_protocol, params.protocol, RESPONSE_PROTOCOL)
-    sizes = each(called.size, lambda o, i, t: params.size(o, i, t, least=_LEAST), REGION_SIZE)
-    return [Channels(reqs[i], resps[i], i, req_ids[i], resp_ids[i], sizes[i], poll, bells, called)
-            for i in range(count)]
+    def connection(i: int) -> Channels:
+        shared = buffers[i] is not None
+        if not shared and (given := lists[called.buffer_size]) and given[i]:
+            raise UsageError(f"{called.buffer} names no buffer for this entry", option=called.buffer_size, index=i,
+                             value=given[i])
+        protocols = (BUFFER_PROTOCOL, BUFFER_PROTOCOL) if shared else (REQUEST_PROTOCOL, RESPONSE_PROTOCOL)
+        sizes = (BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE) if shared else (REGION_SIZE, REGION_SIZE)
+        least = _LAYOUT["header_size"] + _LAYOUT["buffer_request_size" if shared else "event_size"]
+        size = entry(called.size, i, lambda o, i, t: params.size(o, i, t, least=least))
+        room = entry(called.buffer_size, i, lambda o, i, t: params.size(o, i, t, least=BLOCK, multiple=BLOCK))
+        return Channels(reqs[i], resps[i], i, entry(called.req_protocol, i, params.protocol) or protocols[0],
+                        entry(called.resp_protocol, i, params.protocol) or protocols[1],
+                        sizes if size is None else (size, size), poll, bells, called, buffers[i], room or BUFFER_SIZE)
+
+    return [connection(i) for i in range(count)]
 
 
 def place(option: str, index: int, locator: shm.Locator) -> tuple[str, int, str, str, int, float]:

@@ -58,7 +58,7 @@ class BlockDevice:
     req, resp: locators (or channels: a parsed Channels). timeout: seconds to wait for the server, None: no end.
     on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
     that a server which announces no or another identity still has the same data. depth: most blocks in flight, 1 to
-    1024; None: it adapts. watch: polls for this disk while it is idle.
+    1024; None: it adapts. watch: polls for this disk while it is idle. req_protocol to bells: as `channels_from_lists`.
 
     All methods may be called from any number of threads; requests of several threads are in flight together.
     Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
@@ -69,11 +69,13 @@ class BlockDevice:
     def __init__(self, req: str | None = None, resp: str | None = None, *, channels: Channels | None = None,
                  timeout: float | None = 10.0, on_peer_loss: str | OnPeerLoss = "queue",
                  same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
-                 **lists: Any) -> None:
+                 req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
+                 poll: int | None = None, bells: bool = True) -> None:
         if channels is None:
             if req is None or resp is None:
                 raise UsageError("a block device needs a request and a response channel")
-            (channels,) = channels_from_lists(req, resp, **lists)
+            (channels,) = channels_from_lists(req, resp, req_protocol=req_protocol, resp_protocol=resp_protocol,
+                                              size=size, poll=poll, bells=bells)
         self.channels = channels
         self._policy = OnPeerLoss.parse(on_peer_loss, "on_peer_loss") if isinstance(on_peer_loss, str) else on_peer_loss
         self._same_store = same_store
@@ -87,6 +89,7 @@ class BlockDevice:
         self._rmw = threading.Lock()
         self._complaint = ""
         self._peer = PeerLog(f"disk {self.channels.name}")
+        self._returns = PeerLog(f"disk {self.channels.name}")   # a loss just before does not keep one of them back
         self._broken = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
@@ -236,8 +239,8 @@ class BlockDevice:
             before = self.client.counters["reissued"]
             if not self.client.resume():
                 return False
-            log.info("disk %s: the server is back, %d requests issued again", self.channels.name,
-                     self.client.counters["reissued"] - before)
+            self._returns.warning("the server is back, %d requests issued again",
+                                  self.client.counters["reissued"] - before)
         return True
 
     def _give_up(self, why: str) -> None:
@@ -311,33 +314,27 @@ class BlockDevice:
         """Why every request fails, None while the device works."""
         return self._failure
 
-    def _span(self, offset: int, length: int) -> None:
-        if self._stop.is_set():
-            raise UsageError("this device is closed")
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {self.size}")
-
     def pread(self, length: int, offset: int) -> bytes:
         """`length` bytes from byte `offset` on. Raises UsageError (beyond the disk), OSError."""
-        self._span(offset, length)
-        data = bytearray(length)
-        self.pread_into(data, offset)
-        return bytes(data)
+        data: bytes | None = self.client.read(length, offset)
+        return self._around(length, offset) if data is None else data
 
     def pread_into(self, buffer: Any, offset: int) -> int:
         """Fills a writable buffer from byte `offset` on; returns its length. Whole blocks are not copied twice."""
-        with memoryview(buffer) as raw, raw.cast("B") as view:
-            self._span(offset, len(view))
-            head = -offset % BLOCK
-            if head == 0 and len(view) % BLOCK == 0:
-                self.client.read_blocks(offset // BLOCK, view)
-            elif len(view):
-                first, last = offset // BLOCK, (offset + len(view) - 1) // BLOCK
-                whole = bytearray((last - first + 1) * BLOCK)
-                self.client.read_blocks(first, whole)
-                start = offset - first * BLOCK
-                view[:] = memoryview(whole)[start:start + len(view)]
-            return len(view)
+        moved = int(self.client.move(False, offset, buffer))
+        if moved < 0:
+            with memoryview(buffer) as raw, raw.cast("B") as view:
+                moved = len(view)
+                view[:] = self._around(moved, offset)
+        return moved
+
+    def _around(self, length: int, offset: int) -> bytes:
+        """By way of the whole blocks that hold them."""
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        whole = bytearray((last - first + 1) * BLOCK)
+        self.client.move(False, first * BLOCK, whole)
+        with memoryview(whole) as view:
+            return bytes(view[offset - first * BLOCK:][:length])
 
     def pwrite(self, data: Any, offset: int) -> int:
         """Writes a buffer from byte `offset` on; returns its length. On return the server's store has it; flush()
@@ -345,43 +342,34 @@ class BlockDevice:
 
         Raises UsageError (beyond the disk), OSError.
         """
-        with memoryview(data) as raw, raw.cast("B") as view:
-            length = len(view)
-            self._span(offset, length)
-            if offset % BLOCK == 0 and length % BLOCK == 0:
-                self.client.write_blocks(offset // BLOCK, view)
-            elif length:
-                first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        moved = int(self.client.move(True, offset, data))
+        if moved < 0:
+            with memoryview(data) as raw, raw.cast("B") as view:
+                moved = len(view)
+                first, last = offset // BLOCK, (offset + moved - 1) // BLOCK
                 whole = bytearray((last - first + 1) * BLOCK)
                 with self._rmw, memoryview(whole) as target:
-                    self.client.read_blocks(first, target[:BLOCK])
+                    self.client.move(False, first * BLOCK, target[:BLOCK])
                     if last != first:
-                        self.client.read_blocks(last, target[-BLOCK:])
+                        self.client.move(False, last * BLOCK, target[-BLOCK:])
                     start = offset - first * BLOCK
-                    target[start:start + length] = view
-                    self.client.write_blocks(first, target)
-            return length
+                    target[start:start + moved] = view
+                    self.client.move(True, first * BLOCK, target)
+        return moved
 
     def pread_many(self, offsets: Sequence[int], buffer: Any) -> int:
         """Reads one piece per byte offset, all in flight together; the buffer's equal pieces receive them in order.
 
         Offsets and pieces are multiples of 4096 bytes. Returns the bytes read. Raises UsageError, OSError.
         """
-        return self._many(False, offsets, buffer)
+        return int(self.client.scattered(False, offsets, buffer))
 
     def pwrite_many(self, offsets: Sequence[int], data: Any) -> int:
         """Writes one piece per byte offset, all in flight together, in no order among themselves; see pread_many."""
-        return self._many(True, offsets, data)
-
-    def _many(self, write: bool, offsets: Sequence[int], buffer: Any) -> int:
-        self._span(0, 0)
-        with memoryview(buffer) as raw, raw.cast("B") as view:
-            self.client.scattered(write, offsets, view)
-            return len(view)
+        return int(self.client.scattered(True, offsets, data))
 
     def flush(self) -> None:
-        """Returns when every write that returned before is durable in the store. Raises OSError."""
-        self._span(0, 0)
+        """Returns when every write that returned before is durable in the store. Raises OSError, UsageError (closed)."""
         self.client.sync()
 
     def status(self) -> dict[str, Any]:

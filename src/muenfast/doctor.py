@@ -187,23 +187,12 @@ def _shared_memory() -> Iterator[Check]:
         yield result(state, text, f"a connection takes {_size(_CONNECTION)}, a ram:SIZE:NAME disk its size; what does "
                      "not fit is refused when it is made.", f"mount -o remount,size={max(2 * total, 1 << 30) >> 20}M "
                      "/dev/shm")
-    elif _filesystem("/dev/shm") != "tmpfs":
-        yield result(LIMITED, f"{text}; on {_filesystem('/dev/shm')}, not on tmpfs",
+    elif shm.filesystem("/dev/shm") != "tmpfs":
+        yield result(LIMITED, f"{text}; on {shm.filesystem('/dev/shm')}, not on tmpfs",
                      "the kernel writes channels to a disk now and then.",
                      "mount -t tmpfs -o mode=1777 tmpfs /dev/shm")
     else:
         yield result(OK, text)
-
-
-def _filesystem(directory: str) -> str:
-    """Type of the file system mounted last on the nearest directory above."""
-    best, kind = "", "?"
-    for line in _text("/proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        point = left.split(" ")[4]
-        if (directory + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
-            best, kind = point, right.split(" ")[0]
-    return kind
 
 
 def _runtime() -> Iterator[Check]:
@@ -268,7 +257,7 @@ def _loop() -> Iterator[Check]:
     # What LOOP_CTL_GET_FREE would say, without making a device of it.
     following = min(free) if free else max(numbers, default=-1) + 1
     text = f"{len(free)} of {len(numbers)} devices are free, the kernel makes more"
-    if not os.path.exists(loop.path_of(following)) and (free or _filesystem("/dev") != "devtmpfs"):
+    if not os.path.exists(loop.path_of(following)) and (free or shm.filesystem("/dev") != "devtmpfs"):
         yield Check("loop", MISSING, f"{text}; the next one, {loop.path_of(following)}, has no node",
                     "the next disk cannot be attached: nobody makes nodes here.",
                     f"mknod -m 660 {loop.path_of(following)} b {loop.LOOP_MAJOR} {following}", needed=True)

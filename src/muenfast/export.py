@@ -1,19 +1,21 @@
-"""The serving side: one disk behind one block connection."""
+"""The serving side: the disk, or disks, behind one block connection."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from muenfast import params, shm
 from muenfast._blk import Group, Server
+from muenfast._buffer import BufferServer
 from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device
 from muenfast.channel import End
@@ -26,13 +28,39 @@ _TICK = 0.2  # seconds between looks at names
 _SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
 
 
+def spawn(target: Callable[[], None], name: str) -> threading.Thread:
+    """A daemon thread that runs. Raises OSError (EAGAIN) where no more are to be had."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, f"no thread for `{name}`: the limit of this user (ulimit -u) or of its control "
+                      "group (pids.max) is reached") from error
+    return thread
+
+
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
-    """One export: its channels and what stands behind them."""
+    """One export: its channels and what stands behind them.
+
+    device: its first, or only, disk. read_only: of all its disks. further: disks 1, 2, ... of a connection with a buffer.
+    entries: where each disk stands in its list, for messages; default: at the channels' index.
+    """
 
     channels: Channels
     device: Device
     read_only: bool = False
+    further: tuple[Device, ...] = ()
+    entries: tuple[int, ...] = ()
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """In the order of their numbers on the wire."""
+        return self.device, *self.further
+
+    def entry(self, number: int) -> int:
+        """Where disk `number` stands in its list."""
+        return self.entries[number] if self.entries else self.channels.index
 
 
 def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_only: str | None = None,
@@ -49,24 +77,34 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
     flagged = [params.flag(called.read_only, i, text) for i, text in enumerate(flags or ["no"])]
     if len(flagged) == 1:
         flagged *= len(channels)
-    paths = [shm.Locator.parse(d.name, option=called.device, index=i).path if d.name else d.path
-             for i, d in enumerate(parsed)]
-    stores = [(called.device, i, parsed[i].text, os.path.realpath(path), 0, math.inf)
-              for i, path in enumerate(paths) if path]
-    # Partitions by their numbers: where they are, and whether they overlap after all, is seen once they are opened.
-    parts = [(option, i, text, path, parsed[i].partition, parsed[i].partition + 1 if parsed[i].partition else math.inf)
-             for option, i, text, path, _, _ in stores]
-    params.apart([span for span in parts if not flagged[span[1]] or parsed[span[1]].kind != "file"],
-                 "a disk that is written has one export")
-    for entry in channels:
-        for option, locator in ((called.req, entry.req), (called.resp, entry.resp)):
+    configs = [ExportConfig(*entry) for entry in zip(channels, parsed, flagged, strict=True)]
+    check_devices(configs)
+    return configs
+
+
+def check_devices(configs: Sequence[ExportConfig]) -> None:
+    """Raises UsageError where a disk that is written has two exports, or a disk is a region of a connection."""
+    stores, parts = [], []
+    for config in configs:
+        option = config.channels.options.device
+        for number, device in enumerate(config.devices):
+            index = config.entry(number)
+            path = shm.Locator.parse(device.name, option=option, index=index).path if device.name else device.path
+            if not path:
+                continue
+            stores.append((option, index, device.text, os.path.realpath(path), 0, math.inf))
+            # Partitions by numbers: where they are, and whether they overlap after all, is seen once they are opened.
+            if not config.read_only or device.kind != "file":
+                parts.append((*stores[-1][:4], device.partition, device.partition + 1 if device.partition else math.inf))
+    params.apart(parts, "a disk that is written has one export")
+    for config in configs:
+        for option, locator in config.channels.regions:
             for store in stores:
-                params.apart([place(option, entry.index, locator), store], "a disk is no channel")
-    return [ExportConfig(*entry) for entry in zip(channels, parsed, flagged, strict=True)]
+                params.apart([place(option, config.channels.index, locator), store], "a disk is no channel")
 
 
 class Export:
-    """One disk served over one pair of channels; open from construction to close().
+    """What is served over one pair of channels: a disk, or with a buffer any number; open from construction to close().
 
     watch: polls for it while it is idle. Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
@@ -77,9 +115,11 @@ class Export:
         self._stack = ExitStack()
         with ExitStack() as stack:
             option = config.channels.options.device
-            with blame(option, config.channels.index, config.device.text):
-                self.backing: Backing = stack.enter_context(open_device(
-                    config.device, read_only=config.read_only, option=option, index=config.channels.index))
+            self.backings: list[Backing] = []
+            for number, device in enumerate(config.devices):
+                with blame(option, config.entry(number), device.text):
+                    self.backings.append(stack.enter_context(open_device(
+                        device, read_only=config.read_only, option=option, index=config.entry(number))))
             self._open()
             stack.callback(self._leave)
             self._stack = stack.pop_all()
@@ -96,29 +136,44 @@ class Export:
 
     @property
     def size(self) -> int:
-        """Bytes a client can use."""
-        return int(self.backing.store.nblocks) * BLOCK
+        """Bytes a client can use, on all its disks."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes a client can use on each disk. Inline events know blocks of 4096 bytes only."""
+        stores = [backing.store for backing in self.backings]
+        return [store.nblocks * BLOCK if self.config.channels.buffer is None else store.size for store in stores]
 
     @property
     def shares(self) -> bool:
-        """Whether it may share a thread with others: its disk makes no system calls, and its channels are memory, not
-        files that a file system may be slow to write, and soon zeroed."""
-        return not self.backing.store.waits and all(
-            end.locator.posix and len(end.view) <= _SHARED_REGION for end in self._ends)
+        """Whether it may share a thread with others: its disk makes no system calls, its disk and channels are memory,
+        not files, pages of which wait for a disk or (FUSE) somebody's process, and the channels are soon zeroed. One
+        request beside a buffer may be as long as that."""
+        name = self.config.device.name
+        return (self.config.channels.buffer is None and not self.backings[0].store.waits
+                and (name is None or shm.Locator.parse(name).posix)
+                and all(end.locator.posix and len(end.view) <= _SHARED_REGION for end in self._ends)
+                and shm.filesystem("/dev/shm") in ("tmpfs", "ramfs"))
 
     def start(self) -> None:
-        """Begins to serve, in a thread of its own."""
-        self.backing.keep()
-        served = not self._ended.is_set()
+        """Begins to serve, in a thread of its own. Raises OSError where none is to be had."""
         self._ended.clear()
         try:
-            threading.Thread(target=self._serve, name=f"export {self.name}", daemon=True).start()
-        except BaseException:  # no more threads are to be had: close() must not wait for one
-            if not served:
-                self._ended.set()
+            self._spawn()
+        except BaseException:   # close() must not wait for it
+            self._ended.set()
             raise
+        self._keep()
 
-    def _open(self, old: tuple[End, End] | None = None) -> None:
+    def _spawn(self) -> None:
+        spawn(self._serve, f"export {self.name}")
+
+    def _keep(self) -> None:
+        for backing in self.backings:
+            backing.keep()
+
+    def _open(self, old: tuple[End, ...] | None = None) -> None:
         """old: ends to keep where their name still means the same region; closed where it does not, once this returns.
         """
         channels = self.config.channels
@@ -127,15 +182,24 @@ class Export:
             for end in ends:
                 if old is None or end not in old:
                     undo.callback(end.close)
-            self.server = Server(
-                ends[0].view, ends[1].view, self.backing.store, request_protocol=channels.req_protocol,
-                response_protocol=channels.resp_protocol, request_bell=ends[0].bell_view,
-                response_bell=ends[1].bell_view, poll=channels.poll, watch=self._watch)
+            self.server = self._engine(*ends)
             undo.pop_all()
         self._ends = ends
         for end in old or ():
             if end not in ends:
                 end.close()
+
+    def _engine(self, request: End, response: End, buffer: End | None = None) -> Server | BufferServer:
+        channels = self.config.channels
+        stores = [backing.store for backing in self.backings]
+        more: dict[str, Any] = {
+            "request_protocol": channels.req_protocol, "response_protocol": channels.resp_protocol,
+            "request_bell": request.bell_view, "response_bell": response.bell_view, "poll": channels.poll,
+            "watch": self._watch}
+        if buffer is None:
+            [store] = stores
+            return Server(request.view, response.view, store, **more)
+        return BufferServer(request.view, response.view, buffer.view, stores, **more)
 
     def _close_ends(self) -> None:
         for end in self._ends:
@@ -167,8 +231,9 @@ class Export:
         elif event == "disconnected":
             log.info("export %s: client left", self.name)
         elif event == "overrun":
-            self._peer.warning("the client wrote more than the ring holds: %d requests lost so far, reconnecting",
-                               self.server.counters["lost"])
+            self._peer.warning("the client wrote more than the ring holds: %d requests lost so far, %s",
+                               self.server.counters["lost"], "reconnecting" if self.config.channels.buffer is None
+                               else "it has to reset the connection")
         elif event == "incompatible":
             self._peer.warning("%s", self.config.channels.misfit(True, self.server.fault))
 
@@ -182,7 +247,8 @@ class Export:
         broken = self.server.broken
         if broken and not self._broken:
             self._broken = True
-            log.error("export %s: %s", self.name, BrokenChannelError(self._ends[broken == "response"].locator.text))
+            log.error("export %s: %s", self.name, BrokenChannelError(
+                self._ends[("request", "response", "buffer").index(broken)].locator.text))
         stale = [end for end in self._ends if end.replaced()]
         if broken:
             return bool(stale) or not any(end.region.truncated() for end in self._ends)
@@ -202,7 +268,7 @@ class Export:
                     self._stop.wait(_TICK)
                     continue
                 self._open(self._ends)
-                self.server.inherit(old)
+                self.server.inherit(old)  # type: ignore[arg-type]  # an export has engines of one kind
                 self._broken = False
                 log.info("export %s: channels were made anew", self.name)
                 return
@@ -215,14 +281,25 @@ class Export:
     def status(self) -> dict[str, Any]:
         """What `muenfast stat` shows."""
         channels = self.config.channels
-        return {"role": "export", "req": channels.req.text, "resp": channels.resp.text,
-                "device": self.config.device.text, "size": self.size, "read_only": self.config.read_only,
-                "state": "connected" if self.server.connected else "waiting", "counters": self.server.counters}
+        found = {"role": "export", "req": channels.req.text, "resp": channels.resp.text,
+                 "device": ",".join(device.text for device in self.config.devices), "size": self.size,
+                 "read_only": self.config.read_only, "state": "connected" if self.server.connected else "waiting",
+                 "counters": self.server.counters}
+        if channels.buffer is not None:
+            found["shm"] = channels.buffer.text
+            found["devices"] = [
+                {"device": device.text, "size": size, "block_size": backing.store.block_size}
+                for device, size, backing in zip(self.config.devices, self.sizes, self.backings, strict=True)]
+        return found
+
+    def stop(self) -> None:
+        """Makes it end soon; close() waits for that."""
+        self._stop.set()
+        self.server.stop()
 
     def close(self) -> None:
         """Finishes what is executing, tells the client "back later", leaves the channels, frees the device."""
-        self._stop.set()
-        self.server.stop()
+        self.stop()
         while not self._ended.wait(0.05):
             self.server.stop()
         self._stack.close()
@@ -232,43 +309,48 @@ class Crew:
     """One thread for several exports that share it (`Export.shares`), by turns.
 
     What would make the others wait leaves for a thread of its own: channels to be made anew, a client that overruns its
-    ring, takes its counters back, makes turns take long or starts anew more than MOST_EVENTS times a second. It does not
-    come back.
+    ring, takes its counters back, makes turns take long or starts anew more than MOST_STARTS times between two looks.
+    It does not come back.
     """
 
     MOST = 128  # FUTEX_WAITV_MAX
-    MOST_EVENTS = 20
+    MOST_STARTS = 4
+    LOOKS = 8  # at names, some system calls each, before everybody has a turn
 
     def __init__(self, exports: Sequence[Export]) -> None:
-        self._exports = list(exports)
-        self._events = dict.fromkeys(self._exports, 0)
+        self._exports: dict[Server | BufferServer, Export] = {export.server: export for export in exports}
+        self._starts = dict.fromkeys(exports, 0)
         self._group = Group()
-        self._thread = threading.Thread(target=self._serve, name=f"exports {self._exports[0].name} ...", daemon=True)
+        self._name = f"exports {exports[0].name} ..."
+        self._said = PeerLog(self._name)
 
     def start(self) -> None:
-        """Begins to serve all."""
-        for export in self._exports:
-            export.backing.keep()
+        """Begins to serve all. Raises OSError where no thread is to be had."""
+        exports = list(self._exports.values())
+        for export in exports:
             export._ended.clear()
         try:
-            self._thread.start()
+            spawn(self._serve, self._name)
         except BaseException:
-            for export in self._exports:
+            for export in exports:
                 export._ended.set()
             raise
+        for export in exports:
+            export._keep()
 
     def _serve(self) -> None:
         try:
-            for export in self._exports:
-                self._group.add(export.server)
+            for server in self._exports:
+                assert isinstance(server, Server)
+                self._group.add(server)
             self._serve_all()
         except Exception:
             log.exception("the thread of %d exports", len(self._exports))
         for server in self._group.servers:
             self._group.remove(server)
-        for export in self._exports:
+        for export in self._exports.values():
             try:
-                export.start()
+                export._spawn()
             except Exception:
                 export._ended.set()
                 log.exception("export %s is not served any more", export.name)
@@ -276,15 +358,21 @@ class Crew:
     def _serve_all(self) -> None:
         looked = time.monotonic()
         while self._exports:
-            owners = {id(export.server): export for export in self._exports}
-            for server, event in self._group.run(_TICK):
-                if owners[id(server)] in self._exports:     # not gone by what happened just before
-                    self._happened(owners[id(server)], event)
+            self._run(_TICK)
             now = time.monotonic()
-            if now - looked >= _TICK:
-                looked = now
-                for export in list(self._exports):
+            if now - looked < _TICK:
+                continue
+            looked = now
+            for k, export in enumerate(list(self._exports.values()), 1):
+                if export.server in self._exports:      # not gone by what happened just before
                     self._look(export)
+                if k % self.LOOKS == 0:
+                    self._run(0.0)
+
+    def _run(self, seconds: float) -> None:
+        for server, event in self._group.run(seconds):
+            if server in self._exports:
+                self._happened(self._exports[server], event)
 
     def _happened(self, export: Export, event: str) -> None:
         if event == "stopped":
@@ -292,12 +380,12 @@ class Crew:
             export._ended.set()
             return
         export._happened(event)
-        self._events[export] += 1
-        if event in ("overrun", "unruly") or self._events[export] > self.MOST_EVENTS * _TICK:
+        self._starts[export] += event in ("connected", "incompatible")
+        if event in ("overrun", "unruly") or self._starts[export] > self.MOST_STARTS:
             self._alone(export, "its client makes others wait")
 
     def _look(self, export: Export) -> None:
-        self._events[export] = 0
+        self._starts[export] = 0
         try:
             if export._moved():
                 self._alone(export, "its channels are to be followed")
@@ -305,17 +393,22 @@ class Crew:
             export._peer.warning("cannot look after its channels: %s", error)
 
     def _part(self, export: Export) -> None:
-        self._exports.remove(export)
+        assert isinstance(export.server, Server)
+        del self._exports[export.server]
         self._group.remove(export.server)
 
     def _alone(self, export: Export, why: str) -> None:
         """Where no thread is to be had, it stays, and the next occasion comes."""
         self._part(export)
         try:
-            export.start()
-        except Exception as error:
+            export._spawn()
+        except BaseException as error:
+            assert isinstance(export.server, Server)
             self._group.add(export.server)
-            self._exports.append(export)
-            export._peer.warning("%s, but it gets no thread of its own: %s", why, error)
+            self._exports[export.server] = export
+            if not isinstance(error, OSError):
+                raise
+            # By itself: among the export's warnings, one a second, it would be lost.
+            self._said.warning("%s: %s, but stays: %s", export.name, why, error.strerror)
         else:
             log.info("export %s: %s: it has a thread of its own from now on", export.name, why)

@@ -156,6 +156,7 @@ class Connection:
     """One entry of connections=: two channels and the buffer between them, entry `index` of the list.
 
     devices: server: the paths of its disks, in the order of the list, which is that of their numbers on the wire.
+    entries: where each of them stands in the list.
     """
 
     id: str
@@ -166,6 +167,7 @@ class Connection:
     req_protocol: int = SHARED_PROTOCOL
     resp_protocol: int = SHARED_PROTOCOL
     devices: tuple[str, ...] = ()
+    entries: tuple[int, ...] = ()
 
 
 def connections_from_lists(connections: str, device: str | None = None, *, called: str = "device") -> list[Connection]:
@@ -218,7 +220,7 @@ def _connection(option: str, index: int, entry: str) -> Connection:
 
 
 def _with_devices(connections: list[Connection], device: str, option: str) -> list[Connection]:
-    disks: dict[str, list[str]] = {each.id: [] for each in connections}
+    disks: dict[str, list[tuple[int, str]]] = {each.id: [] for each in connections}
     for index, entry in enumerate(params.split(option, device)):
         path, colon, identifier = (part.strip() for part in entry.rpartition(":"))
         if not colon:
@@ -233,9 +235,10 @@ def _with_devices(connections: list[Connection], device: str, option: str) -> li
         if identifier not in disks:
             raise UsageError(f"no connection has the ID {identifier!r}; there is {_names(disks)}", option=option,
                              index=index, value=entry)
-        disks[identifier].append(path)
+        disks[identifier].append((index, path))
     for each in connections:
         if not disks[each.id]:
             raise UsageError(f"the connection {each.id!r} has no device", option="connections", index=each.index,
                              value=each.id, hint=f"{option}=PATH:{each.id} gives it one")
-    return [replace(each, devices=tuple(disks[each.id])) for each in connections]
+    return [replace(each, devices=tuple(path for _, path in disks[each.id]),
+                    entries=tuple(index for index, _ in disks[each.id])) for each in connections]

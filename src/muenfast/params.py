@@ -18,7 +18,8 @@ def split(option: str, text: str, *, empty: bool = False) -> list[str]:
     if not empty:
         for index, entry in enumerate(entries):
             if not entry:
-                raise UsageError("an entry must not be empty", option=option, index=index, value=text)
+                raise UsageError(f"an entry must not be empty (the list is {text!r})", option=option, index=index,
+                                 value=entry)
     return entries
 
 
@@ -29,10 +30,11 @@ def same_length(lists: Mapping[str, Sequence[object] | None]) -> int:
     for option, entries in given[1:]:
         if len(entries) != len(first):
             index = min(len(entries), len(first))
-            what = f"has no partner in {first_option}" if len(entries) > len(first) else "is missing"
+            more = len(entries) > len(first)
+            what = f"has no partner in {first_option}" if more else "is missing"
             raise UsageError(f"lists are paired by position: entry {index} (counted from 0) {what}, there are "
                              f"{len(entries)} here and {len(first)} in {first_option}", option=option, index=index,
-                             value=",".join(str(entry) for entry in entries))
+                             value=entries[index] if more else None)
     return len(first)
 
 

@@ -668,6 +668,22 @@ def _expire(deadline: float, path: str) -> None:
         raise OSError(errno.EBUSY, "the name means another region whenever it is opened", path)
 
 
+def filesystem(directory: str) -> str:
+    """Type of the file system mounted last on the nearest directory above; "?" where /proc does not tell."""
+    best, kind = "", "?"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return kind
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        point = left.split(" ")[4]
+        if (directory + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+            best, kind = point, right.split(" ")[0]
+    return kind
+
+
 def users(region_or_locator: Region | Locator) -> list[dict[str, Any]]:
     """Live users of a region, oldest first: pid, role, comm, name, writable, since. [] when there is no such region."""
     if isinstance(region_or_locator, Region):

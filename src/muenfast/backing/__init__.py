@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from muenfast import params
-from muenfast._blk import Store
 from muenfast._ring import layout
+from muenfast._store import Store
 from muenfast.errors import UsageError
 
 BLOCK = layout()["block_size"]
@@ -47,6 +47,9 @@ class Device:
             return cls(text, kind, size=nbytes, name=name or None)
         if not text:
             raise UsageError("an entry must not be empty", option=option, index=index, value=text)
+        if colon and kind.isalpha() and "/" not in text and not os.path.exists(text):
+            raise UsageError(f"there is no kind of device {kind!r}, and no file of that name", option=option, index=index,
+                             value=text, hint=f"kinds are ram:SIZE, ram:SIZE:NAME and null:SIZE; a file is ./{text}")
         partition = re.fullmatch("(.+)#([0-9]{1,9})", text, re.DOTALL)
         if partition is None or os.path.exists(text):
             return cls(text, "file", path=text)

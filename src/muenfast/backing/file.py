@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from muenfast import partition, shm
-from muenfast._blk import Store
+from muenfast._store import Store
 from muenfast.backing import BLOCK, Backing, Device
 from muenfast.errors import ClaimError, UsageError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from muenfast._blk import Store
+from muenfast._store import Store
 from muenfast.backing import Backing, Device
 
 

@@ -9,7 +9,7 @@ import mmap
 from contextlib import ExitStack
 
 from muenfast import shm
-from muenfast._blk import Store
+from muenfast._store import Store
 from muenfast.backing import Backing, Device
 from muenfast.errors import ClaimError, UsageError
 
@@ -26,7 +26,7 @@ class RamBacking(Backing):
                 # Private and not reserved: pages come with the first write to them.
                 memory = mmap.mmap(-1, device.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
                 stack.callback(memory.close)
-                self.store = Store.in_memory(memory, read_only=read_only)
+                self.store = Store.in_memory(memory, read_only=read_only, anonymous=True)
             else:
                 locator = shm.Locator.parse(device.name)
                 try:

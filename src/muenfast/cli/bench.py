@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from muenfast.errors import UsageError
@@ -32,6 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("rounds are 1 to 1000", option="--rounds", value=arguments.rounds)
     if not 0 < arguments.scale <= 100:
         raise UsageError("a scale is above 0, at most 100", option="--scale", value=arguments.scale)
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and (option, path) != ("--json", "-"):
+            _writable(option, path)
     from muenfast import measure
 
     reports = []
@@ -61,6 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
         with open(arguments.plot, "w", encoding="utf-8") as file:
             file.write(measure.plot(reports))
     return 0
+
+
+def _writable(option: str, path: str) -> None:
+    """Raises UsageError now, not after minutes of measuring."""
+    directory = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
+        raise UsageError("no file can be written there", option=option, value=path,
+                         hint="name a file in a directory that exists and may be written")
 
 
 def _step(done: int, total: int) -> None:

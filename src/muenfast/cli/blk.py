@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._serving import Stop, notify, say_ready
 from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
-SERVER_ONLY = ("device", "read_only", "threads")
+if TYPE_CHECKING:
+    from muenfast.blk import Export, ExportConfig
+
+SERVER_ONLY = ("device", "read_only", "threads", "shm", "shm_size")
 CLIENT_ONLY = ("attach", "on_peer_loss", "same_store")
 
 
@@ -25,14 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, the PATH of a file, disk or "
                                       "partition, or PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
                                       "that very name (default: ram:64M each)")
+    add("--shm", metavar="L", help="server: buffers, regions that both sides write: an entry that names one makes its "
+                                   "connection one of the second generation, an empty one leaves it inline")
+    add("--shm-size", metavar="L", help="server: size of buffers that are made because they are missing (default: 16M)")
     add("--read-only", metavar="L", nargs="?", const="yes",
         help="server: refuse writes; yes or no for each export, alone: for all")
     add("--threads", metavar="N", help="server: most threads for exports in RAM, which share them where they are more "
                                        "(default: four for each CPU); other disks have one each")
-    add("--req-protocol", metavar="L", help="hexadecimal (default: 9570208dca77db19)")
-    add("--resp-protocol", metavar="L", help="hexadecimal (default: 9851be3282fef0dc)")
-    add("--size", metavar="L", help="size of channels that are made because they are missing (default: 1M; foreign "
-                                    "peers accept no other)")
+    add("--req-protocol", metavar="L", help="hexadecimal (default: 9570208dca77db19; beside a buffer 5155684453516f3d)")
+    add("--resp-protocol", metavar="L", help="hexadecimal (default: 9851be3282fef0dc; beside a buffer 5155684453516f3d)")
+    add("--size", metavar="L", help="size of channels that are made because they are missing (default: 1M; beside a "
+                                    "buffer 0x8000 for requests, 0x4000 for responses; foreign peers accept no other)")
     add_client_options(parser)
     add_waiting_options(parser)
 
@@ -71,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, SERVER_ONLY, "leave out --client, or give it to the server")
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
+    from muenfast.blk import exports_from_lists
+
     with Stop() as stop:
         lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
                                                                  "size")}, **waiting(arguments)}
@@ -79,7 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         threads = arguments.threads
         if threads is not None:
             threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
-        return export_disks({**lists, "device": arguments.device, "read_only": arguments.read_only}, stop, threads)
+        lists = {**lists, "device": arguments.device, "read_only": arguments.read_only, "buffer": arguments.shm,
+                 "buffer_size": arguments.shm_size}
+        return export_disks(exports_from_lists(**lists), stop, threads)
 
 
 def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -92,21 +103,28 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"poll": poll, "bells": not arguments.strict_oneway}
 
 
-def export_disks(lists: dict[str, Any], stop: Stop, threads: int | None = None) -> int:
-    """The server, of what exports_from_lists takes; until stop. threads: see BlockServer."""
-    from muenfast.blk import BlockServer, exports_from_lists
+def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None) -> int:
+    """The server; until stop. threads: see BlockServer."""
+    from muenfast.blk import BlockServer
     from muenfast.control import ControlServer
 
     with ExitStack() as stack:
-        server = stack.enter_context(BlockServer(exports_from_lists(**lists), threads=threads))
+        server = stack.enter_context(BlockServer(configs, threads=threads))
         control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
         stack.callback(control.close)
-        say_ready([f"export {word(e.config.channels.req.text)} {word(e.config.channels.resp.text)} {e.size} "
-                   f"{word(e.config.device.text)}{' read-only' if e.config.read_only else ''}"
-                   for e in server.exports])
+        say_ready([_line(export) for export in server.exports])
         stop.wait()
         notify("STOPPING=1")
         return 0
+
+
+def _line(export: Export) -> str:
+    """`export REQ RESP SIZE DEVICE [SIZE DEVICE ...] [read-only] [shm BUFFER]`."""
+    channels = export.config.channels
+    disks = [f"{size} {word(device.text)}" for size, device in zip(export.sizes, export.config.devices, strict=True)]
+    return " ".join(["export", word(channels.req.text), word(channels.resp.text), *disks,
+                     *(["read-only"] if export.config.read_only else []),
+                     *(["shm", word(channels.buffer.text)] if channels.buffer is not None else [])])
 
 
 def attach_disks(arguments: argparse.Namespace, lists: dict[str, Any], stop: Stop) -> int:

@@ -1,0 +1,478 @@
+"""The block server's engine for the shared-buffer transport: requests of one client, executed on several Stores.
+
+Runs without the GIL and allocates nothing per request. Trust: of every request the 32 bytes are copied once, validated,
+and only the copy is used. The buffer's contents may change at any time: that spoils the client's own data, and nothing
+else, for no decision rests on them.
+"""
+from libc.errno cimport EINVAL, EIO, EROFS
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from muenfast._engine cimport *
+from muenfast._ring cimport *
+from muenfast._store cimport *
+from muenfast._wire cimport *
+
+import hashlib as _hashlib
+
+from muenfast.errors import UsageError
+
+# Bytes moved before the answers so far are published: to memory little, so that the client goes on while the next ones
+# are copied (docs/decisions/003); a system call takes longer than a client needs to be woken.
+cdef uint64_t MEMORY_BYTES = 16384
+cdef uint64_t FILE_BYTES = 131072
+# The status of a request that cannot be executed at all (docs/protocol.md); other errors are positive Linux errnos.
+cdef uint64_t REFUSED = 1
+cdef uint64_t MOST_DEVICES = 1 << 16    # numbers of devices are u16
+
+
+cdef struct device_t:
+    const store_t *store
+    uint64_t block_size     # a power of two
+    uint64_t size           # bytes
+    uint64_t most           # bytes of one request
+
+
+cdef struct buffer_counters:
+    uint64_t reads
+    uint64_t writes
+    uint64_t discards
+    uint64_t syncs
+    uint64_t queries        # everything that moves nothing: None, Get_SMART, geometry
+    uint64_t resets
+    uint64_t bytes_read
+    uint64_t bytes_written
+    uint64_t bytes_discarded
+    uint64_t batches
+    uint64_t merged
+    uint64_t rejected       # requests that broke a rule, answered with an error
+    uint64_t failed         # requests the store answered with an error
+    uint64_t voided         # requests of an earlier life, not answered
+    uint64_t cancelled      # requests of a life that ended before their turn came, not answered
+    uint64_t connections
+
+
+cdef struct buffer_server_t:
+    reader_t r
+    writer_t w
+    uint8_t *buffer
+    uint64_t length
+    const uint32_t *broken  # 1: the buffer was taken away and zeros stand there
+    device_t *devices
+    uint64_t ndevices
+    uint32_t stop
+    bint connected          # a request epoch is synchronised with
+    bint knows_epoch        # this life has seen a request epoch end or begin: none can be a predecessor's
+    uint64_t void_below     # requests of this epoch with a number below are void
+    uint64_t refused        # incompatible epoch that was reported
+    block_request last      # the newest request taken from the ring, as it was ...
+    bint has_last           # ... in this epoch, if there was one
+    buffer_counters n
+    block_request heads[BATCH]
+    block_response answers[BATCH]
+    uint8_t smart[512]      # SMART_SIZE
+
+
+cdef bint moves(const block_request *h) noexcept nogil:
+    """Whether it is a read, a write or a discard."""
+    return h.kind == REQUEST_READ or h.kind == REQUEST_WRITE or h.kind == REQUEST_DISCARD
+
+
+cdef bint repeatable(const block_request *h) noexcept nogil:
+    """Whether a request may be answered although a predecessor may have answered it: it changes nothing."""
+    return (h.kind == REQUEST_MEDIA_BLOCKS or h.kind == REQUEST_BLOCK_LENGTH or h.kind == REQUEST_MAX_REQUESTS
+            or h.kind == REQUEST_MAX_BLOCKS or h.kind == REQUEST_MAX_DEVICES or h.kind == REQUEST_RESET)
+
+
+cdef uint64_t check_request(const buffer_server_t *s, const block_request *h) noexcept nogil:
+    """0, or the status that answers a read, write or discard which breaks a rule. h is a private copy.
+
+    No sum is made of two values of the client's: each is held against what the others leave.
+    """
+    cdef const device_t *d
+    if h.device >= s.ndevices:
+        return REFUSED
+    d = &s.devices[h.device]
+    if h.length == 0 or h.length > d.most or (h.length | h.device_offset) & (d.block_size - 1) != 0:
+        return EINVAL
+    if h.device_offset > d.size or h.length > d.size - h.device_offset:
+        return EINVAL
+    if h.kind != REQUEST_DISCARD:
+        if h.buffer_offset & (d.block_size - 1) != 0:
+            return EINVAL
+        if h.buffer_offset > s.length or h.length > s.length - h.buffer_offset:
+            return EINVAL
+    if h.kind != REQUEST_READ and d.store.read_only:
+        return EROFS
+    return 0
+
+
+cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length) noexcept nogil:
+    """Executes a read, write or discard of `length` bytes that begins as *h, which was checked; 0 or a negative errno.
+
+    Payload is moved once, between store and buffer.
+    """
+    cdef const store_t *store = s.devices[h.device].store
+    cdef uint8_t *data
+    cdef iovec iov
+    cdef int status = 0
+    if h.kind == REQUEST_DISCARD:
+        return store_discard(store, h.device_offset, length)
+    if load_acquire32(s.broken) != 0:
+        return -EIO
+    data = s.buffer + h.buffer_offset   # checked for all but discards, which need none
+    if store.kind == STORE_FILE:
+        iov.iov_base = data
+        iov.iov_len = length
+        status = transfer(store, h.kind == REQUEST_WRITE, &iov, 1, h.device_offset)
+    elif store.kind == STORE_MEMORY:
+        if h.kind == REQUEST_WRITE:
+            copy_bytes(store.memory + h.device_offset, data, length)
+        else:
+            copy_bytes(data, store.memory + h.device_offset, length)
+        if store_broken(store):
+            status = -EIO
+    elif h.kind == REQUEST_READ:
+        memset(data, 0, length)
+    return -EIO if load_acquire32(s.broken) != 0 else status
+
+
+cdef uint64_t buffer_run(buffer_server_t *s, uint64_t first, uint64_t n, uint64_t *status) noexcept nogil:
+    """Executes as one operation request `first` of the batch, which was checked, and those after it, before n, that
+    continue its device range and its buffer range; how many. status: one per request.
+
+    What fails together is tried one by one: only the request that cannot be done gets the error.
+    """
+    cdef const block_request *h = &s.heads[first]
+    cdef uint64_t length = h.length, run = 1, k
+    cdef const block_request *next
+    cdef int together, error
+    while first + run < n:
+        next = &s.heads[first + run]
+        if next.kind != h.kind or next.device != h.device or next.device_offset != h.device_offset + length:
+            break
+        if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length:
+            break
+        if check_request(s, next) != 0:
+            break
+        length += next.length
+        run += 1
+    together = buffer_move(s, h, length)
+    for k in range(run):
+        error = together
+        if together != 0 and run > 1:
+            error = buffer_move(s, &s.heads[first + k], s.heads[first + k].length)
+        status[k] = <uint64_t>-error
+        count64(&s.n.failed, error != 0)
+    count64(&s.n.merged, run - 1)
+    if h.kind == REQUEST_READ:
+        count64(&s.n.reads, run)
+        count64(&s.n.bytes_read, length)
+    elif h.kind == REQUEST_WRITE:
+        count64(&s.n.writes, run)
+        count64(&s.n.bytes_written, length)
+    else:
+        count64(&s.n.discards, run)
+        count64(&s.n.bytes_discarded, length)
+    return run
+
+
+cdef uint64_t buffer_smart(buffer_server_t *s, const block_request *h) noexcept nogil:
+    """The disk's raw SMART data to the buffer; the status. Where it does not fit there is none.
+
+    Public clients leave the length 0; one that is given bounds what is touched.
+    """
+    cdef const device_t *d = &s.devices[h.device]
+    cdef uint64_t status
+    if (0 < h.length < SMART_SIZE or h.buffer_offset & (d.block_size - 1) != 0 or h.buffer_offset > s.length
+            or SMART_SIZE > s.length - h.buffer_offset):
+        count64(&s.n.rejected, 1)
+        return SMART_UNAVAILABLE
+    status = store_smart(d.store, s.smart)
+    if status != SMART_UNAVAILABLE:
+        memcpy(s.buffer + h.buffer_offset, s.smart, SMART_SIZE)
+    return status
+
+
+cdef uint64_t buffer_query(buffer_server_t *s, const block_request *h) noexcept nogil:
+    """The status that answers everything but reads, writes, discards and syncs."""
+    cdef bint exists = h.device < s.ndevices
+    cdef const device_t *d = &s.devices[h.device] if exists else NULL
+    if h.kind == REQUEST_RESET or h.kind == REQUEST_NONE:
+        if h.kind == REQUEST_RESET:     # requests are executed in order: none is pending by now
+            count64(&s.n.resets, 1)
+        else:
+            count64(&s.n.queries, 1)
+        return 0 if exists else REFUSED
+    if (h.kind != REQUEST_MEDIA_BLOCKS and h.kind != REQUEST_BLOCK_LENGTH and h.kind != REQUEST_MAX_REQUESTS
+            and h.kind != REQUEST_MAX_BLOCKS and h.kind != REQUEST_MAX_DEVICES and h.kind != REQUEST_SMART):
+        count64(&s.n.rejected, 1)
+        return REFUSED
+    count64(&s.n.queries, 1)
+    if not exists:
+        return 0
+    if h.kind == REQUEST_MEDIA_BLOCKS:
+        return d.size // d.block_size
+    if h.kind == REQUEST_BLOCK_LENGTH:
+        return d.block_size
+    if h.kind == REQUEST_MAX_REQUESTS:
+        return min(s.r.elements, s.w.elements)
+    if h.kind == REQUEST_MAX_BLOCKS:
+        return d.most // d.block_size
+    if h.kind == REQUEST_MAX_DEVICES:
+        return s.ndevices
+    return buffer_smart(s, h)
+
+
+cdef bint buffer_answer(buffer_server_t *s, uint64_t n) noexcept nogil:
+    """Publishes the first n answers, unless the life that asked has ended; whether it goes on.
+
+    A client that has begun a new epoch, or the same one anew, gets no answer to the old one's requests.
+    """
+    cdef uint64_t k
+    if load_acquire64(&s.r.hdr.epoch) != s.r.epoch or <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) < 0:
+        return False
+    writer_reserve(&s.w, n)
+    for k in range(n):
+        memcpy(writer_slot(&s.w, k), &s.answers[k], sizeof(block_response))
+    writer_publish(&s.w, n)
+    return True
+
+
+cdef uint64_t buffer_sync(buffer_server_t *s, const block_request *h) noexcept nogil:
+    """The status that answers a sync: what was written before it is durable by then."""
+    count64(&s.n.syncs, 1)
+    if h.device >= s.ndevices:
+        count64(&s.n.rejected, 1)
+        return REFUSED
+    if store_flush(s.devices[h.device].store) != 0:
+        count64(&s.n.failed, 1)
+        return REFUSED
+    return 0
+
+
+cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept nogil:
+    """One round: copy the requests out, check the copies, execute them in their order, answer."""
+    cdef uint64_t n = min(min(available, <uint64_t>BATCH), s.w.elements)
+    cdef uint64_t k = 0, i, run, waiting = 0, moved = 0, enough
+    cdef uint64_t status[BATCH]
+    cdef const block_request *h
+    cdef bint alive = True, predecessors = <int64_t>(s.void_below - s.r.rc) > 0
+    for i in range(n):
+        memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_request))
+    if not reader_intact(&s.r):
+        return reader_recover(&s.r)
+    if predecessors:
+        n = min(n, s.void_below - s.r.rc)
+    count64(&s.n.batches, 1)
+    while alive and k < n:
+        h = &s.heads[k]
+        if predecessors and not repeatable(h):
+            count64(&s.n.voided, 1)
+            k += 1
+            continue
+        run = 1
+        enough = MEMORY_BYTES
+        if moves(h):
+            status[0] = check_request(s, h)
+            if status[0] != 0:
+                count64(&s.n.rejected, 1)
+            else:
+                run = buffer_run(s, k, n, status)
+                if s.devices[h.device].store.kind == STORE_FILE:
+                    enough = FILE_BYTES
+                for i in range(run):
+                    moved += s.heads[k + i].length
+        elif h.kind == REQUEST_SYNC:
+            if waiting != 0:            # a slow flush holds nothing back
+                alive = buffer_answer(s, waiting)
+                waiting = moved = 0
+                if not alive:
+                    break
+            status[0] = buffer_sync(s, h)
+        else:
+            status[0] = buffer_query(s, h)
+        for i in range(run):
+            s.answers[waiting].kind = s.heads[k].kind
+            s.answers[waiting].device = s.heads[k].device
+            s.answers[waiting].tag = s.heads[k].tag
+            s.answers[waiting].status = status[i]
+            waiting += 1
+            k += 1
+        if moved >= enough:
+            alive = buffer_answer(s, waiting) and load_relaxed32(&s.stop) == 0
+            waiting = moved = 0
+    if waiting != 0:
+        buffer_answer(s, waiting)
+    count64(&s.n.cancelled, n - k)
+    s.last = s.heads[n - 1]
+    s.has_last = True
+    reader_advance(&s.r, n)
+    return SUCCESS
+
+
+cdef void buffer_begin(buffer_server_t *s) noexcept nogil:
+    """A request epoch was synchronised with: what of it is void.
+
+    Nothing in the first one can be a reaction to our response epoch, which is not active yet. So of more requests than
+    the ring holds none is missed that anybody still waits for.
+    """
+    s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
+    s.knows_epoch = s.connected = True
+    s.refused = 0
+    count64(&s.n.connections, 1)
+    if s.void_below > s.r.elements:
+        count64(&s.n.voided, s.void_below)
+        reader_goto(&s.r, s.void_below)
+
+
+cdef int buffer_step(buffer_server_t *s) noexcept nogil:
+    """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event.
+
+    The response channel becomes active at the end of the first one, and keeps its epoch to the end of this server,
+    whatever clients do.
+    """
+    cdef uint64_t available
+    cdef ring_status status
+    cdef int event = STEP_IDLE
+    if load_relaxed32(&s.stop) != 0:
+        return SERVER_STOPPED
+    status = reader_peek(&s.r, &available)
+    if (status == SUCCESS or status == NO_DATA) and s.has_last and rewritten(&s.r, &s.last, sizeof(s.last)):
+        s.r.epoch = 0
+        status = reader_peek(&s.r, &available)
+    if status == SUCCESS:
+        status = buffer_batch(s, available)
+    if status == SUCCESS:
+        return STEP_WORKED
+    if status == NO_DATA:
+        return STEP_IDLE
+    s.has_last = False
+    if status == EPOCH_CHANGED:
+        buffer_begin(s)
+        event = SERVER_CONNECTED
+    elif status == OVERRUN_DETECTED:
+        # What a first synchronisation has missed was void anyway.
+        if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
+            event = STEP_WORKED
+        else:
+            event = SERVER_OVERRUN
+    else:
+        if status == INACTIVE:
+            s.knows_epoch = True        # whatever epoch comes now began in this life
+            if s.connected:
+                event = SERVER_DISCONNECTED
+        elif s.refused != s.r.refused:
+            s.refused = s.r.refused
+            event = SERVER_INCOMPATIBLE
+        s.connected = False
+    if s.w.epoch == 0:
+        writer_start(&s.w, random_epoch())
+    return event
+
+
+cdef class BufferServer(ServerEngine):
+    """Serves several Stores over one connection: two channels and a buffer.
+
+    request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed by
+    the caller; buffer: writable, at least 4096 bytes. stores: device 0, 1, ... request_bell, response_bell: writable
+    buffers or None. poll: microseconds, None: adaptive. watch: of all engines of this process, or None.
+
+    The response channel becomes active with the first run() and keeps its epoch until close(). run() belongs to one
+    thread; stop(), counters and state may be used from others.
+    """
+    cdef buffer_server_t *s
+    cdef Mapping buffer
+    cdef readonly tuple stores
+
+    def __cinit__(self):
+        self.s = <buffer_server_t *>calloc(1, sizeof(buffer_server_t))
+        if self.s == NULL:
+            raise MemoryError()
+        self.r = &self.s.r
+        self.w = &self.s.w
+        self.ending = &self.s.stop
+
+    def __init__(self, request, response, buffer, stores, *, request_protocol=BUFFER_PROTOCOL,
+                 response_protocol=BUFFER_PROTOCOL, request_bell=None, response_bell=None, poll=None,
+                 Watch watch=None):
+        cdef device_t *d
+        cdef Store store
+        cdef uint32_t flags = 0
+        cdef uint64_t count
+        if self.s.devices != NULL:
+            raise UsageError("a BufferServer is initialised once")
+        stores = tuple(stores)
+        count = len(stores)
+        if not all([isinstance(each, Store) for each in stores]):
+            raise TypeError("stores are Store objects")
+        if not 1 <= count <= MOST_DEVICES:
+            raise UsageError(f"a connection has 1 to {MOST_DEVICES} devices", value=count)
+        self.s.devices = <device_t *>calloc(count, sizeof(device_t))
+        if self.s.devices == NULL:
+            raise MemoryError()
+        self.buffer = hold(buffer, True, BLOCK_SIZE)
+        self.s.buffer = self.buffer.base
+        self.s.length = self.buffer.length
+        self.s.broken = self.buffer.broken
+        for number, each in enumerate(stores):
+            store = each
+            d = &self.s.devices[number]
+            d.store = &store.s
+            d.block_size = store.s.block_size
+            d.size = store.s.size
+            d.most = self.s.length // d.block_size * d.block_size
+            if store.s.read_only and number < 32:
+                flags |= STORE_READ_ONLY << <uint32_t>number
+        self.s.ndevices = count
+        self.stores = stores
+        self.bind(request, response, request_bell, response_bell, sizeof(block_request), sizeof(block_response),
+                  request_protocol, response_protocol, poll, watch)
+        self.introduce(identity_of([each.identity for each in stores]), flags)
+
+    cdef int step(self) noexcept nogil:
+        return buffer_step(self.s)
+
+    cdef void wait(self, uint64_t ns) noexcept nogil:
+        reader_wait(self.r, min(ns, patience(self.r, self.s.has_last)), self.ending)
+
+    cdef str taken_away(self):
+        return "buffer" if was_taken(self.buffer) else ServerEngine.taken_away(self)
+
+    cdef void drop(self) noexcept:
+        ServerEngine.drop(self)
+        if self.buffer is not None:
+            self.buffer.drop()
+
+    @property
+    def counters(self):
+        """All counters of this server's life; readable while it runs."""
+        cdef buffer_counters n = self.s.n
+        return {"reads": n.reads, "writes": n.writes, "discards": n.discards, "syncs": n.syncs, "queries": n.queries,
+                "resets": n.resets, "bytes_read": n.bytes_read, "bytes_written": n.bytes_written,
+                "bytes_discarded": n.bytes_discarded, "batches": n.batches, "merged": n.merged,
+                "rejected": n.rejected, "failed": n.failed, "voided": n.voided, "cancelled": n.cancelled,
+                "connections": n.connections, "overruns": self.s.r.overruns, "lost": self.s.r.lost_total,
+                "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
+
+    def inherit(self, BufferServer other not None):
+        """Goes on with another (closed) server's counters, after its channels were made anew."""
+        self.s.n = other.s.n
+        self.s.r.overruns = other.s.r.overruns
+        self.s.r.lost_total = other.s.r.lost_total
+
+    def __dealloc__(self):
+        if self.s != NULL:
+            if self.held():
+                writer_stop(&self.s.w)
+            free(self.s.devices)
+            free(self.s)
+            self.s = NULL
+
+
+def identity_of(identities):
+    """16 bytes for what one connection serves: the store's own where it is one, else made of all in their order."""
+    if len(identities) == 1:
+        return identities[0]
+    return _hashlib.blake2b(b"".join(identities), digest_size=16).digest()

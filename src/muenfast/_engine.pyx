@@ -1,0 +1,150 @@
+"""What the block engines share: the life of an engine that serves."""
+from cpython.bytes cimport PyBytes_AS_STRING
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from muenfast._ring cimport *
+from muenfast._thread cimport TIMER_SLACK_NS, prepare_thread
+from muenfast._wire cimport *
+
+from muenfast.errors import UsageError
+
+
+cdef class ServerEngine:
+    """Two channels and their bells, and the life of the engine that serves over them.
+
+    run() belongs to one thread; stop(), counters and state may be used from others.
+    """
+    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "unruly")
+
+    cdef int bind(self, object request, object response, object request_bell, object response_bell, uint64_t request_size,
+                  uint64_t response_size, uint64_t request_protocol, uint64_t response_protocol, object poll,
+                  Watch watch) except -1:
+        """Takes the memory of both channels, and of their bells or None. poll: microseconds or None."""
+        self.request = hold(request, False, SHMSTREAM_HEADER_SIZE + request_size)
+        self.response = hold(response, True, SHMSTREAM_HEADER_SIZE + response_size)
+        reader_init(self.r, self.request.base, self.request.length, request_size, request_protocol)
+        writer_init(self.w, self.response.base, self.response.length, response_size, response_protocol)
+        self.r.broken = self.request.broken
+        self.w.broken = self.response.broken
+        self.r.poll_ns = 0 if poll is None else poll * 1000
+        if watch is not None:
+            self.watch = watch
+            self.r.watch = &watch.w
+        if request_bell is not None:
+            self.request_bell = hold(request_bell, True, sizeof(bell_page))
+            self.r.bell = self.request_bell.as_bell()
+        if response_bell is not None:
+            self.response_bell = hold(response_bell, True, sizeof(bell_page))
+            self.w.bell = self.response_bell.as_bell()
+        return 0
+
+    cdef int introduce(self, bytes identity, uint32_t flags) except -1:
+        """Ends what a dead predecessor left: its epoch must not look alive, for its answers are nobody's, and our store
+        is not its. Then tells the other side, who may believe it or not, what stands behind the channel."""
+        writer_stop(self.w)
+        if self.w.bell != NULL:
+            memcpy(self.w.bell.store, PyBytes_AS_STRING(identity), 16)
+            store_relaxed32(&self.w.bell.flags, flags)
+            store_release32(&self.w.bell.state, ENDPOINT_SERVING)
+        return 0
+
+    cdef bint held(self) noexcept:
+        """Whether the channels' memory is still ours to touch."""
+        return self.response is not None and self.response.held
+
+    cdef str taken_away(self):
+        """What `broken` says."""
+        return "request" if was_taken(self.request) else "response" if was_taken(self.response) else None
+
+    cdef void drop(self) noexcept:
+        """Lets go of the channels' memory."""
+        self.r.bell = NULL
+        self.w.bell = NULL
+        for m in (self.request, self.response, self.request_bell, self.response_bell):
+            if m is not None:
+                (<Mapping>m).drop()
+
+    cdef int step(self) noexcept nogil:
+        """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event; SERVER_STOPPED once `ending` is set."""
+        return SERVER_STOPPED
+
+    cdef void wait(self, uint64_t ns) noexcept nogil:
+        """Returns when there may be something to do, after ns nanoseconds at the latest."""
+
+    cdef server_event loop(self, uint64_t ns) noexcept nogil:
+        """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
+        cdef uint64_t start = now_ns(), passed
+        cdef int step
+        while True:
+            step = self.step()
+            if step >= 0:
+                return <server_event>step
+            if step == STEP_WORKED and (self.r.batches & 0xff) != 0:
+                continue
+            passed = now_ns() - start
+            if passed >= ns:
+                return SERVER_TICK
+            if step == STEP_WORKED:
+                continue
+            self.wait(ns - passed)
+
+    def run(self, seconds=1.0):
+        """Serves for about `seconds` or until something happened; the event's name (one of EVENTS)."""
+        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
+        cdef server_event event
+        if not busy_enter(&self.busy):
+            raise UsageError(f"another thread runs this {type(self).__name__}")
+        if not self.held():
+            busy_leave(&self.busy)
+            raise UsageError(f"this {type(self).__name__} is closed")
+        with nogil:
+            prepare_thread(TIMER_SLACK_NS, 1)
+            event = self.loop(ns)
+        busy_leave(&self.busy)
+        return self.happened(event)
+
+    cdef object happened(self, int event):
+        if event == SERVER_CONNECTED:
+            self.connected = True
+        elif event == SERVER_DISCONNECTED or event == SERVER_INCOMPATIBLE:
+            self.connected = False
+        return self.EVENTS[event]
+
+    def stop(self):
+        """Makes run() return "stopped" soon; from any thread."""
+        if self.ending == NULL:         # no engine: of the base class
+            return
+        store_release32(self.ending, 1)
+        if self.r.bell != NULL:
+            bell_kick(self.r.bell)
+
+    @property
+    def fault(self):
+        """What an incompatible request channel's header holds: (protocol, size, elements), as read now."""
+        if not self.held():
+            return (0, 0, 0)
+        return (load_relaxed64(&self.r.hdr.protocol), load_relaxed64(&self.r.hdr.size),
+                load_relaxed64(&self.r.hdr.elements))
+
+    @property
+    def broken(self):
+        """Name of what was taken away by its owner ("request", "response", "buffer"), or None."""
+        return self.taken_away()
+
+    def close(self, *, gone=False):
+        """Deactivates the response channel. gone: for good, not "back later"."""
+        if not self.held():
+            return
+        if not busy_enter(&self.busy):
+            raise UsageError(f"stop this {type(self).__name__} before closing it")
+        if not self.held():             # another thread was faster
+            busy_leave(&self.busy)
+            return
+        writer_stop(self.w)
+        if self.w.bell != NULL:
+            store_release32(&self.w.bell.state, ENDPOINT_GONE if gone else ENDPOINT_BACK_LATER)
+            bell_kick(self.w.bell)
+        self.drop()
+        self.connected = False
+        busy_leave(&self.busy)

@@ -1,0 +1,175 @@
+"""What a block server exports: memory, a file or disk, or nothing; and what can be done to it besides copying."""
+from libc.errno cimport EINTR, EIO, EROFS, errno
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.string cimport memset
+
+from muenfast._ring cimport hold
+from muenfast._wire cimport BLOCK_SIZE, SECTOR_SIZE, SMART_UNAVAILABLE
+
+import os as _os
+import stat as _stat
+
+from muenfast.errors import UsageError
+
+cdef extern from "_smart.h" nogil:
+    uint64_t smart_read(int fd, uint8_t *data)
+
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <linux/falloc.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+
+    /* linux/fs.h, which has a BLOCK_SIZE of its own */
+    #define DISCARD_DEVICE _IO(0x12, 119)
+    _Static_assert(BLOCK_SIZE == 4096, "a header has redefined BLOCK_SIZE");
+
+    static inline int punch_hole(int fd, off_t at, off_t length) {
+        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, length);
+    }
+    static inline int discard_device(int fd, uint64_t at, uint64_t length) {
+        uint64_t range[2] = {at, length};
+        return ioctl(fd, DISCARD_DEVICE, range);
+    }
+    static inline int give_back(void *start, size_t length) { return madvise(start, length, MADV_DONTNEED); }
+    """
+    int punch_hole(int fd, off_t at, off_t length) nogil
+    int discard_device(int fd, uint64_t at, uint64_t length) nogil
+    int give_back(void *start, size_t length) nogil
+
+cdef enum:
+    PAGE = 4096             # madvise refuses what is no page of a kernel with larger ones, and zeros are written
+
+
+cdef class Store:
+    """What a server exports: `size` bytes, a multiple of `block_size`.
+
+    Made by in_memory(), in_file() or null(). identity: 16 bytes that name the data, stable for as long as they
+    live; a client re-issues requests only to the identity it knew. block_size: 512 or 4096 bytes, the unit in which
+    clients of a transport that has a choice address it; by default 4096 where the size is a multiple of that.
+    """
+
+    @property
+    def size(self):
+        """Bytes, a multiple of block_size."""
+        return self.s.size
+
+    @property
+    def block_size(self):
+        """512 or 4096: the block of transports that have a choice."""
+        return self.s.block_size
+
+    @property
+    def nblocks(self):
+        """Size in whole blocks of 4096 bytes."""
+        return self.s.nblocks
+
+    @property
+    def read_only(self):
+        """Whether writes are refused."""
+        return self.s.read_only
+
+    @property
+    def waits(self):
+        """Whether it makes system calls, which may wait."""
+        return self.s.kind == STORE_FILE
+
+    @staticmethod
+    def in_memory(memory, *, read_only=False, identity=None, anonymous=False):
+        """A store in a buffer (writable unless read_only), held until close(). Truncated shared memory gives EIO.
+
+        anonymous: it is private and anonymous memory, of which a discard gives pages back.
+        """
+        cdef Store self = Store.__new__(Store)
+        self.memory = hold(memory, not read_only, BLOCK_SIZE)
+        self.s.kind = STORE_MEMORY
+        self.s.memory = self.memory.base
+        self.s.broken = self.memory.broken
+        self.s.anonymous = anonymous
+        return self.finish(self.memory.length, None, read_only, identity)
+
+    @staticmethod
+    def in_file(int fd, size, *, offset=0, block_size=None, read_only=False, identity=None):
+        """A store in `size` bytes from byte `offset` on of an open file or block device; the descriptor stays the
+        caller's."""
+        cdef Store self = Store.__new__(Store)
+        if offset < 0 or offset + size >= 1 << 63:
+            raise UsageError("a store ends below 2^63", value=offset + size)
+        self.s.kind = STORE_FILE
+        self.s.fd = fd
+        self.s.offset = offset
+        self.s.device = _stat.S_ISBLK(_os.fstat(fd).st_mode)
+        return self.finish(size, block_size, read_only, identity)
+
+    @staticmethod
+    def null(size, *, identity=None):
+        """Reads zeros, forgets writes."""
+        cdef Store self = Store.__new__(Store)
+        self.s.kind = STORE_NULL
+        return self.finish(size, None, False, identity)
+
+    cdef Store finish(self, object size, object block_size, bint read_only, object identity):
+        if identity is None:
+            identity = _os.urandom(16)
+        if len(identity) != 16:
+            raise UsageError("a store's identity has 16 bytes", value=identity)
+        if block_size is None:
+            block_size = BLOCK_SIZE if size % BLOCK_SIZE == 0 else SECTOR_SIZE
+        if block_size != BLOCK_SIZE and block_size != SECTOR_SIZE:
+            raise UsageError("a block has 512 or 4096 bytes", value=block_size)
+        self.identity = bytes(identity)
+        self.s.block_size = block_size
+        self.s.size = size // block_size * block_size
+        self.s.nblocks = size // BLOCK_SIZE
+        self.s.read_only = read_only
+        if self.s.nblocks == 0:
+            raise UsageError("a disk has at least one block of 4096 bytes", value=size)
+        return self
+
+    def close(self):
+        """Lets go of the buffer. No server may still use the store."""
+        if self.memory is not None:
+            self.s.nblocks = self.s.size = 0
+            self.s.memory = NULL
+            self.memory.drop()
+
+
+cdef int store_discard(const store_t *s, uint64_t start, uint64_t length) noexcept nogil:
+    """Frees what `length` bytes from `start` on take; 0 or a negative errno. Precondition: they lie in the store.
+
+    Memory and files read as zeros afterwards, a block device as it likes. Memory that others share is zeroed and keeps
+    its pages: to want them back later could fail.
+    """
+    cdef uint8_t *first
+    cdef uint64_t head, whole
+    cdef int status
+    if s.read_only:
+        return -EROFS
+    if s.kind == STORE_FILE:
+        while True:
+            if s.device:
+                status = discard_device(s.fd, s.offset + start, length)
+            else:
+                status = punch_hole(s.fd, <off_t>(s.offset + start), <off_t>length)
+            if status == 0 or errno != EINTR:
+                return -errno if status != 0 else 0
+    if s.kind == STORE_MEMORY:
+        first = s.memory + start
+        head = 0 - <uint64_t><uintptr_t>first & (PAGE - 1)
+        whole = (length - head) & ~<uint64_t>(PAGE - 1) if length > head else 0
+        if not s.anonymous or whole == 0 or give_back(first + head, whole) != 0:
+            memset(first, 0, length)
+        else:
+            memset(first, 0, head)
+            memset(first + head + whole, 0, length - head - whole)
+        if store_broken(s):
+            return -EIO
+    return 0
+
+
+cdef uint64_t store_smart(const store_t *s, uint8_t *data) noexcept nogil:
+    """Fills data (SMART_SIZE bytes) with the disk's raw data where it has any; a status of REQUEST_SMART."""
+    if s.kind == STORE_FILE and s.device:
+        return smart_read(s.fd, data)
+    return SMART_UNAVAILABLE

@@ -1,0 +1,28 @@
+"""What the tools under tools/ rest on in the sources."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_mutation_still_has_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fence and re-check that `make mutants` removes stands where the table says, and its tests exist."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools" / "mutants.py")
+    assert spec is not None and spec.loader is not None
+    mutants = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mutants", mutants)    # its dataclasses look for their module
+    spec.loader.exec_module(mutants)
+    names = [mutation.name for mutation in mutants.MUTATIONS]
+    assert len(names) > 100 and len(set(names)) == len(names)
+    for mutation in mutants.MUTATIONS:
+        path, text = mutants.mutated(ROOT, mutation)
+        assert text != path.read_text(), mutation.name
+        assert mutation.tests or mutation.model or mutation.spare, mutation.name
+        for test in mutation.tests:
+            assert (ROOT / test.partition("::")[0]).is_file(), (mutation.name, test)
