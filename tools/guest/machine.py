@@ -139,7 +139,7 @@ class Run:
                         selector.unregister(key.fd)
                 if len(self.lines) > known:
                     end = begun + seconds if len(self.lines) == 1 else time.monotonic() + SECONDS_TO_END
-        for name in ("out", "err"):
+        for name in ("out", "err", "log"):
             self._drain(name)
         return self._status(seconds, time.monotonic() - begun >= seconds)
 
