@@ -21,8 +21,8 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check asan ubsan tsan coverage torn hostile mutants build wheel sdist check-hints clean distclean \
-	bootstrap FORCE
+.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile mutants build wheel sdist check-hints clean \
+	distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
 quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
@@ -35,6 +35,11 @@ demo: $(V)/.installed ## install what is missing, build, and show a disk crossin
 
 test: $(V)/.installed $(V)/.test-group ## install what is missing, build, and run the tests on the installed package
 	@$(PY) -m pytest $(ARGS)
+
+# A virtual environment's python by its path: a shim costs seconds in software emulation.
+test-guest: $(V)/.installed $(V)/.test-group ## device tests in a kernel with device-mapper and nbd, under QEMU: tools/guest
+	@$(PY) tools/guest --time 1500 -- "$(CURDIR)/$(PY)" -m pytest -c tests/guest/pytest.ini --confcutdir=tests tests/guest \
+		$(ARGS)
 
 # stubtest compares the stubs with what is installed; the FUSE front end is not built everywhere.
 check: $(V)/.installed $(V)/.check-group ## style, types, stubs, Cython's hints and scores, contents of sdist and wheel
@@ -94,7 +99,7 @@ distclean: clean ## remove .venv, too
 
 bootstrap:
 	@NO_INSTALL=$(NO_INSTALL) tools/bootstrap.sh "$(if $(KEEP_PYTHON),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))" \
-		$(if $(filter test check,$(MAKECMDGOALS)),test)
+		$(if $(filter test check,$(MAKECMDGOALS)),test) $(if $(filter test-guest,$(MAKECMDGOALS)),guest)
 
 # A venv is bound to its interpreter and its place. A PYTHON that was asked for replaces another
 # one's venv; the default keeps what is there.
@@ -118,9 +123,10 @@ $(V)/.inputs: FORCE $(V)/.python
 	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # Up-to-date .so files in build/lib are kept from one build to the next. The rest of build/lib is
-# not: everything in it would land in the wheel, also what is no longer in src.
+# not: everything in it would land in the wheel, also what is no longer in src. The guest's kernel stays.
 $(V)/.installed: $(SOURCES) setup.py pyproject.toml README.md LICENSE $(V)/.inputs $(V)/.build-group
-	@$(if $(filter setup.py $(V)/%,$?),rm -rf build,find build/lib* -type f ! -name '*.so' -delete 2>/dev/null || true)
+	@$(if $(filter setup.py $(V)/%,$?),rm -rf $(filter-out build/guest,$(wildcard build/*)),\
+		find build/lib* -type f ! -name '*.so' -delete 2>/dev/null || true)
 	@rm -rf src/*.egg-info
 	@$(call quietly,building and installing muenfast,$(PIP) install -v --no-build-isolation .)
 	@grep -h 'building without the FUSE' $(LOG) | sort -u || true

@@ -1,11 +1,13 @@
 #!/bin/sh
-# usage: tools/bootstrap.sh PYTHON [test]
-# Checks what building and running (and, with "test", testing) muenfast takes from the system.
+# usage: tools/bootstrap.sh PYTHON [test] [guest]
+# Checks what building and running (with "test", testing; with "guest", tests in tools/guest) muenfast takes from the
+# system.
 # As root with apt-get the missing packages are installed, exactly those; else they are named,
 # and the exit status is 1 if the build cannot do without them. NO_INSTALL=1: name them only.
 set -u
 python=${1:-python3}
-goal=${2:-}
+[ $# = 0 ] || shift
+goals=" $* "
 PATH=$PATH:/usr/sbin:/sbin      # where an ordinary user's PATH lacks mkfs and losetup
 
 need= need_why=                 # without these there is no build
@@ -55,13 +57,26 @@ if [ -z "${PKG_CONFIG:-}" ]; then     # one that was chosen is believed
 fi
 have mkfs.ext4 && have fsck.ext4 || want e2fsprogs "file systems on the disks"
 have losetup && have mount || want mount "to attach and mount the disks"
-if [ "$goal" = test ]; then
+case $goals in *" test "*)
     have fio || want fio "load for the tests"
     have nbdinfo && have nbdcopy || want libnbd-bin "NBD clients for the tests"
     have qemu-img && have qemu-io || want qemu-utils "NBD clients for the tests"
     have sfdisk || want fdisk "partition tables for the tests"
     [ ! -e .git ] || have git || want git "the sdist's contents are compared with git's"
-fi
+esac
+case $goals in *" guest "*)
+    [ "$(uname -m)" = x86_64 ] || die "the guest runs on x86-64 only"
+    have qemu-system-x86_64 || need qemu-system-x86 "the guest's machine"
+    # A busybox that needs libraries ends before the root file system is there.
+    have busybox && ! ldd "$(command -v busybox)" >/dev/null 2>&1 || need busybox-static "the guest's first process"
+    have depmod && have modprobe || need kmod "modules of the guest's kernel"
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || [ -e /usr/share/keyrings/debian-archive-keyring.pgp ] ||
+        need debian-archive-keyring "signatures of the guest's kernel"
+    have cryptsetup || need cryptsetup-bin "disks that are encrypted"
+    have lvm && have dmsetup || need "lvm2 dmsetup" "volumes on the disks"
+    have nbd-client || need nbd-client "disks by NBD"
+    have sfdisk || need fdisk "disks with partitions"
+esac
 
 [ -n "$need$want" ] || exit 0
 need=${need# } want=${want# }
