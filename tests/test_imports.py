@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "_wire": set(),
     "_thread": set(),
     "_ring": {"errors", "_wire", "_thread", "_guard"},
-    "channel": {"errors", "shm", "_ring"},
+    "channel": {"errors", "shm", "_ring", "partition"},
     "_store": {"errors", "_wire", "_ring"},
     "_engine": {"errors", "_wire", "_thread", "_ring"},
     "_target": {"errors", "_wire", "_thread"},

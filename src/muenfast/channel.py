@@ -5,20 +5,29 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from contextlib import ExitStack
 
-from muenfast import shm
+from muenfast import partition, shm
 from muenfast._ring import Reader, Writer, layout
 from muenfast.errors import UsageError
 
 log = logging.getLogger("muenfast")
 
-_HEADER = layout()["header_size"]
+_HEADER, _TRANSPORT = layout()["header_size"], layout()["transport"]
 _BELL = 4096  # bytes of a bell region: one page
 # What the making of a bell may fail with where the channel is no place for one: a file system that takes no new
 # files (muenfs, sysfs), a directory or a peer's bell that we may not write. Then both sides poll.
 _NO_BELL = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTSUP, errno.EINVAL,
                       errno.ENAMETOOLONG))
+
+
+def _contents(view: memoryview) -> str | None:
+    """What a region that is no channel holds, as far as it has a mark."""
+    head = bytes(view[:4096])
+    if int.from_bytes(head[:8], sys.byteorder) == _TRANSPORT:
+        return None
+    return partition.contents(head)
 
 
 class End:
@@ -52,6 +61,10 @@ class End:
                 raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
                                         error.filename) from error
             stack.callback(lambda: self.region.close())
+            stack.enter_context(shm.apart(self.locator, disk=False))
+            if writes and (found := _contents(self.region.view)) is not None:
+                raise UsageError(f"{what} {self.locator.text} holds {found}, which would be overwritten",
+                                 hint="name another, or remove it")
             if len(self.region.view) < least:
                 raise UsageError(f"{what} {self.locator.text} has {len(self.region.view)} bytes, at least {least} are "
                                  "needed", hint="remove it, or name another")

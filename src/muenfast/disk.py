@@ -187,8 +187,13 @@ class BlockDevice:
                     if not self._dead:
                         self._dead = True
                         self._peer.warning("the server is gone%s", self._meanwhile())
-                    if self._policy.mode != "queue":
+                    if self._policy.mode == "fail":
                         self.client.fail(forever=False)
+                    elif self._policy.mode == "timeout":
+                        stuck_since = (stuck_since or now) if self.client.in_flight else 0.0
+                        if stuck_since and now - stuck_since > self._policy.seconds:
+                            self.client.fail(forever=False)
+                            stuck_since = 0.0
                 elif self._policy.mode == "queue":
                     continue
                 elif self._policy.mode == "timeout" and self.client.in_flight:

@@ -181,11 +181,21 @@ def _likely(table: Table, read: Read, size: int) -> tuple[int, int, int]:
             sum(start % (1 << 20) == 0 for start in starts))
 
 
+def contents(head: bytes) -> str | None:
+    """What begins with these 4096 bytes, as far as it has a mark there: a file system, or a partition table."""
+    if _marked(head):
+        return "a file system"
+    if head[510:512] == b"\x55\xaa":
+        return "a partition table"
+    return None
+
+
 def _file_system(read: Read, size: int, start: int) -> bool:
     """Whether something begins there that has a mark in its first 4096 bytes."""
-    if start + 4096 > size:
-        return False
-    head = read(start, 4096)
+    return start + 4096 <= size and _marked(read(start, 4096))
+
+
+def _marked(head: bytes) -> bool:
     return (head[1080:1082] == b"\x53\xef"  # ext2, ext3, ext4: s_magic at 56 of the superblock
             or head[:4] in (b"XFSB", b"hsqs") or head[:6] == b"LUKS\xba\xbe"
             or head[4086:] == b"SWAPSPACE2" or head[512:520] == b"LABELONE"  # LVM

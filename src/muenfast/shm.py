@@ -880,6 +880,35 @@ def claim_backing(fd: int, path: str, *, shared: bool, span: tuple[int, int] | N
         return held
 
 
+@contextlib.contextmanager
+def apart(locator: Locator, *, disk: bool, timeout: float = 0.2) -> Iterator[None]:
+    """Keeps a region from being a disk and a channel or buffer at the same time, in whatever processes: its file is locked,
+    alone or (a channel, a buffer) among its like. claim_backing takes that lock on disks that are files.
+
+    A dead holder's lock is waited for up to timeout seconds. Raises ClaimError, OSError.
+    """
+    with _named(locator.path):
+        fd = os.open(locator.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_EX if disk else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ClaimError(locator.text, "those who use it as a channel or buffer" if disk else
+                                     "a server, as a disk", hint="name another region") from None
+            except OSError as error:    # a file system without locks
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise OSError(error.errno, error.strerror, locator.path) from error
+                break
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
+
+
 def _lock(fd: int, shared: bool, span: tuple[int, int] | None) -> None:
     """Locks an open file, or a part of it: raises BlockingIOError where another open file's lock is in the way.
 

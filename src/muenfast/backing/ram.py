@@ -39,6 +39,7 @@ class RamBacking(Backing):
                 if len(region.view) != device.size:
                     raise UsageError(f"the region {device.name} has {len(region.view)} bytes, not {device.size}",
                                      hint="name its size, or remove it with `muenfast chan rm`")
+                stack.enter_context(shm.apart(locator, disk=True, timeout=5.0))
                 stack.enter_context(shm.claim(f"ram-{region.device}-{region.inode}", f"RAM disk {device.name}"))
                 identity = hashlib.blake2b(f"ram:{region.device}:{region.inode}:{_boot()}".encode(), digest_size=16)
                 self.store = Store.in_memory(region.view, read_only=read_only, identity=identity.digest())
