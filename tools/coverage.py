@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "coverage"
 TREE = PLACE / "tree"
 TESTS = [f"tests/test_{name}.py" for name in (
-    "wire", "params", "shm", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group", "blk_buffer")]
+    "wire", "params", "shm", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group")]
 # A signal that arrives while the tracer runs inside a wait without the GIL has its exception swallowed there by
 # Cython's tracing: the wait, rightly endless, goes on. For the same reason timeouts are a thread's, not a signal's. And a
 # handler runs where there is no Python otherwise. A turn that is traced takes so long that its server leaves the others.
