@@ -53,6 +53,23 @@ def test_whole_blocks_land_in_the_callers_buffer(pair: tuple[str, str]) -> None:
     asyncio.run(work())
 
 
+def test_a_child_of_fork_leaves_it_alone(pair: tuple[str, str]) -> None:
+    async def work() -> None:
+        async with AsyncBlockDevice(*pair) as disk:
+            await disk.pwrite(b"P" * 4096, 0)
+            child = os.fork()
+            if child == 0:
+                try:
+                    disk.pwrite(b"C" * 4096, 0).send(None)
+                    os._exit(1)
+                except UsageError as error:
+                    os._exit(0 if "forked" in str(error) else 2)
+            assert os.waitpid(child, 0)[1] == 0
+            assert await disk.pread(4096, 0) == b"P" * 4096
+
+    asyncio.run(work())
+
+
 def test_a_request_beyond_the_disk_is_a_usage_error(pair: tuple[str, str]) -> None:
     """And so is a device that was closed or never entered."""
     async def work() -> None:

@@ -78,6 +78,19 @@ def test_an_image_is_no_channel(names: Callable[[str], str], tmp_path: Path, wha
     assert image.read_bytes() == before
 
 
+def test_a_buffer_may_hold_a_file_system(names: Callable[[str], str], tmp_path: Path) -> None:
+    """Blocks of the disk that went through it: a server that comes back takes it as it is."""
+    image, buffer = tmp_path / "image", names("buffer")
+    image.write_bytes(bytes(4 << 20))
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    assert run("chan", "create", buffer, "--size", "1M").returncode == 0
+    Path("/dev/shm", buffer).write_bytes(image.read_bytes()[:1 << 20])
+    pair = [names("req"), names("resp")]
+    for _ in range(2):
+        serve(*pair, device=str(image), buffer=buffer).close()
+    assert run("chan", "rm", buffer).returncode == 0
+
+
 def test_a_time_limit_begins_with_the_loss(names: Callable[[str], str], program: Start) -> None:
     """timeout:2 gives the request that finds its server killed two seconds, not less; a server that is back in that time
     answers it."""

@@ -471,8 +471,7 @@ cdef class BufferServer(ServerEngine):
     def inherit(self, BufferServer other not None):
         """Goes on with another (closed) server's counters, after its channels were made anew."""
         self.s.n = other.s.n
-        self.s.r.overruns = other.s.r.overruns
-        self.s.r.lost_total = other.s.r.lost_total
+        self.succeed(other)
 
     def __dealloc__(self):
         if self.s != NULL:

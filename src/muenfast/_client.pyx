@@ -1008,9 +1008,10 @@ cdef class Client(Target):
             if load_acquire32(&self.c.state) == CLIENT_FAILED:
                 raise OSError(EIO, _os.strerror(EIO))
             raise UsageError("no server has answered yet: wait_ready() waits for one")
+        offset = PyNumber_Index(offset)     # numpy's numbers wrap
         try:
-            at = PyNumber_Index(offset)
-        except OverflowError:           # negative, or no 64-bit number
+            at = offset
+        except OverflowError:               # negative, or no 64-bit number
             at = <uint64_t>-1
         if at > size or length > size - at:
             raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {size}")

@@ -99,5 +99,6 @@ cdef class ServerEngine:
     cdef server_event loop(self, uint64_t ns) noexcept nogil
     cdef object happened(self, int event)
     cdef bint held(self) noexcept
+    cdef void succeed(self, ServerEngine other) noexcept
     cdef str taken_away(self)
     cdef void drop(self) noexcept

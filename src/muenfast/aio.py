@@ -37,6 +37,7 @@ class AsyncBlockDevice:
     async def __aenter__(self) -> AsyncBlockDevice:
         if self._device is not None:
             raise UsageError("an AsyncBlockDevice is entered once")
+        self._process = os.getpid()
         self._device = await asyncio.to_thread(BlockDevice, *self._arguments, **self._named)
         self._device.client.background = True
         self._completions = Completions(self._device.client)
@@ -56,6 +57,8 @@ class AsyncBlockDevice:
     def _open(self) -> BlockDevice:
         if self._device is None:
             raise UsageError("this device is not open; use it as `async with AsyncBlockDevice(...) as disk`")
+        if os.getpid() != self._process:
+            raise UsageError("this device belongs to the process that was forked; open one of your own")
         return self._device
 
     def _collect(self) -> None:

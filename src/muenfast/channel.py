@@ -62,8 +62,9 @@ class End:
                                         error.filename) from error
             stack.callback(lambda: self.region.close())
             stack.enter_context(shm.apart(self.locator, disk=False))
-            if writes and (found := _contents(self.region.view)) is not None:
-                raise UsageError(f"{what} {self.locator.text} holds {found}, which would be overwritten",
+            # A buffer may rightly hold the blocks of a disk that went through it.
+            if writes and role is not None and (found := _contents(self.region.view)) is not None:
+                raise UsageError(f"channel {self.locator.text} holds {found}, which would be overwritten",
                                  hint="name another, or remove it")
             if len(self.region.view) < least:
                 raise UsageError(f"{what} {self.locator.text} has {len(self.region.view)} bytes, at least {least} are "

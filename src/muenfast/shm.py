@@ -885,10 +885,15 @@ def apart(locator: Locator, *, disk: bool, timeout: float = 0.2) -> Iterator[Non
     """Keeps a region from being a disk and a channel or buffer at the same time, in whatever processes: its file is locked,
     alone or (a channel, a buffer) among its like. claim_backing takes that lock on disks that are files.
 
-    A dead holder's lock is waited for up to timeout seconds. Raises ClaimError, OSError.
+    A dead holder's lock is waited for up to timeout seconds. One whose name was removed since it was opened is nobody
+    else's any more. Raises ClaimError, OSError.
     """
-    with _named(locator.path):
-        fd = os.open(locator.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with _named(locator.path):
+            fd = os.open(locator.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
     try:
         deadline = time.monotonic() + timeout
         while True:

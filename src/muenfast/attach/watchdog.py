@@ -51,6 +51,20 @@ AFTERMATH = 10.0    # seconds the client has, after its deadline, to finish
 LIMIT = 30          # seconds the clean-up may take before the watchdog gives up on itself
 
 
+def _steps(failed: list[str]) -> Callable[..., None]:
+    """What tries one step of a clean-up, and notes in `failed` what became of it, as a sentence."""
+    def step(action: Callable[..., object], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except FileNotFoundError:
+            pass        # done before us
+        except OSError as error:
+            if error.errno != errno.ENXIO:      # LOOP_CLR_FD of a device that is free
+                failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno or 0)}")
+
+    return step
+
+
 def umount(path: str, flags: int) -> bool:
     """umount2(2); False when nothing is mounted there. Raises OSError (filename set)."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -129,16 +143,7 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
     Each step is tried whatever became of the others. Returns what failed, as sentences.
     """
     failed: list[str] = []
-
-    def step(action: Callable[..., object], *arguments: object) -> None:
-        try:
-            action(*arguments)
-        except FileNotFoundError:
-            pass        # done before us
-        except OSError as error:
-            if error.errno != errno.ENXIO:      # LOOP_CLR_FD of a device that is free
-                failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno or 0)}")
-
+    step = _steps(failed)
     loops = loops_below(mountpoint)
     if abort >= 0:
         step(os.write, abort, b"1")
@@ -260,15 +265,7 @@ def shut_down(fd: int) -> None:
 def nbd_release(identifier: str, node: str, fd: int = -1) -> list[str]:
     """Takes down what an attachment through the nbd driver left: connection, nodes, device. As release()."""
     failed: list[str] = []
-
-    def step(action: Callable[..., object], *arguments: object) -> None:
-        try:
-            action(*arguments)
-        except FileNotFoundError:
-            pass        # done before us
-        except OSError as error:
-            failed.append(f"{action.__name__} {arguments[0]}: {os.strerror(error.errno or 0)}")
-
+    step = _steps(failed)
     if fd >= 0:
         step(shut_down, fd)
     for number, _ in nbd_devices(identifier):
