@@ -553,7 +553,7 @@ cdef class Server(ServerEngine):
                 raise MemoryError()
             aio_open(&self.s.files.flights.aio, threads, self.s.files.stage,
                      (AIO_MOST + BATCH) * BLOCK_SIZE)
-            aio_add(&self.s.files.flights.aio, store.s.fd, store.s.device)
+            aio_add(&self.s.files.flights.aio, store.s.fd if store.s.direct_fd < 0 else store.s.direct_fd, store.s.device)
         self.bind(request, response, request_bell, response_bell, sizeof(block_event), sizeof(block_event),
                   request_protocol, response_protocol, poll, watch)
         self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0)

@@ -5,7 +5,7 @@ and only the copy is used. The buffer's contents may change at any time: that sp
 else, for no decision rests on them.
 """
 from libc.errno cimport EINVAL, EIO, EROFS
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -584,6 +584,7 @@ cdef class BufferServer(ServerEngine):
         cdef uint32_t flags = 0
         cdef uint64_t count
         cdef int file
+        cdef bint direct
         if self.s.devices != NULL:
             raise UsageError("a BufferServer is initialised once")
         stores = tuple(stores)
@@ -616,7 +617,9 @@ cdef class BufferServer(ServerEngine):
             for number, each in enumerate(stores):
                 store = each
                 if store.s.kind == STORE_FILE:
-                    file = aio_add(&self.s.files.flights.aio, store.s.fd, store.s.device)
+                    # The smallest page is the strictest alignment that direct I/O asks for.
+                    direct = store.s.direct_fd >= 0 and <uint64_t><uintptr_t>self.s.buffer % BLOCK_SIZE == 0
+                    file = aio_add(&self.s.files.flights.aio, store.s.direct_fd if direct else store.s.fd, store.s.device)
                     if file < 0:
                         raise UsageError(f"a connection has at most {AIO_FILES} files", value=count)
                     self.s.devices[number].file = <uint32_t>file

@@ -27,6 +27,7 @@ cdef enum:
 cdef struct store_t:
     int kind
     int fd
+    int direct_fd           # file: the same past the page cache, for aligned pieces of block_size bytes, or -1
     uint8_t *memory
     const uint32_t *broken  # memory: 1 when it was taken away and zeros stand there
     uint64_t offset         # file: bytes before the store; with `size` it is below 2^63

@@ -90,14 +90,15 @@ cdef class Store:
         return self.finish(self.memory.length, None, read_only, identity)
 
     @staticmethod
-    def in_file(int fd, size, *, offset=0, block_size=None, read_only=False, identity=None):
+    def in_file(int fd, size, *, direct=None, offset=0, block_size=None, read_only=False, identity=None):
         """A store in `size` bytes from byte `offset` on of an open file or block device; the descriptor stays the
-        caller's."""
+        caller's. direct: another one of it, opened with O_DIRECT, that takes aligned pieces of block_size bytes."""
         cdef Store self = Store.__new__(Store)
         if offset < 0 or offset + size >= 1 << 63:
             raise UsageError("a store ends below 2^63", value=offset + size)
         self.s.kind = STORE_FILE
         self.s.fd = fd
+        self.s.direct_fd = -1 if direct is None else direct
         self.s.offset = offset
         self.s.device = _stat.S_ISBLK(_os.fstat(fd).st_mode)
         return self.finish(size, block_size, read_only, identity)
