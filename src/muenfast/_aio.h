@@ -83,6 +83,7 @@ typedef struct aio {
     aio_op *ready, **ready_last;
     bool ending;
     uint32_t finished; /* futex: goes up with each that is ready */
+    uint32_t collected; /* what it was when those were taken */
 } aio;
 
 static inline void aio_append(aio_op ***last, aio_op *op) {
@@ -195,6 +196,7 @@ static inline void aio_hand_out(aio *a) {
 
 static inline void aio_collect(aio *a) {
     pthread_mutex_lock(&a->lock);
+    a->collected = a->finished;
     if (a->ready != NULL) {
         *a->done_last = a->ready;
         a->done_last = a->ready_last;
@@ -412,6 +414,17 @@ static inline aio_op *aio_take(aio *a) {
     a->flying[op->place] = a->flying[a->nflying];
     a->flying[op->place]->place = op->place;
     return op;
+}
+
+/* Whether there may be something for aio_take(). */
+static inline bool aio_ready(const aio *a) {
+    if (a->done != NULL)
+        return true;
+#ifndef MUENFAST_NO_URING
+    if (a->uring)
+        return io_uring_cq_ready(&a->ring) != 0;
+#endif
+    return load_acquire32(&a->finished) != a->collected;
 }
 
 /* Waits until something is done, or the word is no longer `seen` (NULL: no word), at most ns nanoseconds. */

@@ -2,7 +2,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from muenfast._ring cimport reader_ready, reader_t, reader_wait
-from muenfast._wire cimport fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, store_relaxed32
+from muenfast._wire cimport cpu_pause, fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, store_relaxed32
 
 cdef extern from "_aio.h" nogil:
     enum:
@@ -33,8 +33,13 @@ cdef extern from "_aio.h" nogil:
     void aio_submit(aio_t *a, aio_op *op) noexcept
     void aio_begin(aio_t *a) noexcept
     aio_op *aio_take(aio_t *a) noexcept
+    bint aio_ready(const aio_t *a) noexcept
     void aio_wait(aio_t *a, uint32_t *word, uint32_t seen, uint64_t ns) noexcept
     void aio_close(aio_t *a) noexcept
+
+
+cdef enum:
+    FLIGHT_SPIN_NS = 50000
 
 
 cdef struct flight_t:       # one operation for n requests, which are neighbours
@@ -96,8 +101,19 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
 
     stop: nothing is taken any more. Precondition: something is under way.
     """
-    cdef uint64_t epoch
+    cdef uint64_t epoch, start
     cdef uint32_t seen
+    cdef int i
+    cdef bint takes = not f.blocked and not f.leaving
+    if r.may_spin:
+        start = now_ns()
+        while True:
+            for i in range(32):
+                cpu_pause()
+            if aio_ready(&f.aio) or takes and reader_ready(r):
+                return
+            if now_ns() - start >= FLIGHT_SPIN_NS:
+                break
     if f.blocked or f.leaving or load_relaxed32(stop) != 0:
         aio_wait(&f.aio, NULL, 0, ns)
         return
