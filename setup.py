@@ -11,7 +11,7 @@ import subprocess
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart")]
+HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":
     CFLAGS.append("-Werror")
@@ -43,7 +43,13 @@ def extension(name: str, **more: list[str]) -> Extension:
                      extra_compile_args=cflags, extra_link_args=ldflags, **more)
 
 
-extensions = [extension(f"muenfast.{name}")
+# Without liburing a pool of threads does what io_uring would: a kernel may refuse that, too.
+uring = pkg_config("liburing", "--cflags"), pkg_config("liburing", "--libs")
+FILES = {"cflags": ["-DMUENFAST_NO_URING"], "ldflags": []} if None in uring else {"cflags": uring[0], "ldflags": uring[1]}
+if None in uring:
+    print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): files are served by threads only")
+
+extensions = [extension(f"muenfast.{name}", **(FILES if name in ("_blk", "_buffer") else {}))
               for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bench",
                            "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")

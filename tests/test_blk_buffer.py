@@ -202,7 +202,7 @@ def test_every_byte_is_where_a_model_has_it(rig: Rig, new_file: Callable[..., tu
             kind = dice.choice((BUFFER_READ, BUFFER_READ, BUFFER_WRITE, BUFFER_WRITE, DISCARD, SYNC))
             requests.append(BufferRequest(kind, device, tag, length, at, into))
         client.send(*requests)
-        assert statuses(client.answers(len(requests))) == [(r.tag, 0) for r in requests]
+        assert sorted(statuses(client.answers(len(requests)))) == [(r.tag, 0) for r in requests]
         for r in requests:
             disk = slice(r.device_offset, r.device_offset + r.length)
             part = slice(r.buffer_offset, r.buffer_offset + r.length)
@@ -225,7 +225,7 @@ def test_neighbours_become_one_operation(rig: Rig, new_file: Callable[..., tuple
     def merged(*requests: BufferRequest) -> int:
         before = server.counters
         client.send(*requests)
-        assert statuses(client.answers(len(requests))) == [(r.tag, 0) for r in requests]
+        assert sorted(statuses(client.answers(len(requests)))) == [(r.tag, 0) for r in requests]
         after = server.counters
         assert after["batches"] == before["batches"] + 1
         return after["merged"] - before["merged"]

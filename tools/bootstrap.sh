@@ -51,9 +51,11 @@ if ! printf '#include <stdatomic.h>\n#include <stdio.h>\nint main(void) { return
 fi
 
 if [ -z "${PKG_CONFIG:-}" ]; then     # one that was chosen is believed
-    have pkg-config || want pkg-config "to find libfuse3"
+    have pkg-config || want pkg-config "to find libfuse3 and liburing"
     pkg-config --exists fuse3 2>/dev/null || [ -e /usr/include/fuse3/fuse_lowlevel.h ] ||
         want libfuse3-dev "the FUSE front end"
+    pkg-config --exists liburing 2>/dev/null || [ -e /usr/include/liburing.h ] ||
+        want liburing-dev "files by io_uring"
 fi
 have mkfs.ext4 && have fsck.ext4 || want e2fsprogs "file systems on the disks"
 have losetup && have mount || want mount "to attach and mount the disks"

@@ -43,6 +43,7 @@ RING = ("tests/test_ring.py", "tests/test_ring_model.py", "tests/test_ring_hosti
 SERVER = ("tests/test_blk_server.py",)
 CLIENT = ("tests/test_blk_client.py",)
 BUFFER = ("tests/test_blk_buffer.py",)
+FILES = ("tests/test_files.py",)
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
 
@@ -194,14 +195,16 @@ MUTATIONS = [
     relaxed("server intact: the epoch before WSC", "server_intact", "&s.r.hdr.epoch",
             model=("server-memory-again", "server-file-again")),
     Mutation("server: headers intact", "server_batch", "if not reader_intact(&s.r):", "if False:", (),
-             ("server-memory", "server-file")),
-    Mutation("server: file writes intact", "server_move", "if not server_intact(s, first):", "if False:", (),
+             ("server-memory",)),
+    Mutation("server: headers of files intact", "server_take", "if not reader_intact(&s.r):", "if False:", (),
+             ("server-file",)),
+    Mutation("server: file writes intact", "server_launch", "if not server_intact(s, 0):", "if False:", (),
              ("server-file",)),
     Mutation("server: memory writes intact", "server_answer", "if not server_intact(s, first + k):", "if False:", (),
              ("server-memory",)),
-    Mutation("server: answers to an old epoch", "server_answer", "load_acquire64(&s.r.hdr.epoch) == s.r.epoch and ", "",
+    Mutation("server: answers to an old epoch", "server_life", "load_acquire64(&s.r.hdr.epoch) == s.r.epoch and ", "",
              (), ("server-memory-restart",)),
-    Mutation("server: answers to an old life", "server_answer",
+    Mutation("server: answers to an old life", "server_life",
              " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0", "", (), ("server-file-lowered",)),
     Mutation("server: an earlier server's requests", "server_batch", "if <int64_t>(s.void_below - s.r.rc) > 0:",
              "if False:", SERVER),
@@ -216,8 +219,13 @@ MUTATIONS = [
              "if False:", SERVER),
     Mutation("server: store taken away", "server_move",
              "return -EIO if store_broken(s.store) else 0", "return 0", SERVER),
-    Mutation("server: file cut short", "transfer", "return -EIO                 # the file was cut", "return 0  #",
-             SERVER),
+    Mutation("files: cut short", "aio_completed", "op->error = -EIO; /* cut short", "op->error = 0; /* cut short", SERVER),
+    Mutation("files: cut short, threads", "aio_execute", "return -EIO; /* cut short", "return 0; /* cut short", FILES),
+    Mutation("files: what is under way on the same bytes", "aio_conflicts",
+             "(op->start < start + length && start < op->start + op->length)", "false", FILES),
+    Mutation("files: memory of what is under way", "aio_conflicts",
+             "op->data < data + length && data < op->data + op->length", "false", BUFFER),
+    Mutation("files: the old life's answers", "server_step", "f.leaving = True", "f.leaving = False", FILES),
     # ------------------------------------------------------------ the client
     Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),
     Mutation("answer: priv", "client_reap", "e.priv != h.priv or ", "", CLIENT),
@@ -253,12 +261,13 @@ MUTATIONS = [
              "if h.buffer_offset + h.length > s.length:", BUFFER),
     Mutation("buffer: the device's number", "check_request", "if h.device >= s.ndevices:", "if h.device > s.ndevices:",
              BUFFER),
-    Mutation("buffer: a run on the device", "buffer_run", " or next.device_offset != h.device_offset + length", "", BUFFER),
-    Mutation("buffer: a run in the buffer", "buffer_run",
-             "if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length:", "if False:", BUFFER),
-    Mutation("buffer: a run is checked", "buffer_run", "if check_request(s, next) != 0:", "if False:", BUFFER),
+    Mutation("buffer: a run on the device", "buffer_joined", " or next.device_offset != h.device_offset + length[0]", "",
+             BUFFER),
+    Mutation("buffer: a run in the buffer", "buffer_joined",
+             "if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length[0]:", "if False:", BUFFER),
+    Mutation("buffer: a run is checked", "buffer_joined", "if check_request(s, next) != 0:", "if False:", BUFFER),
     Mutation("buffer: what fails together", "buffer_run", "if together != 0 and run > 1:", "if False:", BUFFER),
-    Mutation("buffer: an ended life", "buffer_answer", "load_acquire64(&s.r.hdr.epoch) != s.r.epoch or ", "",
+    Mutation("buffer: an ended life", "buffer_answers", "load_acquire64(&s.r.hdr.epoch) != s.r.epoch or ", "",
              ("tests/test_blk_shm.py",)),
     Mutation("buffer: void requests", "buffer_batch", "if predecessors and not repeatable(h):", "if False:", BUFFER),
     Mutation("buffer: a ring gone round", "buffer_begin", "if s.void_below > s.r.elements:", "if False:", BUFFER),

@@ -9,6 +9,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from muenfast._aio cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._store cimport *
@@ -32,6 +33,8 @@ cdef enum:
 cdef uint64_t SLOW_TURN_NS = 2_000_000
 cdef uint64_t BUDGET_NS = 50_000_000
 cdef uint64_t BUDGET_PERIOD_NS = 2_000_000_000
+# Longest of the waits for what is under way, one after the other.
+cdef uint64_t LAND_NS = 100_000_000
 # Pause before a new response epoch after an overrun, so that answers already published can be read.
 cdef uint64_t GRACE_NS = 10_000_000
 
@@ -68,8 +71,15 @@ cdef struct server_t:
     server_counters n
     block_event_header heads[BATCH]
     int32_t errors[BATCH]
-    iovec iov[BATCH]
-    uint8_t *stage          # BATCH blocks, for writes to a file; page-aligned
+    files_t *files          # of a server with a file, else NULL
+
+
+cdef struct files_t:
+    flights_t flights
+    # A block for each place, page-aligned: a slot may be overwritten while a file waits. An operation's are side by side:
+    # those of one that begins before the last place and ends behind the first follow the last.
+    uint8_t *stage
+    block_event_header heads[AIO_MOST]
 
 
 cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcept nogil:
@@ -102,11 +112,8 @@ cdef bint server_intact(server_t *s, uint64_t k) noexcept nogil:
 
 
 cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
-    """Moves the payload of n reads or writes with consecutive blocks; 0 or a negative errno for all of them.
-
-    Memory: straight between store and slot. File: reads land in the response slots; writes are staged and checked
-    first, because a file write may wait, and a client that starts anew meanwhile zeroes its slots.
-    """
+    """Moves the payload of n reads or writes with consecutive blocks, straight between memory and slots; 0 or a negative
+    errno for all of them."""
     cdef uint64_t k, block = s.heads[first].id
     cdef bint write = s.heads[first].kind == EVENT_WRITE
     cdef uint8_t *data
@@ -115,29 +122,26 @@ cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) 
             data = <uint8_t *>reader_slot(&s.r, first + k) + sizeof(block_event_header)
             if s.store.kind == STORE_MEMORY:
                 memcpy(s.store.memory + (block + k) * BLOCK_SIZE, data, BLOCK_SIZE)
-            elif s.store.kind == STORE_FILE:
-                memcpy(s.stage + k * BLOCK_SIZE, data, BLOCK_SIZE)
         else:
             data = writer_slot(&s.w, out + k) + sizeof(block_event_header)
             if s.store.kind == STORE_MEMORY:
                 memcpy(data, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
-            elif s.store.kind == STORE_FILE:
-                s.iov[k].iov_base = data
-                s.iov[k].iov_len = BLOCK_SIZE
             else:
                 memset(data, 0, BLOCK_SIZE)
-    if s.store.kind == STORE_MEMORY:
-        return -EIO if store_broken(s.store) else 0
-    if s.store.kind != STORE_FILE:
-        return 0
-    if not write:
-        return transfer(s.store, False, s.iov, <int>n, block * BLOCK_SIZE)
-    if not server_intact(s, first):
-        count64(&s.n.torn, n)
-        return -EIO
-    s.iov[0].iov_base = s.stage
-    s.iov[0].iov_len = n * BLOCK_SIZE
-    return transfer(s.store, True, s.iov, 1, block * BLOCK_SIZE)
+    return -EIO if store_broken(s.store) else 0
+
+
+cdef void server_count(server_t *s, uint32_t kind, uint64_t n, int32_t error) noexcept nogil:
+    """n reads or writes that were one operation."""
+    if error != 0:
+        count64(&s.n.failed, n)
+    count64(&s.n.merged, n - 1)
+    if kind == EVENT_WRITE:
+        count64(&s.n.writes, n)
+        count64(&s.n.bytes_written, n * BLOCK_SIZE)
+    else:
+        count64(&s.n.reads, n)
+        count64(&s.n.bytes_read, n * BLOCK_SIZE)
 
 
 cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
@@ -148,25 +152,23 @@ cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t ou
     cdef uint64_t k
     cdef int32_t error = server_move(s, first, n, out)
     if error != 0:
-        count64(&s.n.failed, n)
         for k in range(n):
             s.errors[first + k] = error
             if s.heads[first].kind == EVENT_READ:   # no byte of an earlier answer goes out under an error
                 memset(writer_slot(&s.w, out + k) + sizeof(block_event_header), 0, BLOCK_SIZE)
-    count64(&s.n.merged, n - 1)
-    if s.heads[first].kind == EVENT_WRITE:
-        count64(&s.n.writes, n)
-        count64(&s.n.bytes_written, n * BLOCK_SIZE)
-    else:
-        count64(&s.n.reads, n)
-        count64(&s.n.bytes_read, n * BLOCK_SIZE)
+    server_count(s, s.heads[first].kind, n, error)
+
+
+cdef bint server_life(server_t *s) noexcept nogil:
+    """Whether the life that asks goes on: a client that has begun a new epoch, or the same one anew, gets no answer to the
+    old one's requests."""
+    return load_acquire64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0
 
 
 cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
     """Completes the headers of the batch's answers first..first+n-1 in the first n reserved slots; publishes them.
 
     A write to memory whose slot the client overwrote meanwhile is torn: it is looked at again after the data was used.
-    A client that has begun a new epoch, or the same one anew, gets no answer to the old one's requests.
     """
     cdef uint64_t k
     cdef block_event_header h
@@ -178,7 +180,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
                 count64(&s.n.torn, 1)
         h.error = s.errors[first + k]
         memcpy(writer_slot(&s.w, k), &h, sizeof(block_event_header))
-    if load_acquire64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0:
+    if server_life(s):
         writer_publish(&s.w, n)
 
 
@@ -195,11 +197,11 @@ cdef bint server_forgotten(const server_t *s) noexcept nogil:
 
 
 cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
-    """One round: copy the headers out, check the copies, execute, answer with one publish."""
-    cdef uint64_t n, k, run, published = 0, sectors
+    """One round on memory: copy the headers out, check the copies, execute, answer with one publish."""
+    cdef uint64_t n, k, run, sectors
     cdef uint8_t *slot
     cdef block_event_header *h
-    n = min(available, <uint64_t>(BATCH if s.store.kind == STORE_FILE else MEMORY_BATCH))
+    n = min(available, <uint64_t>MEMORY_BATCH)
     if n > s.w.elements:
         n = s.w.elements
     for k in range(n):
@@ -222,19 +224,16 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
         s.errors[k] = check_event(s, h)
         if s.errors[k] != 0:
             count64(&s.n.rejected, 1)
-            memset(writer_slot(&s.w, k - published) + sizeof(block_event_header), 0, BLOCK_SIZE)
+            memset(writer_slot(&s.w, k) + sizeof(block_event_header), 0, BLOCK_SIZE)
             k += 1
         elif h.kind == EVENT_COMMAND:
-            slot = writer_slot(&s.w, k - published) + sizeof(block_event_header)
+            slot = writer_slot(&s.w, k) + sizeof(block_event_header)
             memset(slot, 0, BLOCK_SIZE)
             if h.id == COMMAND_SIZE:
                 sectors = s.store.nblocks * (BLOCK_SIZE // SECTOR_SIZE)
                 memcpy(slot, &sectors, sizeof(sectors))
                 count64(&s.n.sizes, 1)
             else:
-                if k > published and s.store.kind == STORE_FILE:
-                    server_answer(s, published, k - published)   # a slow flush holds nothing back
-                    published = k
                 count64(&s.n.syncs, 1)
                 s.errors[k] = store_flush(s.store)
                 if s.errors[k] != 0:
@@ -247,11 +246,146 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
                     and check_event(s, &s.heads[k + run]) == 0):
                 s.errors[k + run] = 0
                 run += 1
-            server_run_blocks(s, k, run, k - published)
+            server_run_blocks(s, k, run, k)
             k += run
-    server_answer(s, published, n - published)
+    server_answer(s, 0, n)
     server_took(s, &s.heads[n - 1], n)
     return SUCCESS
+
+
+# ------------------------------------------------------------------ files
+
+cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n, int32_t error,
+                       const uint8_t *data) noexcept nogil:
+    """Answers n requests. data: their blocks, or NULL: zeros."""
+    cdef uint64_t k, done = 0, most
+    cdef uint8_t *slot
+    cdef block_event_header h
+    while done < n:
+        most = min(n - done, s.w.elements)
+        writer_reserve(&s.w, most)
+        for k in range(done, done + most):
+            slot = writer_slot(&s.w, k - done)
+            h = heads[k]
+            h.error = error
+            memcpy(slot, &h, sizeof(block_event_header))
+            if data != NULL:
+                memcpy(slot + sizeof(block_event_header), data + k * BLOCK_SIZE, BLOCK_SIZE)
+            elif h.kind != EVENT_WRITE:     # no byte of an earlier answer goes out
+                memset(slot + sizeof(block_event_header), 0, BLOCK_SIZE)
+        if not server_life(s):
+            return
+        writer_publish(&s.w, most)
+        done += most
+
+
+cdef bint server_finish(server_t *s) noexcept nogil:
+    """Answers what is done; whether there was anything."""
+    cdef files_t *f = s.files
+    cdef flight_t *t
+    cdef uint64_t at, k
+    cdef bint worked = False
+    while True:
+        t = flights_take(&f.flights)
+        if t == NULL:
+            aio_begin(&f.flights.aio)   # what was done in part
+            return worked
+        worked = True
+        at = t.first % AIO_MOST
+        for k in range(t.n):
+            s.heads[k] = f.heads[(at + k) % AIO_MOST]
+        if t.op.kind != AIO_SYNC:
+            server_count(s, s.heads[0].kind, t.n, t.op.error)
+        elif t.op.error != 0:
+            count64(&s.n.failed, 1)
+        if not f.flights.leaving:
+            server_reply(s, s.heads, t.n, t.op.error,
+                         f.stage + at * BLOCK_SIZE if t.op.kind == AIO_READ and t.op.error == 0 else NULL)
+        flights_free(&f.flights, t)
+
+
+cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n) noexcept nogil:
+    """Begins the read or write h[0], which was checked, and those behind it, n with it at most, whose blocks follow; how
+    many, 0 where it has to wait. Writes are staged, and checked to be what the client published."""
+    cdef files_t *f = s.files
+    cdef uint64_t run = 1, k, start = s.store.offset + h.id * BLOCK_SIZE
+    cdef int kind = AIO_WRITE if h.kind == EVENT_WRITE else AIO_READ
+    cdef uint8_t *stage = f.stage + f.flights.head % AIO_MOST * BLOCK_SIZE
+    while run < n and h[run].kind == h.kind and h[run].id == h.id + run and check_event(s, &h[run]) == 0:
+        run += 1
+    if aio_conflicts(&f.flights.aio, 0, kind, start, run * BLOCK_SIZE, NULL):
+        return 0
+    if kind == AIO_WRITE:
+        for k in range(run):
+            memcpy(stage + k * BLOCK_SIZE, <uint8_t *>reader_slot(&s.r, k) + sizeof(block_event_header), BLOCK_SIZE)
+        if not server_intact(s, 0):
+            count64(&s.n.torn, run)
+            server_count(s, EVENT_WRITE, run, -EIO)
+            server_reply(s, h, run, -EIO, NULL)
+            return run
+    flights_add(&f.flights, f.flights.head, <uint32_t>run, kind, 0, start, run * BLOCK_SIZE, stage)
+    return run
+
+
+cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
+    """Takes requests for a file: copies their headers out, checks the copies, begins what they ask for, in their order.
+
+    One that overlaps what is under way stays in the ring until that is done, and a sync until everything before it is.
+    """
+    cdef files_t *f = s.files
+    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, run, sectors
+    cdef uint8_t data[BLOCK_SIZE]
+    cdef const block_event_header *h
+    cdef int32_t error
+    for k in range(n):
+        memcpy(&s.heads[k], reader_slot(&s.r, k), sizeof(block_event_header))
+        f.heads[(f.flights.head + k) % AIO_MOST] = s.heads[k]
+    if not reader_intact(&s.r):
+        return reader_recover(&s.r)
+    if n == 0:
+        return NO_DATA
+    count64(&s.n.batches, 1)
+    k = 0
+    while k < n:
+        h = &s.heads[k]
+        run = 1
+        error = check_event(s, h)
+        if <int64_t>(s.void_below - s.r.rc) > 0 and (h.kind != EVENT_COMMAND or h.id != COMMAND_SIZE):
+            count64(&s.n.voided, 1)     # of a predecessor's life
+        elif error != 0:
+            count64(&s.n.rejected, 1)
+            server_reply(s, h, 1, error, NULL)
+        elif h.kind != EVENT_COMMAND:
+            run = server_launch(s, h, n - k)
+        elif h.id == COMMAND_SIZE:
+            sectors = s.store.nblocks * (BLOCK_SIZE // SECTOR_SIZE)
+            memset(data, 0, BLOCK_SIZE)
+            memcpy(data, &sectors, sizeof(sectors))
+            count64(&s.n.sizes, 1)
+            server_reply(s, h, 1, 0, data)
+        elif s.store.read_only:
+            count64(&s.n.syncs, 1)
+            server_reply(s, h, 1, 0, NULL)
+        elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
+            run = 0
+        else:
+            count64(&s.n.syncs, 1)
+            flights_add(&f.flights, f.flights.head, 1, AIO_SYNC, 0, 0, 0, NULL)
+        if run == 0:
+            f.flights.blocked = True
+            break
+        server_took(s, &h[run - 1], run)
+        f.flights.head += run
+        k += run
+    aio_begin(&f.flights.aio)
+    return SUCCESS
+
+
+cdef void server_land(server_t *s) noexcept nogil:
+    """Waits until nothing is under way."""
+    while s.files != NULL and s.files.flights.aio.nflying != 0:
+        if not server_finish(s):
+            aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
 
 
 cdef int server_step(server_t *s) noexcept nogil:
@@ -262,25 +396,39 @@ cdef int server_step(server_t *s) noexcept nogil:
     """
     cdef uint64_t available
     cdef ring_status status
+    cdef flights_t *f = NULL if s.files == NULL else &s.files.flights
+    cdef int idle = STEP_IDLE
+    if f != NULL and server_finish(s):
+        idle = STEP_WORKED
     if load_relaxed32(&s.stop) != 0:
-        return SERVER_STOPPED
+        return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else idle
     if s.grace_until != 0:
         if now_ns() < s.grace_until:
-            return STEP_IDLE
+            return idle
         s.grace_until = 0
         if s.renew:
             s.renew = False
             writer_start(&s.w, random_epoch())
-    status = reader_peek(&s.r, &available)
-    if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
-        s.r.epoch = 0
+    if f != NULL and f.leaving:
+        if f.aio.nflying != 0:
+            return idle
+        f.leaving = False
+        status = <ring_status>f.pending
+    else:
         status = reader_peek(&s.r, &available)
-    if status == SUCCESS:
-        status = server_batch(s, available)
-    if status == SUCCESS:
-        return STEP_WORKED
-    if status == NO_DATA:
-        return STEP_IDLE
+        if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
+            s.r.epoch = 0
+            status = reader_peek(&s.r, &available)
+        if status == SUCCESS:
+            status = server_batch(s, available) if f == NULL else server_take(s, available)
+        if status == SUCCESS:
+            return STEP_WORKED
+        if status == NO_DATA:
+            return idle
+        if f != NULL and f.aio.nflying != 0:    # all work of the old epoch is done before the new one's answers begin
+            f.leaving = True
+            f.pending = status
+            return idle
     s.has_last = False
     if status == EPOCH_CHANGED:
         s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
@@ -398,15 +546,21 @@ cdef class Server(ServerEngine):
 
     def __init__(self, request, response, Store store not None, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 Watch watch=None):
+                 Watch watch=None, bint threads=False):
         if self.store is not None:
             raise UsageError("a Server is initialised once")
         self.store = store
         self.s.store = &store.s
         if store.s.kind == STORE_FILE:
-            self.s.stage = <uint8_t *>aligned_alloc(BLOCK_SIZE, BATCH * BLOCK_SIZE)
-            if self.s.stage == NULL:
+            self.s.files = <files_t *>calloc(1, sizeof(files_t))
+            if self.s.files == NULL:
                 raise MemoryError()
+            self.s.files.stage = <uint8_t *>aligned_alloc(BLOCK_SIZE, (AIO_MOST + BATCH) * BLOCK_SIZE)
+            if self.s.files.stage == NULL:
+                raise MemoryError()
+            aio_open(&self.s.files.flights.aio, threads, self.s.files.stage,
+                     (AIO_MOST + BATCH) * BLOCK_SIZE)
+            aio_add(&self.s.files.flights.aio, store.s.fd if store.s.direct_fd < 0 else store.s.direct_fd, store.s.device)
         self.bind(request, response, request_bell, response_bell, sizeof(block_event), sizeof(block_event),
                   request_protocol, response_protocol, poll, watch)
         self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0)
@@ -416,12 +570,25 @@ cdef class Server(ServerEngine):
 
     cdef void wait(self, uint64_t ns) noexcept nogil:
         cdef int64_t left
-        if self.s.grace_until == 0:
+        cdef flights_t *f = NULL if self.s.files == NULL else &self.s.files.flights
+        if self.s.grace_until != 0:
+            left = <int64_t>(self.s.grace_until - now_ns())
+            if left > 0:
+                sleep_ns(min(ns, <uint64_t>left))
+        elif f != NULL and f.aio.nflying != 0:
+            flights_wait(f, self.r, min(ns, server_patience(self.s)), self.ending)
+        else:
             reader_wait(self.r, min(ns, server_patience(self.s)), self.ending)
-            return
-        left = <int64_t>(self.s.grace_until - now_ns())
-        if left > 0:
-            sleep_ns(min(ns, <uint64_t>left))
+
+    cdef void land(self) noexcept nogil:
+        cdef files_t *f = self.s.files
+        if f != NULL:
+            if f.flights.aio.nfiles != 0:
+                server_land(self.s)
+                aio_close(&f.flights.aio)
+            self.s.files = NULL
+            free(f.stage)
+            free(f)
 
     @property
     def counters(self):
@@ -442,7 +609,9 @@ cdef class Server(ServerEngine):
         if self.s != NULL:
             if self.held():
                 writer_stop(&self.s.w)
-            free(self.s.stage)
+            if self.s.files != NULL:
+                self.s.files.flights.leaving = True
+            self.land()
             free(self.s)
             self.s = NULL
 

@@ -10,7 +10,8 @@ from muenfast._store import Store
 class BufferServer(ServerEngine):
     def __init__(self, request: Buffer, response: Buffer, buffer: Buffer, stores: Iterable[Store], *,
                  request_protocol: int = ..., response_protocol: int = ..., request_bell: Buffer | None = None,
-                 response_bell: Buffer | None = None, poll: int | None = None, watch: Watch | None = None) -> None: ...
+                 response_bell: Buffer | None = None, poll: int | None = None, watch: Watch | None = None,
+                 threads: bool = False) -> None: ...
     @property
     def stores(self) -> tuple[Store, ...]: ...
     @property

@@ -5,10 +5,11 @@ and only the copy is used. The buffer's contents may change at any time: that sp
 else, for no decision rests on them.
 """
 from libc.errno cimport EINVAL, EIO, EROFS
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from muenfast._aio cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._store cimport *
@@ -18,10 +19,11 @@ import hashlib as _hashlib
 
 from muenfast.errors import UsageError
 
-# Bytes moved before the answers so far are published: to memory little, so that the client goes on while the next ones
-# are copied (docs/decisions/003); a system call takes longer than a client needs to be woken.
+# Bytes moved to or from memory before the answers so far are published: little, so that the client goes on while the
+# next ones are copied (docs/decisions/003).
 cdef uint64_t MEMORY_BYTES = 16384
-cdef uint64_t FILE_BYTES = 131072
+# Longest of the waits for what is under way, one after the other.
+cdef uint64_t LAND_NS = 100_000_000
 # The status of a request that cannot be executed at all (docs/protocol.md); other errors are positive Linux errnos.
 cdef uint64_t REFUSED = 1
 cdef uint64_t MOST_DEVICES = 1 << 16    # numbers of devices are u16
@@ -32,6 +34,7 @@ cdef struct device_t:
     uint64_t block_size     # a power of two
     uint64_t size           # bytes
     uint64_t most           # bytes of one request
+    uint32_t file           # of flights.aio, where the store is one
 
 
 cdef struct buffer_counters:
@@ -74,6 +77,12 @@ cdef struct buffer_server_t:
     block_request heads[BATCH]
     block_response answers[BATCH]
     uint8_t smart[512]      # SMART_SIZE
+    requests_t *files       # of a server with a file, else NULL
+
+
+cdef struct requests_t:
+    flights_t flights
+    block_request heads[AIO_MOST]
 
 
 cdef bint moves(const block_request *h) noexcept nogil:
@@ -113,22 +122,17 @@ cdef uint64_t check_request(const buffer_server_t *s, const block_request *h) no
 cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length) noexcept nogil:
     """Executes a read, write or discard of `length` bytes that begins as *h, which was checked; 0 or a negative errno.
 
-    Payload is moved once, between store and buffer.
+    Payload is moved once, between store and buffer. Of a file's only discards that begin and end anywhere.
     """
     cdef const store_t *store = s.devices[h.device].store
     cdef uint8_t *data
-    cdef iovec iov
     cdef int status = 0
     if h.kind == REQUEST_DISCARD:
         return store_discard(store, h.device_offset, length)
     if load_acquire32(s.broken) != 0:
         return -EIO
     data = s.buffer + h.buffer_offset   # checked for all but discards, which need none
-    if store.kind == STORE_FILE:
-        iov.iov_base = data
-        iov.iov_len = length
-        status = transfer(store, h.kind == REQUEST_WRITE, &iov, 1, h.device_offset)
-    elif store.kind == STORE_MEMORY:
+    if store.kind == STORE_MEMORY:
         if h.kind == REQUEST_WRITE:
             copy_bytes(store.memory + h.device_offset, data, length)
         else:
@@ -140,43 +144,55 @@ cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length
     return -EIO if load_acquire32(s.broken) != 0 else status
 
 
-cdef uint64_t buffer_run(buffer_server_t *s, uint64_t first, uint64_t n, uint64_t *status) noexcept nogil:
-    """Executes as one operation request `first` of the batch, which was checked, and those after it, before n, that
-    continue its device range and its buffer range; how many. status: one per request.
-
-    What fails together is tried one by one: only the request that cannot be done gets the error.
-    """
-    cdef const block_request *h = &s.heads[first]
-    cdef uint64_t length = h.length, run = 1, k
+cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, uint64_t n,
+                            uint64_t *length) noexcept nogil:
+    """How many of n requests, of which h[0] was checked, continue one device range and one buffer range; their bytes."""
     cdef const block_request *next
-    cdef int together, error
-    while first + run < n:
-        next = &s.heads[first + run]
-        if next.kind != h.kind or next.device != h.device or next.device_offset != h.device_offset + length:
+    cdef uint64_t run = 1
+    length[0] = h.length
+    while run < n:
+        next = &h[run]
+        if next.kind != h.kind or next.device != h.device or next.device_offset != h.device_offset + length[0]:
             break
-        if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length:
+        if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length[0]:
             break
         if check_request(s, next) != 0:
             break
-        length += next.length
+        length[0] += next.length
         run += 1
+    return run
+
+
+cdef void buffer_count(buffer_server_t *s, const block_request *h, uint64_t n, uint64_t length) noexcept nogil:
+    """n requests of h's kind that were one operation."""
+    count64(&s.n.merged, n - 1)
+    if h.kind == REQUEST_READ:
+        count64(&s.n.reads, n)
+        count64(&s.n.bytes_read, length)
+    elif h.kind == REQUEST_WRITE:
+        count64(&s.n.writes, n)
+        count64(&s.n.bytes_written, length)
+    else:
+        count64(&s.n.discards, n)
+        count64(&s.n.bytes_discarded, length)
+
+
+cdef uint64_t buffer_run(buffer_server_t *s, const block_request *h, uint64_t n, uint64_t *status) noexcept nogil:
+    """Executes as one operation request h[0], which was checked, and those after it, n with it at most, that continue it;
+    how many. status: one per request.
+
+    What fails together is tried one by one: only the request that cannot be done gets the error.
+    """
+    cdef uint64_t length, k, run = buffer_joined(s, h, n, &length)
+    cdef int together, error
     together = buffer_move(s, h, length)
     for k in range(run):
         error = together
         if together != 0 and run > 1:
-            error = buffer_move(s, &s.heads[first + k], s.heads[first + k].length)
+            error = buffer_move(s, &h[k], h[k].length)
         status[k] = <uint64_t>-error
         count64(&s.n.failed, error != 0)
-    count64(&s.n.merged, run - 1)
-    if h.kind == REQUEST_READ:
-        count64(&s.n.reads, run)
-        count64(&s.n.bytes_read, length)
-    elif h.kind == REQUEST_WRITE:
-        count64(&s.n.writes, run)
-        count64(&s.n.bytes_written, length)
-    else:
-        count64(&s.n.discards, run)
-        count64(&s.n.bytes_discarded, length)
+    buffer_count(s, h, run, length)
     return run
 
 
@@ -228,7 +244,12 @@ cdef uint64_t buffer_query(buffer_server_t *s, const block_request *h) noexcept 
 
 
 cdef bint buffer_answer(buffer_server_t *s, uint64_t n) noexcept nogil:
-    """Publishes the first n answers, unless the life that asked has ended; whether it goes on.
+    """Publishes the first n answers; as buffer_answers."""
+    return buffer_answers(s, 0, n)
+
+
+cdef bint buffer_answers(buffer_server_t *s, uint64_t first, uint64_t n) noexcept nogil:
+    """Publishes n answers, unless the life that asked has ended; whether it goes on.
 
     A client that has begun a new epoch, or the same one anew, gets no answer to the old one's requests.
     """
@@ -237,7 +258,7 @@ cdef bint buffer_answer(buffer_server_t *s, uint64_t n) noexcept nogil:
         return False
     writer_reserve(&s.w, n)
     for k in range(n):
-        memcpy(writer_slot(&s.w, k), &s.answers[k], sizeof(block_response))
+        memcpy(writer_slot(&s.w, k), &s.answers[first + k], sizeof(block_response))
     writer_publish(&s.w, n)
     return True
 
@@ -255,9 +276,9 @@ cdef uint64_t buffer_sync(buffer_server_t *s, const block_request *h) noexcept n
 
 
 cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept nogil:
-    """One round: copy the requests out, check the copies, execute them in their order, answer."""
+    """One round without files: copy the requests out, check the copies, execute them in their order, answer."""
     cdef uint64_t n = min(min(available, <uint64_t>BATCH), s.w.elements)
-    cdef uint64_t k = 0, i, run, waiting = 0, moved = 0, enough
+    cdef uint64_t k = 0, i, run, waiting = 0, moved = 0
     cdef uint64_t status[BATCH]
     cdef const block_request *h
     cdef bint alive = True, predecessors = <int64_t>(s.void_below - s.r.rc) > 0
@@ -275,15 +296,12 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
             k += 1
             continue
         run = 1
-        enough = MEMORY_BYTES
         if moves(h):
             status[0] = check_request(s, h)
             if status[0] != 0:
                 count64(&s.n.rejected, 1)
             else:
-                run = buffer_run(s, k, n, status)
-                if s.devices[h.device].store.kind == STORE_FILE:
-                    enough = FILE_BYTES
+                run = buffer_run(s, h, n - k, status)
                 for i in range(run):
                     moved += s.heads[k + i].length
         elif h.kind == REQUEST_SYNC:
@@ -302,7 +320,7 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
             s.answers[waiting].status = status[i]
             waiting += 1
             k += 1
-        if moved >= enough:
+        if moved >= MEMORY_BYTES:
             alive = buffer_answer(s, waiting) and load_relaxed32(&s.stop) == 0
             waiting = moved = 0
     if waiting != 0:
@@ -312,6 +330,156 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
     s.has_last = True
     reader_advance(&s.r, n)
     return SUCCESS
+
+
+# ------------------------------------------------------------------ files
+
+cdef void buffer_reply(buffer_server_t *s, const block_request *h, uint64_t status) noexcept nogil:
+    """Answers one request."""
+    s.answers[0].kind = h.kind
+    s.answers[0].device = h.device
+    s.answers[0].tag = h.tag
+    s.answers[0].status = status
+    buffer_answer(s, 1)
+
+
+cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
+    """Answers what is done; whether there was anything."""
+    cdef requests_t *f = s.files
+    cdef flight_t *t
+    cdef uint64_t k, n, first
+    cdef const block_request *h
+    cdef bint worked = False
+    cdef int error
+    while True:
+        t = flights_take(&f.flights)
+        if t == NULL:
+            aio_begin(&f.flights.aio)
+            return worked
+        worked = True
+        first, n, error = t.first, t.n, t.op.error
+        h = s.heads
+        for k in range(n):
+            s.heads[k] = f.heads[(first + k) % AIO_MOST]
+        flights_free(&f.flights, t)
+        if error != 0 and n > 1:        # one by one: only what cannot be done gets the error
+            for k in range(n):
+                buffer_fly(s, &h[k], first + k, 1, h[k].length)
+            continue
+        if h.kind != REQUEST_SYNC and load_acquire32(s.broken) != 0:
+            error = -EIO
+        count64(&s.n.failed, n if error != 0 else 0)
+        if f.flights.leaving:
+            count64(&s.n.cancelled, n)
+            continue
+        for k in range(n):
+            s.answers[k].kind = h[k].kind
+            s.answers[k].device = h[k].device
+            s.answers[k].tag = h[k].tag
+            s.answers[k].status = 0 if error == 0 else REFUSED if h.kind == REQUEST_SYNC else <uint64_t>-error
+        k = 0
+        while k < n and buffer_answers(s, k, min(n - k, s.w.elements)):
+            k += min(n - k, s.w.elements)
+
+
+cdef void buffer_fly(buffer_server_t *s, const block_request *h, uint64_t first, uint64_t n,
+                     uint64_t length) noexcept nogil:
+    """Begins the operation of n requests from number `first` on, which is *h; they were checked, and have `length` bytes
+    together."""
+    cdef const device_t *d = &s.devices[h.device]
+    cdef int kind = (AIO_READ if h.kind == REQUEST_READ else AIO_WRITE if h.kind == REQUEST_WRITE else
+                     AIO_DISCARD if h.kind == REQUEST_DISCARD else AIO_SYNC)
+    flights_add(&s.files.flights, first, <uint32_t>n, kind, d.file, d.store.offset + h.device_offset, length,
+                NULL if kind == AIO_DISCARD or kind == AIO_SYNC else s.buffer + h.buffer_offset)
+
+
+cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, uint64_t n) noexcept nogil:
+    """Begins or executes request h[0] and what can be done together with it, of n; how many, 0 where it has to wait."""
+    cdef requests_t *f = s.files
+    cdef const device_t *d
+    cdef uint64_t run, length, k
+    cdef uint64_t status[BATCH]
+    cdef const uint8_t *data
+    cdef int kind
+    status[0] = check_request(s, h)
+    if status[0] != 0:
+        count64(&s.n.rejected, 1)
+        buffer_reply(s, h, status[0])
+        return 1
+    d = &s.devices[h.device]
+    run = buffer_joined(s, h, n, &length)
+    kind = AIO_READ if h.kind == REQUEST_READ else AIO_WRITE
+    data = NULL if h.kind == REQUEST_DISCARD else s.buffer + h.buffer_offset
+    if d.store.kind != STORE_FILE:
+        if aio_conflicts(&f.flights.aio, AIO_NO_FILE, kind, 0, length, data):
+            return 0
+        buffer_run(s, h, run, status)
+        for k in range(run):
+            buffer_reply(s, &h[k], status[k])
+        return run
+    if aio_conflicts(&f.flights.aio, d.file, kind, d.store.offset + h.device_offset, length, data):
+        return 0
+    buffer_count(s, h, run, length)
+    buffer_fly(s, h, f.flights.head, run, length)
+    return run
+
+
+cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept nogil:
+    """Takes requests of a connection with a file: copies them out, checks the copies, begins what they ask for, in their
+    order.
+
+    One that overlaps what is under way stays in the ring until that is done, and so does a sync or reset until
+    everything before it is.
+    """
+    cdef requests_t *f = s.files
+    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, run
+    cdef const block_request *h
+    cdef const device_t *d
+    for k in range(n):
+        memcpy(&s.heads[k], reader_slot(&s.r, k), sizeof(block_request))
+        f.heads[(f.flights.head + k) % AIO_MOST] = s.heads[k]
+    if not reader_intact(&s.r):
+        return reader_recover(&s.r)
+    if n == 0:
+        return NO_DATA
+    count64(&s.n.batches, 1)
+    k = 0
+    while k < n:
+        h = &s.heads[k]
+        d = &s.devices[h.device] if h.device < s.ndevices else NULL
+        run = 1
+        if <int64_t>(s.void_below - s.r.rc) > 0 and not repeatable(h):
+            count64(&s.n.voided, 1)     # of a predecessor's life
+        elif moves(h):
+            run = buffer_launch(s, h, n - k)
+        elif h.kind == REQUEST_RESET and f.flights.aio.nflying != 0:
+            run = 0
+        elif h.kind != REQUEST_SYNC:
+            buffer_reply(s, h, buffer_query(s, h))
+        elif d == NULL or d.store.kind != STORE_FILE or d.store.read_only:
+            buffer_reply(s, h, buffer_sync(s, h))
+        elif aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
+            run = 0
+        else:
+            count64(&s.n.syncs, 1)
+            buffer_fly(s, h, f.flights.head, 1, 0)
+        if run == 0:
+            f.flights.blocked = True
+            break
+        s.last = h[run - 1]
+        s.has_last = True
+        reader_advance(&s.r, run)
+        f.flights.head += run
+        k += run
+    aio_begin(&f.flights.aio)
+    return SUCCESS
+
+
+cdef void buffer_land(buffer_server_t *s) noexcept nogil:
+    """Waits until nothing is under way."""
+    while s.files != NULL and s.files.flights.aio.nflying != 0:
+        if not buffer_finish(s):
+            aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
 
 
 cdef void buffer_begin(buffer_server_t *s) noexcept nogil:
@@ -338,22 +506,36 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
     cdef uint64_t available
     cdef ring_status status
     cdef int event = STEP_IDLE
+    cdef flights_t *f = NULL if s.files == NULL else &s.files.flights
+    if f != NULL and buffer_finish(s):
+        event = STEP_WORKED
     if load_relaxed32(&s.stop) != 0:
-        return SERVER_STOPPED
+        return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else event
     if s.grace_until != 0:
         if now_ns() < s.grace_until:
-            return STEP_IDLE
+            return event
         s.grace_until = 0
-    status = reader_peek(&s.r, &available)
-    if (status == SUCCESS or status == NO_DATA) and s.has_last and rewritten(&s.r, &s.last, sizeof(s.last)):
-        s.r.epoch = 0
+    if f != NULL and f.leaving:
+        if f.aio.nflying != 0:
+            return event
+        f.leaving = False
+        status = <ring_status>f.pending
+    else:
         status = reader_peek(&s.r, &available)
-    if status == SUCCESS:
-        status = buffer_batch(s, available)
-    if status == SUCCESS:
-        return STEP_WORKED
-    if status == NO_DATA:
-        return STEP_IDLE
+        if (status == SUCCESS or status == NO_DATA) and s.has_last and rewritten(&s.r, &s.last, sizeof(s.last)):
+            s.r.epoch = 0
+            status = reader_peek(&s.r, &available)
+        if status == SUCCESS:
+            status = buffer_batch(s, available) if f == NULL else buffer_take(s, available)
+        if status == SUCCESS:
+            return STEP_WORKED
+        if status == NO_DATA:
+            return event
+        if f != NULL and f.aio.nflying != 0:    # all work of the old life is done before the new one's is begun
+            f.leaving = True
+            f.pending = status
+            return event
+    event = STEP_IDLE
     s.has_last = False
     if status == EPOCH_CHANGED:
         buffer_begin(s)
@@ -404,11 +586,13 @@ cdef class BufferServer(ServerEngine):
 
     def __init__(self, request, response, buffer, stores, *, request_protocol=BUFFER_PROTOCOL,
                  response_protocol=BUFFER_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 Watch watch=None):
+                 Watch watch=None, bint threads=False):
         cdef device_t *d
         cdef Store store
         cdef uint32_t flags = 0
         cdef uint64_t count
+        cdef int file
+        cdef bint direct
         if self.s.devices != NULL:
             raise UsageError("a BufferServer is initialised once")
         stores = tuple(stores)
@@ -433,6 +617,20 @@ cdef class BufferServer(ServerEngine):
             d.most = self.s.length // d.block_size * d.block_size
             if store.s.read_only and number < 32:
                 flags |= STORE_READ_ONLY << <uint32_t>number
+        if any([each.waits for each in stores]):
+            self.s.files = <requests_t *>calloc(1, sizeof(requests_t))
+            if self.s.files == NULL:
+                raise MemoryError()
+            aio_open(&self.s.files.flights.aio, threads, self.s.buffer, self.s.length)
+            for number, each in enumerate(stores):
+                store = each
+                if store.s.kind == STORE_FILE:
+                    # The smallest page is the strictest alignment that direct I/O asks for.
+                    direct = store.s.direct_fd >= 0 and <uint64_t><uintptr_t>self.s.buffer % BLOCK_SIZE == 0
+                    file = aio_add(&self.s.files.flights.aio, store.s.direct_fd if direct else store.s.fd, store.s.device)
+                    if file < 0:
+                        raise UsageError(f"a connection has at most {AIO_FILES} files", value=count)
+                    self.s.devices[number].file = <uint32_t>file
         self.s.ndevices = count
         self.stores = stores
         self.bind(request, response, request_bell, response_bell, sizeof(block_request), sizeof(block_response),
@@ -443,11 +641,25 @@ cdef class BufferServer(ServerEngine):
         return buffer_step(self.s)
 
     cdef void wait(self, uint64_t ns) noexcept nogil:
-        cdef int64_t left = <int64_t>(self.s.grace_until - now_ns())
-        if self.s.grace_until == 0:
-            reader_wait(self.r, min(ns, patience(self.r, self.s.has_last)), self.ending)
-        elif left > 0:
-            sleep_ns(min(ns, <uint64_t>left))
+        cdef int64_t left
+        cdef flights_t *f = NULL if self.s.files == NULL else &self.s.files.flights
+        ns = min(ns, patience(self.r, self.s.has_last))
+        if self.s.grace_until != 0:
+            left = <int64_t>(self.s.grace_until - now_ns())
+            if left > 0:
+                sleep_ns(min(ns, <uint64_t>left))
+        elif f != NULL and f.aio.nflying != 0:
+            flights_wait(f, self.r, ns, self.ending)
+        else:
+            reader_wait(self.r, ns, self.ending)
+
+    cdef void land(self) noexcept nogil:
+        cdef requests_t *f = self.s.files
+        if f != NULL:
+            buffer_land(self.s)
+            aio_close(&f.flights.aio)
+            self.s.files = NULL
+            free(f)
 
     cdef str taken_away(self):
         return "buffer" if was_taken(self.buffer) else ServerEngine.taken_away(self)
@@ -477,6 +689,9 @@ cdef class BufferServer(ServerEngine):
         if self.s != NULL:
             if self.held():
                 writer_stop(&self.s.w)
+            if self.s.files != NULL:
+                self.s.files.flights.leaving = True
+            self.land()
             free(self.s.devices)
             free(self.s)
             self.s = NULL

@@ -100,6 +100,7 @@ cdef struct client_t:
     uint32_t base           # priv of request 0 of this epoch
     uint32_t window
     uint32_t depth          # most requests in flight, 1..WINDOW
+    uint64_t flying         # requests written and not answered; under lock
     uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
     uint64_t pace           # answers per second at the settled depth, smoothed
     uint64_t measured       # answers of the current window while requests waited for room ...
@@ -136,7 +137,7 @@ cdef struct client_t:
 cdef void client_issue(client_t *c) noexcept nogil:
     """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY.
 
-    At most `depth` are in flight. Invariant: head - tail <= window <= elements of either ring, and tail counts answered
+    At most `depth` are in flight; one that takes long does not count those answered after it. Invariant: head - tail <= window <= elements of either ring, and tail counts answered
     requests only, so that neither the request ring (the server has read what it answered) nor the response ring can
     overrun.
     Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
@@ -149,8 +150,8 @@ cdef void client_issue(client_t *c) noexcept nogil:
     h.error = 0
     h.valid = 1
     while c.first != NULL:
-        room = c.head - load_acquire64(&c.tail)     # in flight
-        room = min(c.window, c.depth) - room if room < c.depth else 0
+        room = c.window - (c.head - load_acquire64(&c.tail))
+        room = min(room, c.depth - c.flying if c.flying < c.depth else 0)
         if room == 0 or load_relaxed64(&c.r.hdr.epoch) != c.server:
             return
         n = 0
@@ -181,6 +182,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
             # From here on io may be done and gone: a hostile server answers what it has not been sent yet.
             store_release32(&e.state, ENTRY_ISSUED)
             store_release64(&c.head, c.head + 1)
+        c.flying += n
         writer_publish(&c.w, n)
 
 
@@ -335,6 +337,7 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
         tail += 1
     store_release64(&c.tail, tail)
     pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
+    c.flying -= matches
     if c.state == CLIENT_READY:
         if c.settled != 0:
             client_adapt(c)
@@ -515,6 +518,7 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
             io.next = finished
             finished = io
     store_release64(&c.tail, c.head)
+    c.flying = 0
     pthread_mutex_unlock(&c.lock)
     client_finish(c, finished)
 
@@ -667,6 +671,7 @@ cdef bint client_resume(client_t *c) noexcept nogil:
             store_release64(&c.head, c.head + 1)
         writer_publish(&c.w, k)
         done += k
+    c.flying = c.head
     while done < n:                     # the new response ring is smaller than what was in flight
         io = again[done].io
         io.error = -EIO
@@ -934,7 +939,7 @@ cdef class Client(Target):
     @property
     def in_flight(self):
         """Requests written and not answered."""
-        return load_acquire64(&self.c.head) - load_acquire64(&self.c.tail)
+        return load_relaxed64(&self.c.flying)
 
     @property
     def progress(self):

@@ -96,6 +96,7 @@ cdef class ServerEngine:
     cdef int introduce(self, bytes identity, uint32_t flags) except -1
     cdef int step(self) noexcept nogil
     cdef void wait(self, uint64_t ns) noexcept nogil
+    cdef void land(self) noexcept nogil
     cdef server_event loop(self, uint64_t ns) noexcept nogil
     cdef object happened(self, int event)
     cdef bint held(self) noexcept

@@ -72,6 +72,9 @@ cdef class ServerEngine:
     cdef void wait(self, uint64_t ns) noexcept nogil:
         """Returns when there may be something to do, after ns nanoseconds at the latest."""
 
+    cdef void land(self) noexcept nogil:
+        """Waits until nothing is under way, answers it, and lets go of what that takes; before close(), and for good."""
+
     cdef server_event loop(self, uint64_t ns) noexcept nogil:
         """Serves for at most ns nanoseconds, or until something happened that the caller logs."""
         cdef uint64_t start = now_ns(), passed
@@ -146,6 +149,8 @@ cdef class ServerEngine:
         if not self.held():             # another thread was faster
             busy_leave(&self.busy)
             return
+        with nogil:
+            self.land()
         writer_stop(self.w)
         if self.w.bell != NULL:
             store_release32(&self.w.bell.state, ENDPOINT_GONE if gone else ENDPOINT_BACK_LATER)

@@ -1,18 +1,10 @@
 """What a block server exports, as the engines see it."""
-from libc.errno cimport EFAULT, EINTR, EIO, errno
+from libc.errno cimport EIO, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from posix.types cimport off_t
 
 from muenfast._ring cimport Mapping
 from muenfast._wire cimport load_acquire32
 
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t preadv(int fd, const iovec *iov, int n, off_t offset)
-    ssize_t pwritev(int fd, const iovec *iov, int n, off_t offset)
 
 cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
@@ -27,6 +19,7 @@ cdef enum:
 cdef struct store_t:
     int kind
     int fd
+    int direct_fd           # file: the same past the page cache, for aligned pieces of block_size bytes, or -1
     uint8_t *memory
     const uint32_t *broken  # memory: 1 when it was taken away and zeros stand there
     uint64_t offset         # file: bytes before the store; with `size` it is below 2^63
@@ -36,34 +29,6 @@ cdef struct store_t:
     bint read_only
     bint anonymous          # memory: private to this process, pages that are given back read as zeros
     bint device             # file: a block device
-
-
-cdef inline int transfer(const store_t *s, bint write, iovec *iov, int n, uint64_t start) noexcept nogil:
-    """Moves n pieces, consecutive from byte `start` on, to or from a file; 0 or a negative errno.
-
-    EFAULT (the channel's memory was taken away) becomes EIO: it is no fault of the store.
-    """
-    cdef off_t at = <off_t>(s.offset + start)
-    cdef ssize_t moved
-    cdef size_t left
-    while n > 0:
-        moved = pwritev(s.fd, iov, n, at) if write else preadv(s.fd, iov, n, at)
-        if moved < 0:
-            if errno == EINTR:
-                continue
-            return -EIO if errno == EFAULT else -errno
-        if moved == 0:
-            return -EIO                 # the file was cut short behind our back
-        at += moved
-        left = <size_t>moved
-        while n > 0 and left >= iov[0].iov_len:
-            left -= iov[0].iov_len
-            iov += 1
-            n -= 1
-        if left:
-            iov[0].iov_base = <uint8_t *>iov[0].iov_base + left
-            iov[0].iov_len -= left
-    return 0
 
 
 cdef inline bint store_broken(const store_t *s) noexcept nogil:

@@ -1,5 +1,5 @@
 """What a block server exports: memory, a file or disk, or nothing; and what can be done to it besides copying."""
-from libc.errno cimport EINTR, EIO, EROFS, errno
+from libc.errno cimport EIO, EROFS
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
@@ -16,26 +16,10 @@ cdef extern from "_smart.h" nogil:
 
 cdef extern from *:
     """
-    #include <fcntl.h>
-    #include <linux/falloc.h>
-    #include <sys/ioctl.h>
     #include <sys/mman.h>
 
-    /* linux/fs.h, which has a BLOCK_SIZE of its own */
-    #define DISCARD_DEVICE _IO(0x12, 119)
-    _Static_assert(BLOCK_SIZE == 4096, "a header has redefined BLOCK_SIZE");
-
-    static inline int punch_hole(int fd, off_t at, off_t length) {
-        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, length);
-    }
-    static inline int discard_device(int fd, uint64_t at, uint64_t length) {
-        uint64_t range[2] = {at, length};
-        return ioctl(fd, DISCARD_DEVICE, range);
-    }
     static inline int give_back(void *start, size_t length) { return madvise(start, length, MADV_DONTNEED); }
     """
-    int punch_hole(int fd, off_t at, off_t length) nogil
-    int discard_device(int fd, uint64_t at, uint64_t length) nogil
     int give_back(void *start, size_t length) nogil
 
 cdef enum:
@@ -90,14 +74,15 @@ cdef class Store:
         return self.finish(self.memory.length, None, read_only, identity)
 
     @staticmethod
-    def in_file(int fd, size, *, offset=0, block_size=None, read_only=False, identity=None):
+    def in_file(int fd, size, *, direct=None, offset=0, block_size=None, read_only=False, identity=None):
         """A store in `size` bytes from byte `offset` on of an open file or block device; the descriptor stays the
-        caller's."""
+        caller's. direct: another one of it, opened with O_DIRECT, that takes aligned pieces of block_size bytes."""
         cdef Store self = Store.__new__(Store)
         if offset < 0 or offset + size >= 1 << 63:
             raise UsageError("a store ends below 2^63", value=offset + size)
         self.s.kind = STORE_FILE
         self.s.fd = fd
+        self.s.direct_fd = -1 if direct is None else direct
         self.s.offset = offset
         self.s.device = _stat.S_ISBLK(_os.fstat(fd).st_mode)
         return self.finish(size, block_size, read_only, identity)
@@ -136,24 +121,16 @@ cdef class Store:
 
 
 cdef int store_discard(const store_t *s, uint64_t start, uint64_t length) noexcept nogil:
-    """Frees what `length` bytes from `start` on take; 0 or a negative errno. Precondition: they lie in the store.
+    """Frees what `length` bytes of memory from `start` on take; 0 or a negative errno. Precondition: they lie in the store,
+    which is no file.
 
-    Memory and files read as zeros afterwards, a block device as it likes. Memory that others share is zeroed and keeps
-    its pages: to want them back later could fail.
+    They read as zeros afterwards. Memory that others share is zeroed and keeps its pages: to want them back later could
+    fail.
     """
     cdef uint8_t *first
     cdef uint64_t head, whole
-    cdef int status
     if s.read_only:
         return -EROFS
-    if s.kind == STORE_FILE:
-        while True:
-            if s.device:
-                status = discard_device(s.fd, s.offset + start, length)
-            else:
-                status = punch_hole(s.fd, <off_t>(s.offset + start), <off_t>length)
-            if status == 0 or errno != EINTR:
-                return -errno if status != 0 else 0
     if s.kind == STORE_MEMORY:
         first = s.memory + start
         head = 0 - <uint64_t><uintptr_t>first & (PAGE - 1)

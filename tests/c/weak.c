@@ -85,7 +85,7 @@ static int nlogged;
 static const char *name;
 
 void *(*weak_on_mmap)(void *, size_t);
-ssize_t (*weak_on_write)(const struct iovec *, int, off_t);
+ssize_t (*weak_on_write)(const void *, size_t, off_t);
 
 static void say(const char *what, int at, uint64_t value, int old) {
     if (nlogged < LOG) /* formatted where it is wanted only: this is called for each access of each execution */
@@ -487,8 +487,8 @@ int weak_nanosleep(const struct timespec *t, struct timespec *left) {
 void *weak_mmap(void *start, size_t length, int protection, int flags, int fd, off_t offset) {
     return weak_on_mmap ? weak_on_mmap(start, length) : mmap(start, length, protection, flags, fd, offset);
 }
-ssize_t weak_pwritev(int fd, const struct iovec *iov, int n, off_t offset) {
-    return weak_on_write ? weak_on_write(iov, n, offset) : pwritev(fd, iov, n, offset);
+ssize_t weak_pwrite(int fd, const void *data, size_t n, off_t offset) {
+    return weak_on_write ? weak_on_write(data, n, offset) : pwrite(fd, data, n, offset);
 }
 
 /* ------------------------------------------------------------------ scenarios */

@@ -36,7 +36,7 @@ long weak_syscall(long number, ...);
 int weak_clock(clockid_t clock, struct timespec *t);
 int weak_nanosleep(const struct timespec *t, struct timespec *left);
 void *weak_mmap(void *start, size_t length, int protection, int flags, int fd, off_t offset);
-ssize_t weak_pwritev(int fd, const struct iovec *iov, int n, off_t offset);
+ssize_t weak_pwrite(int fd, const void *data, size_t n, off_t offset);
 int weak_lock(pthread_mutex_t *lock);
 int weak_unlock(pthread_mutex_t *lock);
 
@@ -53,7 +53,7 @@ void weak_count(const char *what);              /* this execution showed it */
 int weak_choose(int n);
 
 extern void *(*weak_on_mmap)(void *start, size_t length);
-extern ssize_t (*weak_on_write)(const struct iovec *iov, int n, off_t offset);
+extern ssize_t (*weak_on_write)(const void *data, size_t n, off_t offset);
 
 typedef struct {
     const char *name;
@@ -87,7 +87,7 @@ void ring_ready(void);
 #define mmap(a, n, p, f, d, o) weak_mmap((a), (n), (p), (f), (d), (o))
 #define pthread_mutex_lock(l) weak_lock(l)
 #define pthread_mutex_unlock(l) weak_unlock(l)
-#define pwritev(f, i, n, o) weak_pwritev((f), (i), (n), (o))
+#define pwrite(f, d, n, o) weak_pwrite((f), (d), (n), (o))
 #endif
 
 #endif

@@ -7,8 +7,9 @@
 #define STATUS(name) __pyx_e_8muenfast_5_ring_##name
 
 enum { WRITER = 0, SERVER = 2, BLOCKS = 2, WORDS = 8 + 515 };
-static uint64_t requests[WORDS], answers[WORDS], disk[BLOCKS * 512], stage[512];
+static uint64_t requests[WORDS], answers[WORDS], disk[BLOCKS * 512], stage[2 * 512];
 static SERVER_TYPE(server_t) s, s_kept;
+static SERVER_TYPE(files_t) files, files_kept;
 static SERVER_TYPE(store_t) store;
 static struct __pyx_t_8muenfast_5_ring_writer_t w;
 /* Called by the room below the server's, not by its own C. */
@@ -28,13 +29,13 @@ static void ask(uint32_t kind, uint32_t n) {
     memcpy(RING(writer_slot)(&w, 0), event, sizeof event);
     RING(writer_publish)(&w, 1);
 }
-static ssize_t to_file(const struct iovec *iov, int n, off_t offset) {
+static ssize_t to_file(const void *data, size_t n, off_t offset) {
     uint64_t first;
-    memcpy(&first, iov[0].iov_base, 8);
-    if (n != 1 || offset != 0 || first != payload(s.heads[0].priv))
+    memcpy(&first, data, 8);
+    if (n != BLOCK_SIZE || offset != 0 || first != payload(s.heads[0].priv))
         weak_fail("what goes into the file is not what was asked for: word, request", first, s.heads[0].priv);
     written++;
-    return (ssize_t)iov[0].iov_len;
+    return (ssize_t)n;
 }
 static void scene(int kind) {
     SERVER_BINDINGS
@@ -50,7 +51,14 @@ static void scene(int kind) {
     store.memory = (uint8_t *)disk;
     store.nblocks = BLOCKS;
     s.store = &store;
-    s.stage = (uint8_t *)stage;
+    if (kind == SERVER_CONSTANT(STORE_FILE)) {
+        memset(&files, 0, sizeof files);
+        files.stage = (uint8_t *)stage;
+        aio_open(&files.flights.aio, 1, NULL, 0);
+        aio_add(&files.flights.aio, -1, 0);
+        files.flights.aio.idle = AIO_MOST; /* no thread is made: operations are done at once */
+        s.files = &files;
+    }
     s.knows_epoch = 1;
     reader_init(&s.r, (const uint8_t *)requests, sizeof requests, sizeof(block_event), 7);
     writer_init(&s.w, (uint8_t *)answers, sizeof answers, sizeof(block_event), 8);
@@ -70,19 +78,30 @@ static void follow(void) {
 static void explore(void (*body)(void)) {
     void (*const bodies[])(void) = {body, NULL};
     s_kept = s;
+    files_kept = files;
     weak_explore(bodies, 1);
+}
+static enum __pyx_t_8muenfast_5_ring_ring_status one_round(uint64_t n) {
+    enum __pyx_t_8muenfast_5_ring_ring_status status;
+    if (s.files == NULL)
+        return SERVER_FUNCTION(server_batch)(&s, n);
+    status = SERVER_FUNCTION(server_take)(&s, n);
+    SERVER_FUNCTION(server_finish)(&s);
+    return status;
 }
 
 /* One round. What is answered with success was what the client published under that number. */
 static void serve(void) {
     uint64_t n, before;
+    block_event_header h;
     s = s_kept;
+    files = files_kept;
     disk[0] = 0;
     written = 0;
     if (RING(reader_peek)(&s.r, &n) != STATUS(SUCCESS))
         return;
     before = s.w.wc;
-    if (SERVER_FUNCTION(server_batch)(&s, n) != STATUS(SUCCESS)) {
+    if (one_round(n) != STATUS(SUCCESS)) {
         weak_count("recovered");
         return;
     }
@@ -90,21 +109,22 @@ static void serve(void) {
         weak_count("withheld");
         return;
     }
-    if (s.errors[0] == -EINVAL && s.heads[0].valid == 0) { /* the new life's slot: no request at all */
+    memcpy(&h, answers + 8, sizeof h);
+    if (h.error == -EINVAL && h.valid == 0) { /* the new life's slot: no request at all */
         weak_count("refused");
         return;
     }
-    if (s.errors[0] != 0) {
+    if (h.error != 0) {
         weak_count("torn");
         if (restarts)
-            weak_fail("a life that was over got an answer: error", (uint64_t)-s.errors[0], 0);
+            weak_fail("a life that was over got an answer: error", (uint64_t)-h.error, 0);
         if (s.n.torn != 1)
-            weak_fail("another error", (uint64_t)-s.errors[0], s.n.torn);
+            weak_fail("another error", (uint64_t)-h.error, s.n.torn);
         return;
     }
     weak_count("answered");
-    if (store.kind == SERVER_CONSTANT(STORE_MEMORY) && disk[0] != payload(s.heads[0].priv))
-        weak_fail("answered a write whose data is not there: word, request", disk[0], s.heads[0].priv);
+    if (store.kind == SERVER_CONSTANT(STORE_MEMORY) && disk[0] != payload(h.priv))
+        weak_fail("answered a write whose data is not there: word, request", disk[0], h.priv);
     if (store.kind == SERVER_CONSTANT(STORE_FILE) && written != 1)
         weak_fail("answered a write that was not made", (uint64_t)written, 0);
 }

@@ -12,6 +12,7 @@ from muenfast._store import Store
 from muenfast.errors import UsageError
 
 BLOCK = layout()["block_size"]
+SECTOR = 512  # the smaller unit that a transport with a choice may use
 DEFAULT_DEVICE = "ram:64M"
 
 

@@ -8,6 +8,7 @@ import fcntl
 import glob
 import hashlib
 import logging
+import mmap
 import os
 import stat
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from muenfast import partition, shm
 from muenfast._store import Store
-from muenfast.backing import BLOCK, Backing, Device
+from muenfast.backing import BLOCK, SECTOR, Backing, Device
 from muenfast.errors import ClaimError, UsageError
 
 log = logging.getLogger("muenfast")
@@ -53,12 +54,34 @@ class FileBacking(Backing):
             if size < BLOCK:
                 raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}",
                                  option=option, index=index, value=device.text)
-            self.store = Store.in_file(fd, size, offset=offset, read_only=read_only, identity=identity)
+            direct = _direct(fd, offset, SECTOR if size % BLOCK else BLOCK, read_only, stack)
+            self.store = Store.in_file(fd, size, direct=direct, offset=offset, read_only=read_only, identity=identity)
             stack.callback(self.store.close)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _direct(fd: int, offset: int, unit: int, read_only: bool, stack: ExitStack) -> int | None:
+    """Another descriptor of the same file, past the page cache, closed by stack; None where that is not to be had in
+    pieces of `unit` bytes, from byte `offset` on."""
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        log.info("no direct I/O: %s", error.strerror)
+        return None
+    stack.callback(os.close, direct)
+    with mmap.mmap(-1, 2 * unit) as pages, memoryview(pages) as memory:
+        try:
+            with memory[unit:] as piece:
+                os.preadv(direct, [piece], offset + unit if unit < BLOCK else offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:     # the disk's own error: whoever reads there will be told
+                return direct
+            log.info("no direct I/O in pieces of %d bytes", unit)
+            return None
+    return direct
 
 
 class _Refused(Exception):

@@ -1,0 +1,481 @@
+/* Several operations at a time on files and block devices: by io_uring, where that is refused by threads; no Python.h.
+ *
+ * An aio belongs to one thread, which submits, waits and takes what is done; only the threads of the pool touch it beside
+ * that, under its lock. Nothing is allocated per operation: the caller owns each aio_op, and its memory, from aio_submit()
+ * until aio_take() returns it.
+ *
+ * With MUENFAST_NO_URING defined (no liburing at build time) there are threads only.
+ */
+#ifndef MUENFAST_AIO_H
+#define MUENFAST_AIO_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#pragma push_macro("BLOCK_SIZE") /* _wire.h has one, and linux/fs.h another */
+#undef BLOCK_SIZE
+#ifndef MUENFAST_NO_URING
+#include <liburing.h>
+#endif
+#undef BLOCK_SIZE
+#pragma pop_macro("BLOCK_SIZE")
+
+#include "_atomics.h"
+
+enum aio_kind { AIO_READ = 0, AIO_WRITE = 1, AIO_SYNC = 2, AIO_DISCARD = 3 };
+
+enum {
+    AIO_MOST = 256,   /* operations at a time */
+    AIO_THREADS = 8,  /* of a pool */
+    AIO_FILES = 256,  /* per aio */
+    AIO_NO_FILE = AIO_FILES /* of what is only about memory */
+};
+/* Where a kernel cannot wait for the bell and for operations at once: a look at the ring this often, while there are some. */
+#define AIO_LOOK_NS UINT64_C(200000)
+#define AIO_DISCARD_DEVICE _IO(0x12, 119) /* linux/fs.h: BLKDISCARD */
+#define AIO_OP_FUTEX_WAIT 51              /* linux/io_uring.h of Linux 6.7: IORING_OP_FUTEX_WAIT */
+#define AIO_FUTEX2_U32 2                  /* linux/futex.h: FUTEX2_SIZE_U32, shared between processes */
+
+typedef struct aio_op {
+    struct aio_op *next;
+    uint8_t *data;   /* of a read or write */
+    uint64_t start;  /* byte of the file */
+    uint64_t length; /* bytes */
+    uint64_t moved;  /* bytes of them that are done */
+    uint64_t user;   /* the caller's */
+    uint32_t file;   /* as aio_add() returned it */
+    uint32_t place;  /* in aio.flying */
+    int kind;
+    int error; /* 0 or a negative errno, once it is done */
+} aio_op;
+
+typedef struct aio {
+    aio_op *flying[AIO_MOST]; /* submitted and not taken */
+    uint32_t nflying;
+    aio_op *done, **done_last; /* finished and not taken */
+    aio_op *held, **held_last; /* submitted and not begun: the pool's next work */
+    int fds[AIO_FILES];
+    bool devices[AIO_FILES];
+    uint32_t nfiles;
+    bool uring;
+    /* io_uring */
+    uint8_t *fixed; /* memory that is registered, or NULL */
+    uint64_t fixed_length;
+    bool waits_for_futex; /* the kernel has the operation for it */
+    bool armed;           /* it is under way */
+#ifndef MUENFAST_NO_URING
+    struct io_uring ring;
+#endif
+    /* The pool; under lock, but for `finished`. */
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    pthread_t threads[AIO_THREADS];
+    uint32_t nthreads, idle;
+    aio_op *todo, **todo_last;
+    aio_op *ready, **ready_last;
+    bool ending;
+    uint32_t finished; /* futex: goes up with each that is ready */
+    uint32_t collected; /* what it was when those were taken */
+} aio;
+
+static inline void aio_append(aio_op ***last, aio_op *op) {
+    op->next = NULL;
+    **last = op;
+    *last = &op->next;
+}
+
+/* ---- one operation, synchronously */
+
+static inline int aio_execute(const aio *a, aio_op *op) {
+    int fd = a->fds[op->file];
+    ssize_t n;
+    for (;;) {
+        if (op->kind == AIO_SYNC)
+            n = fdatasync(fd);
+        else if (op->kind == AIO_DISCARD && a->devices[op->file]) {
+            uint64_t range[2] = {op->start, op->length};
+            n = ioctl(fd, AIO_DISCARD_DEVICE, range);
+        } else if (op->kind == AIO_DISCARD)
+            n = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)op->start, (off_t)op->length);
+        else if (op->kind == AIO_WRITE)
+            n = pwrite(fd, op->data + op->moved, op->length - op->moved, (off_t)(op->start + op->moved));
+        else
+            n = pread(fd, op->data + op->moved, op->length - op->moved, (off_t)(op->start + op->moved));
+        if (n < 0) {
+            if (errno == EINTR)
+                continue;
+            return errno == EFAULT ? -EIO : -errno; /* memory that its owner took away is no fault of the file */
+        }
+        if (op->kind != AIO_READ && op->kind != AIO_WRITE)
+            return 0;
+        if (n == 0)
+            return -EIO; /* cut short behind our back */
+        op->moved += (uint64_t)n;
+        if (op->moved == op->length)
+            return 0;
+    }
+}
+
+/* ---- the pool */
+
+static void *aio_work(void *argument) {
+    aio *a = (aio *)argument;
+    aio_op *op;
+    pthread_mutex_lock(&a->lock);
+    for (;;) {
+        while (a->todo == NULL && !a->ending) {
+            a->idle++;
+            pthread_cond_wait(&a->work, &a->lock);
+            a->idle--;
+        }
+        if (a->todo == NULL)
+            break;
+        op = a->todo;
+        a->todo = op->next;
+        if (a->todo == NULL)
+            a->todo_last = &a->todo;
+        pthread_mutex_unlock(&a->lock);
+        op->error = aio_execute(a, op);
+        pthread_mutex_lock(&a->lock);
+        aio_append(&a->ready_last, op);
+        fetch_add_acqrel32(&a->finished, 1);
+        futex_wake_all(&a->finished);
+    }
+    pthread_mutex_unlock(&a->lock);
+    return NULL;
+}
+
+/* One thread more, which takes no signals; whether there is one. Precondition: lock held. */
+static inline bool aio_grow(aio *a) {
+    sigset_t all, before;
+    int status;
+    if (a->nthreads == AIO_THREADS)
+        return false;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    status = pthread_create(&a->threads[a->nthreads], NULL, aio_work, a);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (status == 0)
+        a->nthreads++;
+    return status == 0;
+}
+
+static inline void aio_hand_out(aio *a) {
+    uint32_t n = 0;
+    aio_op *op;
+    pthread_mutex_lock(&a->lock);
+    for (op = a->held; op != NULL; op = op->next)
+        n++;
+    *a->todo_last = a->held;
+    if (a->held != NULL)
+        a->todo_last = a->held_last;
+    a->held = NULL;
+    a->held_last = &a->held;
+    while (n > a->idle && aio_grow(a))
+        n--;
+    if (a->nthreads != 0)
+        pthread_cond_broadcast(&a->work);
+    else /* no thread is to be had: one by one, then */
+        while ((op = a->todo) != NULL) {
+            a->todo = op->next;
+            op->error = aio_execute(a, op);
+            aio_append(&a->ready_last, op);
+        }
+    if (a->todo == NULL)
+        a->todo_last = &a->todo;
+    pthread_mutex_unlock(&a->lock);
+}
+
+static inline void aio_collect(aio *a) {
+    pthread_mutex_lock(&a->lock);
+    a->collected = a->finished;
+    if (a->ready != NULL) {
+        *a->done_last = a->ready;
+        a->done_last = a->ready_last;
+        a->ready = NULL;
+        a->ready_last = &a->ready;
+    }
+    pthread_mutex_unlock(&a->lock);
+}
+
+/* ---- io_uring */
+
+#ifndef MUENFAST_NO_URING
+static inline bool aio_prepare(aio *a, aio_op *op) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&a->ring);
+    uint8_t *data = op->data + op->moved;
+    uint64_t length = op->length - op->moved, at = op->start + op->moved;
+    bool fixed = a->fixed != NULL && data >= a->fixed && data < a->fixed + a->fixed_length;
+    int fd = a->fds[op->file];
+    if (sqe == NULL)
+        return false;
+    if (length > 1 << 30)
+        length = 1 << 30; /* an operation counts in 32 bits; the rest follows */
+    if (op->kind == AIO_SYNC)
+        io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
+    else if (op->kind == AIO_DISCARD)
+        io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)op->start,
+                                (off_t)op->length);
+    else if (op->kind == AIO_WRITE && fixed)
+        io_uring_prep_write_fixed(sqe, fd, data, (unsigned)length, at, 0);
+    else if (op->kind == AIO_WRITE)
+        io_uring_prep_write(sqe, fd, data, (unsigned)length, at);
+    else if (fixed)
+        io_uring_prep_read_fixed(sqe, fd, data, (unsigned)length, at, 0);
+    else
+        io_uring_prep_read(sqe, fd, data, (unsigned)length, at);
+    io_uring_sqe_set_data(sqe, op);
+    return true;
+}
+
+/* A completion's result; whether the operation is done. */
+static inline bool aio_completed(aio_op *op, int32_t result) {
+    if (result == -EINTR || result == -EAGAIN)
+        return false;
+    if (result < 0) {
+        op->error = result == -EFAULT ? -EIO : result;
+        return true;
+    }
+    if (op->kind != AIO_READ && op->kind != AIO_WRITE)
+        return true;
+    if (result == 0) {
+        op->error = -EIO; /* cut short behind our back */
+        return true;
+    }
+    op->moved += (uint32_t)result;
+    return op->moved >= op->length;
+}
+
+static inline void aio_reap(aio *a) {
+    struct io_uring_cqe *cqe;
+    aio_op *op;
+    while (io_uring_peek_cqe(&a->ring, &cqe) == 0) {
+        op = (aio_op *)io_uring_cqe_get_data(cqe);
+        if (op == NULL)
+            a->armed = false; /* the bell */
+        else if (aio_completed(op, cqe->res))
+            aio_append(&a->done_last, op);
+        else
+            aio_append(&a->held_last, op);
+        io_uring_cqe_seen(&a->ring, cqe);
+    }
+}
+
+/* Asks for a completion when the word is no longer `seen`, or is woken. One that is under way will do: who changes the
+ * word wakes those who wait. */
+static inline void aio_arm(aio *a, const uint32_t *word, uint32_t seen) {
+    struct io_uring_sqe *sqe = a->armed ? NULL : io_uring_get_sqe(&a->ring);
+    if (sqe == NULL)
+        return;
+    memset(sqe, 0, sizeof *sqe);
+    sqe->opcode = AIO_OP_FUTEX_WAIT;
+    sqe->fd = AIO_FUTEX2_U32;
+    sqe->addr = (uint64_t)(uintptr_t)word;
+    sqe->addr2 = seen;
+    sqe->addr3 = UINT32_MAX; /* mask: any wake-up */
+    a->armed = true;
+}
+#endif
+
+/* ---- what the engine calls */
+
+/* 0 or a negative errno. threads: do without io_uring. fixed: memory that most operations are about, or NULL. */
+static inline int aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length) {
+    memset(a, 0, sizeof *a);
+    a->done_last = &a->done;
+    a->held_last = &a->held;
+    a->todo_last = &a->todo;
+    a->ready_last = &a->ready;
+    pthread_mutex_init(&a->lock, NULL);
+    pthread_cond_init(&a->work, NULL);
+#ifndef MUENFAST_NO_URING
+    if (!threads && io_uring_queue_init(AIO_MOST, &a->ring, 0) == 0) {
+        struct io_uring_probe *probe = io_uring_get_probe_ring(&a->ring);
+        struct iovec all = {fixed, length};
+        a->uring = true;
+        if (probe != NULL) {
+            a->waits_for_futex = io_uring_opcode_supported(probe, AIO_OP_FUTEX_WAIT);
+            a->uring = io_uring_opcode_supported(probe, IORING_OP_READ) &&
+                       io_uring_opcode_supported(probe, IORING_OP_FALLOCATE);
+            io_uring_free_probe(probe);
+        } else
+            a->uring = false; /* before Linux 5.6 */
+        if (!a->uring)
+            io_uring_queue_exit(&a->ring);
+        /* Without it (RLIMIT_MEMLOCK, more than 1 GiB) pages are pinned for each operation. */
+        else if (fixed != NULL && io_uring_register_buffers(&a->ring, &all, 1) == 0) {
+            a->fixed = fixed;
+            a->fixed_length = length;
+        }
+    }
+#else
+    (void)threads;
+    (void)fixed;
+    (void)length;
+#endif
+    return 0;
+}
+
+/* Number of a file for aio_op.file, or a negative errno. The descriptor stays the caller's. */
+static inline int aio_add(aio *a, int fd, bool device) {
+    if (a->nfiles == AIO_FILES)
+        return -EMFILE;
+    a->fds[a->nfiles] = fd;
+    a->devices[a->nfiles] = device;
+    return (int)a->nfiles++;
+}
+
+/* Whether the operation has to wait for one that is under way: bytes of the file that both are about, or of the memory,
+ * and one of them changes them. A sync waits for everything but syncs. */
+static inline bool aio_conflicts(const aio *a, uint32_t file, int kind, uint64_t start, uint64_t length,
+                                 const uint8_t *data) {
+    uint32_t k;
+    for (k = 0; k < a->nflying; k++) {
+        const aio_op *op = a->flying[k];
+        if (op->kind == AIO_SYNC)
+            continue;
+        if (op->file == file && (kind != AIO_READ || op->kind != AIO_READ) &&
+            (kind == AIO_SYNC || (op->start < start + length && start < op->start + op->length)))
+            return true;
+        if (data != NULL && op->data != NULL && (kind == AIO_READ || op->kind == AIO_READ) &&
+            op->data < data + length && data < op->data + op->length)
+            return true;
+    }
+    return false;
+}
+
+/* Takes an operation over; begun by aio_begin(). Precondition: nflying < AIO_MOST. */
+static inline void aio_submit(aio *a, aio_op *op) {
+    op->moved = 0;
+    op->error = 0;
+    op->place = a->nflying;
+    a->flying[a->nflying++] = op;
+    aio_append(&a->held_last, op);
+}
+
+/* Begins all that was submitted. */
+static inline void aio_begin(aio *a) {
+    aio_op *op;
+    if (a->held == NULL)
+        return;
+    if (!a->uring) {
+        aio_hand_out(a);
+        return;
+    }
+#ifndef MUENFAST_NO_URING
+    while ((op = a->held) != NULL) {
+        /* The kernel's discard of a device by fallocate writes zeros: not what was asked for. */
+        if (op->kind == AIO_DISCARD && a->devices[op->file]) {
+            a->held = op->next;
+            op->error = aio_execute(a, op);
+            aio_append(&a->done_last, op);
+            continue;
+        }
+        if (!aio_prepare(a, op))
+            break; /* the queue is full: after those in it */
+        a->held = op->next;
+    }
+    if (a->held == NULL)
+        a->held_last = &a->held;
+    io_uring_submit(&a->ring); /* what it does not take stays in the queue: the next call, or the next wait */
+#else
+    (void)op;
+#endif
+}
+
+/* One that is done, or NULL. */
+static inline aio_op *aio_take(aio *a) {
+    aio_op *op;
+    if (a->nflying == 0)
+        return NULL;
+    if (a->done == NULL) {
+        if (!a->uring)
+            aio_collect(a);
+#ifndef MUENFAST_NO_URING
+        else
+            aio_reap(a);
+#endif
+    }
+    op = a->done;
+    if (op == NULL)
+        return NULL;
+    a->done = op->next;
+    if (a->done == NULL)
+        a->done_last = &a->done;
+    a->nflying--;
+    a->flying[op->place] = a->flying[a->nflying];
+    a->flying[op->place]->place = op->place;
+    return op;
+}
+
+/* Whether there may be something for aio_take(). */
+static inline bool aio_ready(const aio *a) {
+    if (a->done != NULL)
+        return true;
+#ifndef MUENFAST_NO_URING
+    if (a->uring)
+        return io_uring_cq_ready(&a->ring) != 0;
+#endif
+    return load_acquire32(&a->finished) != a->collected;
+}
+
+/* Waits until something is done, or the word is no longer `seen` (NULL: no word), at most ns nanoseconds. */
+static inline void aio_wait(aio *a, uint32_t *word, uint32_t seen, uint64_t ns) {
+    uint32_t finished;
+    if (!a->uring) {
+        finished = load_acquire32(&a->finished);
+        aio_collect(a);
+        if (a->done != NULL)
+            return;
+        if (word != NULL) {
+            futex_entry both[2] = {futex_entry_of(&a->finished, finished), futex_entry_of(word, seen)};
+            int woken = futex_wait_any_ns(both, 2, ns);
+            if (woken != -ENOSYS && woken != -EPERM && woken != -EFAULT)
+                return;
+            ns = ns < AIO_LOOK_NS ? ns : AIO_LOOK_NS;
+        }
+        futex_wait_ns(&a->finished, finished, ns);
+        return;
+    }
+#ifndef MUENFAST_NO_URING
+    struct io_uring_cqe *cqe;
+    struct __kernel_timespec limit;
+    aio_begin(a);
+    if (a->done != NULL)
+        return;
+    if (word != NULL && a->waits_for_futex)
+        aio_arm(a, word, seen);
+    else if (word != NULL && ns > AIO_LOOK_NS)
+        ns = AIO_LOOK_NS;
+    limit.tv_sec = (long long)(ns / 1000000000);
+    limit.tv_nsec = (long long)(ns % 1000000000);
+    io_uring_submit_and_wait_timeout(&a->ring, &cqe, 1, &limit, NULL);
+#endif
+}
+
+/* Precondition: nothing is flying. */
+static inline void aio_close(aio *a) {
+    uint32_t k;
+    pthread_mutex_lock(&a->lock);
+    a->ending = true;
+    pthread_cond_broadcast(&a->work);
+    pthread_mutex_unlock(&a->lock);
+    for (k = 0; k < a->nthreads; k++)
+        pthread_join(a->threads[k], NULL);
+#ifndef MUENFAST_NO_URING
+    if (a->uring)
+        io_uring_queue_exit(&a->ring);
+#endif
+    pthread_cond_destroy(&a->work);
+    pthread_mutex_destroy(&a->lock);
+}
+
+#endif

@@ -1,0 +1,131 @@
+"""What an engine has under way on files: operations of the client's requests, out of order, by io_uring or threads."""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from muenfast._ring cimport reader_ready, reader_t, reader_wait
+from muenfast._wire cimport cpu_pause, fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, store_relaxed32
+
+cdef extern from "_aio.h" nogil:
+    enum:
+        AIO_READ
+        AIO_WRITE
+        AIO_SYNC
+        AIO_DISCARD
+        AIO_MOST
+        AIO_FILES
+        AIO_NO_FILE
+    const uint64_t AIO_LOOK_NS
+    ctypedef struct aio_op:
+        uint8_t *data
+        uint64_t start
+        uint64_t length
+        uint32_t file
+        int kind
+        int error
+    ctypedef struct aio_t "aio":
+        uint32_t nflying
+        bint uring
+        uint8_t *fixed
+        uint32_t nfiles
+    int aio_open(aio_t *a, bint threads, uint8_t *fixed, uint64_t length) noexcept
+    int aio_add(aio_t *a, int fd, bint device) noexcept
+    bint aio_conflicts(const aio_t *a, uint32_t file, int kind, uint64_t start, uint64_t length,
+                       const uint8_t *data) noexcept
+    void aio_submit(aio_t *a, aio_op *op) noexcept
+    void aio_begin(aio_t *a) noexcept
+    aio_op *aio_take(aio_t *a) noexcept
+    bint aio_ready(const aio_t *a) noexcept
+    void aio_wait(aio_t *a, uint32_t *word, uint32_t seen, uint64_t ns) noexcept
+    void aio_close(aio_t *a) noexcept
+
+
+cdef enum:
+    FLIGHT_SPIN_NS = 50000
+
+
+cdef struct flight_t:       # one operation for n requests, which are neighbours
+    aio_op op               # first: an aio_op * of ours is a flight_t *
+    uint64_t first          # number of the first one
+    uint32_t n
+
+
+cdef struct flights_t:
+    aio_t aio
+    uint64_t head           # requests taken so far; number k has the place k % AIO_MOST until it is answered
+    bint busy[AIO_MOST]
+    flight_t flights[AIO_MOST]  # at the place of the first request
+    bint blocked            # the next request waits for one that is under way
+    bint leaving            # of a life that has ended: nobody gets their answers ...
+    int pending             # ... and this status is dealt with once they are done
+
+
+cdef inline uint64_t flights_room(flights_t *f, uint64_t most) noexcept nogil:
+    """How many requests can be taken next, at most `most`."""
+    cdef uint64_t n = 0
+    while n < most and not f.busy[(f.head + n) % AIO_MOST]:
+        n += 1
+    f.blocked = n == 0
+    return n
+
+
+cdef inline void flights_add(flights_t *f, uint64_t first, uint32_t n, int kind, uint32_t file, uint64_t start,
+                             uint64_t length, uint8_t *data) noexcept nogil:
+    """One operation for the requests first..first+n-1. Precondition: nothing under way conflicts with it."""
+    cdef flight_t *t = &f.flights[first % AIO_MOST]
+    cdef uint64_t k
+    t.first = first
+    t.n = n
+    t.op.kind = kind
+    t.op.file = file
+    t.op.start = start
+    t.op.length = length
+    t.op.data = data
+    for k in range(first, first + n):
+        f.busy[k % AIO_MOST] = True
+    aio_submit(&f.aio, &t.op)
+
+
+cdef inline flight_t *flights_take(flights_t *f) noexcept nogil:
+    """One that is done, or NULL. Its requests' places are the caller's until he calls flights_free."""
+    return <flight_t *>aio_take(&f.aio)
+
+
+cdef inline void flights_free(flights_t *f, const flight_t *t) noexcept nogil:
+    cdef uint64_t k
+    for k in range(t.first, t.first + t.n):
+        f.busy[k % AIO_MOST] = False
+    f.blocked = False
+
+
+cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
+    """Returns when something is done, or a request has come that could be taken, after ns nanoseconds at the latest.
+
+    stop: nothing is taken any more. Precondition: something is under way.
+    """
+    cdef uint64_t epoch, start
+    cdef uint32_t seen
+    cdef int i
+    cdef bint takes = not f.blocked and not f.leaving
+    if r.may_spin:
+        start = now_ns()
+        while True:
+            for i in range(32):
+                cpu_pause()
+            if aio_ready(&f.aio) or takes and reader_ready(r):
+                return
+            if now_ns() - start >= FLIGHT_SPIN_NS:
+                break
+    if f.blocked or f.leaving or load_relaxed32(stop) != 0:
+        aio_wait(&f.aio, NULL, 0, ns)
+        return
+    epoch = load_relaxed64(&r.hdr.epoch)
+    if r.bell == NULL:
+        if not reader_ready(r):
+            aio_wait(&f.aio, NULL, 0, min(ns, AIO_LOOK_NS))
+        return
+    if epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+        ns = min(ns, AIO_LOOK_NS)
+    seen = load_acquire32(&r.bell.seq)
+    store_relaxed32(&r.bell.waiters, 1)
+    fence_seq_cst()                     # pairs with ring(): the announcement before the last look
+    if not reader_ready(r):
+        aio_wait(&f.aio, &r.bell.seq, seen, ns)
