@@ -402,7 +402,7 @@ cdef class Server(ServerEngine):
                 raise MemoryError()
         self.bind(request, response, request_bell, response_bell, sizeof(block_event), sizeof(block_event),
                   request_protocol, response_protocol, poll, watch)
-        self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0)
+        self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0, 0)
 
     cdef int step(self) noexcept nogil:
         return server_step(self.s)

@@ -399,7 +399,7 @@ cdef class BufferServer(ServerEngine):
                  Watch watch=None):
         cdef device_t *d
         cdef Store store
-        cdef uint32_t flags = 0
+        cdef uint32_t flags = 0, zeroes = 0
         cdef uint64_t count
         if self.s.devices != NULL:
             raise UsageError("a BufferServer is initialised once")
@@ -423,13 +423,14 @@ cdef class BufferServer(ServerEngine):
             d.block_size = store.s.block_size
             d.size = store.s.size
             d.most = self.s.length // d.block_size * d.block_size
-            if store.s.read_only and number < 32:
-                flags |= STORE_READ_ONLY << <uint32_t>number
+            if number < STORE_FLAGS:
+                flags |= (STORE_READ_ONLY if store.s.read_only else 0) << <uint32_t>number
+                zeroes |= <uint32_t>store_zeroes(&store.s) << <uint32_t>number
         self.s.ndevices = count
         self.stores = stores
         self.bind(request, response, request_bell, response_bell, sizeof(block_request), sizeof(block_response),
                   request_protocol, response_protocol, poll, watch)
-        self.introduce(identity_of([each.identity for each in stores]), flags)
+        self.introduce(identity_of([each.identity for each in stores]), flags, zeroes)
 
     cdef int step(self) noexcept nogil:
         return buffer_step(self.s)
