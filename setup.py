@@ -44,7 +44,7 @@ def extension(name: str, **more: list[str]) -> Extension:
 
 
 extensions = [extension(f"muenfast.{name}")
-              for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bench")]
+              for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bufclient", "_bench")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
     extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, ldflags=fuse_libs))

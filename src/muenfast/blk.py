@@ -20,12 +20,12 @@ from typing import Any
 from muenfast import shm
 from muenfast._ring import Watch
 from muenfast.connection import MOST_POLL, Channels, channels_from_lists
-from muenfast.disk import BlockDevice, OnPeerLoss
-from muenfast.errors import ClaimError, PeerError, UsageError
+from muenfast.disk import BlockDevice, Connection, OnPeerLoss
+from muenfast.errors import ClaimError, UsageError
 from muenfast.export import Crew, Export, ExportConfig, exports_from_lists, spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
-           "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
+           "Connection", "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
 
 log = logging.getLogger("muenfast")
 
@@ -122,7 +122,11 @@ class AttachedDisk:
 
 
 class BlockClients(_Group):
-    """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True."""
+    """The disks of several connections in one process, as /dev/muendiskX in the order of the list, and of their numbers
+    on a connection; attached when ready() returns True.
+
+    disks: one for each connection until ready() knows how many each has.
+    """
 
     def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", on_peer_loss: OnPeerLoss | None = None,
                  same_store: bool = False) -> None:
@@ -137,14 +141,15 @@ class BlockClients(_Group):
                 raise UsageError("no front end for block devices is to be had here", option="--attach", value=attach,
                                  hint=reason)
         self.attach = attach
+        self.connections: list[Connection] = []
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
             watch = self._watch(stack, len(channels))
             for entry in channels:
-                device = BlockDevice(channels=entry, timeout=0, on_peer_loss=on_peer_loss or OnPeerLoss(),
-                                     same_store=same_store, watch=watch)
-                stack.callback(device.close)
-                self.disks.append(AttachedDisk(device, attach))
+                connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
+                stack.callback(connection.close)
+                self.connections.append(connection)
+                self.disks.append(AttachedDisk(BlockDevice(connection=connection), attach))
             self._stack = stack.pop_all()
 
     def ready(self, wait: Callable[[], bool]) -> bool:
@@ -153,15 +158,17 @@ class BlockClients(_Group):
         Raises UsageError, ClaimError, OSError, PeerError; devices made by then are taken away by close().
         """
         patience = time.monotonic() + _WAIT_SILENTLY
-        for disk in self.disks:
-            while not disk.device.wait_ready(0.1):
+        for connection in self.connections:
+            while not connection.wait_ready(0.1):
                 if time.monotonic() > patience:
                     patience = math.inf
-                    log.warning("disk %s: waiting for the server", disk.device.channels.name)
-                if disk.device.failure is not None:
-                    raise PeerError(disk.device.channels.resp.text, "size", disk.device.failure, "a disk")
+                    log.warning("disk %s: waiting for the server", connection.channels.name)
+                if connection.failure is not None:
+                    raise connection.refused()
                 if not wait():
                     return False
+        self.disks = [AttachedDisk(BlockDevice(connection=connection, device=number), self.attach)
+                      for connection in self.connections for number in range(len(connection.client.disks))]
         if self.attach != "none":
             self._stack.callback(self._detach_all)
             for disk in self.disks:
@@ -181,7 +188,7 @@ class BlockClients(_Group):
             try:
                 for complaint in fuse.reclaim_name(shm.runtime_dir(), name):
                     log.warning("/dev/%s: %s", name, complaint)
-                disk.front = fuse.FuseAttachment.attach(disk.device.client, name, shm.runtime_dir())
+                disk.front = fuse.FuseAttachment.attach(disk.device.target, name, shm.runtime_dir())
             except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps
                 claim.release()
                 continue
@@ -219,7 +226,7 @@ class BlockClients(_Group):
 
     def finished(self) -> bool:
         """Whether every server ended its export for good."""
-        return all(disk.device.gone for disk in self.disks)
+        return all(connection.gone for connection in self.connections)
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per disk."""
