@@ -50,8 +50,8 @@ if None in uring:
     print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): files are served by threads only")
 
 extensions = [extension(f"muenfast.{name}", **(FILES if name in ("_blk", "_buffer") else {}))
-              for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bench",
-                           "attach._nbd")]
+              for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bufclient",
+                           "_bench", "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
     extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, ldflags=fuse_libs))

@@ -1,4 +1,4 @@
-"""Plain SHMStream v2 peers, inline block peers and a shared-buffer client, from the protocol text alone.
+"""Plain SHMStream v2 peers, block peers inline and with a shared buffer, from the protocol text alone.
 
 They share no code with muenfast, so that agreement between the two means something. Header
 fields are read and written through a native 64-bit view: one access each, in program order, which
@@ -620,6 +620,10 @@ class BufferRequest(NamedTuple):
     def pack(self) -> bytes:
         return _BUFFER_REQUEST.pack(*self)
 
+    @classmethod
+    def unpack(cls, raw: bytes) -> BufferRequest:
+        return cls(*_BUFFER_REQUEST.unpack(raw))
+
 
 class BufferResponse(NamedTuple):
     """Its answer."""
@@ -628,6 +632,9 @@ class BufferResponse(NamedTuple):
     device: int
     tag: int
     status: int
+
+    def pack(self) -> bytes:
+        return _BUFFER_RESPONSE.pack(*self)
 
     @classmethod
     def unpack(cls, raw: bytes) -> BufferResponse:
@@ -646,6 +653,17 @@ _BUFFER_REQUEST = struct.Struct("<HHIQQQ")
 _BUFFER_RESPONSE = struct.Struct("<HHIQ")
 BUFFER_REQUEST_BYTES = _BUFFER_REQUEST.size
 BUFFER_RESPONSE_BYTES = _BUFFER_RESPONSE.size
+
+
+def _map_buffer(path_or_name: str, size: int) -> mmap.mmap:
+    """A buffer; a missing or empty one is given `size` bytes."""
+    fd = os.open(channel_path(path_or_name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(fd).st_size == 0:
+            os.ftruncate(fd, size)
+        return mmap.mmap(fd, 0)
+    finally:
+        os.close(fd)
 
 
 class BufferClient:
@@ -675,13 +693,7 @@ class BufferClient:
         self._resp_name = resp
         self._resp_protocol = resp_protocol
         self._resp: ChannelReader | None = None
-        fd = os.open(channel_path(buffer), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            if os.fstat(fd).st_size == 0:
-                os.ftruncate(fd, buffer_size)
-            self._map = mmap.mmap(fd, 0)
-        finally:
-            os.close(fd)
+        self._map = _map_buffer(buffer, buffer_size)
         self.buffer = memoryview(self._map)
         self._req = ChannelWriter(req, BUFFER_REQUEST_BYTES, req_protocol, request_region, epoch)
         self._next_tag = random.getrandbits(32)
@@ -804,3 +816,241 @@ class BufferClient:
     def _succeed(status: int) -> None:
         if status:
             raise OSError(status, f"status {status}")
+
+
+class BufferServer:
+    """A server of the shared-buffer transport on `disks`, device 0 first; one look per step().
+
+    block_length: of every device. silent: kinds that get no answer, as Muen's server leaves None and
+    Max_Requests. shuffle: answers held back and released in random order (0: in order); `seed`
+    decides. fail_blocks: status by (device, block) for reads and writes that touch it. unknown: that
+    many answers with a tag nobody used, each before a genuine one. stale: that many answers are sent
+    twice. fixed_epoch: epoch 1. lies: answers to queries, by kind. The response channel keeps its
+    epoch while clients come and go.
+    """
+
+    def __init__(
+        self,
+        req: str,
+        resp: str,
+        buffer: str,
+        disks: Sequence[bytearray],
+        req_protocol: int = BUFFER_PROTOCOL,
+        resp_protocol: int = BUFFER_PROTOCOL,
+        *,
+        buffer_size: int = BUFFER_BYTES,
+        block_length: int = BLOCK_BYTES,
+        max_blocks: int = 256,
+        silent: Sequence[int] = (NONE, MAX_REQUESTS),
+        shuffle: int = 0,
+        seed: int = 0,
+        fail_blocks: Mapping[tuple[int, int], int] | None = None,
+        unknown: int = 0,
+        stale: int = 0,
+        fixed_epoch: bool = False,
+        lies: Mapping[int, int] | None = None,
+    ) -> None:
+        self._lies = dict(lies or {})
+        self.disks = disks
+        self._map = _map_buffer(buffer, buffer_size)
+        self.buffer = memoryview(self._map)
+        self.block_length = block_length
+        self.max_blocks = max_blocks
+        self.fail_blocks = dict(fail_blocks or {})
+        self.requests: list[BufferRequest] = []  # in the order in which they were handled
+        self.syncs = self.resets = 0
+        self.hold = False  # whether reads, writes, discards and syncs are neither done nor answered
+        self._req_name = req
+        self._req_protocol = req_protocol
+        self._req: ChannelReader | None = None
+        self._silent = frozenset(silent)
+        self._random = random.Random(seed)
+        self._shuffle = shuffle
+        self._unknown = unknown
+        self._stale = stale
+        self._window: list[BufferResponse] = []
+        self._held: list[BufferRequest] = []
+        self._tags: set[int] = set()
+        self._watched = False
+        self._void = 0
+        self._restart = False
+        self._strays: list[BufferResponse] = []
+        self._resp = ChannelWriter(
+            resp,
+            BUFFER_RESPONSE_BYTES,
+            resp_protocol,
+            BUFFER_RESPONSE_REGION_BYTES,
+            1 if fixed_epoch else None,
+        )
+        self._resp.activate()
+
+    def step(self) -> bool:
+        """Handle what is there now, at most one ring of requests; False when idle."""
+        if self._restart:
+            self._begin_anew()
+        if self._req is None and not self._open_request():
+            self._watched = True
+            return False
+        assert self._req is not None
+        if not self.hold and self._held:
+            held, self._held = self._held, []
+            for request in held:
+                self._answer(request)
+        for count in range(self._resp.elements):
+            position = self._req.rc
+            result, raw = self._req.read()
+            if raw is not None:
+                self._handle(BufferRequest.unpack(raw), position)
+            elif result is Result.EPOCH_CHANGED:
+                if self._req.synchronised:
+                    self._void = 0 if self._watched else self._req.synced_wc
+                    self._watched = True
+                    self._window.clear()
+                    self._held.clear()
+            elif result is Result.OVERRUN_DETECTED:
+                continue
+            elif result is Result.NO_DATA:
+                self._release(0)
+                return count > 0
+            else:
+                self._watched = True
+                self._window.clear()
+                self._held.clear()
+                return False
+        return True
+
+    def serve(self, stop: threading.Event) -> None:
+        """step() until `stop` is set, then deactivate."""
+        while not stop.is_set():
+            if not self.step():
+                time.sleep(POLL_SECONDS)
+        self._resp.deactivate()
+
+    @contextmanager
+    def running(self) -> Iterator[BufferServer]:
+        """serve() in a thread for the length of the block."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self.serve, args=(stop,), name="buffer-server")
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+
+    def restart(self, *strays: BufferResponse) -> None:
+        """Before its next look, as another life of the server would begin: a new response epoch,
+        nothing known of requests. The answers `strays` come after that to Reset."""
+        self._strays = list(strays)
+        self._restart = True
+
+    def _begin_anew(self) -> None:
+        self._restart = False
+        self._window.clear()
+        self._held.clear()
+        self._watched = False
+        if self._req is not None:
+            self._req.close()
+            self._req = None
+        self._resp.activate()
+
+    def close(self) -> None:
+        """Unmap without deactivating, like a server that died; serve() deactivates at its end."""
+        self._resp.close()
+        self.buffer.release()
+        self._map.close()
+        if self._req is not None:
+            self._req.close()
+
+    def _open_request(self) -> bool:
+        try:
+            self._req = ChannelReader(self._req_name, self._req_protocol, BUFFER_REQUEST_BYTES, timeout=0)
+        except TimeoutError:
+            return False
+        return True
+
+    def _handle(self, request: BufferRequest, position: int) -> None:
+        self._tags.add(request.tag)
+        if position < self._void and request.kind < MEDIA_BLOCKS:
+            return
+        if request.kind == RESET:
+            self._window.clear()
+            self._held.clear()
+        if self.hold and request.kind <= SYNC:
+            self._held.append(request)
+            return
+        self._answer(request)
+
+    def _answer(self, request: BufferRequest) -> None:
+        self.requests.append(request)
+        if request.kind in self._silent:
+            return
+        self._window.append(BufferResponse(*request[:3], self._execute(request)))
+        self._release(self._shuffle)
+        if request.kind == RESET:
+            for stray in self._strays:
+                self._resp.write(stray.pack())
+
+    def _execute(self, request: BufferRequest) -> int:
+        if request.kind in self._lies:
+            return self._lies[request.kind]
+        exists = request.device < len(self.disks)
+        if request.kind == RESET:
+            self.resets += 1
+        if request.kind == SYNC:
+            self.syncs += 1
+        if request.kind in (RESET, NONE, SYNC):
+            return 0 if exists else 1
+        if not exists:
+            return 0 if request.kind >= GET_SMART else 1
+        disk = self.disks[request.device]
+        answers = {
+            GET_SMART: 0,
+            MEDIA_BLOCKS: len(disk) // self.block_length,
+            BLOCK_LENGTH: self.block_length,
+            MAX_REQUESTS: self._resp.elements,
+            MAX_BLOCKS_COUNT: self.max_blocks,
+            MAX_DEVICES: len(self.disks),
+        }
+        if request.kind in answers:
+            return answers[request.kind]
+        if request.kind not in (BUFFER_READ, BUFFER_WRITE, DISCARD):
+            return 1
+        at, length, place = request.device_offset, request.length, request.buffer_offset
+        if (at | length) % self.block_length or not 0 < length <= self.max_blocks * self.block_length:
+            return 1
+        if at + length > len(disk):
+            return 1
+        first = at // self.block_length
+        for block in range(first, first + length // self.block_length):
+            if (request.device, block) in self.fail_blocks:
+                return self.fail_blocks[request.device, block]
+        if request.kind == DISCARD:
+            disk[at : at + length] = bytes(length)
+            return 0
+        if place % self.block_length or place + length > len(self.buffer):
+            return 1
+        if request.kind == BUFFER_READ:
+            self.buffer[place : place + length] = disk[at : at + length]
+        else:
+            disk[at : at + length] = self.buffer[place : place + length]
+        return 0
+
+    def _release(self, keep: int) -> None:
+        """Send answers until at most `keep` are held back."""
+        while len(self._window) > keep:
+            which = self._random.randrange(len(self._window)) if self._shuffle else 0
+            self._send(self._window.pop(which))
+
+    def _send(self, answer: BufferResponse) -> None:
+        if self._unknown:
+            self._unknown -= 1
+            tag = self._random.getrandbits(32)
+            while tag in self._tags:
+                tag = self._random.getrandbits(32)
+            self._resp.write(answer._replace(tag=tag).pack())
+        raw = answer.pack()
+        self._resp.write(raw)
+        if self._stale:
+            self._stale -= 1
+            self._resp.write(raw)

@@ -303,7 +303,7 @@ class TestEnd:
             device = blk.BlockDevice(*names)
             device.client.background = True
             server.close()
-        disk = fuse.FuseDisk(device.client, str(tmp_path))
+        disk = fuse.FuseDisk(device.target, str(tmp_path))
         receiver = threading.Thread(target=disk.run)
         receiver.start()
         try:

@@ -312,11 +312,11 @@ def test_the_engine_sends_no_block_beyond_the_disk(link: Link, first: int, count
     with link.server(bytearray(BLOCKS * BLOCK_BYTES)), link.device() as device:
         for write in (False, True):
             with pytest.raises(UsageError, match="beyond the disk"):
-                device.client.move(write, first * BLOCK_BYTES, bytearray(count * BLOCK_BYTES))
+                device.target.move(write, first * BLOCK_BYTES, bytearray(count * BLOCK_BYTES))
             with pytest.raises(UsageError, match="beyond the disk"):
-                device.client.scattered(write, [first * BLOCK_BYTES], bytearray(count * BLOCK_BYTES))
+                device.target.scattered(write, [first * BLOCK_BYTES], bytearray(count * BLOCK_BYTES))
         with pytest.raises(UsageError, match="beyond the disk"):
-            device.client.read(count * BLOCK_BYTES, first * BLOCK_BYTES)
+            device.target.read(count * BLOCK_BYTES, first * BLOCK_BYTES)
 
 
 def test_numbers_that_wrap(link: Link) -> None:
@@ -569,7 +569,7 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
         welcome.result()
         assert client.resume()
         hand.writer.activate()  # another server; nobody has looked since
-        call = Worker(lambda: client.move(True, 0, block(1)))
+        call = Worker(lambda: client.disks[0].move(True, 0, block(1)))
         eventually(lambda: client.state == "lost")
         assert hand.reader.read()[1] is None
         client.fail()
@@ -592,10 +592,11 @@ def test_the_engine_does_not_resume_with_another_server_than_answered(link: Link
         hand.writer.activate()  # another server
         assert client.resume() is False
         assert client.state == "connecting"
-        welcome = Worker(hand.welcome)
+        welcome = Worker(lambda: hand.welcome(BLOCKS - 1))  # which has a disk of its own
         eventually(lambda: client.run(0.05) == "answered")
         welcome.result()
         assert client.resume() is True
+        assert client.disks[0].nblocks == BLOCKS - 1
         client.close()
 
 

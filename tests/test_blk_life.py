@@ -271,7 +271,7 @@ def test_channels_made_anew_under_both(link: Link, disk: Path) -> None:
     assert device.pread(BLOCK_BYTES, 0) == block(1)  # the memory is still there
     assert run("chan", "create", link.req, link.resp).returncode == 0
     inodes = {os.stat(f"/dev/shm/{name}").st_ino for name in (link.req, link.resp)}
-    eventually(lambda: {device._ends[0].region.inode, device._ends[1].region.inode} == inodes)
+    eventually(lambda: {device.connection._ends[0].region.inode, device.connection._ends[1].region.inode} == inodes)
     assert device.pread(BLOCK_BYTES, 0) == block(1)
     device.pwrite(block(2), 0)
     assert device.pread(BLOCK_BYTES, 0) == block(2)

@@ -192,7 +192,8 @@ MISUSE = {
     "no room": (["--shm", "{buffer}", "--size", "64"], ["--size, entry 0 '64'", "at least 96"]),
     "disk": (["--shm", "{buffer}", "--device", "ram:1M:{buffer}"], ["a disk is no channel", "--shm, entry 0"]),
     "small": (["--shm", "/{tmp}/small"], ["--shm, entry 0", "512 bytes, at least 4096"]),
-    "client": (["--client", "--attach", "none", "--shm", "{buffer}"], ["--shm", "option of the server"]),
+    "client": (["--client", "--attach", "none", "--shm", "{req}"], ["--shm, entry 0", "the buffer of one connection"]),
+    "client's size": (["--client", "--attach", "none", "--shm-size", "1M"], ["--shm-size, entry 0", "names no buffer"]),
 }
 
 

@@ -106,8 +106,9 @@ MISUSE = {
     "connections": ("muenblock-server connections=1:{a}:{b} device=/x:1", ["connections, entry 0", "BUFFER is missing"]),
     "its devices": ("muenblock-server connections=1:{a}:{b}:{c} devices=/x:2", ["devices, entry 0 '/x:2'",
                                                                                "no connection has the ID '2'"]),
-    "no such transport": ("muenblock-client connections=1:{a}:{b}:{c}", ["connections: the shared-buffer transport is "
-                                                                         "not in this build's client", "req_shm_name"]),
+    "its connections": ("muenblock-client connections=1:{a}:{b}:{c},1:{b}:{c}:{d}", ["connections, entry 1",
+                                                                                     "ID '1' is that of entry 0"]),
+    "client's devices": ("muenblock-client connections=1:{a}:{b}:{c} device=/x:1", ["unknown parameter"]),
 }
 
 

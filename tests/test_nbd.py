@@ -391,7 +391,7 @@ def test_many_clients_over_channels(serve: Callable[..., Export], shuffle: int) 
     block."""
     disk = bytearray(256 * 4096)
     with over_channels(disk, shuffle=shuffle, seed=5) as (device, server):
-        export = serve(device.client)
+        export = serve(device.target)
         problems: list[str] = []
 
         def work(which: int) -> None:
@@ -432,7 +432,7 @@ def test_many_clients_over_channels(serve: Callable[..., Export], shuffle: int) 
 def test_a_flush_reaches_the_store_before_its_answer(serve: Callable[..., Export]) -> None:
     """FLUSH, and FUA on each kind of write; a write that failed is not synced, and says so."""
     with over_channels(bytearray(64 * 4096), fail_blocks={7: -errno.ENOSPC, 9: -errno.EBADMSG}) as (device, server):
-        export = serve(device.client)
+        export = serve(device.target)
         with export.connect(structured=True) as c:
             for count, (kind, offset, length, data, flags) in enumerate((
                     (FLUSH, 0, 0, b"", 0), (WRITE, 5, 3, b"abc", FUA), (WRITE, 0, 4096, bytes(4096), FUA),
@@ -540,7 +540,7 @@ def test_requests_in_flight_when_their_client_leaves(serve: Callable[..., Export
     """The target has them still: their connection and its buffers stay until it let go of the last, and then go."""
     disk = bytearray(random.Random(9).randbytes(64 * 4096))
     with over_channels(disk) as (device, server):
-        export = serve(device.client)
+        export = serve(device.target)
         release, server._release = server._release, lambda keep: None  # type: ignore[method-assign]
         with export.connect() as c:
             for i in range(8):
@@ -596,7 +596,7 @@ def test_what_is_no_request_ends_the_connection(export: Export, caplog: pytest.L
 def test_a_disconnect_is_polite(serve: Callable[..., Export]) -> None:
     """DISC: what was asked before is answered, what follows is not looked at."""
     with over_channels(bytearray(64 * 4096), shuffle=10) as (device, _):
-        export = serve(device.client)
+        export = serve(device.target)
         with export.connect() as c:
             cookies = [c.submit(WRITE, i * 4096, 4096, bytes([i]) * 4096) for i in range(32)]
             c.submit(DISC)
@@ -612,7 +612,7 @@ def test_a_disconnect_is_polite(serve: Callable[..., Export]) -> None:
 def test_the_end_answers_what_was_asked(serve: Callable[..., Export]) -> None:
     """close() while requests are with the target: they are answered, then the clients see the end."""
     with over_channels(bytearray(64 * 4096)) as (device, server):
-        export = serve(device.client)
+        export = serve(device.target)
         with export.connect() as c:
             release, server._release = server._release, lambda keep: None  # type: ignore[method-assign]
             cookies = [c.submit(WRITE, i * 4096, 4096, bytes([i]) * 4096) for i in range(40)]
@@ -646,7 +646,7 @@ def test_the_end_waits_for_no_client(serve: Callable[..., Export]) -> None:
 def test_the_end_waits_for_the_target_no_longer_than_it_is_told(tmp_path: Path) -> None:
     """A target that answers nothing: close() returns and says so; what it answers later does no harm."""
     with over_channels(bytearray(64 * 4096)) as (device, server):
-        export = Export(tmp_path / "s", device.client)
+        export = Export(tmp_path / "s", device.target)
         with export.connect() as c:
             release, server._release = server._release, lambda keep: None  # type: ignore[method-assign]
             c.submit(READ, 0, 5)

@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "coverage"
 TREE = PLACE / "tree"
 TESTS = [f"tests/test_{name}.py" for name in (
-    "wire", "params", "shm", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group")]
+    "wire", "params", "shm", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group",
+    "buffer_client")]
 # A signal that arrives while the tracer runs inside a wait without the GIL has its exception swallowed there by
 # Cython's tracing: the wait, rightly endless, goes on. For the same reason timeouts are a thread's, not a signal's. And a
 # handler runs where there is no Python otherwise. A turn that is traced takes so long that its server leaves the others.
 EXCLUDED = [f"--deselect=tests/test_{name}" for name in (
     "ring.py::test_a_signal_ends_a_wait_without_end",
     "ring.py::test_a_signal_handler_that_returns_does_not_end_a_wait",
-    "blk_client.py::test_ctrl_c",       # what begins so
+    "blk_client.py::test_ctrl_c", "buffer_client.py::test_ctrl_c",      # what begins so
     "blk_client.py::test_a_signal_handler_that_closes_the_device",
     "blk_group.py::test_twenty_disks_in_two_threads")]
 CONFIG = """
@@ -100,8 +101,9 @@ def main() -> int:
     for name, (total, reached) in sorted(figures.items()):
         if total:
             print(f"{total:6} {reached / total:8.1%}  {name}")
-    expected = {f"src/muenfast/{name}" for name in ("_ring.pyx", "_target.pyx", "_store.pyx", "_engine.pyx", "_blk.pyx",
-                                                       "_buffer.pyx", "_client.pyx", "_atomics.h", "_copy.h", "_guard.h")}
+    expected = {f"src/muenfast/{name}" for name in (
+        "_ring.pyx", "_target.pyx", "_store.pyx", "_engine.pyx", "_blk.pyx", "_buffer.pyx", "_client.pyx", "_bufclient.pyx",
+        "_atomics.h", "_copy.h", "_guard.h")}
     missing = sorted(expected - set(figures))
     if missing and tests:
         print(f"no figures for {', '.join(missing)}")

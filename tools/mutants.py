@@ -44,6 +44,7 @@ SERVER = ("tests/test_blk_server.py",)
 CLIENT = ("tests/test_blk_client.py",)
 BUFFER = ("tests/test_blk_buffer.py",)
 FILES = ("tests/test_files.py",)
+SHARED = ("tests/test_buffer_client.py",)
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
 
@@ -114,12 +115,12 @@ MUTATIONS = [
              "atomic_load_explicit(&g->base, memory_order_relaxed)", (), ("guard", "guard-old")),
     relaxed("S3", "client_issue", "&e.state", model=("issue", "issue-full")),
     relaxed("S3, the other side", "client_reap", "&e.state", call="(load_acquire)", model=("issue", "issue-full")),
-    relaxed("an entry is free", "client_reap", "&e.state", call="(store_release)", model=("issue", "issue-full"),
+    relaxed("an entry is free", "client_settle", "&matched[k].state", call="(store_release)", model=("issue", "issue-full"),
             spare="the reaper is one thread, and `tail` orders it for the issuer"),
     relaxed("head", "client_issue", "&c.head", model=("issue", "issue-full")),
-    relaxed("head, the other side", "client_reap", "&c.head", model=("issue", "issue-full")),
-    relaxed("tail", "client_reap", "&c.tail", model=("issue-full",)),
-    relaxed("tail, the other side", "client_issue", "&c.tail", model=("issue-full",)),
+    relaxed("head, the other side", "client_settle", "&c.head", model=("issue", "issue-full")),
+    relaxed("tail", "client_settle", "&c.tail", model=("issue-full",)),
+    relaxed("tail, the other side", "client_room", "&c.tail", model=("issue-full",)),
     relaxed("done", "blocking_done", "&b.done", model=("await",)),
     relaxed("done, the other side", "client_await", "&b.done", count=2, model=("await",)),
     relaxed("peek's epoch", "reader_peek", "&r.hdr.epoch",
@@ -236,20 +237,41 @@ MUTATIONS = [
     Mutation("answer: intact", "client_reap", "if not reader_intact(&c.r):", "if False:", CLIENT),
     Mutation("answer: void, in flight again", "client_reap", "matched[k].state = ENTRY_ISSUED", "pass", CLIENT,
              spare="what follows is a new life, which issues whatever is not free; a batch that is void ends this one"),
-    Mutation("answer: an errno", "client_reap", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO", "errors[k]",
+    Mutation("answer: an errno", "client_settle", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO", "errors[k]",
              CLIENT),
-    Mutation("issue: window", "client_issue", "if room == 0 or ", "if ", CLIENT),
-    Mutation("issue: the server that was checked", "client_issue", " or load_relaxed64(&c.r.hdr.epoch) != c.server", "",
-             CLIENT),
+    Mutation("issue: window", "client_room", "c.window - (c.head - load_acquire64(&c.tail))", "c.window", CLIENT),
+    Mutation("issue: depth", "client_room", "c.depth - c.flying if c.flying < c.depth else 0", "c.window", CLIENT),
+    Mutation("issue: the server that was checked", "client_room",
+             " if load_relaxed64(&c.r.hdr.epoch) == c.server else 0", "", CLIENT),
     *(Mutation(f"size: {what}", "client_take_size", old, new, CLIENT) for what, old, new in (
         ("kind", "h.kind == EVENT_COMMAND and ", ""), ("command", "h.id == COMMAND_SIZE and ", ""),
         ("priv", "h.priv == c.base - 1 and ", ""), ("error", " and h.error == 0", ""),
-        ("who rings", " and load_acquire64(&c.r.bell.ringer) == c.r.epoch", ""),
         ("intact", "if not reader_intact(&c.r):", "if False:"))),
-    Mutation("resume: the server that answered", "client_resume", "if load_acquire64(&c.r.hdr.epoch) != c.r.epoch:",
+    Mutation("size: who rings", "client_introduced", " and load_acquire64(&c.r.bell.ringer) == c.r.epoch", "", CLIENT),
+    Mutation("resume: the server that answered", "client_answered", "if load_acquire64(&c.r.hdr.epoch) != c.r.epoch:",
              "if False:", CLIENT),
     Mutation("await: done once more", "client_await", "            if load_acquire32(&b.done) == 0:\n    ", "", (),
              ("await",)),
+    # ------------------------------------------------------------ the client with a buffer
+    *(Mutation(f"shared answer: {what}", "shared_reap", old, new, SHARED) for what, old, new in (
+        ("in flight", "load_acquire32(&e.state) != ENTRY_ISSUED or ", ""), ("tag", "e.priv != a.tag or ", ""),
+        ("kind", "e.kind != a.kind or ", ""), ("device", " or e.device != a.device)", ")"),
+        ("matched once", "e.state = ENTRY_MATCHED", "pass"), ("caller gave up", " and e.io != NULL:", ":"),
+        ("its status", "-<int32_t>a.status if 1 < a.status <= 4095 else -EIO", "-<int32_t>a.status"))),
+    *(Mutation(f"shared question: {what}", "shared_listen", old, "", SHARED) for what, old in (
+        ("tag", "answers[k].tag == b.asks[i].tag and "), ("kind", "answers[k].kind == b.asks[i].kind\n"
+                                                          "                    and "),
+        ("device", "answers[k].device == b.asks[i].device and "))),
+    Mutation("shared place: aligned", "shared_place", "align = block_size // b.unit", "align = 1", SHARED),
+    Mutation("shared place: one owner", "shared_place", "shared_mark(b, at, n, True)", "pass", SHARED),
+    Mutation("shared place: in the buffer", "shared_find", "return first if first + n <= end else NOWHERE", "return first",
+             SHARED),
+    Mutation("shared place: neighbours", "shared_place", "b.cursor = at + n", "b.cursor = 0", SHARED,
+             spare="answers come in order, so the first free place is nearly as often the one behind the last"),
+    Mutation("shared issue: the buffer is full", "shared_next", "return e.place != NOWHERE", "return True", SHARED),
+    Mutation("shared issue: blocks of one request", "shared_next",
+             "min(<uint64_t>(io.nblocks - io.issued), q.most)", "min(<uint64_t>(io.nblocks - io.issued), 1 << 20)", SHARED),
+    Mutation("shared issue: promised zeros", "shared_kind", " or io.kind == IO_DISCARD and q.clears", "", SHARED),
     # ------------------------------------------------------------ the server with a buffer
     Mutation("buffer: alignment", "check_request", " or (h.length | h.device_offset) & (d.block_size - 1) != 0", "",
              BUFFER),

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = {"address": "libasan.so", "undefined": "libubsan.so"}
 TESTS = [f"tests/test_{name}.py" for name in (
-    "wire", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group", "blk_life", "aio")]
+    "wire", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group", "blk_life", "aio",
+    "buffer_client")]
 OPTIONS = {
     # CPython keeps what it allocated once until it ends: no leak check. SIGBUS is _guard.h's, SIGSEGV that of the
     # tests' guard pages (a stray access still ends the process, and with it the run).

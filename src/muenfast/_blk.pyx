@@ -563,7 +563,7 @@ cdef class Server(ServerEngine):
             aio_add(&self.s.files.flights.aio, store.s.fd if store.s.direct_fd < 0 else store.s.direct_fd, store.s.device)
         self.bind(request, response, request_bell, response_bell, sizeof(block_event), sizeof(block_event),
                   request_protocol, response_protocol, poll, watch)
-        self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0)
+        self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0, 0)
 
     cdef int step(self) noexcept nogil:
         return server_step(self.s)

@@ -589,7 +589,7 @@ cdef class BufferServer(ServerEngine):
                  Watch watch=None, bint threads=False):
         cdef device_t *d
         cdef Store store
-        cdef uint32_t flags = 0
+        cdef uint32_t flags = 0, zeroes = 0
         cdef uint64_t count
         cdef int file
         cdef bint direct
@@ -615,8 +615,9 @@ cdef class BufferServer(ServerEngine):
             d.block_size = store.s.block_size
             d.size = store.s.size
             d.most = self.s.length // d.block_size * d.block_size
-            if store.s.read_only and number < 32:
-                flags |= STORE_READ_ONLY << <uint32_t>number
+            if number < STORE_FLAGS:
+                flags |= (STORE_READ_ONLY if store.s.read_only else 0) << <uint32_t>number
+                zeroes |= <uint32_t>store_zeroes(&store.s) << <uint32_t>number
         if any([each.waits for each in stores]):
             self.s.files = <requests_t *>calloc(1, sizeof(requests_t))
             if self.s.files == NULL:
@@ -635,7 +636,7 @@ cdef class BufferServer(ServerEngine):
         self.stores = stores
         self.bind(request, response, request_bell, response_bell, sizeof(block_request), sizeof(block_response),
                   request_protocol, response_protocol, poll, watch)
-        self.introduce(identity_of([each.identity for each in stores]), flags)
+        self.introduce(identity_of([each.identity for each in stores]), flags, zeroes)
 
     cdef int step(self) noexcept nogil:
         return buffer_step(self.s)

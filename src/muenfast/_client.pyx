@@ -1,8 +1,9 @@
-"""The block client's engine for the inline transport: a Target whose requests a server across two channels executes.
+"""Engines of block clients: disks whose requests a server across two channels executes; and the inline transport.
 
-Runs without the GIL and allocates nothing per request. Trust: of every answer the 24-byte header is copied once,
-validated, and only the copy is used; payload is copied and checked before anybody sees it.
+Runs without the GIL and allocates nothing per request. Trust: of every answer the header is copied once, validated, and
+only the copy is used; payload is copied and checked before anybody sees it.
 """
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer,
@@ -17,7 +18,7 @@ from libc.string cimport memcpy, memset
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._thread cimport *
-from muenfast._target cimport IO_READ, IO_SYNC, IO_WRITE, Target, io_t
+from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, io_t
 from muenfast._wire cimport *
 
 import os as _os
@@ -25,7 +26,6 @@ import os as _os
 from muenfast.errors import UsageError
 
 cdef enum:
-    WINDOW = 1024           # most requests in flight; also bounded by the rings
     LINUX_ERRNO_MAX = 4095  # linux/err.h MAX_ERRNO
     WRITE_BATCH = 4         # writes published together, so that the server copies while we do (docs/decisions/003)
 
@@ -47,101 +47,28 @@ cdef enum:
     DEPTH_WINDOWS = 8
 
 
-cdef enum:
-    ENTRY_FREE = 0
-    ENTRY_ISSUED = 1        # by the issuer, with the lock
-    ENTRY_MATCHED = 2       # by the reaper: an answer was seen, not yet validated
-
-
-cdef enum client_state:
-    CLIENT_CONNECTING = 0   # no answer to `size` yet; requests queue
-    CLIENT_READY = 1
-    CLIENT_LOST = 2         # the server restarted, vanished or overran us; requests queue or fail
-    CLIENT_FAILED = 3       # for good: everything fails
-    CLIENT_CLOSED = 4
-
-
-cdef enum client_phase:
-    PHASE_FAREWELL = 0      # inactive; waiting for the response channel to become so
+cdef enum:                  # phases of an inline connection
+    PHASE_FAREWELL = PHASE_START    # inactive; waiting for the response channel to become so
     PHASE_SIZE = 1          # active; waiting for the answer to `size`
-    PHASE_ANSWERED = 2
 
 
-cdef struct entry_t:
-    uint32_t state
-    uint32_t priv
-    uint32_t kind
-    uint32_t index          # block within io
-    uint64_t id
-    io_t *io                # NULL: the caller has given up on it
+cdef uint64_t client_room(const client_t *c) noexcept nogil:
+    """How many requests may be issued now. Precondition: lock held.
 
+    At most `depth` are in flight; one that takes long does not count those answered after it. Invariant: head - tail <=
+    window <= elements of either ring, and tail counts answered requests only, so that neither the request ring (the server
+    has read what it answered) nor the response ring can overrun.
+    Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
+    """
+    cdef uint64_t room = c.window - (c.head - load_acquire64(&c.tail))
+    room = min(room, c.depth - c.flying if c.flying < c.depth else 0)
+    return room if load_relaxed64(&c.r.hdr.epoch) == c.server else 0
 
-cdef struct client_counters:
-    uint64_t reads
-    uint64_t writes
-    uint64_t syncs
-    uint64_t bytes_read
-    uint64_t bytes_written
-    uint64_t errors
-    uint64_t stale          # answers that match no request in flight
-    uint64_t reissued
-    uint64_t lives          # connections made
-    uint64_t batches
-
-
-cdef struct client_t:
-    writer_t w
-    reader_t r
-    # Issuers: everything up to the next group belongs to whoever holds `lock`.
-    pthread_mutex_t lock
-    uint64_t head           # requests issued in this epoch; entry = number mod window
-    io_t *first             # not fully issued, oldest first
-    io_t *last
-    uint32_t base           # priv of request 0 of this epoch
-    uint32_t window
-    uint32_t depth          # most requests in flight, 1..WINDOW
-    uint64_t flying         # requests written and not answered; under lock
-    uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
-    uint64_t pace           # answers per second at the settled depth, smoothed
-    uint64_t measured       # answers of the current window while requests waited for room ...
-    uint64_t measured_ns    # ... and how long that took
-    uint64_t waiting_from   # answers when the wait began, or the window
-    uint64_t waiting_since  # the time then; 0: no request waits
-    uint32_t windows
-    bint larger             # what the last probe tried
-    uint32_t state
-    uint64_t server         # response epoch of the server that was resumed with
-    bint fail_fast          # while lost, new requests fail
-    # The reaper: belongs to whoever set `reaping`.
-    uint32_t reaping
-    uint32_t takers         # threads that must have it next: resume, fail, forget, rebind, close
-    uint64_t tail           # all requests below are answered; read by issuers
-    uint32_t phase
-    uint64_t phase_since
-    uint64_t sectors        # as answered ...
-    uint8_t store[16]       # ... and what the same server's bell said: its store, zero = none,
-    uint32_t flags          # and STORE_READ_ONLY
-    uint64_t answers        # progress, for the stuck detector
-    # Threads that wait for an answer.
-    uint32_t turn           # futex: somebody finished or stopped reaping
-    uint32_t sleepers
-    uint32_t callers        # threads inside a blocking call
-    uint32_t wanted         # 1: a caller would rather reap itself
-    uint32_t background     # 1: the background thread reaps always (a front end submits)
-    uint32_t chore          # futex: the background thread is wanted
-    uint32_t stop
-    client_counters n
-    entry_t entries[WINDOW]
 
 
 cdef void client_issue(client_t *c) noexcept nogil:
-    """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY.
-
-    At most `depth` are in flight; one that takes long does not count those answered after it. Invariant: head - tail <= window <= elements of either ring, and tail counts answered
-    requests only, so that neither the request ring (the server has read what it answered) nor the response ring can
-    overrun.
-    Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
-    """
+    """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY."""
+    cdef queue_t *q = &c.queues[0]
     cdef uint64_t n, k, room
     cdef io_t *io
     cdef entry_t *e
@@ -149,20 +76,19 @@ cdef void client_issue(client_t *c) noexcept nogil:
     cdef uint8_t *slot
     h.error = 0
     h.valid = 1
-    while c.first != NULL:
-        room = c.window - (c.head - load_acquire64(&c.tail))
-        room = min(room, c.depth - c.flying if c.flying < c.depth else 0)
-        if room == 0 or load_relaxed64(&c.r.hdr.epoch) != c.server:
+    while q.first != NULL:
+        room = client_room(c)
+        if room == 0:
             return
         n = 0
-        io = c.first
+        io = q.first
         while io != NULL and n < room and n < BATCH:
-            n += io.nblocks - io.issued if io.kind != IO_SYNC else 1
+            n += units_of(io) - io.issued
             io = io.next
-        n = min(n, min(room, <uint64_t>(WRITE_BATCH if c.first.kind == IO_WRITE else BATCH)))
+        n = min(n, min(room, <uint64_t>(WRITE_BATCH if q.first.kind == IO_WRITE else BATCH)))
         writer_reserve(&c.w, n)
         for k in range(n):
-            io = c.first
+            io = q.first
             e = &c.entries[c.head % c.window]
             h.kind = EVENT_COMMAND if io.kind == IO_SYNC else (EVENT_WRITE if io.kind == IO_WRITE else EVENT_READ)
             h.id = COMMAND_SYNC if io.kind == IO_SYNC else io.block + io.issued
@@ -175,10 +101,11 @@ cdef void client_issue(client_t *c) noexcept nogil:
             e.kind = h.kind
             e.id = h.id
             e.index = io.issued
+            e.nblocks = 1
             e.io = io
             io.issued += 1
-            if io.kind == IO_SYNC or io.issued == io.nblocks:
-                c.first = io.next
+            if io.issued == units_of(io):
+                q.first = io.next
             # From here on io may be done and gone: a hostile server answers what it has not been sent yet.
             store_release32(&e.state, ENTRY_ISSUED)
             store_release64(&c.head, c.head + 1)
@@ -186,15 +113,24 @@ cdef void client_issue(client_t *c) noexcept nogil:
         writer_publish(&c.w, n)
 
 
+cdef bint client_waiting(const client_t *c) noexcept nogil:
+    """Whether a request waits for room. Precondition: lock held."""
+    cdef uint32_t k
+    for k in range(c.nqueues):
+        if c.queues[k].first != NULL:
+            return True
+    return False
+
+
 cdef void client_adapt(client_t *c) noexcept nogil:
-    """Finds the least depth that is as fast as any. Precondition: lock held, settled != 0, before client_issue.
+    """Finds the least depth that is as fast as any. Precondition: lock held, settled != 0, before issuing.
 
     Where requests wait for room, more in flight can only make them wait in the ring instead, unless the server gets
     more done: the double is kept for an eighth more answers per second, the half for at most a 32nd less. Only time in
     which requests wait counts.
     """
     cdef uint64_t now, pace
-    cdef bint waiting = c.first != NULL
+    cdef bint waiting = client_waiting(c)
     if c.waiting_since == 0 or waiting and c.measured + (c.answers - c.waiting_from) < DEPTH_ANSWERS:
         if waiting and c.waiting_since == 0:
             c.waiting_since = now_ns()
@@ -222,26 +158,27 @@ cdef void client_adapt(client_t *c) noexcept nogil:
         c.depth = min(2 * c.settled, c.window) if c.larger else max(c.settled // 2, <uint32_t>DEPTH_LEAST)
 
 
-cdef void client_submit_list(client_t *c, io_t *first, io_t *last) noexcept nogil:
+cdef void client_submit_list(queue_t *q, io_t *first, io_t *last) noexcept nogil:
     """Takes a list of requests (linked by next, last.next NULL)."""
+    cdef client_t *c = q.client
     cdef io_t *io = first
     cdef io_t *following
     cdef bint refuse
     while io != NULL:
         io.error = 0
         io.issued = 0
-        io.pending = io.nblocks if io.kind != IO_SYNC else 1
+        io.pending = units_of(io)
         io = io.next
     pthread_mutex_lock(&c.lock)
     refuse = c.state >= CLIENT_FAILED or (c.state == CLIENT_LOST and c.fail_fast)
     if not refuse:
-        if c.first == NULL:
-            c.first = first
+        if q.first == NULL:
+            q.first = first
         else:
-            c.last.next = first
-        c.last = last
+            q.last.next = first
+        q.last = last
         if c.state == CLIENT_READY:
-            client_issue(c)
+            c.issue(c)
     pthread_mutex_unlock(&c.lock)
     if refuse:
         io = first
@@ -255,11 +192,11 @@ cdef void client_submit_list(client_t *c, io_t *first, io_t *last) noexcept nogi
 
 cdef void client_submit(void *ctx, io_t *io) noexcept nogil:
     io.next = NULL
-    client_submit_list(<client_t *>ctx, io, io)
+    client_submit_list(<queue_t *>ctx, io, io)
 
 
 cdef void client_finish(client_t *c, io_t *finished) noexcept nogil:
-    """Calls done of a list of finished requests, counting them."""
+    """Calls done of a list of finished requests, counting them. Of one without an error `issued` is its device."""
     cdef io_t *io
     while finished != NULL:
         io = finished
@@ -268,12 +205,14 @@ cdef void client_finish(client_t *c, io_t *finished) noexcept nogil:
             fetch_add_relaxed64(&c.n.errors, 1)
         elif io.kind == IO_READ:
             count64(&c.n.reads, io.nblocks)
-            count64(&c.n.bytes_read, <uint64_t>io.nblocks * BLOCK_SIZE)
+            count64(&c.n.bytes_read, <uint64_t>io.nblocks * c.queues[io.issued].block_size)
         elif io.kind == IO_WRITE:
             count64(&c.n.writes, io.nblocks)
-            count64(&c.n.bytes_written, <uint64_t>io.nblocks * BLOCK_SIZE)
-        else:
+            count64(&c.n.bytes_written, <uint64_t>io.nblocks * c.queues[io.issued].block_size)
+        elif io.kind == IO_SYNC:
             count64(&c.n.syncs, 1)
+        else:
+            count64(&c.n.discards, io.nblocks)
         io.done(io)
 
 
@@ -283,7 +222,7 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
     Payload is copied to the callers' buffers before the batch is validated; nothing is finished before that, and
     an answer that turns out void leaves its request in flight.
     """
-    cdef uint64_t available, n, k, tail, head
+    cdef uint64_t available, n, k
     cdef ring_status status = reader_peek(&c.r, &available)
     cdef block_event_header h
     cdef const uint8_t *slot
@@ -291,9 +230,6 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
     cdef entry_t *matched[BATCH]
     cdef int32_t errors[BATCH]
     cdef uint64_t matches = 0, stale = 0
-    cdef io_t *io
-    cdef io_t *finished = NULL
-    cdef io_t **link = &finished
     if status != SUCCESS:
         return status
     n = available if available < BATCH else BATCH
@@ -316,18 +252,35 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
         return reader_recover(&c.r)
     reader_advance(&c.r, n)
     count64(&c.n.stale, stale)
+    client_settle(c, matched, errors, matches)
+    return SUCCESS
+
+
+cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil:
+    """Ends n requests (ENTRY_MATCHED) whose answers were validated, and issues what waited for their room.
+
+    Precondition: reaping is ours. errors: 0 or what the server says; what is no negative errno becomes EIO.
+    """
+    cdef uint64_t k, tail, head
+    cdef uint32_t device, nblocks
+    cdef io_t *io
+    cdef io_t *finished = NULL
+    cdef io_t **link = &finished
     count64(&c.n.batches, 1)
-    count64(&c.answers, matches)
-    for k in range(matches):
-        e = matched[k]
-        io = e.io
-        store_release32(&e.state, ENTRY_FREE)
+    count64(&c.answers, n)
+    for k in range(n):
+        io = matched[k].io
+        device = matched[k].device
+        nblocks = matched[k].nblocks
+        store_release32(&matched[k].state, ENTRY_FREE)
         if io == NULL:
             continue
         if errors[k] != 0:
             io.error = errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO
-        io.pending -= 1
+        io.pending -= nblocks
         if io.pending == 0:
+            if io.error == 0:
+                io.issued = device
             io.next = NULL
             link[0] = io
             link = &io.next
@@ -337,14 +290,13 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
         tail += 1
     store_release64(&c.tail, tail)
     pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
-    c.flying -= matches
+    c.flying -= n
     if c.state == CLIENT_READY:
         if c.settled != 0:
             client_adapt(c)
-        client_issue(c)
+        c.issue(c)
     pthread_mutex_unlock(&c.lock)
     client_finish(c, finished)
-    return SUCCESS
 
 
 cdef void client_lost(client_t *c) noexcept nogil:
@@ -352,7 +304,7 @@ cdef void client_lost(client_t *c) noexcept nogil:
     pthread_mutex_lock(&c.lock)
     if c.state == CLIENT_READY:
         store_release32(&c.state, CLIENT_LOST)
-        c.phase = PHASE_FAREWELL
+        c.phase = PHASE_START
         c.phase_since = 0
     pthread_mutex_unlock(&c.lock)
     fetch_add_acqrel32(&c.chore, 1)
@@ -385,7 +337,7 @@ cdef ring_status client_serve(client_t *c, uint64_t ns, const uint32_t *until) n
     cdef uint64_t start = now_ns(), passed
     cdef ring_status status
     while True:
-        status = client_reap(c)
+        status = c.reap(c)
         if status != SUCCESS and status != NO_DATA:
             client_lost(c)
             return status
@@ -467,19 +419,22 @@ cdef void client_forget(client_t *c, blocking_t *b) noexcept nogil:
     cdef uint64_t k
     cdef io_t **link
     cdef io_t *io
+    cdef queue_t *q
     pthread_mutex_lock(&c.lock)
     for k in range(c.window):
         if c.entries[k].state != ENTRY_FREE and c.entries[k].io != NULL and c.entries[k].io.user == <void *>b:
             c.entries[k].io = NULL
-    link = &c.first
-    c.last = NULL
-    while link[0] != NULL:
-        io = link[0]
-        if io.user == <void *>b:
-            link[0] = io.next
-        else:
-            c.last = io
-            link = &io.next
+    for k in range(c.nqueues):
+        q = &c.queues[k]
+        link = &q.first
+        q.last = NULL
+        while link[0] != NULL:
+            io = link[0]
+            if io.user == <void *>b:
+                link[0] = io.next
+            else:
+                q.last = io
+                link = &io.next
     pthread_mutex_unlock(&c.lock)
 
 
@@ -492,18 +447,19 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
     cdef io_t *following
     pthread_mutex_lock(&c.lock)
     store_release32(&c.state, state)
-    c.phase = PHASE_FAREWELL            # what was given up is never answered in a later life's name
+    c.phase = PHASE_START               # what was given up is never answered in a later life's name
     c.phase_since = 0
-    io = c.first
-    c.first = c.last = NULL
-    while io != NULL:                   # queued, perhaps partly issued: unissued blocks are answered here
-        following = io.next
-        io.error = -EIO
-        io.pending -= (io.nblocks if io.kind != IO_SYNC else 1) - io.issued
-        if io.pending == 0:
-            io.next = finished
-            finished = io
-        io = following
+    for k in range(c.nqueues):
+        io = c.queues[k].first
+        c.queues[k].first = c.queues[k].last = NULL
+        while io != NULL:               # queued, perhaps partly issued: unissued blocks are answered here
+            following = io.next
+            io.error = -EIO
+            io.pending -= units_of(io) - io.issued
+            if io.pending == 0:
+                io.next = finished
+                finished = io
+            io = following
     for k in range(c.window):
         e = &c.entries[k]
         if e.state == ENTRY_FREE:
@@ -513,7 +469,7 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
         if io == NULL:
             continue
         io.error = -EIO
-        io.pending -= 1
+        io.pending -= e.nblocks
         if io.pending == 0:
             io.next = finished
             finished = io
@@ -523,12 +479,69 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
     client_finish(c, finished)
 
 
-cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
-    """Looks through one batch of answers for the one to `size`; whether it was there and good.
+cdef void client_requeue(client_t *c) noexcept nogil:
+    """Puts back, before what is queued and in their order, all requests in flight. Precondition: lock held, reaping is
+    ours.
 
-    What the bell says counts only while the answering epoch stands in it: what a predecessor left there does not
-    vouch for a server that has no bell.
+    A request goes back whole: until all of it is answered its caller may count on none of it.
     """
+    cdef entry_t *e
+    cdef io_t *io
+    cdef io_t *first
+    cdef io_t *last
+    cdef queue_t *q
+    cdef uint64_t k, at
+    for k in range(c.nqueues):
+        q = &c.queues[k]
+        first = last = NULL
+        at = c.tail
+        while at != c.head:
+            e = &c.entries[at % c.window]
+            io = e.io
+            at += 1
+            if e.state == ENTRY_FREE or e.device != k:
+                continue
+            e.state = ENTRY_FREE
+            if io == NULL:
+                continue
+            count64(&c.n.reissued, 1)
+            if io.issued == 0:          # put back with an earlier part of it
+                continue
+            io.issued = 0
+            io.error = 0
+            io.pending = units_of(io)
+            if io == q.first:           # partly issued: it stands there still
+                continue
+            if first == NULL:
+                first = io
+            else:
+                last.next = io
+            last = io
+        if first != NULL:
+            last.next = q.first
+            if q.first == NULL:
+                q.last = last
+            q.first = first
+    c.head = c.flying = 0
+    store_release64(&c.tail, 0)
+
+
+cdef void client_introduced(client_t *c) noexcept nogil:
+    """Takes what the bell says of the server that answers, to be validated afterwards.
+
+    It counts only while the answering epoch stands in it: what a predecessor left there does not vouch for a server
+    that has no bell.
+    """
+    memset(c.store, 0, sizeof(c.store))
+    c.flags = c.zeroes = 0
+    if c.r.bell != NULL and load_acquire64(&c.r.bell.ringer) == c.r.epoch:
+        memcpy(c.store, c.r.bell.store, sizeof(c.store))
+        c.flags = load_relaxed32(&c.r.bell.flags)
+        c.zeroes = load_relaxed32(&c.r.bell.zeroes)
+
+
+cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
+    """Looks through one batch of answers for the one to `size`; whether it was there and good."""
     cdef uint64_t n = available if available < BATCH else BATCH
     cdef uint64_t k, sectors = 0
     cdef block_event_header h
@@ -540,11 +553,7 @@ cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
         if h.kind == EVENT_COMMAND and h.id == COMMAND_SIZE and h.priv == c.base - 1 and h.error == 0:
             memcpy(&sectors, slot + sizeof(h), sizeof(sectors))
             found = True
-    memset(c.store, 0, sizeof(c.store))
-    c.flags = 0
-    if c.r.bell != NULL and load_acquire64(&c.r.bell.ringer) == c.r.epoch:
-        memcpy(c.store, c.r.bell.store, sizeof(c.store))
-        c.flags = load_relaxed32(&c.r.bell.flags)
+    client_introduced(c)
     if not reader_intact(&c.r):         # covers the bell: a server ends its predecessor's epoch before it speaks
         reader_recover(&c.r)
         return False
@@ -613,132 +622,278 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
             reader_wait(&c.r, min(ns - passed, ANSWER_NS), &c.stop)
 
 
-cdef bint client_resume(client_t *c) noexcept nogil:
-    """Becomes READY in the new epoch and issues again, in their order, all requests not answered.
-
-    False: the server that answered is not there any more, nothing was done. Precondition: reaping is ours.
-    """
-    cdef entry_t again[WINDOW]
-    cdef uint64_t n = 0, k, at, done
-    cdef io_t *io
-    cdef io_t *finished = NULL
-    cdef entry_t *e
-    cdef block_event_header h
-    cdef uint8_t *slot
+cdef bint client_answered(client_t *c) noexcept nogil:
+    """Whether a server answered that is still there; else it has to be asked again. Precondition: reaping is ours."""
     if c.state >= CLIENT_FAILED or c.state == CLIENT_READY or c.phase != PHASE_ANSWERED:
         return False
     if load_acquire64(&c.r.hdr.epoch) != c.r.epoch:
-        c.phase = PHASE_FAREWELL
+        c.phase = PHASE_START
         c.phase_since = 0
         return False
-    pthread_mutex_lock(&c.lock)
-    c.server = c.r.epoch
-    while c.tail != c.head:
-        e = &c.entries[c.tail % c.window]
-        if e.state != ENTRY_FREE and e.io != NULL:
-            again[n] = e[0]
-            n += 1
-        e.state = ENTRY_FREE
-        store_release64(&c.tail, c.tail + 1)
-    c.head = 0
-    store_release64(&c.tail, 0)
-    c.waiting_since = c.measured = c.measured_ns = 0
-    c.window = WINDOW
-    while c.window > c.w.elements or c.window > c.r.elements:
-        c.window //= 2
-    count64(&c.n.lives, 1)
-    count64(&c.n.reissued, n)
-    h.error = 0
-    h.valid = 1
-    done = 0
-    while done < n:
-        k = min(n - done, min(<uint64_t>BATCH, c.window - c.head))
-        if k == 0:
-            break
-        writer_reserve(&c.w, k)
-        for at in range(k):
-            e = &c.entries[c.head % c.window]
-            e[0] = again[done + at]
-            e.priv = c.base + <uint32_t>c.head
-            h.kind = e.kind
-            h.id = e.id
-            h.priv = e.priv
-            slot = writer_slot(&c.w, at)
-            memcpy(slot, &h, sizeof(h))
-            if e.kind == EVENT_WRITE:
-                memcpy(slot + sizeof(h), e.io.buf + <uint64_t>e.index * BLOCK_SIZE, BLOCK_SIZE)
-            store_release32(&e.state, ENTRY_ISSUED)
-            store_release64(&c.head, c.head + 1)
-        writer_publish(&c.w, k)
-        done += k
-    c.flying = c.head
-    while done < n:                     # the new response ring is smaller than what was in flight
-        io = again[done].io
-        io.error = -EIO
-        io.pending -= 1
-        if io.pending == 0:
-            io.next = finished
-            finished = io
-        done += 1
-    store_release32(&c.state, CLIENT_READY)
-    client_issue(c)
-    pthread_mutex_unlock(&c.lock)
-    client_finish(c, finished)
-    wake_callers(c)
     return True
 
 
-cdef class Client(Target):
-    """The client engine of one disk over a pair of inline channels.
+cdef void client_resume(client_t *c) noexcept nogil:
+    """Becomes READY in the epoch of the server that answered, and issues again, in their order, all requests not answered.
 
-    request: the request channel's memory, writable, claimed by the caller; response: the response channel's.
-    request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. fail_fast: while the
-    server is lost, new requests fail instead of waiting for it. watch: of all engines of this process, or None.
+    Precondition: reaping is ours since client_answered(). What takes that server's place meanwhile is found as any other.
+    """
+    pthread_mutex_lock(&c.lock)
+    c.server = c.r.epoch
+    client_requeue(c)
+    c.waiting_since = c.measured = c.measured_ns = 0
+    c.window = WINDOW
+    while c.window > 1 and (c.window > c.w.elements or c.window > c.r.elements or c.window > c.allowed):
+        c.window //= 2
+    count64(&c.n.lives, 1)
+    if c.renew != NULL:
+        c.renew(c)
+    store_release32(&c.state, CLIENT_READY)
+    c.issue(c)
+    pthread_mutex_unlock(&c.lock)
+    wake_callers(c)
 
-    One background thread calls run() over and over; any number of threads use the blocking calls or submit().
+
+cdef class Disk(Target):
+    """One disk of a client: a Target, and blocking calls for any number of threads.
+
+    Made by its client, whose `disks` it is in.
+    """
+
+    cdef client_t *engine(self) except NULL:
+        """Its client's. Raises UsageError where it has none."""
+        if self.queue == NULL:
+            raise UsageError("a Disk is made by its client")
+        return self.queue.client
+
+    cdef int execute(self, io_t *ios, uint64_t n) except -1:
+        """Runs n requests (an array) to their end without the GIL; raises OSError with the first error."""
+        cdef blocking_t b
+        cdef client_t *c = self.usable()
+        cdef uint64_t k
+        b.c = c
+        b.left = <uint32_t>n
+        b.done = 0
+        b.error = 0
+        for k in range(n):
+            ios[k].done = blocking_done
+            ios[k].user = &b
+            ios[k].next = &ios[k + 1] if k + 1 < n else NULL
+        fetch_add_acqrel32(&c.callers, 1)
+        store_release32(&c.wanted, 1)
+        try:
+            with nogil:
+                client_submit_list(self.queue, &ios[0], &ios[n - 1])
+                client_await(c, &b, SIGNALS_NS)
+            while load_acquire32(&b.done) == 0:
+                # A handler may close the device: that waits for those inside.
+                fetch_add_acqrel32(&c.callers, <uint32_t>-1)
+                try:
+                    PyErr_CheckSignals()
+                except BaseException:
+                    fetch_add_acqrel32(&c.callers, 1)
+                    with nogil:
+                        client_take(c)
+                        client_forget(c, &b)
+                        client_release(c)
+                    raise
+                fetch_add_acqrel32(&c.callers, 1)
+                with nogil:
+                    client_await(c, &b, SIGNALS_NS)
+        finally:
+            fetch_add_acqrel32(&c.callers, <uint32_t>-1)
+        if b.error != 0:
+            raise OSError(-b.error, _os.strerror(-b.error))
+        return 0
+
+    cdef client_t *usable(self) except NULL:
+        """The engine, where this process may still use it. Raises UsageError."""
+        cdef client_t *c = self.engine()
+        if self.client.request.forked:
+            raise UsageError("this device belongs to the process that was forked; open one of your own")
+        if c.state == CLIENT_CLOSED:
+            raise UsageError("this device is closed")
+        return c
+
+    cdef uint64_t place(self, object offset, uint64_t length) except? 1:
+        """The byte offset, which lies on the disk with the `length` bytes behind it. Raises UsageError."""
+        cdef uint64_t size = self.nblocks * self.block_size, at
+        cdef client_t *c = self.usable()
+        if size == 0:
+            if load_acquire32(&c.state) == CLIENT_FAILED:
+                raise OSError(EIO, _os.strerror(EIO))
+            raise UsageError("no server has answered yet: wait_ready() waits for one")
+        offset = PyNumber_Index(offset)     # numpy's numbers wrap
+        try:
+            at = offset
+        except OverflowError:               # negative, or no 64-bit number
+            at = <uint64_t>-1
+        if at > size or length > size - at:
+            raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {size}")
+        return at
+
+    def move(self, bint write, offset, buffer):
+        """Moves a buffer's bytes to the disk, or from it, at byte `offset`; how many. Raises OSError, UsageError.
+
+        -1, and nothing was moved, where offset or length are no whole blocks.
+        """
+        cdef Py_buffer view
+        cdef uint64_t at
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
+        try:
+            at = self.place(offset, view.len)
+            if view.len != 0 and ((at | <uint64_t>view.len) & (self.block_size - 1)) != 0:
+                return -1
+            self.whole(IO_WRITE if write else IO_READ, at, <uint8_t *>view.buf, view.len)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def read(self, length, offset):
+        """`length` bytes from byte `offset` on; None where they are no whole blocks. Raises OSError, UsageError."""
+        cdef uint64_t at
+        cdef bytes data
+        length = PyNumber_Index(length)
+        if not 0 <= length < 1 << 63:
+            raise UsageError("a length is a number of bytes, 0 to 2^63 - 1", value=length)
+        at = self.place(offset, length)
+        if length != 0 and ((at | <uint64_t>length) & (self.block_size - 1)) != 0:
+            return None
+        data = PyBytes_FromStringAndSize(NULL, length)
+        self.whole(IO_READ, at, <uint8_t *>PyBytes_AS_STRING(data), length)
+        return data
+
+    cdef int whole(self, uint32_t kind, uint64_t at, uint8_t *buf, uint64_t length) except -1:
+        """Whole blocks, buf NULL where the request has no payload. Precondition: place() took them."""
+        cdef io_t io
+        if length == 0:
+            return 0
+        if length // self.block_size > 0xffffffff:
+            raise UsageError(f"{length} bytes are too many for one call, which takes less than 2^32 blocks of "
+                             f"{self.block_size}")
+        io.kind = kind
+        io.block = at // self.block_size
+        io.nblocks = <uint32_t>(length // self.block_size)
+        io.buf = buf
+        return self.execute(&io, 1)
+
+    def scattered(self, bint write, offsets, buffer):
+        """One request per byte offset in `offsets`, all in flight together; buffer holds len(offsets) equal pieces. Bytes
+        moved. Raises OSError, UsageError."""
+        cdef Py_buffer view
+        cdef io_t *ios = NULL
+        cdef uint64_t n = len(offsets), k = 0, each, at
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
+        try:
+            self.place(0, 0)
+            if n == 0 and view.len == 0:
+                return 0
+            each = 0 if n == 0 else <uint64_t>view.len // n
+            if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % self.block_size != 0:
+                raise UsageError(f"data of {view.len} bytes is not one piece for each of {n} offsets, all of the same "
+                                 f"whole blocks of {self.block_size} (offsets come first, then data)")
+            each //= self.block_size
+            if each > 0xffffffff:
+                raise UsageError(f"{each * self.block_size} bytes are too many for one piece, which takes less than 2^32 "
+                                 f"blocks of {self.block_size}")
+            ios = <io_t *>calloc(n, sizeof(io_t))
+            if ios == NULL:
+                raise MemoryError()
+            try:
+                for offset in offsets:
+                    if k == n:
+                        break
+                    at = PyNumber_Index(offset)
+                    if at % self.block_size != 0:
+                        raise UsageError(f"an offset is a multiple of {self.block_size} here", value=offset)
+                    at //= self.block_size
+                    if at > self.nblocks or each > self.nblocks - at:
+                        raise OverflowError()
+                    ios[k].kind = IO_WRITE if write else IO_READ
+                    ios[k].block = at
+                    ios[k].nblocks = <uint32_t>each
+                    ios[k].buf = <uint8_t *>view.buf + k * each * self.block_size
+                    k += 1
+            except OverflowError:       # also a number that is negative or no 64-bit one
+                raise UsageError(f"{each * self.block_size} bytes from {offset} on reach beyond the disk's "
+                                 f"{self.nblocks * self.block_size}") from None
+            if k != n:
+                raise UsageError("the list of offsets changed while it was read")
+            self.execute(ios, n)
+            return view.len
+        finally:
+            free(ios)
+            PyBuffer_Release(&view)
+
+    def sync(self):
+        """Makes every write answered so far durable; raises OSError."""
+        cdef io_t io
+        io.kind = IO_SYNC
+        io.block = 0
+        io.nblocks = 0
+        io.buf = NULL
+        self.execute(&io, 1)
+
+    def discard(self, length, offset, *, zero=False):
+        """Frees what `length` bytes from byte `offset` on take, whole blocks, whose contents no longer matter; zero: and
+        which read as zeros from then on. Raises OSError, UsageError."""
+        cdef uint64_t at, most = <uint64_t>0xffffffff * self.block_size, piece
+        cdef uint32_t kind = IO_ZERO if zero and not self.zeroes else IO_DISCARD
+        length = PyNumber_Index(length)
+        if not 0 <= length < 1 << 63:
+            raise UsageError("a length is a number of bytes, 0 to 2^63 - 1", value=length)
+        cdef uint64_t left = length
+        at = self.place(offset, left)
+        if not self.discards:
+            raise UsageError("inline channels cannot express a discard")
+        if left != 0 and ((at | left) & (self.block_size - 1)) != 0:
+            raise UsageError(f"what is discarded is made of blocks of {self.block_size} bytes", value=(offset, length))
+        while left != 0:
+            piece = min(left, most)
+            self.whole(kind, at, NULL, piece)
+            at += piece
+            left -= piece
+
+
+@cython.no_gc_clear                     # disks and client refer to each other; the channels are needed to the end
+cdef class ClientEngine:
+    """The life of a block client's engine.
+
+    One background thread calls run() over and over; any number of threads use the disks.
     """
     STATES = ("connecting", "ready", "lost", "failed", "closed")
-
-    cdef client_t *c
-    cdef Mapping request, response, request_bell, response_bell
-    cdef tuple protocols
-    cdef Watch watch
-    cdef uint32_t busy
 
     def __cinit__(self):
         self.c = <client_t *>calloc(1, sizeof(client_t))
         if self.c == NULL:
             raise MemoryError()
         pthread_mutex_init(&self.c.lock, NULL)
+        self.disks = ()
 
-    def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
-                 response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 fail_fast=False, Watch watch=None):
+    cdef int prepare(self, tuple memory, object poll, bint fail_fast, Watch watch) except -1:
+        """Takes the channels: memory of request, response, and their bells or None. Precondition: sizes, protocols and
+        the functions of the transport are set."""
         cdef client_t *c = self.c
-        if self.request is not None:
-            raise UsageError("a Client is initialised once")
-        self.protocols = (request_protocol, response_protocol)
         self.watch = watch
-        self.bind(request, response, request_bell, response_bell, 0 if poll is None else poll * 1000)
+        self.bind(memory, 0 if poll is None else poll * 1000)
         c.fail_fast = fail_fast
         c.window = 1
+        c.allowed = WINDOW
         c.depth = c.settled = DEPTH_FIRST
-        self.ctx = <void *>c
-        self.submit = client_submit
+        return 0
 
-    cdef int bind(self, object request, object response, object request_bell, object response_bell,
-                  uint64_t poll_ns) except -1:
+    cdef int bind(self, tuple memory, uint64_t poll_ns) except -1:
         """Takes the channels' memory; what was bound before stays bound when this raises."""
-        cdef uint64_t least = SHMSTREAM_HEADER_SIZE + sizeof(block_event)
         cdef client_t *c = self.c
         cdef writer_t w
         cdef reader_t r
-        cdef Mapping q = hold(request, True, least)
-        cdef Mapping p = hold(response, False, least)
+        request, response, request_bell, response_bell = memory
+        cdef Mapping q = hold(request, True, SHMSTREAM_HEADER_SIZE + self.sizes[0])
+        cdef Mapping p = hold(response, False, SHMSTREAM_HEADER_SIZE + self.sizes[1])
         cdef Mapping qb = None if request_bell is None else hold(request_bell, True, sizeof(bell_page))
         cdef Mapping pb = None if response_bell is None else hold(response_bell, True, sizeof(bell_page))
-        writer_init(&w, q.base, q.length, sizeof(block_event), self.protocols[0])
-        reader_init(&r, p.base, p.length, sizeof(block_event), self.protocols[1])
+        writer_init(&w, q.base, q.length, self.sizes[0], self.protocols[0])
+        reader_init(&r, p.base, p.length, self.sizes[1], self.protocols[1])
         w.broken = q.broken
         r.broken = p.broken
         w.bell = NULL if qb is None else qb.as_bell()
@@ -754,13 +909,49 @@ cdef class Client(Target):
         self.request, self.response, self.request_bell, self.response_bell = q, p, qb, pb
         return 0
 
-    def rebind(self, request, response, request_bell=None, response_bell=None):
-        """Goes on in other memory, after the channels were made anew: as after a restart of the server.
+    cdef bint held(self) noexcept:
+        """Whether the channels' memory is still ours to touch."""
+        return self.request is not None and self.request.held
+
+    cdef int make_disks(self, uint64_t n) except -1:
+        """Makes the disks, once and for all: their Targets point into the queues."""
+        cdef Disk disk
+        cdef queue_t *queues = <queue_t *>calloc(n, sizeof(queue_t))
+        cdef uint64_t k
+        if queues == NULL:
+            raise MemoryError()
+        self.c.queues = queues
+        made = []
+        for k in range(n):
+            queues[k].client = self.c
+            queues[k].device = <uint32_t>k
+            queues[k].block_size = BLOCK_SIZE
+            disk = Disk.__new__(Disk)
+            disk.queue = &queues[k]
+            disk.client = self
+            disk.device = <uint32_t>k
+            disk.ctx = <void *>&queues[k]
+            disk.submit = client_submit
+            made.append(disk)
+        self.c.nqueues = <uint32_t>n
+        self.disks = tuple(made)
+        return 0
+
+    cdef void more_taken(self) noexcept:
+        """Points the transport to `more`."""
+
+    cdef bint admit(self) except -1:
+        """Gives the disks the geometry that was answered; False where that is not what they have had, or is none."""
+        return False
+
+    cdef int rebound(self, tuple memory, Mapping more) except -1:
+        """What rebind() does: goes on in other memory, after the channels were made anew, as after a restart of the
+        server.
 
         What is in flight stays so until resume() or fail(). The old memory may be unmapped afterwards.
         """
         cdef client_t *c = self.c
-        old = (self.request, self.response, self.request_bell, self.response_bell)
+        old = (self.request, self.response, self.request_bell, self.response_bell, self.more)
         with nogil:
             client_take(c)
         pthread_mutex_lock(&c.lock)
@@ -768,10 +959,12 @@ cdef class Client(Target):
             if c.state >= CLIENT_FAILED:
                 raise UsageError("this device has failed or is closed")
             writer_stop(&c.w)           # a server that is still there learns that we have left
-            self.bind(request, response, request_bell, response_bell, c.r.poll_ns)
+            self.bind(memory, c.r.poll_ns)
+            self.more = more
+            self.more_taken()
             if c.state == CLIENT_READY:
                 store_release32(&c.state, CLIENT_LOST)
-            c.phase = PHASE_FAREWELL
+            c.phase = PHASE_START
             c.phase_since = 0
         finally:
             pthread_mutex_unlock(&c.lock)
@@ -780,6 +973,7 @@ cdef class Client(Target):
         for m in old:
             if m is not None:
                 (<Mapping>m).drop()
+        return 0
 
     # -------------------------------------------------------------- the background thread
 
@@ -793,7 +987,7 @@ cdef class Client(Target):
         cdef bint answered = False
         cdef uint32_t seen
         if not busy_enter(&self.busy):
-            raise UsageError("another thread runs this Client")
+            raise UsageError(f"another thread runs this {type(self).__name__}")
         with nogil:
             prepare_thread(TIMER_SLACK_NS, load_relaxed32(&c.background) != 0)
             seen = load_acquire32(&c.chore)
@@ -802,7 +996,7 @@ cdef class Client(Target):
             elif c.state == CLIENT_CONNECTING or c.state == CLIENT_LOST:
                 if client_take_turn(c, ns):
                     if c.state == CLIENT_CONNECTING or c.state == CLIENT_LOST:
-                        answered = client_connect(c, ns)
+                        answered = c.connect(c, ns)
                     client_release(c)
             elif c.state == CLIENT_READY:
                 if load_relaxed32(&c.background) != 0:
@@ -838,19 +1032,22 @@ cdef class Client(Target):
     def resume(self):
         """After "answered": takes the geometry and (re-)issues everything not answered.
 
-        False when the server that answered has gone meanwhile: run() again.
+        False when the server that answered has gone meanwhile: run() again. Raises UsageError for a geometry that cannot
+        be, or another than the first one taken.
         """
-        cdef bint resumed
-        cdef uint64_t before = self.nblocks
-        self.nblocks = self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
-        self.read_only = self.c.flags & STORE_READ_ONLY != 0
         with nogil:
             client_take(self.c)
-            resumed = client_resume(self.c)
-            client_release(self.c)
-        if not resumed:
-            self.nblocks = before
-        return bool(resumed)
+        try:
+            if not client_answered(self.c):
+                return False
+            if not self.admit():
+                raise UsageError("the disks have another geometry than before, or one that cannot be")
+            with nogil:
+                client_resume(self.c)
+            return True
+        finally:
+            with nogil:
+                client_release(self.c)
 
     def fail(self, *, forever=True):
         """Answers everything outstanding with EIO; forever: everything to come, too."""
@@ -881,13 +1078,14 @@ cdef class Client(Target):
 
     @property
     def depth(self):
-        """Most blocks in flight now. Set it to 1 to 1024 (the rings may hold fewer), or to None: it adapts."""
+        """Most requests in flight now, of one block each on inline channels. Set it to 1 to 1024 (the rings may hold
+        fewer), or to None: it adapts."""
         return self.c.depth
 
     @depth.setter
     def depth(self, value):
         if value is not None and not (isinstance(value, int) and 1 <= value <= WINDOW):
-            raise UsageError(f"a depth is a number of blocks, 1 to {WINDOW}, or None", option="depth", value=value)
+            raise UsageError(f"a depth is a number of requests, 1 to {WINDOW}, or None", option="depth", value=value)
         pthread_mutex_lock(&self.c.lock)
         self.c.depth = DEPTH_FIRST if value is None else value
         self.c.settled = DEPTH_FIRST if value is None else 0
@@ -900,9 +1098,9 @@ cdef class Client(Target):
         return self.STATES[self.c.state]
 
     @property
-    def answered_blocks(self):
-        """Blocks of 4096 bytes of the disk, from the last answer to `size`."""
-        return self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
+    def geometry(self):
+        """Of each device, (blocks, bytes of a block) as last answered; empty before."""
+        return ()
 
     @property
     def store(self):
@@ -921,20 +1119,23 @@ cdef class Client(Target):
     @property
     def server_active(self):
         """Whether the response channel is active now; False once closed."""
-        return self.response is not None and self.response.held and load_acquire64(&self.c.r.hdr.epoch) != 0
+        return self.held() and load_acquire64(&self.c.r.hdr.epoch) != 0
 
     @property
     def incompatible(self):
         """(protocol, size, elements) of a response channel that was refused, or None."""
-        if self.c.r.refused == 0 or self.response is None or not self.response.held:
+        if self.c.r.refused == 0 or not self.held():
             return None
         return (load_relaxed64(&self.c.r.hdr.protocol), load_relaxed64(&self.c.r.hdr.size),
                 load_relaxed64(&self.c.r.hdr.elements))
 
     @property
     def broken(self):
-        """Name of the channel whose memory was taken away, or None."""
-        return "request" if was_taken(self.request) else "response" if was_taken(self.response) else None
+        """Name of what was taken away by its owner ("request", "response", "buffer"), or None."""
+        for name, m in (("request", self.request), ("response", self.response), ("buffer", self.more)):
+            if was_taken(m):
+                return name
+        return None
 
     @property
     def in_flight(self):
@@ -950,187 +1151,20 @@ cdef class Client(Target):
     def counters(self):
         """All counters of this client's life; readable while it runs."""
         cdef client_counters n = self.c.n
-        return {"reads": n.reads, "writes": n.writes, "syncs": n.syncs, "bytes_read": n.bytes_read,
-                "bytes_written": n.bytes_written, "errors": n.errors, "stale": n.stale, "reissued": n.reissued,
-                "lives": n.lives, "batches": n.batches, "overruns": self.c.r.overruns,
+        return {"reads": n.reads, "writes": n.writes, "discards": n.discards, "syncs": n.syncs,
+                "bytes_read": n.bytes_read, "bytes_written": n.bytes_written, "errors": n.errors, "stale": n.stale,
+                "reissued": n.reissued, "lives": n.lives, "batches": n.batches, "overruns": self.c.r.overruns,
                 "lost": self.c.r.lost_total, "wakes": self.c.w.wakes, "sleeps": self.c.r.sleeps}
-
-    # -------------------------------------------------------------- blocking calls
-
-    cdef int execute(self, io_t *ios, uint64_t n) except -1:
-        """Runs n requests (an array) to their end without the GIL; raises OSError with the first error."""
-        cdef blocking_t b
-        cdef client_t *c = self.c
-        cdef uint64_t k
-        b.c = c
-        b.left = <uint32_t>n
-        b.done = 0
-        b.error = 0
-        for k in range(n):
-            ios[k].done = blocking_done
-            ios[k].user = &b
-            ios[k].next = &ios[k + 1] if k + 1 < n else NULL
-        self.usable()
-        fetch_add_acqrel32(&c.callers, 1)
-        store_release32(&c.wanted, 1)
-        try:
-            with nogil:
-                client_submit_list(c, &ios[0], &ios[n - 1])
-                client_await(c, &b, SIGNALS_NS)
-            while load_acquire32(&b.done) == 0:
-                # A handler may close the device: that waits for those inside.
-                fetch_add_acqrel32(&c.callers, <uint32_t>-1)
-                try:
-                    PyErr_CheckSignals()
-                except BaseException:
-                    fetch_add_acqrel32(&c.callers, 1)
-                    with nogil:
-                        client_take(c)
-                        client_forget(c, &b)
-                        client_release(c)
-                    raise
-                fetch_add_acqrel32(&c.callers, 1)
-                with nogil:
-                    client_await(c, &b, SIGNALS_NS)
-        finally:
-            fetch_add_acqrel32(&c.callers, <uint32_t>-1)
-        if b.error != 0:
-            raise OSError(-b.error, _os.strerror(-b.error))
-        return 0
-
-    cdef int usable(self) except -1:
-        if self.request is not None and self.request.forked:
-            raise UsageError("this device belongs to the process that was forked; open one of your own")
-        if self.c.state == CLIENT_CLOSED:
-            raise UsageError("this device is closed")
-        return 0
-
-    cdef uint64_t place(self, object offset, uint64_t length) except? 1:
-        """The byte offset, which lies on the disk with the `length` bytes behind it. Raises UsageError."""
-        cdef uint64_t size = self.nblocks * BLOCK_SIZE, at
-        self.usable()
-        if size == 0:
-            if load_acquire32(&self.c.state) == CLIENT_FAILED:
-                raise OSError(EIO, _os.strerror(EIO))
-            raise UsageError("no server has answered yet: wait_ready() waits for one")
-        offset = PyNumber_Index(offset)     # numpy's numbers wrap
-        try:
-            at = offset
-        except OverflowError:               # negative, or no 64-bit number
-            at = <uint64_t>-1
-        if at > size or length > size - at:
-            raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {size}")
-        return at
-
-    def move(self, bint write, offset, buffer):
-        """Moves a buffer's bytes to the disk, or from it, at byte `offset`; how many. Raises OSError, UsageError.
-
-        -1, and nothing was moved, where offset or length are no whole blocks.
-        """
-        cdef Py_buffer view
-        cdef uint64_t at
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
-        try:
-            at = self.place(offset, view.len)
-            if view.len != 0 and (at | <uint64_t>view.len) % BLOCK_SIZE != 0:
-                return -1
-            self.whole(IO_WRITE if write else IO_READ, at, <uint8_t *>view.buf, view.len)
-            return view.len
-        finally:
-            PyBuffer_Release(&view)
-
-    def read(self, length, offset):
-        """`length` bytes from byte `offset` on; None where they are no whole blocks. Raises OSError, UsageError."""
-        cdef uint64_t at
-        cdef bytes data
-        length = PyNumber_Index(length)
-        if not 0 <= length < 1 << 63:
-            raise UsageError("a length is a number of bytes, 0 to 2^63 - 1", value=length)
-        at = self.place(offset, length)
-        if length != 0 and (at | <uint64_t>length) % BLOCK_SIZE != 0:
-            return None
-        data = PyBytes_FromStringAndSize(NULL, length)
-        self.whole(IO_READ, at, <uint8_t *>PyBytes_AS_STRING(data), length)
-        return data
-
-    cdef int whole(self, uint32_t kind, uint64_t at, uint8_t *buf, uint64_t length) except -1:
-        cdef io_t io
-        if length == 0:
-            return 0
-        if length // BLOCK_SIZE > 0xffffffff:
-            raise UsageError(f"{length} bytes are too many for one call, which takes less than 2^32 blocks of {BLOCK_SIZE}")
-        io.kind = kind
-        io.block = at // BLOCK_SIZE
-        io.nblocks = <uint32_t>(length // BLOCK_SIZE)
-        io.buf = buf
-        return self.execute(&io, 1)
-
-    def scattered(self, bint write, offsets, buffer):
-        """One request per byte offset in `offsets`, all in flight together; buffer holds len(offsets) equal pieces. Bytes
-        moved. Raises OSError, UsageError."""
-        cdef Py_buffer view
-        cdef io_t *ios = NULL
-        cdef uint64_t n = len(offsets), k = 0, each, at
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if write else PyBUF_WRITABLE)
-        try:
-            self.place(0, 0)
-            if n == 0 and view.len == 0:
-                return 0
-            each = 0 if n == 0 else <uint64_t>view.len // n
-            if n > 0xffffffff or each == 0 or each * n != <uint64_t>view.len or each % BLOCK_SIZE != 0:
-                raise UsageError(f"data of {view.len} bytes is not one piece for each of {n} offsets, all of the same "
-                                 f"whole blocks of {BLOCK_SIZE} (offsets come first, then data)")
-            each //= BLOCK_SIZE
-            if each > 0xffffffff:
-                raise UsageError(f"{each * BLOCK_SIZE} bytes are too many for one piece, which takes less than 2^32 blocks "
-                                 f"of {BLOCK_SIZE}")
-            ios = <io_t *>calloc(n, sizeof(io_t))
-            if ios == NULL:
-                raise MemoryError()
-            try:
-                for offset in offsets:
-                    if k == n:
-                        break
-                    at = PyNumber_Index(offset)
-                    if at % BLOCK_SIZE != 0:
-                        raise UsageError(f"an offset is a multiple of {BLOCK_SIZE} here", value=offset)
-                    at //= BLOCK_SIZE
-                    if at > self.nblocks or each > self.nblocks - at:
-                        raise OverflowError()
-                    ios[k].kind = IO_WRITE if write else IO_READ
-                    ios[k].block = at
-                    ios[k].nblocks = <uint32_t>each
-                    ios[k].buf = <uint8_t *>view.buf + k * each * BLOCK_SIZE
-                    k += 1
-            except OverflowError:       # also a number that is negative or no 64-bit one
-                raise UsageError(f"{each * BLOCK_SIZE} bytes from {offset} on reach beyond the disk's "
-                                 f"{self.nblocks * BLOCK_SIZE}") from None
-            if k != n:
-                raise UsageError("the list of offsets changed while it was read")
-            self.execute(ios, n)
-            return view.len
-        finally:
-            free(ios)
-            PyBuffer_Release(&view)
-
-    def sync(self):
-        """Makes every write answered so far durable; raises OSError."""
-        cdef io_t io
-        io.kind = IO_SYNC
-        io.block = 0
-        io.nblocks = 0
-        io.buf = NULL
-        self.execute(&io, 1)
 
     def close(self):
         """Fails what is outstanding and deactivates the request channel. No front end may still submit."""
         cdef client_t *c = self.c
-        if self.request is None or not self.request.held:
+        if not self.held():
             return
         self.stop()
         if not busy_enter(&self.busy):
-            raise UsageError("end the background thread before closing a Client")
-        if not self.request.held:       # another thread was faster
+            raise UsageError(f"end the background thread before closing a {type(self).__name__}")
+        if not self.held():             # another thread was faster
             busy_leave(&self.busy)
             return
         with nogil:
@@ -1143,15 +1177,59 @@ cdef class Client(Target):
                 sleep_ns(100_000)
         c.r.bell = NULL
         c.w.bell = NULL
-        for m in (self.request, self.response, self.request_bell, self.response_bell):
+        for m in (self.request, self.response, self.request_bell, self.response_bell, self.more):
             if m is not None:
                 (<Mapping>m).drop()
         busy_leave(&self.busy)
 
     def __dealloc__(self):
         if self.c != NULL:
-            if self.request is not None and self.request.held:
+            if self.held():
                 writer_stop(&self.c.w)
             pthread_mutex_destroy(&self.c.lock)
+            free(self.c.queues)
             free(self.c)
             self.c = NULL
+
+
+cdef class Client(ClientEngine):
+    """The client engine of one disk over a pair of inline channels.
+
+    request: the request channel's memory, writable, claimed by the caller; response: the response channel's.
+    request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. fail_fast: while the
+    server is lost, new requests fail instead of waiting for it. watch: of all engines of this process, or None.
+    """
+
+    def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
+                 response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
+                 fail_fast=False, Watch watch=None):
+        if self.request is not None:
+            raise UsageError("a Client is initialised once")
+        self.c.issue = client_issue
+        self.c.reap = client_reap
+        self.c.connect = client_connect
+        self.sizes = (sizeof(block_event), sizeof(block_event))
+        self.protocols = (request_protocol, response_protocol)
+        self.prepare((request, response, request_bell, response_bell), poll, fail_fast, watch)
+        self.make_disks(1)
+
+    def rebind(self, request, response, request_bell=None, response_bell=None):
+        """Goes on in other memory, after the channels were made anew: as after a restart of the server.
+
+        What is in flight stays so until resume() or fail(). The old memory may be unmapped afterwards.
+        """
+        self.rebound((request, response, request_bell, response_bell), None)
+
+    cdef bint admit(self) except -1:
+        cdef Disk disk = self.disks[0]
+        cdef uint64_t nblocks = self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
+        if disk.nblocks != 0 and disk.nblocks != nblocks:
+            return False
+        disk.nblocks = nblocks
+        disk.read_only = self.c.flags & STORE_READ_ONLY != 0
+        return True
+
+    @property
+    def geometry(self):
+        """As ClientEngine.geometry: blocks of 4096 bytes, from the last answer to `size`."""
+        return ((self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE), BLOCK_SIZE),)

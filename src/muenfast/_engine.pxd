@@ -93,7 +93,7 @@ cdef class ServerEngine:
     cdef int bind(self, object request, object response, object request_bell, object response_bell, uint64_t request_size,
                   uint64_t response_size, uint64_t request_protocol, uint64_t response_protocol, object poll,
                   Watch watch) except -1
-    cdef int introduce(self, bytes identity, uint32_t flags) except -1
+    cdef int introduce(self, bytes identity, uint32_t flags, uint32_t zeroes) except -1
     cdef int step(self) noexcept nogil
     cdef void wait(self, uint64_t ns) noexcept nogil
     cdef void land(self) noexcept nogil

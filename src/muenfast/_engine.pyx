@@ -39,13 +39,14 @@ cdef class ServerEngine:
             self.w.bell = self.response_bell.as_bell()
         return 0
 
-    cdef int introduce(self, bytes identity, uint32_t flags) except -1:
+    cdef int introduce(self, bytes identity, uint32_t flags, uint32_t zeroes) except -1:
         """Ends what a dead predecessor left: its epoch must not look alive, for its answers are nobody's, and our store
         is not its. Then tells the other side, who may believe it or not, what stands behind the channel."""
         writer_stop(self.w)
         if self.w.bell != NULL:
             memcpy(self.w.bell.store, PyBytes_AS_STRING(identity), 16)
             store_relaxed32(&self.w.bell.flags, flags)
+            store_relaxed32(&self.w.bell.zeroes, zeroes)
             store_release32(&self.w.bell.state, ENDPOINT_SERVING)
         return 0
 

@@ -43,6 +43,11 @@ cdef inline int store_flush(const store_t *s) noexcept nogil:
     return -EIO if store_broken(s) else 0
 
 
+cdef inline bint store_zeroes(const store_t *s) noexcept nogil:
+    """Whether what store_discard() freed reads as zeros."""
+    return s.kind != STORE_FILE or not s.device
+
+
 cdef int store_discard(const store_t *s, uint64_t start, uint64_t length) noexcept nogil
 cdef uint64_t store_smart(const store_t *s, uint8_t *data) noexcept nogil
 

@@ -35,5 +35,6 @@ cdef class Target:
     cdef void *ctx
     cdef readonly uint64_t nblocks
     cdef readonly uint32_t block_size   # 512 or 4096 bytes: unit and alignment of all I/O
-    cdef readonly bint discards         # takes IO_DISCARD and IO_ZERO
+    cdef readonly bint discards         # takes IO_DISCARD and IO_ZERO ...
+    cdef readonly bint zeroes           # ... and what was discarded reads as zeros
     cdef readonly bint read_only

@@ -143,14 +143,16 @@ cdef class Completions:
         """
         cdef waiting_t *w
         cdef _Held held = None
+        cdef uint64_t size = self.target.block_size, n = 0
         cdef uint32_t what = IO_READ if kind == "read" else (IO_WRITE if kind == "write" else IO_SYNC)
         if self.q.event < 0:
             raise UsageError("these completions are closed")
         if what != IO_SYNC:
             held = _Held(buffer, what == IO_READ)
-            if held.view.len % BLOCK_SIZE != 0 or not 0 < held.view.len // BLOCK_SIZE <= 0xffffffff:
-                raise UsageError(f"{held.view.len} bytes are no whole number of blocks of {BLOCK_SIZE}")
-            if block < 0 or block + held.view.len // BLOCK_SIZE > self.target.nblocks:
+            n = <uint64_t>held.view.len // size
+            if <uint64_t>held.view.len % size != 0 or not 0 < n <= 0xffffffff:
+                raise UsageError(f"{held.view.len} bytes are no whole number of blocks of {size}")
+            if block < 0 or block + n > self.target.nblocks:
                 raise UsageError(f"block {block} and what follows reach beyond the disk's {self.target.nblocks}")
         w = <waiting_t *>calloc(1, sizeof(waiting_t))
         if w == NULL:
@@ -161,7 +163,7 @@ cdef class Completions:
         w.io.user = w
         if what != IO_SYNC:
             w.io.block = block
-            w.io.nblocks = <uint32_t>(<uint64_t>held.view.len // BLOCK_SIZE)
+            w.io.nblocks = <uint32_t>n
             w.io.buf = <uint8_t *>held.view.buf
         key = <uintptr_t>w
         self.buffers[key] = held

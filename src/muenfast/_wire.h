@@ -131,7 +131,8 @@ MF_OFFSET(block_response, status, 8);
 #define BELL_MAGIC UINT64_C(0x4c4c45426e65754d) /* "MuenBELL" */
 
 enum { ENDPOINT_NONE = 0, ENDPOINT_SERVING = 1, ENDPOINT_BACK_LATER = 2, ENDPOINT_GONE = 3 }; /* state */
-enum { STORE_READ_ONLY = 1 }; /* flags: shifted left by the number of the device, below 32 */
+enum { STORE_READ_ONLY = 1 }; /* flags: shifted left by the number of the device, below STORE_FLAGS */
+enum { STORE_FLAGS = 32 };
 
 typedef struct {
     uint64_t magic;
@@ -141,7 +142,8 @@ typedef struct {
     uint32_t state;       /* of the writer's endpoint */
     uint32_t flags;
     uint8_t store[16];    /* identity of what is behind the endpoint; zero = none */
-    uint64_t unused[2];
+    uint32_t zeroes;      /* bit n: what is discarded of device n, below STORE_FLAGS, reads as zeros */
+    uint32_t unused[3];
     uint64_t reader_rc;   /* advice: the reader's RC ... */
     uint64_t reader_epoch; /* ... in this epoch */
     uint64_t unused2[6];
@@ -155,7 +157,8 @@ MF_OFFSET(bell_page, ringer, 16);
 MF_OFFSET(bell_page, state, 24);
 MF_OFFSET(bell_page, flags, 28);
 MF_OFFSET(bell_page, store, 32);
-MF_OFFSET(bell_page, unused, 48);
+MF_OFFSET(bell_page, zeroes, 48);
+MF_OFFSET(bell_page, unused, 52);
 MF_OFFSET(bell_page, reader_rc, 64);
 MF_OFFSET(bell_page, reader_epoch, 72);
 MF_OFFSET(bell_page, unused2, 80);

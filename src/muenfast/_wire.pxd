@@ -74,6 +74,7 @@ cdef extern from "_wire.h" nogil:
     const uint32_t ENDPOINT_BACK_LATER
     const uint32_t ENDPOINT_GONE
     const uint32_t STORE_READ_ONLY
+    const uint32_t STORE_FLAGS
 
     ctypedef struct ring_header:
         uint64_t transport
@@ -118,5 +119,6 @@ cdef extern from "_wire.h" nogil:
         uint32_t state
         uint32_t flags
         uint8_t store[16]
+        uint32_t zeroes
         uint64_t reader_rc
         uint64_t reader_epoch

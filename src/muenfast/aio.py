@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 from muenfast._target import Completions
-from muenfast.connection import BLOCK
 from muenfast.disk import BlockDevice
 from muenfast.errors import UsageError
 
@@ -22,11 +21,9 @@ class AsyncBlockDevice:
             assert await disk.pread(5, 0) == b"hello"
 
     Requests of any number of tasks are in flight together. One event loop. A cancelled call goes on in the engine: its
-    buffer must not be touched before the device is closed. Whole blocks of 4096 bytes in the caller's buffer are not
+    buffer must not be touched before the device is closed. Whole blocks (block_size) in the caller's buffer are not
     copied here.
     """
-
-    block_size = BLOCK
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._arguments, self._named = arguments, named
@@ -40,7 +37,7 @@ class AsyncBlockDevice:
         self._process = os.getpid()
         self._device = await asyncio.to_thread(BlockDevice, *self._arguments, **self._named)
         self._device.client.background = True
-        self._completions = Completions(self._device.client)
+        self._completions = Completions(self._device.target)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._completions.fileno(), self._collect)
         return self
@@ -48,6 +45,11 @@ class AsyncBlockDevice:
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
                         traceback: TracebackType | None) -> None:
         await self.close()
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block of the disk."""
+        return self._open().block_size
 
     @property
     def size(self) -> int:
@@ -92,14 +94,15 @@ class AsyncBlockDevice:
         view = memoryview(buffer).cast("B")
         length = len(view)
         self._span(offset, length)
-        if offset % BLOCK == 0 and length % BLOCK == 0:
+        size = self.block_size
+        if offset % size == 0 and length % size == 0:
             if length:
-                await self._run("read", offset // BLOCK, view)
+                await self._run("read", offset // size, view)
         elif length:
-            first, last = offset // BLOCK, (offset + length - 1) // BLOCK
-            whole = bytearray((last - first + 1) * BLOCK)
+            first, last = offset // size, (offset + length - 1) // size
+            whole = bytearray((last - first + 1) * size)
             await self._run("read", first, whole)
-            start = offset - first * BLOCK
+            start = offset - first * size
             view[:] = memoryview(whole)[start:start + length]
         return length
 
@@ -108,15 +111,16 @@ class AsyncBlockDevice:
         view = memoryview(data).cast("B")
         length = len(view)
         self._span(offset, length)
-        if offset % BLOCK == 0 and length % BLOCK == 0:
+        size = self.block_size
+        if offset % size == 0 and length % size == 0:
             if length:
-                await self._run("write", offset // BLOCK, view)
+                await self._run("write", offset // size, view)
         elif length:
-            first, last = offset // BLOCK, (offset + length - 1) // BLOCK
-            whole = bytearray((last - first + 1) * BLOCK)
+            first, last = offset // size, (offset + length - 1) // size
+            whole = bytearray((last - first + 1) * size)
             async with self._rmw:
                 await self._run("read", first, whole)
-                start = offset - first * BLOCK
+                start = offset - first * size
                 whole[start:start + length] = view
                 await self._run("write", first, whole)
         return length

@@ -20,13 +20,13 @@ from typing import Any
 from muenfast import shm
 from muenfast._ring import Watch
 from muenfast.connection import MOST_POLL, Channels, blame, channels_from_lists
-from muenfast.disk import BlockDevice, OnPeerLoss
-from muenfast.errors import ClaimError, PeerError, UsageError
+from muenfast.disk import BlockDevice, Connection, OnPeerLoss
+from muenfast.errors import ClaimError, UsageError
 from muenfast.export import Crew, Export, ExportConfig, exports_from_lists
 from muenfast.threads import spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
-           "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
+           "Connection", "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
 
 log = logging.getLogger("muenfast")
 
@@ -127,17 +127,22 @@ def _front_end(attach: str) -> str:
                      hint="; ".join(reasons))
 
 
+def _check_sockets(paths: list[str], count: int | None) -> None:
+    if count is not None and len(paths) != count:
+        raise UsageError(f"there is one socket for each disk: {count}", option="--nbd", value=",".join(paths))
+
+
 class AttachedDisk:
     """A BlockDevice and the front ends on top; made by BlockClients.
 
     front: what makes it a block device, or None. listener: of the socket it is served on, or None; nbd: the server.
     """
 
-    def __init__(self, device: BlockDevice, listener: Any = None) -> None:
+    def __init__(self, device: BlockDevice) -> None:
         self.device = device
         self.front: Any = None
         self.claim: Any = None
-        self.listener = listener
+        self.listener: Any = None
         self.nbd: Any = None
 
     @property
@@ -152,37 +157,40 @@ class AttachedDisk:
 
 
 class BlockClients(_Group):
-    """Several disks in one process, as /dev/muendiskX in the order of the list; attached when ready() returns True.
+    """The disks of several connections in one process, as /dev/muendiskX in the order of the list, and of their numbers
+    on a connection; attached when ready() returns True.
 
-    attach: one of ATTACHMENTS, afterwards what "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD
-    export from then on, too.
+    disks: one for each connection until ready() knows how many each has. attach: one of ATTACHMENTS, afterwards what
+    "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too.
     """
 
     def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
                  on_peer_loss: OnPeerLoss | None = None, same_store: bool = False) -> None:
         super().__init__()
         self.attach = _front_end(attach)
+        self.connections: list[Connection] = []
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
-            listeners = self._listeners(stack, nbd, len(channels))
+            one_each = all(each.buffer is None for each in channels)
+            self._listeners = self._listen(stack, nbd, len(channels) if one_each else None)
             watch = self._watch(stack, len(channels))
-            for entry, listener in zip(channels, listeners, strict=True):
-                device = BlockDevice(channels=entry, timeout=0, on_peer_loss=on_peer_loss or OnPeerLoss(),
-                                     same_store=same_store, watch=watch)
-                stack.callback(device.close)
-                self.disks.append(AttachedDisk(device, listener))
+            for entry in channels:
+                connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
+                stack.callback(connection.close)
+                self.connections.append(connection)
+                self.disks.append(AttachedDisk(BlockDevice(connection=connection)))
             self._stack = stack.pop_all()
 
     @staticmethod
-    def _listeners(stack: ExitStack, paths: Sequence[str] | None, count: int) -> list[Any]:
-        """Sockets whose paths are ours, and refuse clients so far; None for each disk where none are wanted."""
+    def _listen(stack: ExitStack, paths: Sequence[str] | None, count: int | None) -> list[Any] | None:
+        """Sockets whose paths are ours, and refuse clients so far; None where none are wanted. count: of disks, where that
+        is known before their servers answer."""
         if paths is None:
-            return [None] * count
-        if len(paths) != count:
-            raise UsageError(f"there is one socket for each disk: {count}", option="--nbd", value=",".join(paths))
+            return None
+        _check_sockets([*paths], count)
         from muenfast.attach.sockets import Listener
 
-        listeners = []
+        listeners: list[Any] = []
         for index, path in enumerate(paths):
             with blame("--nbd", index, path):
                 listeners.append(Listener(path))
@@ -195,15 +203,22 @@ class BlockClients(_Group):
         Raises UsageError, ClaimError, OSError, PeerError; devices made by then are taken away by close().
         """
         patience = time.monotonic() + _WAIT_SILENTLY
-        for disk in self.disks:
-            while not disk.device.wait_ready(0.1):
+        for connection in self.connections:
+            while not connection.wait_ready(0.1):
                 if time.monotonic() > patience:
                     patience = math.inf
-                    log.warning("disk %s: waiting for the server", disk.device.channels.name)
-                if disk.device.failure is not None:
-                    raise PeerError(disk.device.channels.resp.text, "size", disk.device.failure, "a disk")
+                    log.warning("disk %s: waiting for the server", connection.channels.name)
+                if connection.failure is not None:
+                    raise connection.refused()
                 if not wait():
                     return False
+        disks = [AttachedDisk(BlockDevice(connection=connection, device=number))
+                 for connection in self.connections for number in range(len(connection.client.disks))]
+        if self._listeners is not None:
+            _check_sockets([listener.path for listener in self._listeners], len(disks))
+            for disk, listener in zip(disks, self._listeners, strict=True):
+                disk.listener = listener
+        self.disks = disks
         self._stack.callback(self._detach_all)
         for disk in self.disks:
             if self.attach != "none":
@@ -219,8 +234,9 @@ class BlockClients(_Group):
 
         if disk.nbd is None:
             disk.device.client.background = True
-            channels = disk.device.channels
-            disk.nbd = nbd.NbdServer(disk.device.client, channels.req.text,
+            channels, number = disk.device.channels, disk.device.target.device
+            name = channels.req.text if channels.buffer is None else f"{channels.req.text}.{number}"
+            disk.nbd = nbd.NbdServer(disk.device.target, name,
                                      description=f"muenfast disk over the channels {channels.name}")
         return disk.nbd
 
@@ -239,7 +255,7 @@ class BlockClients(_Group):
                 for complaint in fuse.reclaim_name(directory, name) + nbdkernel.reclaim_name(directory, name):
                     log.warning("/dev/%s: %s", name, complaint)
                 if self.attach == "fuse":
-                    disk.front = fuse.FuseAttachment.attach(disk.device.client, name, directory)
+                    disk.front = fuse.FuseAttachment.attach(disk.device.target, name, directory)
                 else:
                     disk.front = nbdkernel.NbdAttachment.attach(self._nbd(disk), name, directory)
             except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps
@@ -285,7 +301,7 @@ class BlockClients(_Group):
 
     def finished(self) -> bool:
         """Whether every server ended its export for good."""
-        return all(disk.device.gone for disk in self.disks)
+        return all(connection.gone for connection in self.connections)
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per disk."""

@@ -1,4 +1,4 @@
-"""The using side: a disk at the other end of a block connection."""
+"""The using side: disks at the other end of a block connection."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from operator import index
 from typing import Any
 
 from muenfast import shm
-from muenfast._client import Client
+from muenfast._bufclient import BufferClient
+from muenfast._client import Client, Disk
 from muenfast._ring import Watch
+from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, channels_from_lists
 from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, PeerLog, UsageError
 
@@ -23,6 +25,7 @@ log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names, claims and policies
 _PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
+_ENDS = ("request", "response", "buffer")  # what Channels.open returns, and engines call them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,51 +51,33 @@ class OnPeerLoss:
         return cls("timeout", seconds)
 
 
-class BlockDevice:
-    """A disk at the other side of two channels.
+class Connection:
+    """The using side of one connection, and the thread that looks after it. Its disks are BlockDevices.
 
-        with muenfast.BlockDevice(req="a", resp="c") as disk:
-            disk.pwrite(b"hello", 0)
-            disk.flush()
-            assert disk.pread(5, 0) == b"hello"
-
-    req, resp: locators (or channels: a parsed Channels). timeout: seconds to wait for the server, None: no end.
-    on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
-    that a server which announces no or another identity still has the same data. depth: most blocks in flight, 1 to
-    1024; None: it adapts. watch: polls for this disk while it is idle. req_protocol to bells: as `channels_from_lists`.
-
-    All methods may be called from any number of threads; requests of several threads are in flight together.
-    Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
+    channels: where. wants: number of a disk that must be there. The rest: as BlockDevice, which most programs need only.
     """
 
-    block_size = BLOCK
+    client: Client | BufferClient
 
-    def __init__(self, req: str | None = None, resp: str | None = None, *, channels: Channels | None = None,
-                 timeout: float | None = 10.0, on_peer_loss: str | OnPeerLoss = "queue",
+    def __init__(self, channels: Channels, *, timeout: float | None = 10.0, on_peer_loss: OnPeerLoss | None = None,
                  same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
-                 req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
-                 poll: int | None = None, bells: bool = True) -> None:
-        if channels is None:
-            if req is None or resp is None:
-                raise UsageError("a block device needs a request and a response channel")
-            (channels,) = channels_from_lists(req, resp, req_protocol=req_protocol, resp_protocol=resp_protocol,
-                                              size=size, poll=poll, bells=bells)
+                 wants: int = 0) -> None:
         self.channels = channels
-        self._policy = OnPeerLoss.parse(on_peer_loss, "on_peer_loss") if isinstance(on_peer_loss, str) else on_peer_loss
+        self._policy = on_peer_loss or OnPeerLoss()
         self._same_store = same_store
         self._watch = watch
         self._depth = depth
+        self._wants = wants
+        self._geometry: tuple[tuple[int, int], ...] = ()
         self._store: bytes | None = None
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._gone = False
         self._failure: str | None = None
-        self._rmw = threading.Lock()
         self._complaint = ""
         self._peer = PeerLog(f"disk {self.channels.name}")
         self._returns = PeerLog(f"disk {self.channels.name}")   # a loss just before does not keep one of them back
         self._broken = False
-        self.read_only = False  # as the server says, once it has answered
         self._closing = threading.RLock()
         self._closed = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
@@ -103,7 +88,7 @@ class BlockDevice:
             self._thread.start()
             if timeout != 0 and not self.wait_ready(timeout):
                 if self._failure is not None:
-                    raise PeerError(channels.resp.text, "size", self._failure, "a disk")
+                    raise self.refused()
                 if (wrong := self._incompatible()) is not None:
                     raise wrong
                 raise TimeoutError(errno.ETIMEDOUT, f"no server answered on channels {channels.name} within "
@@ -117,24 +102,35 @@ class BlockDevice:
     def _open(self) -> None:
         channels = self.channels
         self._ends = channels.open(serving=False)
+        options: dict[str, Any] = {
+            "request_protocol": channels.req_protocol, "response_protocol": channels.resp_protocol,
+            "request_bell": self._ends[0].bell_view, "response_bell": self._ends[1].bell_view, "poll": channels.poll,
+            "fail_fast": self._policy.mode == "fail", "watch": self._watch}
         try:
-            self.client = Client(
-                self._ends[0].view, self._ends[1].view, request_protocol=channels.req_protocol,
-                response_protocol=channels.resp_protocol, request_bell=self._ends[0].bell_view,
-                response_bell=self._ends[1].bell_view, poll=channels.poll, fail_fast=self._policy.mode == "fail",
-                watch=self._watch)
+            if channels.buffer is None:
+                self.client = Client(self._ends[0].view, self._ends[1].view, **options)
+            else:
+                self.client = BufferClient(*(end.view for end in self._ends), **options)
             if self._depth is not None:
                 self.client.depth = self._depth
         except BaseException:
             self._close_ends()
             raise
 
+    def _rebind(self, ends: Sequence[End]) -> None:
+        """Goes on in the memory of other ends."""
+        bells = {"request_bell": ends[0].bell_view, "response_bell": ends[1].bell_view}
+        if isinstance(self.client, Client):
+            self.client.rebind(ends[0].view, ends[1].view, **bells)
+        else:
+            self.client.rebind(ends[0].view, ends[1].view, ends[2].view, **bells)
+
     def _close_ends(self) -> None:
         for end in self._ends:
             end.close()
 
     def wait_ready(self, timeout: float | None = None) -> bool:
-        """Waits until the server answered, seconds or without end; whether it did. False at once when the device is
+        """Waits until the server answered, seconds or without end; whether it did. False at once when the connection is
         closed or has failed."""
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready.is_set():
@@ -220,27 +216,50 @@ class BlockDevice:
             self._complaint = text
             self._peer.warning("waiting: %s", text)
 
+    def refused(self) -> PeerError:
+        """What to raise where what answered is no disk that can be used. Precondition: there is a `failure`."""
+        field, expected = ("size", "a disk") if self.channels.buffer is None else ("geometry", "disks")
+        return PeerError(self.channels.resp.text, field, self._failure, expected)
+
+    def _misshapen(self) -> str | None:
+        """What is wrong with the geometry that was answered."""
+        geometry = self.client.geometry
+        if not geometry and isinstance(self.client, BufferClient):
+            return f"the server's connection has {self.client.devices} disks, not 1 to 256"
+        for number, (blocks, length) in enumerate(geometry):
+            which = "the server's disk" if len(geometry) == 1 else f"the server's disk {number}"
+            if length not in (512, BLOCK):
+                return f"{which} has blocks of {length} bytes, not of 512 or {BLOCK}"
+            if blocks == 0:
+                return f"{which} has no block"
+            if blocks >= (1 << 63) // length:
+                return f"{which} has {blocks} blocks of {length} bytes, which nothing can address"
+        if self._wants >= len(geometry):
+            return f"the connection has no disk number {self._wants}: they are 0 to {len(geometry) - 1}"
+        return None
+
     def _answered(self) -> bool:
-        """The server named a size: issue again if it is the same disk, else fail for good.
+        """The server named its disks: issue again if they are the same, else fail for good.
 
         False when it has gone meanwhile.
         """
-        blocks, store = int(self.client.answered_blocks), self.client.store
+        geometry, store = self.client.geometry, self.client.store
         if not self._ready.is_set():
-            if blocks == 0:
-                self._give_up("the server's disk has no block")
+            wrong = self._misshapen()
+            if wrong is not None:
+                self._give_up(wrong)
                 return True
             if not self.client.resume():
                 return False
             self._server_died()  # sees that its claim is held, if it is one that claims
-            self._store = store
-            self.read_only = bool(self.client.read_only)
+            self._store, self._geometry = store, geometry
             self._ready.set()
-            log.info("disk %s: connected, %d bytes", self.channels.name, blocks * BLOCK)
+            log.info("disk %s: connected, %s bytes", self.channels.name,
+                     ", ".join(str(blocks * length) for blocks, length in geometry))
             return True
         same = self._same_store or (store is not None and store == self._store)
-        if blocks != self.client.nblocks:
-            self._give_up(f"the server returned with {blocks} blocks instead of {self.client.nblocks}")
+        if geometry != self._geometry:
+            self._give_up(f"the server returned with {_described(geometry)} instead of {_described(self._geometry)}")
         elif not same:
             self._give_up("the server returned with another store" if store is not None else
                           "the server that returned does not say which store it has (--same-store trusts it)")
@@ -277,13 +296,12 @@ class BlockDevice:
         broken = self.client.broken
         if broken and not self._broken:
             self._broken = True
-            self._peer.warning("%s", BrokenChannelError(self._ends[broken == "response"].locator.text))
+            self._peer.warning("%s", BrokenChannelError(self._ends[_ENDS.index(broken)].locator.text))
         try:
             stale = [end for end in self._ends if end.replaced()]
             if broken and not stale:
                 if all(end.remap() for end in self._ends):
-                    self.client.rebind(self._ends[0].view, self._ends[1].view, self._ends[0].bell_view,
-                                       self._ends[1].bell_view)
+                    self._rebind(self._ends)
                     self._broken = False
                     log.info("disk %s: channel memory is back", self.channels.name)
                 return
@@ -294,7 +312,7 @@ class BlockDevice:
                 for end in fresh:
                     if end not in self._ends:
                         undo.callback(end.close)
-                self.client.rebind(fresh[0].view, fresh[1].view, fresh[0].bell_view, fresh[1].bell_view)
+                self._rebind(fresh)
                 undo.pop_all()
             old, self._ends = self._ends, fresh
             for end in old:
@@ -309,9 +327,9 @@ class BlockDevice:
     # -------------------------------------------------------------- use
 
     @property
-    def size(self) -> int:
-        """Bytes of the disk."""
-        return int(self.client.nblocks) * BLOCK
+    def ready(self) -> bool:
+        """Whether the server answered once, and could be used."""
+        return self._ready.is_set()
 
     @property
     def gone(self) -> bool:
@@ -320,82 +338,21 @@ class BlockDevice:
 
     @property
     def failure(self) -> str | None:
-        """Why every request fails, None while the device works."""
+        """Why every request fails, None while the connection works."""
         return self._failure
 
-    def pread(self, length: int, offset: int) -> bytes:
-        """`length` bytes from byte `offset` on. Raises UsageError (beyond the disk), OSError."""
-        data: bytes | None = self.client.read(length, offset)
-        return self._around(length, offset) if data is None else data
-
-    def pread_into(self, buffer: Any, offset: int) -> int:
-        """Fills a writable buffer from byte `offset` on; returns its length. Whole blocks are not copied twice."""
-        moved = int(self.client.move(False, offset, buffer))
-        if moved < 0:
-            with memoryview(buffer) as raw, raw.cast("B") as view:
-                moved = len(view)
-                view[:] = self._around(moved, offset)
-        return moved
-
-    def _around(self, length: int, offset: int) -> bytes:
-        """By way of the whole blocks that hold them."""
-        length, offset = index(length), index(offset)   # numpy's numbers wrap
-        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
-        whole = bytearray((last - first + 1) * BLOCK)
-        self.client.move(False, first * BLOCK, whole)
-        with memoryview(whole) as view:
-            return bytes(view[offset - first * BLOCK:][:length])
-
-    def pwrite(self, data: Any, offset: int) -> int:
-        """Writes a buffer from byte `offset` on; returns its length. On return the server's store has it; flush()
-        makes it durable. Blocks written in part are read first; such writes of one BlockDevice do not mix.
-
-        Raises UsageError (beyond the disk), OSError.
-        """
-        moved = int(self.client.move(True, offset, data))
-        if moved < 0:
-            with memoryview(data) as raw, raw.cast("B") as view:
-                moved, offset = len(view), index(offset)
-                first, last = offset // BLOCK, (offset + moved - 1) // BLOCK
-                whole = bytearray((last - first + 1) * BLOCK)
-                with self._rmw, memoryview(whole) as target:
-                    self.client.move(False, first * BLOCK, target[:BLOCK])
-                    if last != first:
-                        self.client.move(False, last * BLOCK, target[-BLOCK:])
-                    start = offset - first * BLOCK
-                    target[start:start + moved] = view
-                    self.client.move(True, first * BLOCK, target)
-        return moved
-
-    def pread_many(self, offsets: Sequence[int], buffer: Any) -> int:
-        """Reads one piece per byte offset, all in flight together; the buffer's equal pieces receive them in order.
-
-        Offsets and pieces are multiples of 4096 bytes. Returns the bytes read. Raises UsageError, OSError.
-        """
-        return int(self.client.scattered(False, offsets, buffer))
-
-    def pwrite_many(self, offsets: Sequence[int], data: Any) -> int:
-        """Writes one piece per byte offset, all in flight together, in no order among themselves; see pread_many."""
-        return int(self.client.scattered(True, offsets, data))
-
-    def flush(self) -> None:
-        """Returns when every write that returned before is durable in the store. Raises OSError, UsageError (closed)."""
-        self.client.sync()
-
-    def status(self) -> dict[str, Any]:
-        """What `muenfast stat` shows."""
-        return {"role": "client", "req": self.channels.req.text, "resp": self.channels.resp.text, "size": self.size,
-                "state": "lost" if self._dead and self.client.state == "ready" else self.client.state,
-                "read_only": bool(self.client.read_only), "failure": self._failure, "in_flight": self.client.in_flight,
-                "counters": self.client.counters}
+    @property
+    def state(self) -> str:
+        """The engine's, and "lost" for one whose server is known to be dead."""
+        return "lost" if self._dead and self.client.state == "ready" else self.client.state
 
     def fail(self, why: str) -> None:
-        """Ends the device for good: everything outstanding and to come fails with EIO (a front end must go)."""
+        """Ends the disks for good: everything outstanding and to come fails with EIO (a front end must go)."""
         if self._failure is None:
             self._give_up(why)
 
     def close(self) -> None:
-        """Leaves: outstanding requests of other threads fail. No front end may still stand on it."""
+        """Leaves: outstanding requests of other threads fail. No front end may still stand on a disk."""
         self._stop.set()
         with self._closing:     # the second thread that closes it waits for the first
             if self._closed:
@@ -406,6 +363,204 @@ class BlockDevice:
             self.client.close()
             self._close_ends()
             self._closed = True
+
+
+def _described(geometry: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{blocks} blocks of {length} bytes" for blocks, length in geometry) or "no disk"
+
+
+class BlockDevice:
+    """A disk at the other side of two channels.
+
+        with muenfast.BlockDevice(req="a", resp="c") as disk:
+            disk.pwrite(b"hello", 0)
+            disk.flush()
+            assert disk.pread(5, 0) == b"hello"
+
+    req, resp: locators (or channels: a parsed Channels). shm: of the buffer, for a connection with a shared buffer.
+    device: number of the disk there. timeout: seconds to wait for the server, None: no end.
+    on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
+    that a server which announces no or another identity still has the same data. depth: most requests in flight (inline:
+    of one block each), 1 to 1024; None: it adapts. watch: polls for this disk while it is idle. connection: another
+    disk's `connection`, which stays that one's; what it was made with counts, and device. req_protocol to shm_size: as
+    `channels_from_lists`.
+
+    All methods may be called from any number of threads; requests of several threads are in flight together.
+    Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
+    """
+
+    def __init__(self, req: str | None = None, resp: str | None = None, *, channels: Channels | None = None,
+                 timeout: float | None = 10.0, on_peer_loss: str | OnPeerLoss = "queue",
+                 same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
+                 req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
+                 poll: int | None = None, bells: bool = True, shm: str | None = None, shm_size: str | None = None,
+                 device: int = 0, connection: Connection | None = None) -> None:
+        if not isinstance(device, int) or device < 0:
+            raise UsageError("disks of a connection are numbered from 0", option="device", value=device)
+        self.device = device
+        self._disk: Disk | None = None
+        self._own = connection is None
+        self._rmw = threading.Lock()
+        if connection is None:
+            if channels is None:
+                if req is None or resp is None:
+                    raise UsageError("a block device needs a request and a response channel")
+                (channels,) = channels_from_lists(req, resp, req_protocol=req_protocol, resp_protocol=resp_protocol,
+                                                  size=size, poll=poll, bells=bells, buffer=shm, buffer_size=shm_size)
+            if isinstance(on_peer_loss, str):
+                on_peer_loss = OnPeerLoss.parse(on_peer_loss, "on_peer_loss")
+            if device and channels.buffer is None:
+                raise UsageError("inline channels carry one disk, number 0", option="device", value=device)
+            connection = Connection(channels, timeout=timeout, on_peer_loss=on_peer_loss, same_store=same_store,
+                                    depth=depth, watch=watch, wants=device)
+        elif any(given is not None for given in (req, resp, channels, shm)):
+            raise UsageError("a connection that stands has its channels already", option="connection", value=connection)
+        elif connection.ready and device >= len(connection.client.disks):
+            raise UsageError(f"the connection has no disk number {device}: they are 0 to "
+                             f"{len(connection.client.disks) - 1}", option="device", value=device)
+        self.connection = connection
+
+    # -------------------------------------------------------------- life
+
+    @property
+    def channels(self) -> Channels:
+        """Where its connection is."""
+        return self.connection.channels
+
+    @property
+    def client(self) -> Client | BufferClient:
+        """The connection's engine."""
+        return self.connection.client
+
+    @property
+    def target(self) -> Disk:
+        """What front ends stand on. Raises UsageError where it is not known yet, before the server's first answer; OSError
+        where there will be none."""
+        disks = self.connection.client.disks
+        if self.device >= len(disks):
+            if self.failure is not None:
+                raise OSError(errno.EIO, self.failure)
+            raise UsageError(f"the server of {self.channels.name} has not answered: no disk number {self.device} is known")
+        self._disk = disks[self.device]
+        return self._disk
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block: what begins and ends at multiples of it moves without a copy of its own."""
+        return int((self._disk or self.target).block_size)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the server says that it refuses writes."""
+        return bool((self._disk or self.target).read_only)
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """As Connection.wait_ready."""
+        return self.connection.wait_ready(timeout)
+
+    # -------------------------------------------------------------- use
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk, 0 before the server answered."""
+        disks = self.client.disks
+        return int(disks[self.device].nblocks * disks[self.device].block_size) if self.device < len(disks) else 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether the server ended this export for good."""
+        return self.connection.gone
+
+    @property
+    def failure(self) -> str | None:
+        """Why every request fails, None while the device works."""
+        return self.connection.failure
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """`length` bytes from byte `offset` on. Raises UsageError (beyond the disk), OSError."""
+        data: bytes | None = (self._disk or self.target).read(length, offset)
+        return self._around(length, offset) if data is None else data
+
+    def pread_into(self, buffer: Any, offset: int) -> int:
+        """Fills a writable buffer from byte `offset` on; returns its length. Whole blocks are not copied twice."""
+        moved = int((self._disk or self.target).move(False, offset, buffer))
+        if moved < 0:
+            with memoryview(buffer) as raw, raw.cast("B") as view:
+                moved = len(view)
+                view[:] = self._around(moved, offset)
+        return moved
+
+    def _around(self, length: int, offset: int) -> bytes:
+        """By way of the whole blocks that hold them."""
+        length, offset, size = index(length), index(offset), self.block_size    # numpy's numbers wrap
+        first, last = offset // size, (offset + length - 1) // size
+        whole = bytearray((last - first + 1) * size)
+        self.target.move(False, first * size, whole)
+        with memoryview(whole) as view:
+            return bytes(view[offset - first * size:][:length])
+
+    def pwrite(self, data: Any, offset: int) -> int:
+        """Writes a buffer from byte `offset` on; returns its length. On return the server's store has it; flush()
+        makes it durable. Blocks written in part are read first; such writes of one BlockDevice do not mix.
+
+        Raises UsageError (beyond the disk), OSError.
+        """
+        disk = self._disk or self.target
+        moved = int(disk.move(True, offset, data))
+        if moved < 0:
+            with memoryview(data) as raw, raw.cast("B") as view:
+                moved, offset, size = len(view), index(offset), int(disk.block_size)
+                first, last = offset // size, (offset + moved - 1) // size
+                whole = bytearray((last - first + 1) * size)
+                with self._rmw, memoryview(whole) as target:
+                    disk.move(False, first * size, target[:size])
+                    if last != first:
+                        disk.move(False, last * size, target[-size:])
+                    start = offset - first * size
+                    target[start:start + moved] = view
+                    disk.move(True, first * size, target)
+        return moved
+
+    def pread_many(self, offsets: Sequence[int], buffer: Any) -> int:
+        """Reads one piece per byte offset, all in flight together; the buffer's equal pieces receive them in order.
+
+        Offsets and pieces are multiples of block_size. Returns the bytes read. Raises UsageError, OSError.
+        """
+        return int((self._disk or self.target).scattered(False, offsets, buffer))
+
+    def pwrite_many(self, offsets: Sequence[int], data: Any) -> int:
+        """Writes one piece per byte offset, all in flight together, in no order among themselves; see pread_many."""
+        return int((self._disk or self.target).scattered(True, offsets, data))
+
+    def discard(self, offset: int, length: int, *, zero: bool = False) -> None:
+        """Frees `length` bytes from byte `offset` on, multiples of block_size: their contents no longer matter; zero: they
+        read as zeros from then on. Raises UsageError (inline channels cannot express it), OSError (the store cannot)."""
+        (self._disk or self.target).discard(length, offset, zero=zero)
+
+    def flush(self) -> None:
+        """Returns when every write that returned before is durable in the store. Raises OSError, UsageError (closed)."""
+        (self._disk or self.target).sync()
+
+    def status(self) -> dict[str, Any]:
+        """What `muenfast stat` shows."""
+        channels, known = self.channels, self.device < len(self.client.disks)
+        found = {"role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
+                 "state": self.connection.state, "read_only": known and self.read_only, "failure": self.failure,
+                 "in_flight": self.client.in_flight, "counters": self.client.counters}
+        if channels.buffer is not None:
+            found |= {"shm": channels.buffer.text, "number": self.device,
+                      "block_size": self.block_size if known else None}
+        return found
+
+    def fail(self, why: str) -> None:
+        """As Connection.fail."""
+        self.connection.fail(why)
+
+    def close(self) -> None:
+        """Leaves, where the connection is its own: outstanding requests of other threads fail, and no front end may still
+        stand on it."""
+        if self._own:
+            self.connection.close()
 
     def __enter__(self) -> BlockDevice:
         return self

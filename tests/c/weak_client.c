@@ -10,6 +10,7 @@
 
 enum { FIRST = 0, SECOND = 1, RING_BYTES = 64 + 4 * sizeof(block_event), BASE = 100, EPOCH = 5 };
 static CLIENT_TYPE(client_t) c;
+static CLIENT_TYPE(queue_t) q;
 static CLIENT_TYPE(blocking_t) b;
 static CLIENT_TYPE(io_t) io[2];
 static struct __pyx_t_8muenfast_5_ring_writer_t w;
@@ -85,6 +86,13 @@ static void reset_issue(void) {
     c.depth = 1024;
     c.base = BASE;
     c.server = EPOCH;
+    memset(&q, 0, sizeof q);
+    q.client = &c;
+    q.block_size = BLOCK_SIZE;
+    c.queues = &q;
+    c.nqueues = 1;
+    c.issue = CLIENT_FUNCTION(client_issue);
+    c.reap = CLIENT_FUNCTION(client_reap);
     for (int i = 0; i < 2; i++) {
         io[i].kind = 0 /* IO_READ */;
         io[i].nblocks = 1;
@@ -96,8 +104,8 @@ static void reset_issue(void) {
     answer(1);
 }
 static void submit(void) {
-    CLIENT_FUNCTION(client_submit)(&c, &io[0]);
-    CLIENT_FUNCTION(client_submit)(&c, &io[1]);
+    CLIENT_FUNCTION(client_submit)(&q, &io[0]);
+    CLIENT_FUNCTION(client_submit)(&q, &io[1]);
 }
 static void reap(void) {
     CLIENT_FUNCTION(client_reap)(&c);
@@ -120,6 +128,7 @@ static void begin_issue(void) {
     CLIENT_BINDINGS
     weak_each(reset_issue);
     weak_share_plainly(&c, offsetof(CLIENT_TYPE(client_t), n)); /* not the counters */
+    weak_share_plainly(&q, sizeof q);
     weak_share_plainly(c.entries, 2 * sizeof c.entries[0]);
     weak_share_plainly(io, sizeof io);
     weak_explore(bodies, 2);

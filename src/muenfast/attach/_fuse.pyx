@@ -1,6 +1,6 @@
 """One FUSE file that is a disk: libfuse3's low-level session in front of a block Target, without the GIL.
 
-The mount has a root directory and one file, "disk", of nblocks * 4096 bytes, opened with direct I/O;
+The mount has a root directory and one file, "disk", of nblocks * block_size bytes, opened with direct I/O;
 a loop device on it makes the block device (attach/fuse.py). This module mounts by itself (mount(2),
 no fusermount, no /etc/mtab) and hands the open /dev/fuse to libfuse.
 
@@ -14,14 +14,16 @@ libfuse allocates its own small fuse_req per request; nothing here allocates aft
 """
 cimport cython
 from cpython.exc cimport PyErr_SetFromErrno, PyErr_SetFromErrnoWithFilenameObject
-from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOENT, EPERM, EPROTO, EROFS, errno
+from libc.errno cimport (
+    EAGAIN, EFBIG, EINTR, EINVAL, EIO, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, EPROTO, EROFS, errno,
+)
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strcmp
 
 import os
 
-from muenfast._target cimport IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
+from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, io_t, submit_fn
 
 cdef extern from *:
     """
@@ -153,6 +155,8 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
         void (*fsync)(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil
         void (*readdir)(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil
         void (*statfs)(fuse_req_t req, fuse_ino_t ino) noexcept nogil
+        void (*fallocate)(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length,
+                          fuse_file_info *fi) noexcept nogil
     void fuse_opt_free_args(fuse_args *args)
     fuse_session *fuse_session_new(fuse_args *args, const fuse_lowlevel_ops *op, size_t op_size, void *userdata)
     int fuse_session_mount(fuse_session *se, const char *mountpoint)
@@ -236,8 +240,14 @@ cdef extern from "<fcntl.h>" nogil:
 globals()["Target"] = Target    # for callers, which take the type from here: a cimport alone is no attribute
 
 
+cdef extern from "<linux/falloc.h>" nogil:
+    enum: FALLOC_FL_KEEP_SIZE
+    enum: FALLOC_FL_PUNCH_HOLE
+    enum: FALLOC_FL_ZERO_RANGE
+
+
 cdef enum:
-    BLOCK = 4096
+    BLOCK = 4096                # unit of buffers and of max_io; blocks have this many bytes or 512
     # max_write of the session. libfuse derives max_pages from it (256, the kernel's default limit), so that
     # the kernel never has to cut one of our at most 128 KiB requests, however scattered its pages, at a
     # place that is no block boundary. The bytes per request are bounded elsewhere: max_read, and the loop
@@ -246,6 +256,7 @@ cdef enum:
     FUSE_HEADER = 4096          # FUSE_BUFFER_HEADER_SIZE of libfuse's fuse_lowlevel.c
     STRIDE = BLOCK + FUSE_MAX_WRITE + FUSE_HEADER
     INO_DISK = 2
+    MOST_BLOCKS = 0xffffffff    # of one io_t
 
 cdef double FOREVER = 86400.0   # seconds the kernel may cache names and attributes: they never change
 
@@ -262,7 +273,10 @@ cdef struct disk_t:
     submit_fn submit
     void *ctx
     uint64_t size               # bytes
+    uint32_t block              # bytes of a block
     bint read_only
+    bint discards               # the target takes IO_DISCARD and IO_ZERO ...
+    bint zeroes                 # ... and what was discarded reads as zeros
     unsigned depth
     unsigned max_io
     int fuse_fd                 # libfuse's after construction
@@ -282,6 +296,7 @@ cdef struct disk_t:
     uint64_t reads
     uint64_t writes
     uint64_t syncs
+    uint64_t discards_done
     uint64_t bytes
     uint64_t errors
     uint64_t waits
@@ -328,7 +343,7 @@ cdef void request_done(io_t *io) noexcept nogil:
     """
     cdef request_t *r = <request_t *>io.user
     cdef disk_t *d = r.disk
-    cdef size_t size = <size_t>io.nblocks * BLOCK
+    cdef size_t size = <size_t>io.nblocks * d.block
     cdef uint64_t one = 1
     cdef int unsent
     pthread_mutex_lock(&d.lock)         # counted first: who has the reply finds it in the counters
@@ -336,14 +351,16 @@ cdef void request_done(io_t *io) noexcept nogil:
         d.reads += 1
     elif io.kind == IO_WRITE:
         d.writes += 1
-    else:
+    elif io.kind == IO_SYNC:
         d.syncs += 1
+    else:
+        d.discards_done += 1
     if io.error != 0:
         d.errors += 1
-    else:
+    elif io.kind == IO_READ or io.kind == IO_WRITE:
         d.bytes += size
     # A write that failed may have changed something all the same.
-    if d.n_watched != 0 and io.kind == IO_WRITE and is_watched(d, io.block, io.block + io.nblocks):
+    if d.n_watched != 0 and io.kind != IO_READ and io.kind != IO_SYNC and is_watched(d, io.block, io.block + io.nblocks):
         c_write(d.event, &one, sizeof(one))
     pthread_mutex_unlock(&d.lock)
     if io.error != 0:
@@ -476,7 +493,7 @@ cdef void op_flush(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept 
 cdef void op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil:
     cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
     cdef uint64_t start = <uint64_t>off
-    if off < 0 or (start | size) % BLOCK != 0 or size > FUSE_MAX_WRITE:
+    if off < 0 or (start | size) % d.block != 0 or size > FUSE_MAX_WRITE:
         fuse_reply_err(req, EINVAL)
         return
     if start >= d.size or size == 0:
@@ -484,7 +501,7 @@ cdef void op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_f
         return
     if size > d.size - start:
         size = <size_t>(d.size - start)
-    submit(d, req, IO_READ, start // BLOCK, <uint32_t>(size // BLOCK), NULL)
+    submit(d, req, IO_READ, start // d.block, <uint32_t>(size // d.block), NULL)
 
 
 cdef void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
@@ -493,7 +510,7 @@ cdef void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size,
     cdef uint64_t start = <uint64_t>off
     if d.read_only:
         fuse_reply_err(req, EROFS)
-    elif off < 0 or (start | size) % BLOCK != 0:
+    elif off < 0 or (start | size) % d.block != 0:
         fuse_reply_err(req, EINVAL)
     elif start > d.size or size > d.size - start:
         fuse_reply_err(req, EIO)
@@ -501,7 +518,7 @@ cdef void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size,
         fuse_reply_write(req, 0)
     else:
         # Not spliced and no write_buf callback: buf points into this object's own fuse_buf.
-        submit(d, req, IO_WRITE, start // BLOCK, <uint32_t>(size // BLOCK), <uint8_t *>buf)
+        submit(d, req, IO_WRITE, start // d.block, <uint32_t>(size // d.block), <uint8_t *>buf)
 
 
 cdef void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil:
@@ -514,6 +531,31 @@ cdef void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info 
         fuse_reply_err(req, 0)
     else:
         submit(d, req, IO_SYNC, 0, 0, NULL)
+
+
+cdef void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t length,
+                       fuse_file_info *fi) noexcept nogil:
+    """Holes and zeros. A hole has to read as zeros: the loop device makes one for a discard, and also where zeros are
+    asked for and the blocks may be freed (drivers/block/loop.c, REQ_OP_WRITE_ZEROES). So where what is discarded may read
+    as anything there are none: else every discard, of which nobody wants the zeros, would write them."""
+    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
+    cdef uint64_t start = <uint64_t>off, size = <uint64_t>length
+    if not d.discards:
+        fuse_reply_err(req, ENOSYS)     # which the kernel remembers
+    elif d.read_only:
+        fuse_reply_err(req, EROFS)
+    elif ((mode != (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE) or not d.zeroes)
+            and mode != (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE)):
+        fuse_reply_err(req, EOPNOTSUPP)
+    elif off < 0 or length <= 0 or (start | size) % d.block != 0:
+        fuse_reply_err(req, EINVAL)
+    elif start > d.size or size > d.size - start:
+        fuse_reply_err(req, EIO)
+    elif size // d.block > MOST_BLOCKS:
+        fuse_reply_err(req, EFBIG)
+    else:
+        submit(d, req, IO_DISCARD if mode & FALLOC_FL_PUNCH_HOLE else IO_ZERO, start // d.block,
+               <uint32_t>(size // d.block), NULL)
 
 
 cdef void op_statfs(fuse_req_t req, fuse_ino_t ino) noexcept nogil:
@@ -541,6 +583,7 @@ OPS.read = op_read
 OPS.write = op_write
 OPS.fsync = op_fsync
 OPS.statfs = op_statfs
+OPS.fallocate = op_fallocate
 
 
 cdef int receive(disk_t *d) noexcept nogil:
@@ -643,7 +686,9 @@ cdef class FuseDisk:
             raise ValueError(f"depth is {depth}: 1 to 4096")
         if not BLOCK <= max_io <= FUSE_MAX_WRITE or max_io % BLOCK:
             raise ValueError(f"max_io is {max_io}: a multiple of {BLOCK}, at most {FUSE_MAX_WRITE}")
-        if target.submit == NULL or not 1 <= target.nblocks <= (<uint64_t>1 << 63) // BLOCK - 1:
+        if target.block_size != 512 and target.block_size != BLOCK:
+            raise ValueError(f"the target has blocks of {target.block_size} bytes: 512 or {BLOCK}")
+        if target.submit == NULL or not 1 <= target.nblocks <= (<uint64_t>1 << 63) // target.block_size - 1:
             raise ValueError(f"the target has {target.nblocks} blocks: a disk has at least one")
         self.target, self.mountpoint, self.path = target, mountpoint, os.fsencode(mountpoint)
         d = <disk_t *>calloc(1, sizeof(disk_t))
@@ -660,7 +705,9 @@ cdef class FuseDisk:
         if d.event < 0:
             PyErr_SetFromErrno(OSError)
         d.submit, d.ctx = target.submit, target.ctx
-        d.size, d.read_only = target.nblocks * BLOCK, read_only or target.read_only
+        d.block = target.block_size
+        d.size, d.read_only = target.nblocks * target.block_size, read_only or target.read_only
+        d.discards, d.zeroes = target.discards, target.zeroes
         d.depth, d.max_io = depth, max_io
         d.requests = <request_t *>calloc(depth, sizeof(request_t))
         if d.requests == NULL:
@@ -857,13 +904,13 @@ cdef class FuseDisk:
 
     @property
     def counters(self):
-        """reads, writes, syncs, errors: I/Os answered; bytes: moved by the good ones; waits: times a receive
-        thread found all `depth` objects in flight; unsent: replies to requests aborted meanwhile."""
+        """reads, writes, syncs, discards (zeroed ranges, too), errors: I/Os answered; bytes: moved by the good ones;
+        waits: times a receive thread found all `depth` objects in flight; unsent: replies to requests aborted meanwhile."""
         cdef disk_t *d = self._open()
         pthread_mutex_lock(&d.lock)
         try:
-            return {"reads": d.reads, "writes": d.writes, "syncs": d.syncs, "bytes": d.bytes,
-                    "errors": d.errors, "waits": d.waits, "unsent": d.unsent}
+            return {"reads": d.reads, "writes": d.writes, "syncs": d.syncs, "discards": d.discards_done,
+                    "bytes": d.bytes, "errors": d.errors, "waits": d.waits, "unsent": d.unsent}
         finally:
             pthread_mutex_unlock(&d.lock)
 

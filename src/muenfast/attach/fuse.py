@@ -124,13 +124,14 @@ class FuseAttachment:
             undo.callback(limit.join)
             undo.callback(limit.cancel)
             new.disk.attaching = True
-            new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=new.disk.read_only,
-                                   max_io=max_io)
+            new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=new.disk.read_only, max_io=max_io,
+                                   block_size=target.block_size, discard=target.discards and target.zeroes)
             undo.callback(loop.detach, new.loop)
             loop.make_node(name, new.loop)
             undo.callback(new._remove_node)
             new.disk.attaching = False
-            new.partitions = partitions.Partitions(name, f"loop{new.loop}", loop.path_of(new.loop), watch=new.disk.watch,
+            new.partitions = partitions.Partitions(name, f"loop{new.loop}", loop.path_of(new.loop),
+                                                   block=target.block_size, watch=new.disk.watch,
                                                    event=new.disk.watch_fd)
             undo.callback(new.partitions.stop, AFTER_ABORT)
             new.partitions.start()

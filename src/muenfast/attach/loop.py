@@ -22,9 +22,11 @@ from pathlib import Path
 from muenfast.attach import block
 
 LOOP_MAJOR = 7
+_RENEWALS = 16                  # most devices that are made anew for one that discards: then it does without
 LOOP_CLR_FD = 0x4C01
 LOOP_GET_STATUS64 = 0x4C05
 LOOP_CONFIGURE = 0x4C0A         # Linux 5.8
+LOOP_CTL_REMOVE = 0x4C81
 LOOP_CTL_GET_FREE = 0x4C82
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_PARTSCAN = 8           # partitions may be added, and go when the device is freed
@@ -94,10 +96,10 @@ def orphans() -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     for number in numbers():
         # What attach() sets; the path of a file in a mount that is gone begins at that mount.
-        marks = (("loop/backing_file", "/disk"), ("loop/autoclear", "0"), ("loop/dio", "1"),
-                 ("queue/logical_block_size", "4096"))
+        marks = (("loop/backing_file", ("/disk",)), ("loop/autoclear", ("0",)), ("loop/dio", ("1",)),
+                 ("queue/logical_block_size", ("512", "4096")))
         try:
-            if any(_sysfs(number, entry).read_text().strip() != value for entry, value in marks):
+            if any(_sysfs(number, entry).read_text().strip() not in values for entry, values in marks):
                 continue
             device = os.open(path_of(number), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -114,20 +116,26 @@ def orphans() -> dict[int, bytes]:
     return found
 
 
-def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, attempts: int = 64) -> int:
-    """Bind a free loop device to *backing* with direct I/O and 4096-byte sectors; returns its number.
+def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, block_size: int = 4096,
+           discard: bool = False, attempts: int = 64) -> int:
+    """Bind a free loop device to *backing* with direct I/O and sectors of block_size bytes; returns its number.
 
-    max_io: bytes the device may send at once. Another process may take the free device first: then the
-    next one is tried, *attempts* times. Raises OSError (filename set); EINVAL where direct I/O is not to
-    be had: without it everything would be cached twice and written late.
+    max_io: bytes the device may send at once. discard: whether the file can punch holes. Another process may
+    take the free device first: then the next one is tried, *attempts* times. Raises OSError (filename set);
+    EINVAL where direct I/O is not to be had: without it everything would be cached twice and written late.
     """
     flags = LO_FLAGS_DIRECT_IO | LO_FLAGS_PARTSCAN | (LO_FLAGS_READ_ONLY if read_only else 0)
     mode = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
     file = os.open(backing, mode)
     try:
         # Buffered here: the file system decides (FOPEN_DIRECT_IO); the flag below makes loop submit directly.
-        config = LOOP_CONFIG.pack(file, 4096, flags, given_name(backing))
+        config = LOOP_CONFIG.pack(file, block_size, flags, given_name(backing))
         number = _configure(config, mode, attempts)
+        for _ in range(_RENEWALS if discard else 0):
+            if not _without_discards(number):
+                break
+            _renew(number)
+            number = _configure(config, mode, attempts)
     finally:
         os.close(file)
     try:
@@ -141,40 +149,73 @@ def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, attem
 
 
 def _configure(config: bytes, mode: int, attempts: int) -> int:
+    gone: OSError | None = None
     for _ in range(attempts):
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
         try:
             number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
         finally:
             os.close(control)
-        device = os.open(path_of(number), mode)
+        try:
+            device = os.open(path_of(number), mode)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+                raise
+            gone = error        # another process removes it, as _renew() does; or nobody makes nodes here
+            continue
         try:
             fcntl.ioctl(device, LOOP_CONFIGURE, config)
             return number
         except OSError as error:
-            if error.errno != errno.EBUSY:
+            if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV):
                 error.filename = path_of(number)
                 raise
         finally:
             os.close(device)
+    if gone is not None:
+        raise gone
     raise OSError(errno.EBUSY, f"other processes took the free loop device {attempts} times", "/dev/loop-control")
+
+
+def _without_discards(number: int) -> bool:
+    """Whether somebody once switched off this device's discards, whatever file it had: that outlives the file, and the
+    kernel takes no other limit afterwards (block/blk-sysfs.c: none is a multiple of a granularity that is 0)."""
+    try:
+        limit, hardware = (int(_sysfs(number, f"queue/discard_{name}_bytes").read_text()) for name in ("max", "max_hw"))
+    except FileNotFoundError:
+        return False
+    return limit == 0 and hardware > 0
+
+
+def _renew(number: int) -> None:
+    """Frees a device of ours and removes it, so that the next of that number begins with the kernel's settings. What
+    another process has opened meanwhile stays, and is freed with its last close. Raises OSError."""
+    if not detach(number):
+        return
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(control, LOOP_CTL_REMOVE, number)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENODEV):  # another process opened or removed it
+            raise
+    finally:
+        os.close(control)
 
 
 def _tune(number: int, max_io: int) -> None:
     """Queue settings. max_sectors_kb is a must: a request that FUSE has to cut may be cut inside a block.
 
-    No scheduler: the far side merges. discard_max_bytes 0: the file cannot punch holes, say so at once.
+    No scheduler: the far side merges. Discards are left alone: what the file refuses, the kernel learns at once.
     """
     queue = _sysfs(number, "queue")
     (queue / "max_sectors_kb").write_text(str(max_io // 1024))
-    for entry, value in (("scheduler", "none"), ("discard_max_bytes", "0")):
-        try:
-            (queue / entry).write_text(value)
-        except (FileNotFoundError, PermissionError):
-            pass        # this kernel has no such setting, and then nothing to switch off
-        except OSError as error:
-            if error.errno != errno.EINVAL:     # EINVAL: built without that scheduler's switch
-                raise
+    try:
+        (queue / "scheduler").write_text("none")
+    except (FileNotFoundError, PermissionError):
+        pass        # this kernel has no such setting, and then nothing to switch off
+    except OSError as error:
+        if error.errno != errno.EINVAL:     # EINVAL: built without that scheduler's switch
+            raise
 
 
 def detach(number: int, timeout: float = 1.0) -> bool:

@@ -124,7 +124,7 @@ class NbdAttachment:
             limit.start()
             undo.callback(limit.join)
             undo.callback(limit.cancel)
-            new.partitions = partitions.Partitions(name, f"nbd{new.number}", new.device)
+            new.partitions = partitions.Partitions(name, f"nbd{new.number}", new.device, block=server.target.block_size)
             undo.callback(new.partitions.stop, AFTER_ABORT)
             new.partitions.start()
             if limit.finished.is_set():

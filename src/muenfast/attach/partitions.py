@@ -42,7 +42,7 @@ _ARGUMENT = struct.Struct("@iiiP")          # struct blkpg_ioctl_arg: op, flags,
 _PARTITION = struct.Struct("@qqi64s64s4x")  # struct blkpg_partition: start, length, pno, devname, volname
 _NETLINK_KOBJECT_UEVENT = 15    # uapi/linux/netlink.h
 _KERNEL_EVENTS = 1              # its multicast group, as bits
-_BLOCK = 4096                   # unit of the disk, and sector of its loop device
+_BLOCK = 4096                   # largest unit of a table
 
 _QUIET, _MOST_NOISE = 0.03, 0.5     # seconds: a tool writes a table in several steps; it is read once they are over
 _RETRY = 0.5                        # seconds between tries while something is in use
@@ -94,14 +94,14 @@ def delete_all(fd: int, disk: str) -> None:
 class Partitions:
     """The partitions and nodes of one disk, from start() to stop().
 
-    name: of the disk's node, to which the numbers are appended. disk: what the kernel calls it; path: a node of it.
-    watch: told the (first block, end) of the blocks whose writes matter; event: readable once one was written. Without
-    them only the kernel's uevents tell of a table that changed.
+    name: of the disk's node, to which the numbers are appended. disk: what the kernel calls it; path: a node of it. block:
+    bytes of its sectors. watch: told the (first block, end) of the blocks whose writes matter; event: readable once one was
+    written. Without them only the kernel's uevents tell of a table that changed.
     """
 
-    def __init__(self, name: str, disk: str, path: str, *, watch: Callable[[list[tuple[int, int]]], None] = lambda _: None,
-                 event: int = -1) -> None:
-        self.name, self.disk, self.path = name, disk, path
+    def __init__(self, name: str, disk: str, path: str, *, block: int,
+                 watch: Callable[[list[tuple[int, int]]], None] = lambda _: None, event: int = -1) -> None:
+        self.name, self.disk, self.path, self.block = name, disk, path, block
         self._watch, self._given, self._event = watch, event, -1
         self._spans: list[tuple[int, int]] = []     # where the table stood at the last look
         self._nodes: dict[str, int] = {}        # path: number of the device that we made it for
@@ -266,12 +266,13 @@ class Partitions:
     def _read(self, fd: int) -> tuple[partition.Table | None, bool]:
         """The table (None: there is none), and whether it can be used at all."""
         size = os.lseek(fd, 0, os.SEEK_END)
-        sectors = (_BLOCK, *(each for each in partition.SECTOR_SIZES if each != _BLOCK))
+        block = self.block
+        sectors = (block, *(each for each in partition.SECTOR_SIZES if each != block))
         usual = [(0, 2 * _BLOCK), (max(0, size - _BLOCK), size)]    # where a table may appear, in either unit
         table, usable = None, True
         for _ in range(_MOST_READS):
             # Watched before it is read: what is written from here on is told.
-            self._watch([(start // _BLOCK, -(-end // _BLOCK)) for start, end in usual + self._spans])
+            self._watch([(start // block, -(-end // block)) for start, end in usual + self._spans])
             try:
                 table = partition.read_table(lambda offset, length: _pread(fd, length, offset), size, sectors)
             except UsageError as error:
@@ -296,10 +297,10 @@ class Partitions:
             except UsageError as error:
                 self._say(str(error))
                 continue
-            size = part.size // _BLOCK * _BLOCK
-            if part.start % _BLOCK or not size:
-                self._say(f"partition {number} does not begin at one of the disk's blocks of {_BLOCK} bytes: it is left "
-                          f"out; the server can export it by itself, as #{number}")
+            size = part.size // self.block * self.block
+            if part.start % self.block or not size:
+                self._say(f"partition {number} does not begin at one of the disk's blocks of {self.block} bytes: it is "
+                          f"left out; the server can export it by itself, as #{number}")
                 continue
             found[number] = (part.start, size)
         return found

@@ -13,9 +13,9 @@ from muenfast.cli._text import word
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
-    from muenfast.blk import Export, ExportConfig
+    from muenfast.blk import Channels, Export, ExportConfig
 
-SERVER_ONLY = ("device", "read_only", "threads", "shm", "shm_size")
+SERVER_ONLY = ("device", "read_only", "threads")
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store")
 
 
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, the PATH of a file, disk or "
                                       "partition, or PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
                                       "that very name (default: ram:64M each)")
-    add("--shm", metavar="L", help="server: buffers, regions that both sides write: an entry that names one makes its "
+    add("--shm", metavar="L", help="buffers, regions that both sides write: an entry that names one makes its "
                                    "connection one of the second generation, an empty one leaves it inline")
-    add("--shm-size", metavar="L", help="server: size of buffers that are made because they are missing (default: 16M)")
+    add("--shm-size", metavar="L", help="size of buffers that are made because they are missing (default: 16M)")
     add("--read-only", metavar="L", nargs="?", const="yes",
         help="server: refuse writes; yes or no for each export, alone: for all")
     add("--threads", metavar="N", help="server: most threads for exports in RAM, which share them where they are more "
@@ -82,18 +82,20 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, SERVER_ONLY, "leave out --client, or give it to the server")
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
-    from muenfast.blk import exports_from_lists
+    from muenfast.blk import channels_from_lists, exports_from_lists
 
     with Stop() as stop:
         lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
-                                                                 "size")}, **waiting(arguments)}
+                                                                 "size")},
+                 "buffer": arguments.shm, "buffer_size": arguments.shm_size, **waiting(arguments)}
         if arguments.client:
-            return attach_disks(arguments, lists, stop)
+            # Over a buffer one connection has several disks: how many sockets there are to be is known later.
+            sockets = {"--nbd": _sockets(arguments)} if arguments.shm is None else None
+            return attach_disks(arguments, channels_from_lists(**lists, more=sockets), stop)
         threads = arguments.threads
         if threads is not None:
             threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
-        lists = {**lists, "device": arguments.device, "read_only": arguments.read_only, "buffer": arguments.shm,
-                 "buffer_size": arguments.shm_size}
+        lists = {**lists, "device": arguments.device, "read_only": arguments.read_only}
         return export_disks(exports_from_lists(**lists), stop, threads)
 
 
@@ -127,22 +129,30 @@ def _line(export: Export) -> str:
     channels = export.config.channels
     disks = [f"{size} {word(device.text)}" for size, device in zip(export.sizes, export.config.devices, strict=True)]
     return " ".join(["export", word(channels.req.text), word(channels.resp.text), *disks,
-                     *(["read-only"] if export.config.read_only else []),
-                     *(["shm", word(channels.buffer.text)] if channels.buffer is not None else [])])
+                     *(["read-only"] if export.config.read_only else [])]) + _buffer(channels)
 
 
-def attach_disks(arguments: argparse.Namespace, lists: dict[str, Any], stop: Stop) -> int:
-    """The client, of what channels_from_lists takes, with the options CLIENT_ONLY; until stop, or all servers ended."""
-    from muenfast.blk import BlockClients, OnPeerLoss, channels_from_lists
+def _buffer(channels: Channels) -> str:
+    """` shm BUFFER` for a line, "" of an inline connection."""
+    return "" if channels.buffer is None else f" shm {word(channels.buffer.text)}"
+
+
+def _sockets(arguments: argparse.Namespace) -> list[str] | None:
+    """The paths of --nbd."""
+    if arguments.nbd is None:
+        return None
+    from muenfast.attach.sockets import paths_from_list
+
+    return paths_from_list("--nbd", arguments.nbd)
+
+
+def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], stop: Stop) -> int:
+    """The client, with the options CLIENT_ONLY; until stop, or all servers ended."""
+    from muenfast.blk import BlockClients, OnPeerLoss
     from muenfast.control import ControlServer
 
-    sockets = None
-    if arguments.nbd is not None:
-        from muenfast.attach.sockets import paths_from_list
-
-        sockets = paths_from_list("--nbd", arguments.nbd)
-    channels = channels_from_lists(**lists, more={"--nbd": sockets})
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")
+    sockets = _sockets(arguments)
     attach = arguments.attach or ("auto" if sockets is None else "none")
     with ExitStack() as stack:
         clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
@@ -151,7 +161,8 @@ def attach_disks(arguments: argparse.Namespace, lists: dict[str, Any], stop: Sto
         stack.callback(control.close)
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
-                       f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}" for d in clients.disks])
+                       f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}{_buffer(d.device.channels)}"
+                       for d in clients.disks])
             stop.wait(clients.finished)
         notify("STOPPING=1")
         return 0

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from muenfast import modules
 from muenfast.cli import blk
 from muenfast.cli._serving import Stop
-from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
+    from muenfast.connection import Channels
     from muenfast.export import ExportConfig
 
 
@@ -34,37 +34,42 @@ def run(arguments: argparse.Namespace) -> int:
     if call.generation == 1:
         connections = modules.connections_from_lists(call.values["connections"], call.values.get("device"),
                                                      called=call.spelled.get("device", "device"))
-        if client:
-            raise UsageError("the shared-buffer transport is not in this build's client", option="connections",
-                             hint="without a buffer: req_shm_name=..., resp_shm_name=...")
-    from muenfast.blk import exports_from_lists
+    from muenfast.blk import channels_from_lists, exports_from_lists
 
     with Stop() as stop:
         waiting = blk.waiting(arguments)
         if call.generation == 1:
+            if client:
+                return blk.attach_disks(arguments, [_channels(each, **waiting) for each in connections], stop)
             return blk.export_disks(_exports(connections, call.spelled["device"], **waiting), stop)
         lists = {**_inline(call.values), **waiting}
         if client:
-            return blk.attach_disks(arguments, lists, stop)
+            return blk.attach_disks(arguments, channels_from_lists(**lists), stop)
         return blk.export_disks(exports_from_lists(**lists, device=call.values["device_name"]), stop)
 
 
 def _exports(connections: Sequence[modules.Connection], called: str, **waiting: Any) -> list[ExportConfig]:
     """The second generation's connections as exports. called: the list of disks. Raises UsageError."""
     from muenfast.backing import Device
-    from muenfast.connection import BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE, Channels, Options
     from muenfast.export import ExportConfig, check_devices
 
-    names = Options(**dict.fromkeys(("req", "resp", "buffer"), "connections"), device=called)
     configs = []
     for each in connections:
-        channels = Channels(each.req, each.resp, each.index, each.req_protocol, each.resp_protocol,
-                            (BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE), options=names, buffer=each.buffer, **waiting)
+        channels = _channels(each, called, **waiting)
         first, *further = (Device.parse(path, option=called, index=index)
                            for path, index in zip(each.devices, each.entries, strict=True))
         configs.append(ExportConfig(channels, first, further=tuple(further), entries=each.entries))
     check_devices(configs)
     return configs
+
+
+def _channels(each: modules.Connection, device: str = "device", **waiting: Any) -> Channels:
+    """A connection of the second generation. device: what the list of disks is called."""
+    from muenfast.connection import BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE, Channels, Options
+
+    names = Options(**dict.fromkeys(("req", "resp", "buffer"), "connections"), device=device)
+    return Channels(each.req, each.resp, each.index, each.req_protocol, each.resp_protocol,
+                    (BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE), options=names, buffer=each.buffer, **waiting)
 
 
 def _inline(values: Mapping[str, str]) -> dict[str, object]:
