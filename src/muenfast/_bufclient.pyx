@@ -35,11 +35,13 @@ cdef enum:
     PHASE_ASKING = 2
 
 # Bytes of one request: two sides copy at the same time, and the server joins neighbours again.
-cdef uint64_t PIECE_BYTES = 32768
+cdef uint64_t PIECE_BYTES = 65536
 # Bytes of writes published together, for the same reason (docs/decisions/003).
-cdef uint64_t PUBLISH_BYTES = 32768
-# Bytes of the buffer in use at first: what both sides' caches hold. It doubles where that is not enough.
-cdef uint64_t AREA_BYTES = 1 << 20
+cdef uint64_t PUBLISH_BYTES = 65536
+# Bytes of answers to reads after which new requests are issued, for the server to go on.
+cdef uint64_t REAP_BYTES = 65536
+# Bytes of the buffer in use at least: what both sides' caches hold. It doubles where that is not enough, and shrinks again.
+cdef uint64_t AREA_BYTES = 1 << 19
 # After this long without an answer from an active server the client starts over.
 cdef uint64_t ANSWER_NS = 1_000_000_000
 # What a server may know nothing of is waited for this long after everything else was answered.
@@ -128,18 +130,20 @@ cdef uint64_t shared_place(shared_t *b, uint64_t bytes, uint64_t block_size) noe
     cdef uint64_t n = bytes // b.unit, align = block_size // b.unit, at
     if n > b.units - b.taken:
         return NOWHERE
-    while True:
-        at = shared_find(b, b.cursor, b.area, n, align)
-        if at == NOWHERE:
-            at = shared_find(b, 0, b.area, n, align)
-        if at != NOWHERE:
-            shared_mark(b, at, n, True)
-            b.cursor = at + n
-            return at * b.unit
-        if b.area == b.units:
-            return NOWHERE
-        b.cursor = b.area
-        b.area = min(2 * b.area, b.units)
+    at = shared_find(b, b.cursor, b.area, n, align)
+    if at == NOWHERE:
+        while b.area // 2 >= max(AREA_BYTES // b.unit, 2 * (b.taken + n)):
+            b.area //= 2
+        at = shared_find(b, 0, b.area, n, align)
+        while at == NOWHERE and b.area != b.units:
+            at = b.area
+            b.area = min(2 * b.area, b.units)
+            at = shared_find(b, at, b.area, n, align)
+    if at == NOWHERE:
+        return NOWHERE
+    shared_mark(b, at, n, True)
+    b.cursor = at + n
+    return at * b.unit
 
 
 cdef void shared_renew(client_t *c) noexcept nogil:
@@ -195,7 +199,7 @@ cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, cons
     r.device_offset = e.id * q.block_size
     r.buffer_offset = e.place
     if io.kind == IO_WRITE:
-        copy_bytes(b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
+        copy_payload(b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
     elif e.kind == REQUEST_WRITE:
         memset(b.base + e.place, 0, length)
 
@@ -263,7 +267,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
 cdef ring_status shared_reap(client_t *c) noexcept nogil:
     """Takes one batch of answers. Precondition: reaping is ours."""
     cdef shared_t *b = <shared_t *>c.transport
-    cdef uint64_t available, n, k, matches = 0, length
+    cdef uint64_t available, n, k, matches = 0, length, copied = 0
     cdef ring_status status = reader_peek(&c.r, &available)
     cdef block_response answers[BATCH]
     cdef const block_response *a
@@ -277,21 +281,24 @@ cdef ring_status shared_reap(client_t *c) noexcept nogil:
         memcpy(&answers[k], reader_slot(&c.r, k), sizeof(block_response))
     if not reader_intact(&c.r):
         return reader_recover(&c.r)
-    reader_advance(&c.r, n)
-    for k in range(n):
+    k = 0
+    while k < n and copied < REAP_BYTES:
         a = &answers[k]
+        k += 1
         e = &c.entries[<uint32_t>(a.tag - c.base) % c.window]
         if (load_acquire32(&e.state) != ENTRY_ISSUED or e.priv != a.tag or e.kind != a.kind or e.device != a.device):
             continue
         e.state = ENTRY_MATCHED
         if e.kind == REQUEST_READ and a.status == 0 and e.io != NULL:
             length = c.queues[e.device].block_size
-            copy_bytes(e.io.buf + e.index * length, b.base + e.place, e.nblocks * length)
+            copy_payload(e.io.buf + e.index * length, b.base + e.place, e.nblocks * length)
+            copied += e.nblocks * length
         matched[matches] = e
         # 1 is what a plain server says of anything; other small numbers are a Linux errno.
         errors[matches] = 0 if a.status == 0 else (-<int32_t>a.status if 1 < a.status <= 4095 else -EIO)
         matches += 1
-    count64(&c.n.stale, n - matches)
+    reader_advance(&c.r, k)
+    count64(&c.n.stale, k - matches)
     if load_acquire32(b.broken) != 0:
         for k in range(matches):        # zeros, perhaps: in flight until the buffer is back
             matched[k].state = ENTRY_ISSUED

@@ -134,9 +134,9 @@ cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length
     data = s.buffer + h.buffer_offset   # checked for all but discards, which need none
     if store.kind == STORE_MEMORY:
         if h.kind == REQUEST_WRITE:
-            copy_bytes(store.memory + h.device_offset, data, length)
+            copy_payload(store.memory + h.device_offset, data, length)
         else:
-            copy_bytes(data, store.memory + h.device_offset, length)
+            copy_payload(data, store.memory + h.device_offset, length)
         if store_broken(store):
             status = -EIO
     elif h.kind == REQUEST_READ:
@@ -146,11 +146,16 @@ cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length
 
 cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, uint64_t n,
                             uint64_t *length) noexcept nogil:
-    """How many of n requests, of which h[0] was checked, continue one device range and one buffer range; their bytes."""
+    """How many of n requests, of which h[0] was checked, continue one device range and one buffer range; their bytes.
+
+    What is copied from or to memory is answered every MEMORY_BYTES: an operation more costs nothing there.
+    """
     cdef const block_request *next
     cdef uint64_t run = 1
+    cdef bint copied = h.kind != REQUEST_DISCARD and s.devices[h.device].store.kind == STORE_MEMORY
+    cdef uint64_t most = MEMORY_BYTES if copied else <uint64_t>-1
     length[0] = h.length
-    while run < n:
+    while run < n and length[0] < most:
         next = &h[run]
         if next.kind != h.kind or next.device != h.device or next.device_offset != h.device_offset + length[0]:
             break

@@ -26,4 +26,15 @@ static inline void copy_bytes(void *to, const void *from, size_t n) {
     memcpy(d, s, n);
 }
 
+/* Payload of any length between a shared buffer and memory: of whole blocks, lines that `rep movsb` does not read before
+ * it writes them count for more (docs/decisions/004). */
+enum { COPY_LONG = 4096 };
+
+static inline void copy_payload(void *to, const void *from, size_t n) {
+    if (n >= COPY_LONG)
+        memcpy(to, from, n);
+    else
+        copy_bytes(to, from, n);
+}
+
 #endif

@@ -36,6 +36,7 @@ cdef extern from "_atomics.h" nogil:
 
 cdef extern from "_copy.h" nogil:
     void copy_bytes(void *to, const void *source, size_t n) noexcept
+    void copy_payload(void *to, const void *source, size_t n) noexcept
 
 
 cdef extern from "_wire.h" nogil:
