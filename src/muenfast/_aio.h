@@ -41,6 +41,8 @@ enum {
 /* Where a kernel cannot wait for the bell and for operations at once: a look at the ring this often, while there are some. */
 #define AIO_LOOK_NS UINT64_C(200000)
 #define AIO_DISCARD_DEVICE _IO(0x12, 119) /* linux/fs.h: BLKDISCARD */
+#define AIO_OP_COMMAND 46                 /* linux/io_uring.h of Linux 5.19: IORING_OP_URING_CMD */
+#define AIO_COMMAND_DISCARD _IO(0x12, 0)  /* linux/blkdev.h of Linux 6.12: BLOCK_URING_CMD_DISCARD */
 #define AIO_OP_FUTEX_WAIT 51              /* linux/io_uring.h of Linux 6.7: IORING_OP_FUTEX_WAIT */
 #define AIO_FUTEX2_U32 2                  /* linux/futex.h: FUTEX2_SIZE_U32, shared between processes */
 
@@ -92,6 +94,12 @@ static inline void aio_append(aio_op ***last, aio_op *op) {
     *last = &op->next;
 }
 
+/* The negative errno of an operation that failed with that one. Memory that its owner took away (EFAULT) is no fault of the
+ * file. A file that was cut short within a sector has no place from which direct I/O could go on (EINVAL). */
+static inline int aio_error(const aio_op *op, int number) {
+    return number == EFAULT || (number == EINVAL && op->moved != 0) ? -EIO : -number;
+}
+
 /* ---- one operation, synchronously */
 
 static inline int aio_execute(const aio *a, aio_op *op) {
@@ -112,7 +120,7 @@ static inline int aio_execute(const aio *a, aio_op *op) {
         if (n < 0) {
             if (errno == EINTR)
                 continue;
-            return errno == EFAULT ? -EIO : -errno; /* memory that its owner took away is no fault of the file */
+            return aio_error(op, errno);
         }
         if (op->kind != AIO_READ && op->kind != AIO_WRITE)
             return 0;
@@ -221,7 +229,12 @@ static inline bool aio_prepare(aio *a, aio_op *op) {
         length = 1 << 30; /* an operation counts in 32 bits; the rest follows */
     if (op->kind == AIO_SYNC)
         io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
-    else if (op->kind == AIO_DISCARD)
+    else if (op->kind == AIO_DISCARD && a->devices[op->file]) { /* fallocate would write zeros: not what was asked for */
+        io_uring_prep_rw(AIO_OP_COMMAND, sqe, fd, NULL, 0, 0);
+        sqe->cmd_op = AIO_COMMAND_DISCARD;
+        sqe->addr = op->start;
+        sqe->addr3 = op->length;
+    } else if (op->kind == AIO_DISCARD)
         io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)op->start,
                                 (off_t)op->length);
     else if (op->kind == AIO_WRITE && fixed)
@@ -237,11 +250,15 @@ static inline bool aio_prepare(aio *a, aio_op *op) {
 }
 
 /* A completion's result; whether the operation is done. */
-static inline bool aio_completed(aio_op *op, int32_t result) {
+static inline bool aio_completed(const aio *a, aio_op *op, int32_t result) {
     if (result == -EINTR || result == -EAGAIN)
         return false;
+    if (op->kind == AIO_DISCARD && a->devices[op->file] && (result == -EOPNOTSUPP || result == -EINVAL)) {
+        op->error = aio_execute(a, op); /* a kernel without that command, or a disk that cannot: as the ioctl says */
+        return true;
+    }
     if (result < 0) {
-        op->error = result == -EFAULT ? -EIO : result;
+        op->error = aio_error(op, -result);
         return true;
     }
     if (op->kind != AIO_READ && op->kind != AIO_WRITE)
@@ -261,7 +278,7 @@ static inline void aio_reap(aio *a) {
         op = (aio_op *)io_uring_cqe_get_data(cqe);
         if (op == NULL)
             a->armed = false; /* the bell */
-        else if (aio_completed(op, cqe->res))
+        else if (aio_completed(a, op, cqe->res))
             aio_append(&a->done_last, op);
         else
             aio_append(&a->held_last, op);
@@ -371,18 +388,8 @@ static inline void aio_begin(aio *a) {
         return;
     }
 #ifndef MUENFAST_NO_URING
-    while ((op = a->held) != NULL) {
-        /* The kernel's discard of a device by fallocate writes zeros: not what was asked for. */
-        if (op->kind == AIO_DISCARD && a->devices[op->file]) {
-            a->held = op->next;
-            op->error = aio_execute(a, op);
-            aio_append(&a->done_last, op);
-            continue;
-        }
-        if (!aio_prepare(a, op))
-            break; /* the queue is full: after those in it */
+    while ((op = a->held) != NULL && aio_prepare(a, op)) /* a full queue: after those in it */
         a->held = op->next;
-    }
     if (a->held == NULL)
         a->held_last = &a->held;
     io_uring_submit(&a->ring); /* what it does not take stays in the queue: the next call, or the next wait */

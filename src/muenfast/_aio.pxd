@@ -50,7 +50,7 @@ cdef struct flight_t:       # one operation for n requests, which are neighbours
 
 cdef struct flights_t:
     aio_t aio
-    uint64_t head           # requests taken so far; number k has the place k % AIO_MOST until it is answered
+    uint64_t head           # number of the next request; number k has the place k % AIO_MOST until it is answered
     bint busy[AIO_MOST]
     flight_t flights[AIO_MOST]  # at the place of the first request
     bint blocked            # the next request waits for one that is under way
@@ -59,8 +59,12 @@ cdef struct flights_t:
 
 
 cdef inline uint64_t flights_room(flights_t *f, uint64_t most) noexcept nogil:
-    """How many requests can be taken next, at most `most`."""
-    cdef uint64_t n = 0
+    """How many requests can be taken next, at most `most`. Numbers whose places are taken are left out: what takes long
+    holds up its own place only."""
+    cdef uint64_t n = 0, taken = 0
+    while taken < AIO_MOST and f.busy[f.head % AIO_MOST]:
+        f.head += 1
+        taken += 1
     while n < most and not f.busy[(f.head + n) % AIO_MOST]:
         n += 1
     f.blocked = n == 0
@@ -104,7 +108,7 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
     cdef uint64_t epoch, start
     cdef uint32_t seen
     cdef int i
-    cdef bint takes = not f.blocked and not f.leaving
+    cdef bint takes = not f.blocked and not f.leaving and load_relaxed32(stop) == 0
     if r.may_spin:
         start = now_ns()
         while True:
@@ -114,7 +118,7 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
                 return
             if now_ns() - start >= FLIGHT_SPIN_NS:
                 break
-    if f.blocked or f.leaving or load_relaxed32(stop) != 0:
+    if not takes or load_relaxed32(stop) != 0:
         aio_wait(&f.aio, NULL, 0, ns)
         return
     epoch = load_relaxed64(&r.hdr.epoch)

@@ -437,18 +437,14 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
     everything before it is.
     """
     cdef requests_t *f = s.files
-    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, run
+    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run
     cdef const block_request *h
     cdef const device_t *d
-    for k in range(n):
-        memcpy(&s.heads[k], reader_slot(&s.r, k), sizeof(block_request))
-        f.heads[(f.flights.head + k) % AIO_MOST] = s.heads[k]
+    for i in range(n):
+        memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_request))
+        f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
     if not reader_intact(&s.r):
         return reader_recover(&s.r)
-    if n == 0:
-        return NO_DATA
-    count64(&s.n.batches, 1)
-    k = 0
     while k < n:
         h = &s.heads[k]
         d = &s.devices[h.device] if h.device < s.ndevices else NULL
@@ -476,6 +472,9 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
         reader_advance(&s.r, run)
         f.flights.head += run
         k += run
+    if k == 0:                          # waiting is no work: it is slept through
+        return NO_DATA
+    count64(&s.n.batches, 1)
     aio_begin(&f.flights.aio)
     return SUCCESS
 
@@ -536,7 +535,9 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
             return STEP_WORKED
         if status == NO_DATA:
             return event
-        if f != NULL and f.aio.nflying != 0:    # all work of the old life is done before the new one's is begun
+        # All work of the old life is done before the new one's is begun; an overrun ends none, and what was taken before it
+        # is answered.
+        if f != NULL and f.aio.nflying != 0 and status != OVERRUN_DETECTED:
             f.leaving = True
             f.pending = status
             return event
@@ -627,7 +628,8 @@ cdef class BufferServer(ServerEngine):
             self.s.files = <requests_t *>calloc(1, sizeof(requests_t))
             if self.s.files == NULL:
                 raise MemoryError()
-            aio_open(&self.s.files.flights.aio, threads, self.s.buffer, self.s.length)
+            # The buffer is not registered: pinned pages would be read and written after its owner gave it others.
+            aio_open(&self.s.files.flights.aio, threads, NULL, 0)
             for number, each in enumerate(stores):
                 store = each
                 if store.s.kind == STORE_FILE:
