@@ -1,5 +1,5 @@
-"""Disks that stand still, are cut short or die with requests under way: a frozen file system holds writes, and what a loop
-device on it discards, until it is thawed."""
+"""Disks that stand still, are cut short or die with requests under way: a frozen file system holds writes, those of a loop
+device on it, too, until it is thawed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from peer import (
     REQUEST_PROTOCOL,
     RESPONSE_PROTOCOL,
     SYNC,
+    WC,
     WRITE,
     BufferRequest,
     Event,
 )
-from test_blk_buffer import Rig, loop_device, ram, rig, statuses
+from test_blk_buffer import Rig, loop_device, rig, statuses
 from test_buffer_client import Link, link
 
 from muenfast import BlockDevice, ClaimError, shm
 from muenfast._blk import Server
-from muenfast._buffer import BufferServer
 from muenfast._ring import Reader, Writer
 from muenfast._store import Store
 from muenfast._target import Completions
@@ -49,7 +49,7 @@ FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
 
 
 class Held:
-    """A file system whose writes wait while it is frozen, for 20 seconds at most: a test that never thaws it must end, too."""
+    """A file system whose writes wait while it is frozen, for 20 seconds at most: a test that cannot thaw it has to end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,11 +69,11 @@ class Held:
                 fcntl.ioctl(self._fd, FITHAW, 0)
 
     def thaw(self) -> None:
-        limit = self._limit
+        """What was to happen before has not waited for the limit."""
+        assert self._limit is not None
+        self._limit.cancel()
+        self._limit.join()
         self._thaw()
-        if limit is not None:
-            limit.cancel()
-            limit.join()
 
     def disk(self, blocks: int = 64) -> Path:
         """A new file of that many blocks of zeros."""
@@ -82,7 +82,8 @@ class Held:
         return path
 
     def close(self) -> None:
-        self.thaw()
+        if self._limit is not None:
+            self.thaw()
         os.close(self._fd)
 
 
@@ -229,6 +230,42 @@ def test_nobody_gets_the_answers_of_a_life_that_ended(held: Held, inline: Callab
     assert {priv: answer.data for priv, answer in found.items()} == {200 + i: block(i) for i in range(8)}
 
 
+def test_answers_of_a_life_that_ended_are_not_written_at_all() -> None:
+    """A pipe instead of a file: a read of it ends when there is something in it. One of the old life's reads ends while
+    another one is under way: the response channel does not change until both have."""
+    source, sink = os.pipe()
+    client = Inline(Store.in_file(source, 64 * BLOCK, read_only=True), threads=False)
+    header = memoryview(client.resp).cast("Q")[:8]
+
+    def end_one(reads: int) -> None:
+        os.write(sink, block(reads))
+        eventually(lambda: client.server.run(0.01) and client.server.counters["reads"] == reads)
+
+    try:
+        client.send(*(Event(READ, 0, 2 * i, 1, i) for i in range(3)))
+        end_one(1)
+        assert header[WC] == 1
+        client.writer.close()
+        client.writer = Writer(client.req, size=EVENT_BYTES, protocol=REQUEST_PROTOCOL)
+        client.send(Event(READ, 0, 9, 1, 100))
+        client.server.run(0.01)     # knows of it from now on
+        old = header.tolist()
+        end_one(2)
+        assert header.tolist() == old
+        end_one(3)
+        eventually(lambda: client.server.run(0.01) and header[EPOCH] not in (0, old[EPOCH]))
+        assert client.reader.read() is None
+        end_one(4)
+        assert client.answers(1)[100].data == block(4)
+    finally:
+        for _ in range(4):
+            os.write(sink, bytes(BLOCK))
+        client.close()
+        header.release()
+        os.close(source)
+        os.close(sink)
+
+
 @pytest.mark.root
 def test_an_overrun_leaves_what_was_taken_its_answer(held: Held, rig: Rig, stores: Callable[[Path], Store],
                                                      threads: bool) -> None:
@@ -268,25 +305,46 @@ def test_a_held_write_takes_one_place(held: Held, rig: Rig, stores: Callable[[Pa
 
 
 @pytest.mark.root
+def test_many_held_writes_leave_the_other_disk_threads(held: Held, rig: Rig, stores: Callable[[Path], Store],
+                                                       threads: bool, tmp_path: Path) -> None:
+    """What does its I/O, the kernel's workers or a pool, is not all taken by the disk that hangs."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(64 * BLOCK))
+    rig.serve(stores(held.disk(256)), stores(other), threads=threads)
+    client = rig.client()
+    held.freeze()
+    client.send(*(BufferRequest(BUFFER_WRITE, 0, i, BLOCK, 2 * i * BLOCK, 0) for i in range(100)))
+    for i in range(20):
+        client.write(1, i * BLOCK, block(i), BLOCK)
+        client.sync(1)
+        assert other.read_bytes()[i * BLOCK:(i + 1) * BLOCK] == block(i)
+    held.thaw()
+    assert sorted(statuses(client.answers(100))) == [(i, 0) for i in range(100)]
+
+
+@pytest.mark.root
 def test_a_held_discard_of_a_device(held: Held, rig: Rig, stores: Callable[[Path | str], Store], threads: bool,
                                     loop_device: Callable[[Path], str]) -> None:
-    """BLKDISCARD, too, is nobody else's trouble."""
+    """BLKDISCARD that stands behind a write is not waited for by the thread that serves."""
     path = held.disk(256)
     path.write_bytes(b"h" * 256 * BLOCK)
     server = rig.serve(stores(loop_device(path)), stores("ram:64K"), threads=threads)
     client = rig.client()
     held.freeze()
-    client.send(BufferRequest(DISCARD, 0, 7, 32 * BLOCK, 0), BufferRequest(BUFFER_READ, 1, 8, BLOCK, 0, 0))
-    eventually(lambda: server.run(0.01) and server.counters["reads"] == 1)
-    assert statuses(client.answers(1)) == [(8, 0)]
+    client.send(BufferRequest(BUFFER_WRITE, 0, 6, BLOCK, 100 * BLOCK, BLOCK))
+    rig.step()
+    client.send(BufferRequest(DISCARD, 0, 7, 32 * BLOCK, 0))
+    rig.step()
+    client.send(BufferRequest(BUFFER_READ, 1, 8, BLOCK, 0, 0))
+    assert statuses(client.answers(1)) == [(8, 0)] and server.counters["discards"] == 1
     held.thaw()
-    assert statuses(client.answers(1)) == [(7, 0)]
+    assert sorted(statuses(client.answers(2))) == [(6, 0), (7, 0)]
     assert client.read(0, 31 * BLOCK, 2 * BLOCK) == bytes(BLOCK) + b"h" * BLOCK
 
 
 @pytest.mark.root
 def test_a_disk_that_stands_still_leaves_the_other_its_share(held: Held, link: Link) -> None:
-    """Client and server: hundreds of writes to a disk that hangs, queued and in flight, and the other disk of the connection
+    """Client and server: hundreds of writes to a disk that hangs, queued and in flight; the other disk of the connection
     reads, writes and syncs; afterwards all of them are done."""
     path = held.disk(256)
     link.serve(str(path), "ram:1M")

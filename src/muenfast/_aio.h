@@ -34,7 +34,8 @@ enum aio_kind { AIO_READ = 0, AIO_WRITE = 1, AIO_SYNC = 2, AIO_DISCARD = 3 };
 
 enum {
     AIO_MOST = 256,   /* operations at a time */
-    AIO_THREADS = 8,  /* of a pool */
+    AIO_THREADS = 8,  /* of a pool, at work for one file */
+    AIO_POOL = 64,    /* of a pool */
     AIO_FILES = 256,  /* per aio */
     AIO_NO_FILE = AIO_FILES /* of what is only about memory */
 };
@@ -79,8 +80,9 @@ typedef struct aio {
     /* The pool; under lock, but for `finished`. */
     pthread_mutex_t lock;
     pthread_cond_t work;
-    pthread_t threads[AIO_THREADS];
+    pthread_t threads[AIO_POOL];
     uint32_t nthreads, idle;
+    uint32_t working[AIO_FILES]; /* threads at work for each file */
     aio_op *todo, **todo_last;
     aio_op *ready, **ready_last;
     bool ending;
@@ -134,25 +136,37 @@ static inline int aio_execute(const aio *a, aio_op *op) {
 
 /* ---- the pool */
 
+/* Takes the oldest operation that is to be begun, or NULL; a file that keeps its share of the threads waiting is passed over.
+ * Precondition: lock held. */
+static inline aio_op *aio_next(aio *a) {
+    aio_op **link = &a->todo, *op;
+    while ((op = *link) != NULL && a->working[op->file] == AIO_THREADS)
+        link = &op->next;
+    if (op == NULL)
+        return NULL;
+    *link = op->next;
+    if (op->next == NULL)
+        a->todo_last = link;
+    a->working[op->file]++;
+    return op;
+}
+
 static void *aio_work(void *argument) {
     aio *a = (aio *)argument;
     aio_op *op;
     pthread_mutex_lock(&a->lock);
     for (;;) {
-        while (a->todo == NULL && !a->ending) {
+        while ((op = aio_next(a)) == NULL && !a->ending) {
             a->idle++;
             pthread_cond_wait(&a->work, &a->lock);
             a->idle--;
         }
-        if (a->todo == NULL)
+        if (op == NULL)
             break;
-        op = a->todo;
-        a->todo = op->next;
-        if (a->todo == NULL)
-            a->todo_last = &a->todo;
         pthread_mutex_unlock(&a->lock);
         op->error = aio_execute(a, op);
         pthread_mutex_lock(&a->lock);
+        a->working[op->file]--;
         aio_append(&a->ready_last, op);
         fetch_add_acqrel32(&a->finished, 1);
         futex_wake_all(&a->finished);
@@ -165,7 +179,7 @@ static void *aio_work(void *argument) {
 static inline bool aio_grow(aio *a) {
     sigset_t all, before;
     int status;
-    if (a->nthreads == AIO_THREADS)
+    if (a->nthreads == AIO_POOL || a->nthreads == AIO_THREADS * a->nfiles)
         return false;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -347,6 +361,14 @@ static inline int aio_add(aio *a, int fd, bool device) {
         return -EMFILE;
     a->fds[a->nfiles] = fd;
     a->devices[a->nfiles] = device;
+#ifndef MUENFAST_NO_URING
+    if (a->uring && a->nfiles == 1) {
+        /* One file that hangs leaves the other's fdatasync a worker of the kernel's, which has four per CPU else; a kernel
+         * before 5.15 knows no other number. */
+        unsigned most[2] = {AIO_MOST, 0};
+        io_uring_register_iowq_max_workers(&a->ring, most);
+    }
+#endif
     return (int)a->nfiles++;
 }
 

@@ -365,11 +365,11 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
             memcpy(data, &sectors, sizeof(sectors))
             count64(&s.n.sizes, 1)
             server_reply(s, h, 1, 0, data)
+        elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
+            run = 0
         elif s.store.read_only:
             count64(&s.n.syncs, 1)
             server_reply(s, h, 1, 0, NULL)
-        elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
-            run = 0
         else:
             count64(&s.n.syncs, 1)
             flights_add(&f.flights, f.flights.head, 1, AIO_SYNC, 0, 0, 0, NULL)

@@ -457,10 +457,10 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
             run = 0
         elif h.kind != REQUEST_SYNC:
             buffer_reply(s, h, buffer_query(s, h))
+        elif d != NULL and d.store.kind == STORE_FILE and aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
+            run = 0
         elif d == NULL or d.store.kind != STORE_FILE or d.store.read_only:
             buffer_reply(s, h, buffer_sync(s, h))
-        elif aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
-            run = 0
         else:
             count64(&s.n.syncs, 1)
             buffer_fly(s, h, f.flights.head, 1, 0)
