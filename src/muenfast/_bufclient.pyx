@@ -30,6 +30,7 @@ cdef extern from *:
 
 cdef enum:
     ASKS = 4                # most questions at a time while connecting
+    SHARE = 16              # requests that one of many disks may have in flight, whatever its share
     MOST_DEVICES = 256      # of one connection; more are refused
     PHASE_RESET = 1         # active; waiting for the response channel to be so
     PHASE_ASKING = 2
@@ -233,7 +234,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
     cdef io_t *io
     cdef entry_t *e
     if c.nqueues > 1:
-        most = min(most, max(<uint64_t>c.window // (2 * c.nqueues), <uint64_t>1))
+        most = min(most, max(<uint64_t>c.window // (2 * c.nqueues), min(<uint64_t>SHARE, <uint64_t>c.window // 4 + 1)))
     while idle < c.nqueues:
         room = min(client_room(c), <uint64_t>BATCH)
         if room == 0 or load_acquire32(b.broken) != 0:

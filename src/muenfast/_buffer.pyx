@@ -549,6 +549,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
         if too_soon(&s.starts, s.r.epoch):
             s.grace_until = now_ns() + AGAIN_NS
     elif status == OVERRUN_DETECTED:
+        if f != NULL:
+            f.blocked = False           # what waited is among the lost
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
             event = STEP_WORKED
