@@ -35,6 +35,7 @@ enum aio_kind { AIO_READ = 0, AIO_WRITE = 1, AIO_SYNC = 2, AIO_DISCARD = 3 };
 enum {
     AIO_MOST = 256,   /* operations at a time */
     AIO_THREADS = 8,  /* of a pool */
+    AIO_SUBMIT = 2,   /* operations in one system call */
     AIO_FILES = 256,  /* per aio */
     AIO_NO_FILE = AIO_FILES /* of what is only about memory */
 };
@@ -382,6 +383,8 @@ static inline void aio_begin(aio *a) {
         if (!aio_prepare(a, op))
             break; /* the queue is full: after those in it */
         a->held = op->next;
+        if (io_uring_sq_ready(&a->ring) >= AIO_SUBMIT)
+            io_uring_submit(&a->ring);
     }
     if (a->held == NULL)
         a->held_last = &a->held;

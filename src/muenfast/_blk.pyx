@@ -285,11 +285,11 @@ cdef bint server_finish(server_t *s) noexcept nogil:
     cdef flight_t *t
     cdef uint64_t at, k
     cdef bint worked = False
-    while True:
+    cdef int i
+    for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
-            aio_begin(&f.flights.aio)   # what was done in part
-            return worked
+            break
         worked = True
         at = t.first % AIO_MOST
         for k in range(t.n):
@@ -302,6 +302,8 @@ cdef bint server_finish(server_t *s) noexcept nogil:
             server_reply(s, s.heads, t.n, t.op.error,
                          f.stage + at * BLOCK_SIZE if t.op.kind == AIO_READ and t.op.error == 0 else NULL)
         flights_free(&f.flights, t)
+    aio_begin(&f.flights.aio)           # what was done in part
+    return worked
 
 
 cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n) noexcept nogil:
