@@ -36,6 +36,7 @@ enum {
     AIO_MOST = 256,   /* operations at a time */
     AIO_THREADS = 8,  /* of a pool, at work for one file */
     AIO_POOL = 64,    /* of a pool */
+    AIO_SUBMIT = 2,   /* operations in one system call */
     AIO_FILES = 256,  /* per aio */
     AIO_NO_FILE = AIO_FILES /* of what is only about memory */
 };
@@ -410,8 +411,11 @@ static inline void aio_begin(aio *a) {
         return;
     }
 #ifndef MUENFAST_NO_URING
-    while ((op = a->held) != NULL && aio_prepare(a, op)) /* a full queue: after those in it */
+    while ((op = a->held) != NULL && aio_prepare(a, op)) { /* a full queue: after those in it */
         a->held = op->next;
+        if (io_uring_sq_ready(&a->ring) >= AIO_SUBMIT)
+            io_uring_submit(&a->ring);
+    }
     if (a->held == NULL)
         a->held_last = &a->held;
     io_uring_submit(&a->ring); /* what it does not take stays in the queue: the next call, or the next wait */

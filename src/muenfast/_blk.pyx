@@ -286,11 +286,11 @@ cdef bint server_finish(server_t *s) noexcept nogil:
     cdef aio_op op
     cdef uint64_t first, n, k
     cdef bint worked = False
-    while True:
+    cdef int i
+    for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
-            aio_begin(&f.flights.aio)   # what was done in part
-            return worked
+            break
         worked = True
         first, n, op = t.first, t.n, t.op
         for k in range(n):
@@ -308,6 +308,8 @@ cdef bint server_finish(server_t *s) noexcept nogil:
         if not f.flights.leaving:
             server_reply(s, s.heads, n, op.error, op.data if op.kind == AIO_READ and op.error == 0 else NULL)
         flights_free(&f.flights, t)
+    aio_begin(&f.flights.aio)           # what was done in part
+    return worked
 
 
 cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n) noexcept nogil:

@@ -355,12 +355,11 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
     cdef uint64_t k, n, first
     cdef const block_request *h
     cdef bint worked = False
-    cdef int error
-    while True:
+    cdef int error, i
+    for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
-            aio_begin(&f.flights.aio)
-            return worked
+            break
         worked = True
         first, n, error = t.first, t.n, t.op.error
         h = s.heads
@@ -385,6 +384,8 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
         k = 0
         while k < n and buffer_answers(s, k, min(n - k, s.w.elements)):
             k += min(n - k, s.w.elements)
+    aio_begin(&f.flights.aio)           # what was done in part
+    return worked
 
 
 cdef void buffer_fly(buffer_server_t *s, const block_request *h, uint64_t first, uint64_t n,
