@@ -247,7 +247,7 @@ MUTATIONS = [
     Mutation("answer: an errno", "client_settle", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO", "errors[k]",
              CLIENT),
     Mutation("issue: window", "client_room", "c.window - (c.head - load_acquire64(&c.tail))", "c.window", CLIENT),
-    Mutation("issue: depth", "client_room", "c.depth - c.flying if c.flying < c.depth else 0", "c.window", CLIENT),
+    Mutation("issue: depth", "client_room", "most - c.flying if c.flying < most else 0", "c.window", CLIENT),
     Mutation("issue: the server that was checked", "client_room",
              " if load_relaxed64(&c.r.hdr.epoch) == c.server else 0", "", CLIENT),
     *(Mutation(f"size: {what}", "client_take_size", old, new, CLIENT) for what, old, new in (
