@@ -218,8 +218,8 @@ def test_every_byte_is_where_a_model_has_it(rig: Rig, new_file: Callable[..., tu
 
 
 def test_neighbours_become_one_operation(rig: Rig, new_file: Callable[..., tuple[Store, Path]]) -> None:
-    """64 requests that continue one another on disk and in the buffer are one, of RAM those of 16 KiB; a step of either ends
-    the run."""
+    """64 requests that continue one another on disk and in the buffer are one, of RAM those of 16 KiB; a step of either
+    ends the run."""
     server = rig.serve(new_file(1 << 20)[0], ram(1 << 20)[0], buffer=1 << 20)
     client = rig.client()
 

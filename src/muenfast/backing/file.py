@@ -54,6 +54,8 @@ class FileBacking(Backing):
             if size < BLOCK:
                 raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}",
                                  option=option, index=index, value=device.text)
+            info = os.fstat(fd)
+            self.disk = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
             direct = _direct(fd, offset, SECTOR if size % BLOCK else BLOCK, read_only, stack)
             self.store = Store.in_file(fd, size, direct=direct, offset=offset, read_only=read_only, identity=identity)
             stack.callback(self.store.close)
