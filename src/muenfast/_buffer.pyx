@@ -374,8 +374,7 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
         if h.kind != REQUEST_SYNC and load_acquire32(s.broken) != 0:
             error = -EIO
         count64(&s.n.failed, n if error != 0 else 0)
-        if f.flights.leaving:
-            count64(&s.n.cancelled, n)
+        if f.flights.leaving:           # they were executed, and counted as that
             continue
         for k in range(n):
             s.answers[k].kind = h[k].kind
@@ -536,7 +535,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
             return STEP_WORKED
         if status == NO_DATA:
             return event
-        if f != NULL and f.aio.nflying != 0:    # all work of the old life is done before the new one's is begun
+        # All work of the old life is done before the new one's is begun. An overrun ends none: what was taken is answered.
+        if f != NULL and f.aio.nflying != 0 and status != OVERRUN_DETECTED:
             f.leaving = True
             f.pending = status
             return event
@@ -627,7 +627,8 @@ cdef class BufferServer(ServerEngine):
             self.s.files = <requests_t *>calloc(1, sizeof(requests_t))
             if self.s.files == NULL:
                 raise MemoryError()
-            aio_open(&self.s.files.flights.aio, threads, self.s.buffer, self.s.length)
+            # The buffer is not registered: when its region is truncated and grown again, registered pages stay the old ones.
+            aio_open(&self.s.files.flights.aio, threads, NULL, 0)
             for number, each in enumerate(stores):
                 store = each
                 if store.s.kind == STORE_FILE:
