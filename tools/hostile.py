@@ -4,13 +4,13 @@ A hostile peer against muenfast's block server and against its client, for N (10
 it does one thing that no protocol allows, or all of them, at full speed and for about SECONDS (5); then it becomes
 honest, and service has to be back within a second. The peer shares no code with muenfast (tests/peer.py).
 
-Hostile to the server: `muenfast blk` with two exports; the peer is the client of one, a BlockDevice uses the other all
-the time and must notice nothing. Hostile to the client: a process with four threads that call a BlockDevice; one that
+Hostile to the server: `muenfast blk` with two exports, of RAM, or with an odd seed one of a file; the peer is the client
+of that, a BlockDevice uses the other all the time and must notice nothing. Hostile to the client: a process with four threads that call a BlockDevice; one that
 the hostile peer has driven to fail for good (another size: docs/operations.md) is replaced by a new one, as a user
 would. The peer writes to its own region and to both bells.
 
 With --shm all that over a shared buffer, to which the peer writes and which it truncates, too. The hostile export has
-two disks then, both in RAM, or with an odd seed the second one a file.
+two disks then, of which with an odd seed the second one is the file.
 
 Checked: no process ends or stands still, resident memory and descriptors stay bounded, service is back in time (from
 the first store of the honest peer to the first block that was written and read back), everything honest was
@@ -628,18 +628,18 @@ class ServerVictim(Victim):
     role = "server"
 
     def __init__(self, within: float, shared: bool, file: Path | None) -> None:
-        """file: in place of a disk in RAM, with a buffer."""
+        """file: in place of the disk in RAM, with a buffer of the second one."""
         super().__init__(within, shared)
         self.content = {(device, i): bytes(BLOCK) for device in range(1 + shared) for i in OURS}
+        if file is not None:
+            file.write_bytes(bytes(BLOCKS * BLOCK))
         if shared:
-            if file is not None:
-                file.write_bytes(bytes(BLOCKS * BLOCK))
             self.spawn("-m", "muenfast", "modprobe", "muenblock-server",
                        f"connections=a:{self.req}:{self.resp}:{self.buffer},b:{self.req}2:{self.resp}2:{self.buffer}2",
                        f"device=ram:1M:a,{file or 'ram:1M'}:a,ram:1M:b")
         else:
             self.spawn("-m", "muenfast", "blk", "--req", f"{self.req},{self.req}2", "--resp",
-                       f"{self.resp},{self.resp}2", "--device", "ram:1M,ram:1M")
+                       f"{self.resp},{self.resp}2", "--device", f"{file or 'ram:1M'},ram:1M")
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line == "ready\n":
