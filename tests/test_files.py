@@ -161,6 +161,7 @@ def test_a_life_that_ends_gets_no_answer(serve: Callable[..., Client]) -> None:
 
 def test_closing_lets_what_is_under_way_end(serve: Callable[..., Client], tmp_path: Path) -> None:
     """A server that is stopped with requests in flight leaves whole blocks, each old or new, and no thread."""
+    before = len(os.listdir("/proc/self/task"))     # numpy has some of its own
     client = serve(256)
     client.send(*(Event(WRITE, 0, i * 3 % 256, 1, i, block(i + 1)) for i in range(200)))
     eventually(lambda: client.server.counters["batches"] > 0)
@@ -169,7 +170,7 @@ def test_closing_lets_what_is_under_way_end(serve: Callable[..., Client], tmp_pa
     for i in range(200):
         at = i * 3 % 256 * BLOCK
         assert content[at:at + BLOCK] in (bytes(BLOCK), block(i + 1))
-    eventually(lambda: len(os.listdir("/proc/self/task")) == threading.active_count())     # the kernel's own, too
+    eventually(lambda: len(os.listdir("/proc/self/task")) <= before)
 
 
 def test_a_file_that_is_cut_short(serve: Callable[..., Client], tmp_path: Path) -> None:
