@@ -149,3 +149,36 @@ def test_completions_hold_the_buffer_until_they_are_collected() -> None:
     queue.close()
     with pytest.raises(UsageError):
         queue.submit("sync", 0)
+
+
+def test_discards(names: Callable[[str], str]) -> None:
+    """Of whole blocks, over a buffer only; zeros are read afterwards where they were asked for."""
+    async def work() -> None:
+        async with AsyncBlockDevice(*lists, shm=buffer) as disk:
+            await disk.pwrite(b"\xaa" * SIZE, 0)
+            await asyncio.gather(disk.discard(0, 8 * 4096), disk.discard(SIZE // 2, 4096, zero=True))
+            await disk.discard(4096, 0)
+            content = await disk.pread(SIZE, 0)
+            assert content == (bytes(8 * 4096) + b"\xaa" * (SIZE // 2 - 8 * 4096) + bytes(4096)
+                               + b"\xaa" * (SIZE // 2 - 4096))
+            for offset, length in ((1, 4096), (0, 4095), (SIZE, 4096), (-4096, 4096)):
+                with pytest.raises(UsageError):
+                    await disk.discard(offset, length)
+        async with AsyncBlockDevice(*inline) as disk:
+            with pytest.raises(UsageError, match="inline"):
+                await disk.discard(0, 4096)
+
+    lists, buffer, inline = (names("req"), names("resp")), names("buffer"), (names("req2"), names("resp2"))
+    with BlockServer(exports_from_lists(*(f"{a},{b}" for a, b in zip(lists, inline, strict=True)), buffer=f"{buffer},",
+                                        device=f"ram:{SIZE},ram:{SIZE}")):
+        asyncio.run(work())
+
+
+def test_a_request_is_of_a_known_kind() -> None:
+    """A word that means nothing begins nothing."""
+    completions = Completions(Memory(16))
+    for kind, more in (("trim", {}), ("", {}), ("read", {"buffer": bytearray(100)}), ("write", {"buffer": b""})):
+        with pytest.raises(UsageError):
+            completions.submit(kind, 0, **more)
+    assert completions.outstanding == 0
+    completions.close()

@@ -17,11 +17,11 @@ from muenfast import measure
 @pytest.mark.stress
 def test_bench_writes_every_sample_its_limit_and_the_environment(tmp_path: Path) -> None:
     """JSON holds all samples and the conditions, ratios are those within a round, the plot is drawn from it."""
-    done = run("bench", "ring", "blk", "disk", "--rounds", "1", "--scale", "0.02", "--json", f"{tmp_path}/b.json",
+    done = run("bench", "ring", "blk", "shm", "disk", "--rounds", "1", "--scale", "0.02", "--json", f"{tmp_path}/b.json",
                "--plot", f"{tmp_path}/b.svg", timeout=240)
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "b.json").read_text())
-    assert [report["benchmark"] for report in reports] == ["ring", "blk", "disk"]
+    assert [report["benchmark"] for report in reports] == ["ring", "blk", "shm", "disk"]
     for report in reports:
         assert {"cpu", "cpus", "kernel", "python", "policy"} <= report["environment"].keys()
         medians = {row["name"]: row["median"] for row in report["rows"]}

@@ -717,6 +717,51 @@ def test_no_byte_outside_is_touched_whatever_is_asked(rig: Rig) -> None:
     shared.close()
 
 
+@pytest.mark.parametrize("threads", [False, True], ids=["io_uring", "threads"])
+def test_files_of_both_blocks_whatever_is_asked(rig: Rig, new_file: Callable[..., tuple[Store, Path]],
+                                                threads: bool) -> None:
+    """Files in blocks of 4096 and 512 bytes and RAM, neighbours and overlaps among the requests, tags twice, every limit
+    exceeded by each field alone: statuses, buffer and disks are those of a model that does one after the other."""
+    dice, size, sizes = random.Random(23), 64 * KIB, (128 * KIB, 32 * KIB + 512, 64 * KIB)
+    (first, at_first), (second, at_second) = new_file(sizes[0]), new_file(sizes[1] + 100)
+    memory, content = ram(sizes[2])
+    rig.serve(first, second, memory, buffer=size, threads=threads)
+    client = rig.client()
+    units = [each.block_length for each in client.devices]
+    assert units == [4096, 512, 4096]
+    models, buffer = [bytearray(path.read_bytes()) for path in (at_first, at_second)] + [bytearray(sizes[2])], bytearray()
+    for _ in range(120):
+        buffer[:] = client.buffer[:] = dice.randbytes(size)
+        requests: list[BufferRequest] = []
+        expected: list[BufferResponse] = []
+        for tag in range(dice.randrange(1, 150)):
+            number = dice.randrange(3)
+            unit = units[number]
+            fields = [dice.randrange(1, 9) * unit, dice.randrange(sizes[number] // unit + 1) * unit,
+                      dice.randrange(size // unit + 1) * unit]
+            request = BufferRequest(dice.choice((1, 1, 2, 2, 3)), number, dice.choice((7, tag)), *fields)
+            if requests and dice.random() < 0.5:
+                last = requests[-1]
+                request = last._replace(device_offset=last.device_offset + last.length & U64,
+                                        buffer_offset=last.buffer_offset + last.length & U64)
+            elif dice.random() < 0.15:
+                field = dice.choice(("length", "device_offset", "buffer_offset"))
+                request = request._replace(**{field: dice.choice((0, 1, unit // 2, size, U64, U64 - unit + 1, 1 << 63))})
+            kind, number, _, length, at, into = request
+            good = length % units[number] == at % units[number] == 0 < length <= size and at + length <= sizes[number] \
+                and (kind == DISCARD or into % units[number] == 0 and into + length <= size)
+            if good and kind == BUFFER_READ:
+                buffer[into:into + length] = models[number][at:at + length]
+            elif good:
+                models[number][at:at + length] = buffer[into:into + length] if kind == BUFFER_WRITE else bytes(length)
+            requests.append(request)
+            expected.append(BufferResponse(*request[:3], 0 if good else errno.EINVAL))
+        client.send(*requests)
+        assert sorted(client.answers(len(requests))) == sorted(expected)
+        assert client.poll() is None and bytes(client.buffer) == bytes(buffer)
+        assert [at_first.read_bytes(), at_second.read_bytes(), bytes(content)] == [bytes(model) for model in models]
+
+
 def test_a_client_that_rewrites_everything_meanwhile(rig: Rig) -> None:
     """Another thread scribbles over request ring and buffer while the server runs: nothing crashes, nothing beside disk and
     buffer changes, and an honest client is served afterwards."""

@@ -5,9 +5,9 @@ it does one thing that no protocol allows, or all of them, at full speed and for
 honest, and service has to be back within a second. The peer shares no code with muenfast (tests/peer.py).
 
 Hostile to the server: `muenfast blk` with two exports, of RAM, or with an odd seed one of a file; the peer is the client
-of that, a BlockDevice uses the other all the time and must notice nothing. Hostile to the client: a process with four threads that call a BlockDevice; one that
-the hostile peer has driven to fail for good (another size: docs/operations.md) is replaced by a new one, as a user
-would. The peer writes to its own region and to both bells.
+of that, a BlockDevice uses the other all the time and must notice nothing. Hostile to the client: a process with four
+threads that call a BlockDevice; one that the hostile peer has driven to fail for good (another size: docs/operations.md)
+is replaced by a new one, as a user would. The peer writes to its own region and to both bells.
 
 With --shm all that over a shared buffer, to which the peer writes and which it truncates, too. The hostile export has
 two disks then, of which with an odd seed the second one is the file.

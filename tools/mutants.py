@@ -44,6 +44,7 @@ SERVER = ("tests/test_blk_server.py",)
 CLIENT = ("tests/test_blk_client.py",)
 BUFFER = ("tests/test_blk_buffer.py",)
 FILES = ("tests/test_files.py",)
+SLOW = ("tests/test_slow_disks.py",)
 SHARED = ("tests/test_buffer_client.py",)
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
@@ -226,7 +227,13 @@ MUTATIONS = [
              "(op->start < start + length && start < op->start + op->length)", "false", FILES),
     Mutation("files: memory of what is under way", "aio_conflicts",
              "op->data < data + length && data < op->data + op->length", "false", BUFFER),
-    Mutation("files: the old life's answers", "server_step", "f.leaving = True", "f.leaving = False", FILES),
+    Mutation("files: the old life's answers", "server_step", "f.leaving = True", "f.leaving = False", SLOW),
+    Mutation("files: what waits is slept through", "server_take", "if k == 0:", "if False:", SLOW),
+    Mutation("buffer: what waits is slept through", "buffer_take", "if k == 0:", "if False:", SLOW),
+    Mutation("buffer: an overrun ends no life", "buffer_step", " and status != OVERRUN_DETECTED", "", SLOW),
+    Mutation("files: a place that is taken is left out", "flights_room", "taken < AIO_MOST and ", "False and ", SLOW),
+    Mutation("files: one by one", "server_finish", "if op.error != 0 and n > 1:", "if False:", SLOW),
+    Mutation("files: threads for each", "aio_next", "a->working[op->file] == AIO_THREADS", "false", SLOW),
     # ------------------------------------------------------------ the client
     Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),
     Mutation("answer: priv", "client_reap", "e.priv != h.priv or ", "", CLIENT),
@@ -269,6 +276,7 @@ MUTATIONS = [
     Mutation("shared place: neighbours", "shared_place", "b.cursor = at + n", "b.cursor = 0", SHARED,
              spare="answers come in order, so the first free place is nearly as often the one behind the last"),
     Mutation("shared issue: the buffer is full", "shared_next", "return e.place != NOWHERE", "return True", SHARED),
+    Mutation("shared issue: a share of the window", "shared_issue", "q.flying < most", "True", SLOW),
     Mutation("shared issue: blocks of one request", "shared_next",
              "min(<uint64_t>(io.nblocks - io.issued), q.most)", "min(<uint64_t>(io.nblocks - io.issued), 1 << 20)", SHARED),
     Mutation("shared issue: promised zeros", "shared_kind", " or io.kind == IO_DISCARD and q.clears", "", SHARED),

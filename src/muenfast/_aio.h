@@ -34,13 +34,17 @@ enum aio_kind { AIO_READ = 0, AIO_WRITE = 1, AIO_SYNC = 2, AIO_DISCARD = 3 };
 
 enum {
     AIO_MOST = 256,   /* operations at a time */
-    AIO_THREADS = 8,  /* of a pool */
+    AIO_THREADS = 8,  /* of a pool, at work for one file */
+    AIO_POOL = 64,    /* of a pool */
+    AIO_SUBMIT = 2,   /* operations in one system call */
     AIO_FILES = 256,  /* per aio */
     AIO_NO_FILE = AIO_FILES /* of what is only about memory */
 };
 /* Where a kernel cannot wait for the bell and for operations at once: a look at the ring this often, while there are some. */
 #define AIO_LOOK_NS UINT64_C(200000)
 #define AIO_DISCARD_DEVICE _IO(0x12, 119) /* linux/fs.h: BLKDISCARD */
+#define AIO_OP_COMMAND 46                 /* linux/io_uring.h of Linux 5.19: IORING_OP_URING_CMD */
+#define AIO_COMMAND_DISCARD _IO(0x12, 0)  /* linux/blkdev.h of Linux 6.12: BLOCK_URING_CMD_DISCARD */
 #define AIO_OP_FUTEX_WAIT 51              /* linux/io_uring.h of Linux 6.7: IORING_OP_FUTEX_WAIT */
 #define AIO_FUTEX2_U32 2                  /* linux/futex.h: FUTEX2_SIZE_U32, shared between processes */
 
@@ -77,8 +81,9 @@ typedef struct aio {
     /* The pool; under lock, but for `finished`. */
     pthread_mutex_t lock;
     pthread_cond_t work;
-    pthread_t threads[AIO_THREADS];
+    pthread_t threads[AIO_POOL];
     uint32_t nthreads, idle;
+    uint32_t working[AIO_FILES]; /* threads at work for each file */
     aio_op *todo, **todo_last;
     aio_op *ready, **ready_last;
     bool ending;
@@ -90,6 +95,12 @@ static inline void aio_append(aio_op ***last, aio_op *op) {
     op->next = NULL;
     **last = op;
     *last = &op->next;
+}
+
+/* The negative errno of an operation that failed with that one. Memory that its owner took away (EFAULT) is no fault of the
+ * file. A file that was cut short within a sector has no place from which direct I/O could go on (EINVAL). */
+static inline int aio_error(const aio_op *op, int number) {
+    return number == EFAULT || (number == EINVAL && op->moved != 0) ? -EIO : -number;
 }
 
 /* ---- one operation, synchronously */
@@ -112,7 +123,7 @@ static inline int aio_execute(const aio *a, aio_op *op) {
         if (n < 0) {
             if (errno == EINTR)
                 continue;
-            return errno == EFAULT ? -EIO : -errno; /* memory that its owner took away is no fault of the file */
+            return aio_error(op, errno);
         }
         if (op->kind != AIO_READ && op->kind != AIO_WRITE)
             return 0;
@@ -126,25 +137,37 @@ static inline int aio_execute(const aio *a, aio_op *op) {
 
 /* ---- the pool */
 
+/* Takes the oldest operation that is to be begun, or NULL; a file that keeps its share of the threads waiting is passed over.
+ * Precondition: lock held. */
+static inline aio_op *aio_next(aio *a) {
+    aio_op **link = &a->todo, *op;
+    while ((op = *link) != NULL && a->working[op->file] == AIO_THREADS)
+        link = &op->next;
+    if (op == NULL)
+        return NULL;
+    *link = op->next;
+    if (op->next == NULL)
+        a->todo_last = link;
+    a->working[op->file]++;
+    return op;
+}
+
 static void *aio_work(void *argument) {
     aio *a = (aio *)argument;
     aio_op *op;
     pthread_mutex_lock(&a->lock);
     for (;;) {
-        while (a->todo == NULL && !a->ending) {
+        while ((op = aio_next(a)) == NULL && !a->ending) {
             a->idle++;
             pthread_cond_wait(&a->work, &a->lock);
             a->idle--;
         }
-        if (a->todo == NULL)
+        if (op == NULL)
             break;
-        op = a->todo;
-        a->todo = op->next;
-        if (a->todo == NULL)
-            a->todo_last = &a->todo;
         pthread_mutex_unlock(&a->lock);
         op->error = aio_execute(a, op);
         pthread_mutex_lock(&a->lock);
+        a->working[op->file]--;
         aio_append(&a->ready_last, op);
         fetch_add_acqrel32(&a->finished, 1);
         futex_wake_all(&a->finished);
@@ -157,7 +180,7 @@ static void *aio_work(void *argument) {
 static inline bool aio_grow(aio *a) {
     sigset_t all, before;
     int status;
-    if (a->nthreads == AIO_THREADS)
+    if (a->nthreads == AIO_POOL || a->nthreads == AIO_THREADS * a->nfiles)
         return false;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -221,7 +244,12 @@ static inline bool aio_prepare(aio *a, aio_op *op) {
         length = 1 << 30; /* an operation counts in 32 bits; the rest follows */
     if (op->kind == AIO_SYNC)
         io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
-    else if (op->kind == AIO_DISCARD)
+    else if (op->kind == AIO_DISCARD && a->devices[op->file]) { /* fallocate would write zeros: not what was asked for */
+        io_uring_prep_rw(AIO_OP_COMMAND, sqe, fd, NULL, 0, 0);
+        sqe->cmd_op = AIO_COMMAND_DISCARD;
+        sqe->addr = op->start;
+        sqe->addr3 = op->length;
+    } else if (op->kind == AIO_DISCARD)
         io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)op->start,
                                 (off_t)op->length);
     else if (op->kind == AIO_WRITE && fixed)
@@ -237,11 +265,15 @@ static inline bool aio_prepare(aio *a, aio_op *op) {
 }
 
 /* A completion's result; whether the operation is done. */
-static inline bool aio_completed(aio_op *op, int32_t result) {
+static inline bool aio_completed(const aio *a, aio_op *op, int32_t result) {
     if (result == -EINTR || result == -EAGAIN)
         return false;
+    if (op->kind == AIO_DISCARD && a->devices[op->file] && (result == -EOPNOTSUPP || result == -EINVAL)) {
+        op->error = aio_execute(a, op); /* a kernel without that command, or a disk that cannot: as the ioctl says */
+        return true;
+    }
     if (result < 0) {
-        op->error = result == -EFAULT ? -EIO : result;
+        op->error = aio_error(op, -result);
         return true;
     }
     if (op->kind != AIO_READ && op->kind != AIO_WRITE)
@@ -261,7 +293,7 @@ static inline void aio_reap(aio *a) {
         op = (aio_op *)io_uring_cqe_get_data(cqe);
         if (op == NULL)
             a->armed = false; /* the bell */
-        else if (aio_completed(op, cqe->res))
+        else if (aio_completed(a, op, cqe->res))
             aio_append(&a->done_last, op);
         else
             aio_append(&a->held_last, op);
@@ -331,6 +363,14 @@ static inline int aio_add(aio *a, int fd, bool device) {
         return -EMFILE;
     a->fds[a->nfiles] = fd;
     a->devices[a->nfiles] = device;
+#ifndef MUENFAST_NO_URING
+    if (a->uring && a->nfiles == 1) {
+        /* One file that hangs leaves the other's fdatasync a worker of the kernel's, which has four per CPU else; a kernel
+         * before 5.15 knows no other number. */
+        unsigned most[2] = {AIO_MOST, 0};
+        io_uring_register_iowq_max_workers(&a->ring, most);
+    }
+#endif
     return (int)a->nfiles++;
 }
 
@@ -372,17 +412,10 @@ static inline void aio_begin(aio *a) {
         return;
     }
 #ifndef MUENFAST_NO_URING
-    while ((op = a->held) != NULL) {
-        /* The kernel's discard of a device by fallocate writes zeros: not what was asked for. */
-        if (op->kind == AIO_DISCARD && a->devices[op->file]) {
-            a->held = op->next;
-            op->error = aio_execute(a, op);
-            aio_append(&a->done_last, op);
-            continue;
-        }
-        if (!aio_prepare(a, op))
-            break; /* the queue is full: after those in it */
+    while ((op = a->held) != NULL && aio_prepare(a, op)) { /* a full queue: after those in it */
         a->held = op->next;
+        if (io_uring_sq_ready(&a->ring) >= AIO_SUBMIT)
+            io_uring_submit(&a->ring);
     }
     if (a->held == NULL)
         a->held_last = &a->held;

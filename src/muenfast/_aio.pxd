@@ -1,5 +1,5 @@
 """What an engine has under way on files: operations of the client's requests, out of order, by io_uring or threads."""
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from muenfast._ring cimport reader_ready, reader_t, reader_wait
 from muenfast._wire cimport cpu_pause, fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, store_relaxed32
@@ -39,7 +39,10 @@ cdef extern from "_aio.h" nogil:
 
 
 cdef enum:
-    FLIGHT_SPIN_NS = 50000
+    FLIGHT_SPIN_NS = 400000     # as long as a disk that is fast takes for a queue of requests ...
+    FLIGHT_SPIN_SCORE = 16      # ... and only while that paid lately, or, to see whether it would,
+    FLIGHT_SPIN_PROBE = 16      # once in so many waits
+    FINISH_MOST = 4         # answered before new requests are looked for: a disk that has nothing to do loses most
 
 
 cdef struct flight_t:       # one operation for n requests, which are neighbours
@@ -50,17 +53,23 @@ cdef struct flight_t:       # one operation for n requests, which are neighbours
 
 cdef struct flights_t:
     aio_t aio
-    uint64_t head           # requests taken so far; number k has the place k % AIO_MOST until it is answered
+    uint64_t head           # number of the next request; number k has the place k % AIO_MOST until it is answered
     bint busy[AIO_MOST]
     flight_t flights[AIO_MOST]  # at the place of the first request
+    int32_t spin_score
+    uint32_t spin_probe
     bint blocked            # the next request waits for one that is under way
     bint leaving            # of a life that has ended: nobody gets their answers ...
     int pending             # ... and this status is dealt with once they are done
 
 
 cdef inline uint64_t flights_room(flights_t *f, uint64_t most) noexcept nogil:
-    """How many requests can be taken next, at most `most`."""
-    cdef uint64_t n = 0
+    """How many requests can be taken next, at most `most`. Numbers whose places are taken are left out: what takes long
+    holds up its own place only."""
+    cdef uint64_t n = 0, taken = 0
+    while taken < AIO_MOST and f.busy[f.head % AIO_MOST]:
+        f.head += 1
+        taken += 1
     while n < most and not f.busy[(f.head + n) % AIO_MOST]:
         n += 1
     f.blocked = n == 0
@@ -104,17 +113,20 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
     cdef uint64_t epoch, start
     cdef uint32_t seen
     cdef int i
-    cdef bint takes = not f.blocked and not f.leaving
-    if r.may_spin:
+    cdef bint takes = not f.blocked and not f.leaving and load_relaxed32(stop) == 0
+    f.spin_probe += 1
+    if r.may_spin and (f.spin_score > 0 or f.spin_probe % FLIGHT_SPIN_PROBE == 0):
         start = now_ns()
         while True:
             for i in range(32):
                 cpu_pause()
             if aio_ready(&f.aio) or takes and reader_ready(r):
+                f.spin_score = FLIGHT_SPIN_SCORE
                 return
             if now_ns() - start >= FLIGHT_SPIN_NS:
                 break
-    if f.blocked or f.leaving or load_relaxed32(stop) != 0:
+        f.spin_score -= 4
+    if not takes or load_relaxed32(stop) != 0:
         aio_wait(&f.aio, NULL, 0, ns)
         return
     epoch = load_relaxed64(&r.hdr.epoch)

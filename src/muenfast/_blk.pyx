@@ -283,25 +283,33 @@ cdef bint server_finish(server_t *s) noexcept nogil:
     """Answers what is done; whether there was anything."""
     cdef files_t *f = s.files
     cdef flight_t *t
-    cdef uint64_t at, k
+    cdef aio_op op
+    cdef uint64_t first, n, k
     cdef bint worked = False
-    while True:
+    cdef int i
+    for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
-            aio_begin(&f.flights.aio)   # what was done in part
-            return worked
+            break
         worked = True
-        at = t.first % AIO_MOST
-        for k in range(t.n):
-            s.heads[k] = f.heads[(at + k) % AIO_MOST]
-        if t.op.kind != AIO_SYNC:
-            server_count(s, s.heads[0].kind, t.n, t.op.error)
-        elif t.op.error != 0:
+        first, n, op = t.first, t.n, t.op
+        for k in range(n):
+            s.heads[k] = f.heads[(first + k) % AIO_MOST]
+        if op.error != 0 and n > 1:     # one by one: only what cannot be done gets the error
+            flights_free(&f.flights, t)
+            for k in range(n):
+                flights_add(&f.flights, first + k, 1, op.kind, op.file, op.start + k * BLOCK_SIZE, BLOCK_SIZE,
+                            op.data + k * BLOCK_SIZE)
+            continue
+        if op.kind != AIO_SYNC:
+            server_count(s, s.heads[0].kind, n, op.error)
+        elif op.error != 0:
             count64(&s.n.failed, 1)
         if not f.flights.leaving:
-            server_reply(s, s.heads, t.n, t.op.error,
-                         f.stage + at * BLOCK_SIZE if t.op.kind == AIO_READ and t.op.error == 0 else NULL)
+            server_reply(s, s.heads, n, op.error, op.data if op.kind == AIO_READ and op.error == 0 else NULL)
         flights_free(&f.flights, t)
+    aio_begin(&f.flights.aio)           # what was done in part
+    return worked
 
 
 cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n) noexcept nogil:
@@ -333,19 +341,15 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
     One that overlaps what is under way stays in the ring until that is done, and a sync until everything before it is.
     """
     cdef files_t *f = s.files
-    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, run, sectors
+    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run, sectors
     cdef uint8_t data[BLOCK_SIZE]
     cdef const block_event_header *h
     cdef int32_t error
-    for k in range(n):
-        memcpy(&s.heads[k], reader_slot(&s.r, k), sizeof(block_event_header))
-        f.heads[(f.flights.head + k) % AIO_MOST] = s.heads[k]
+    for i in range(n):
+        memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_event_header))
+        f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
     if not reader_intact(&s.r):
         return reader_recover(&s.r)
-    if n == 0:
-        return NO_DATA
-    count64(&s.n.batches, 1)
-    k = 0
     while k < n:
         h = &s.heads[k]
         run = 1
@@ -363,11 +367,11 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
             memcpy(data, &sectors, sizeof(sectors))
             count64(&s.n.sizes, 1)
             server_reply(s, h, 1, 0, data)
+        elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
+            run = 0
         elif s.store.read_only:
             count64(&s.n.syncs, 1)
             server_reply(s, h, 1, 0, NULL)
-        elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
-            run = 0
         else:
             count64(&s.n.syncs, 1)
             flights_add(&f.flights, f.flights.head, 1, AIO_SYNC, 0, 0, 0, NULL)
@@ -377,6 +381,9 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
         server_took(s, &h[run - 1], run)
         f.flights.head += run
         k += run
+    if k == 0:                          # waiting is no work: it is slept through
+        return NO_DATA
+    count64(&s.n.batches, 1)
     aio_begin(&f.flights.aio)
     return SUCCESS
 

@@ -30,6 +30,7 @@ cdef extern from *:
 
 cdef enum:
     ASKS = 4                # most questions at a time while connecting
+    SHARE = 16              # requests that one of many disks may have in flight, whatever its share
     MOST_DEVICES = 256      # of one connection; more are refused
     PHASE_RESET = 1         # active; waiting for the response channel to be so
     PHASE_ASKING = 2
@@ -152,6 +153,7 @@ cdef void shared_renew(client_t *c) noexcept nogil:
     cdef uint64_t k
     b.unit = BLOCK_SIZE
     for k in range(c.nqueues):
+        c.queues[k].held = 0
         b.unit = min(b.unit, <uint64_t>c.queues[k].block_size)
     b.units = b.length // b.unit
     b.area = min(b.units, AREA_BYTES // b.unit)
@@ -170,8 +172,13 @@ cdef uint32_t shared_kind(const queue_t *q, const io_t *io) noexcept nogil:
     return REQUEST_SYNC if io.kind == IO_SYNC else REQUEST_DISCARD
 
 
-cdef bint shared_next(shared_t *b, const queue_t *q, const io_t *io, entry_t *e) noexcept nogil:
-    """Plans the next request of io; False where the buffer has no room for it. Precondition: lock held."""
+cdef bint shared_next(shared_t *b, queue_t *q, const io_t *io, entry_t *e) noexcept nogil:
+    """Plans the next request of io; False where the buffer has no room for it. Precondition: lock held.
+
+    Each disk has at most its share of the buffer, and the first piece of one that has none is made small enough: none
+    waits for another one's answers.
+    """
+    cdef uint64_t share
     e.kind = shared_kind(q, io)
     e.device = q.device
     e.index = io.issued
@@ -183,8 +190,16 @@ cdef bint shared_next(shared_t *b, const queue_t *q, const io_t *io, entry_t *e)
     e.id = io.block + io.issued
     e.nblocks = <uint32_t>min(<uint64_t>(io.nblocks - io.issued), q.most)
     if e.kind != REQUEST_DISCARD:
-        e.nblocks = <uint32_t>min(<uint64_t>e.nblocks, min(PIECE_BYTES, b.units * b.unit) // q.block_size)
+        share = max(b.units * b.unit // q.client.nqueues, <uint64_t>q.block_size)
+        e.nblocks = <uint32_t>min(<uint64_t>e.nblocks, min(PIECE_BYTES, share) // q.block_size)
+        if <uint64_t>e.nblocks * q.block_size > share - min(q.held, share):
+            return False
         e.place = shared_place(b, <uint64_t>e.nblocks * q.block_size, q.block_size)
+        while e.place == NOWHERE and q.held == 0 and e.nblocks > 1:
+            e.nblocks = (e.nblocks + 1) // 2
+            e.place = shared_place(b, <uint64_t>e.nblocks * q.block_size, q.block_size)
+        if e.place != NOWHERE:
+            q.held += <uint64_t>e.nblocks * q.block_size
     return e.place != NOWHERE
 
 
@@ -204,43 +219,34 @@ cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, cons
         memset(b.base + e.place, 0, length)
 
 
-cdef queue_t *shared_turn(client_t *c) noexcept nogil:
-    """The disk whose requests are issued next, or NULL. Precondition: lock held."""
-    cdef uint32_t k
-    cdef queue_t *q
-    for k in range(c.nqueues):
-        q = &c.queues[(c.turn_of + k) % c.nqueues]
-        if q.first != NULL:
-            c.turn_of = (q.device + 1) % c.nqueues
-            return q
-    return NULL
-
-
 cdef void shared_issue(client_t *c) noexcept nogil:
     """Writes queued requests into the ring as far as the window and the buffer allow, by turns of the disks.
 
-    Precondition: lock held, state READY. While nothing is in flight all of the buffer is free: it always goes on.
+    One that is slow keeps neither all of the window nor, whatever the depth, all of what a server has under way at a time:
+    of several disks each has half of its share. Precondition: lock held, state READY. While nothing is in flight all of
+    the buffer is free: it always goes on.
     """
     cdef shared_t *b = <shared_t *>c.transport
-    cdef uint64_t room, n, k, bytes
+    cdef uint64_t room, n, k, bytes, most = c.depth
+    cdef uint32_t idle = 0              # disks in a row that had nothing to issue
     cdef block_request requests[BATCH]
     cdef queue_t *q
     cdef io_t *io
     cdef entry_t *e
-    cdef bint full = False
-    while not full:
+    if c.nqueues > 1:
+        most = min(most, max(<uint64_t>c.window // (2 * c.nqueues), min(<uint64_t>SHARE, <uint64_t>c.window // 4 + 1)))
+    while idle < c.nqueues:
         room = min(client_room(c), <uint64_t>BATCH)
         if room == 0 or load_acquire32(b.broken) != 0:
             return
-        q = shared_turn(c)
-        if q == NULL:
-            return
+        q = &c.queues[c.turn_of]
+        c.turn_of = (c.turn_of + 1) % c.nqueues
+        idle += 1
         n = bytes = 0
-        while n < room and bytes < PUBLISH_BYTES and q.first != NULL:
+        while n < room and bytes < PUBLISH_BYTES and q.first != NULL and q.flying < most:
             io = q.first
             e = &c.entries[c.head % c.window]
-            full = not shared_next(b, q, io, e)
-            if full:
+            if not shared_next(b, q, io, e):
                 break
             e.priv = c.base + <uint32_t>c.head
             e.io = io
@@ -250,14 +256,18 @@ cdef void shared_issue(client_t *c) noexcept nogil:
             io.issued += e.nblocks
             if io.issued == units_of(io):
                 q.first = io.next
+            q.flying += 1
             n += 1
             # From here on io may be done and gone: a hostile server answers what it has not been sent yet.
             store_release32(&e.state, ENTRY_ISSUED)
             store_release64(&c.head, c.head + 1)
         c.flying += n
+        if n == 0:
+            continue
         # Payload that went into zero pages is not offered: it is issued again once the buffer is back.
-        if n == 0 or load_acquire32(b.broken) != 0:
+        if load_acquire32(b.broken) != 0:
             return
+        idle = 0
         writer_reserve(&c.w, n)
         for k in range(n):
             memcpy(writer_slot(&c.w, k), &requests[k], sizeof(block_request))
@@ -309,6 +319,7 @@ cdef ring_status shared_reap(client_t *c) noexcept nogil:
         if e.kind == REQUEST_READ or e.kind == REQUEST_WRITE:
             length = <uint64_t>e.nblocks * c.queues[e.device].block_size
             shared_mark(b, e.place // b.unit, length // b.unit, False)
+            c.queues[e.device].held -= length
     pthread_mutex_unlock(&c.lock)
     client_settle(c, matched, errors, matches)
     return SUCCESS

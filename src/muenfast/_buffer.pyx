@@ -355,12 +355,11 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
     cdef uint64_t k, n, first
     cdef const block_request *h
     cdef bint worked = False
-    cdef int error
-    while True:
+    cdef int error, i
+    for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
-            aio_begin(&f.flights.aio)
-            return worked
+            break
         worked = True
         first, n, error = t.first, t.n, t.op.error
         h = s.heads
@@ -384,6 +383,8 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
         k = 0
         while k < n and buffer_answers(s, k, min(n - k, s.w.elements)):
             k += min(n - k, s.w.elements)
+    aio_begin(&f.flights.aio)           # what was done in part
+    return worked
 
 
 cdef void buffer_fly(buffer_server_t *s, const block_request *h, uint64_t first, uint64_t n,
@@ -436,18 +437,14 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
     everything before it is.
     """
     cdef requests_t *f = s.files
-    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, run
+    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run
     cdef const block_request *h
     cdef const device_t *d
-    for k in range(n):
-        memcpy(&s.heads[k], reader_slot(&s.r, k), sizeof(block_request))
-        f.heads[(f.flights.head + k) % AIO_MOST] = s.heads[k]
+    for i in range(n):
+        memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_request))
+        f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
     if not reader_intact(&s.r):
         return reader_recover(&s.r)
-    if n == 0:
-        return NO_DATA
-    count64(&s.n.batches, 1)
-    k = 0
     while k < n:
         h = &s.heads[k]
         d = &s.devices[h.device] if h.device < s.ndevices else NULL
@@ -460,10 +457,10 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
             run = 0
         elif h.kind != REQUEST_SYNC:
             buffer_reply(s, h, buffer_query(s, h))
+        elif d != NULL and d.store.kind == STORE_FILE and aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
+            run = 0
         elif d == NULL or d.store.kind != STORE_FILE or d.store.read_only:
             buffer_reply(s, h, buffer_sync(s, h))
-        elif aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
-            run = 0
         else:
             count64(&s.n.syncs, 1)
             buffer_fly(s, h, f.flights.head, 1, 0)
@@ -475,6 +472,9 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
         reader_advance(&s.r, run)
         f.flights.head += run
         k += run
+    if k == 0:                          # waiting is no work: it is slept through
+        return NO_DATA
+    count64(&s.n.batches, 1)
     aio_begin(&f.flights.aio)
     return SUCCESS
 
@@ -535,7 +535,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
             return STEP_WORKED
         if status == NO_DATA:
             return event
-        # All work of the old life is done before the new one's is begun. An overrun ends none: what was taken is answered.
+        # All work of the old life is done before the new one's is begun; an overrun ends none, and what was taken before it
+        # is answered.
         if f != NULL and f.aio.nflying != 0 and status != OVERRUN_DETECTED:
             f.leaving = True
             f.pending = status
@@ -548,6 +549,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
         if too_soon(&s.starts, s.r.epoch):
             s.grace_until = now_ns() + AGAIN_NS
     elif status == OVERRUN_DETECTED:
+        if f != NULL:
+            f.blocked = False           # what waited is among the lost
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
             event = STEP_WORKED
@@ -627,7 +630,7 @@ cdef class BufferServer(ServerEngine):
             self.s.files = <requests_t *>calloc(1, sizeof(requests_t))
             if self.s.files == NULL:
                 raise MemoryError()
-            # The buffer is not registered: when its region is truncated and grown again, registered pages stay the old ones.
+            # The buffer is not registered: pinned pages would be read and written after its owner gave it others.
             aio_open(&self.s.files.flights.aio, threads, NULL, 0)
             for number, each in enumerate(stores):
                 store = each

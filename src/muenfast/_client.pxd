@@ -45,6 +45,8 @@ cdef struct queue_t:        # of one disk; `ctx` of its Target
     client_t *client
     io_t *first             # not fully issued, oldest first
     io_t *last
+    uint64_t flying         # requests written and not answered ...
+    uint64_t held           # ... and bytes of the shared buffer that are theirs
     uint64_t most           # blocks of one request; 0: not known yet
     uint32_t block_size
     uint32_t device
@@ -89,8 +91,8 @@ cdef struct client_t:
     uint32_t base           # priv of request 0 of this epoch
     uint32_t window
     uint32_t allowed        # most requests in flight that the server names
-    uint32_t depth          # most requests in flight, 1..WINDOW
-    uint64_t flying         # requests written and not answered
+    uint32_t depth          # most requests of one disk in flight, 1..WINDOW
+    uint64_t flying         # requests written and not answered, of all
     uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
     uint64_t pace           # answers per second at the settled depth, smoothed
     uint64_t measured       # answers of the current window while requests waited for room ...

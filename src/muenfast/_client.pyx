@@ -55,13 +55,13 @@ cdef enum:                  # phases of an inline connection
 cdef uint64_t client_room(const client_t *c) noexcept nogil:
     """How many requests may be issued now. Precondition: lock held.
 
-    At most `depth` are in flight; one that takes long does not count those answered after it. Invariant: head - tail <=
-    window <= elements of either ring, and tail counts answered requests only, so that neither the request ring (the server
-    has read what it answered) nor the response ring can overrun.
+    At most `depth` of each disk are in flight; one that takes long does not count those answered after it. Invariant:
+    head - tail <= window <= elements of either ring, and tail counts answered requests only, so that neither the request
+    ring (the server has read what it answered) nor the response ring can overrun.
     Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
     """
-    cdef uint64_t room = c.window - (c.head - load_acquire64(&c.tail))
-    room = min(room, c.depth - c.flying if c.flying < c.depth else 0)
+    cdef uint64_t room = c.window - (c.head - load_acquire64(&c.tail)), most = <uint64_t>c.depth * c.nqueues
+    room = min(room, most - c.flying if c.flying < most else 0)
     return room if load_relaxed64(&c.r.hdr.epoch) == c.server else 0
 
 
@@ -109,6 +109,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
             # From here on io may be done and gone: a hostile server answers what it has not been sent yet.
             store_release32(&e.state, ENTRY_ISSUED)
             store_release64(&c.head, c.head + 1)
+        q.flying += n
         c.flying += n
         writer_publish(&c.w, n)
 
@@ -262,6 +263,7 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
     Precondition: reaping is ours. errors: 0 or what the server says; what is no negative errno becomes EIO.
     """
     cdef uint64_t k, tail, head
+    cdef uint32_t devices[BATCH]
     cdef uint32_t device, nblocks
     cdef io_t *io
     cdef io_t *finished = NULL
@@ -270,7 +272,7 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
     count64(&c.answers, n)
     for k in range(n):
         io = matched[k].io
-        device = matched[k].device
+        device = devices[k] = matched[k].device
         nblocks = matched[k].nblocks
         store_release32(&matched[k].state, ENTRY_FREE)
         if io == NULL:
@@ -291,6 +293,8 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
     store_release64(&c.tail, tail)
     pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
     c.flying -= n
+    for k in range(n):
+        c.queues[devices[k]].flying -= 1
     if c.state == CLIENT_READY:
         if c.settled != 0:
             client_adapt(c)
@@ -452,6 +456,7 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
     for k in range(c.nqueues):
         io = c.queues[k].first
         c.queues[k].first = c.queues[k].last = NULL
+        c.queues[k].flying = 0
         while io != NULL:               # queued, perhaps partly issued: unissued blocks are answered here
             following = io.next
             io.error = -EIO
@@ -493,6 +498,7 @@ cdef void client_requeue(client_t *c) noexcept nogil:
     cdef uint64_t k, at
     for k in range(c.nqueues):
         q = &c.queues[k]
+        q.flying = 0
         first = last = NULL
         at = c.tail
         while at != c.head:
@@ -1078,8 +1084,8 @@ cdef class ClientEngine:
 
     @property
     def depth(self):
-        """Most requests in flight now, of one block each on inline channels. Set it to 1 to 1024 (the rings may hold
-        fewer), or to None: it adapts."""
+        """Most requests of each disk in flight now, of one block each on inline channels. Set it to 1 to 1024 (the rings may
+        hold fewer), or to None: it adapts."""
         return self.c.depth
 
     @depth.setter

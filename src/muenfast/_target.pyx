@@ -110,6 +110,9 @@ cdef void completions_done(io_t *io) noexcept nogil:
     pthread_mutex_unlock(&q.lock)
 
 
+_KINDS = {"read": IO_READ, "write": IO_WRITE, "sync": IO_SYNC, "discard": IO_DISCARD, "zero": IO_ZERO}
+
+
 cdef class Completions:
     """Requests to a Target whose ends are told through a descriptor (fileno), for event loops.
 
@@ -139,22 +142,32 @@ cdef class Completions:
         """Requests submitted and not collected."""
         return self.q.outstanding
 
-    def submit(self, str kind, block, buffer=None):
-        """Starts "read", "write" (a buffer of whole blocks) or "sync"; the request's key.
+    def submit(self, str kind, block, buffer=None, *, nblocks=0):
+        """Starts "read", "write" (a buffer of whole blocks), "discard", "zero" (of nblocks blocks) or "sync"; the request's
+        key.
 
         Raises UsageError. The buffer must not be touched before collect() has returned the key.
         """
         cdef waiting_t *w
         cdef _Held held = None
         cdef uint64_t size = self.target.block_size, n = 0
-        cdef uint32_t what = IO_READ if kind == "read" else (IO_WRITE if kind == "write" else IO_SYNC)
+        cdef uint32_t what
         if self.q.event < 0:
             raise UsageError("these completions are closed")
-        if what != IO_SYNC:
+        if kind not in _KINDS:
+            raise UsageError(f"a request is one of {', '.join(_KINDS)}", value=kind)
+        what = _KINDS[kind]
+        if what == IO_READ or what == IO_WRITE:
             held = _Held(buffer, what == IO_READ)
-            n = <uint64_t>held.view.len // size
-            if <uint64_t>held.view.len % size != 0 or not 0 < n <= 0xffffffff:
+            if <uint64_t>held.view.len % size != 0:
                 raise UsageError(f"{held.view.len} bytes are no whole number of blocks of {size}")
+            nblocks = <uint64_t>held.view.len // size
+        elif what != IO_SYNC and not self.target.discards:
+            raise UsageError("this disk takes no discards")
+        if what != IO_SYNC:
+            if not 0 < nblocks <= 0xffffffff:
+                raise UsageError("a request is of 1 to 2^32 - 1 blocks", value=nblocks)
+            n = nblocks
             if block < 0 or block + n > self.target.nblocks:
                 raise UsageError(f"block {block} and what follows reach beyond the disk's {self.target.nblocks}")
         w = <waiting_t *>calloc(1, sizeof(waiting_t))
@@ -167,6 +180,7 @@ cdef class Completions:
         if what != IO_SYNC:
             w.io.block = block
             w.io.nblocks = <uint32_t>n
+        if held is not None:
             w.io.buf = <uint8_t *>held.view.buf
         key = <uintptr_t>w
         self.buffers[key] = held

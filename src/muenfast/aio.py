@@ -69,9 +69,9 @@ class AsyncBlockDevice:
             if not call.done():
                 call.set_result(error)
 
-    async def _run(self, kind: str, block: int, buffer: Any = None) -> None:
+    async def _run(self, kind: str, block: int, buffer: Any = None, *, nblocks: int = 0) -> None:
         self._open()
-        key = self._completions.submit(kind, block, buffer)
+        key = self._completions.submit(kind, block, buffer, nblocks=nblocks)
         call = self._calls[key] = self._loop.create_future()
         error = await call
         if error:
@@ -124,6 +124,20 @@ class AsyncBlockDevice:
                 whole[start:start + length] = view
                 await self._run("write", first, whole)
         return length
+
+    async def discard(self, offset: int, length: int, *, zero: bool = False) -> None:
+        """Frees `length` bytes from byte `offset` on; see BlockDevice.discard."""
+        self._span(offset, length)
+        disk, size = self._open().target, self.block_size
+        if not disk.discards:
+            raise UsageError("inline channels cannot express a discard")
+        if offset % size or length % size:
+            raise UsageError(f"what is discarded is made of blocks of {size} bytes", value=(offset, length))
+        block, end = offset // size, (offset + length) // size
+        while block != end:
+            count = min(end - block, 0xffffffff)
+            await self._run("zero" if zero and not disk.zeroes else "discard", block, nblocks=count)
+            block += count
 
     async def flush(self) -> None:
         """Returns when every write that returned before is durable in the store. Raises OSError."""

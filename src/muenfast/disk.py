@@ -380,10 +380,10 @@ class BlockDevice:
     req, resp: locators (or channels: a parsed Channels). shm: of the buffer, for a connection with a shared buffer.
     device: number of the disk there. timeout: seconds to wait for the server, None: no end.
     on_peer_loss: "queue" (requests wait for the server's return), "fail" or "timeout:SECONDS". same_store: believe
-    that a server which announces no or another identity still has the same data. depth: most requests in flight (inline:
-    of one block each), 1 to 1024; None: it adapts. watch: polls for this disk while it is idle. connection: another
-    disk's `connection`, which stays that one's; what it was made with counts, and device. req_protocol to shm_size: as
-    `channels_from_lists`.
+    that a server which announces no or another identity still has the same data. depth: most requests of one disk in
+    flight (inline: of one block each), 1 to 1024; None: it adapts. watch: polls for this disk while it is idle.
+    connection: another disk's `connection`, which stays that one's; what it was made with counts, and device.
+    req_protocol to shm_size: as `channels_from_lists`.
 
     All methods may be called from any number of threads; requests of several threads are in flight together.
     Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.

@@ -30,6 +30,7 @@ POLICY = ("one process per CPU, pinned; producers at most 256 KiB ahead; an empt
           "then sleep on the bell; devices: server and load on one CPU, front end on the other")
 _HEADER = 64
 _BLOCK = 4096
+_PIECE = 65536  # _bufclient.pyx, PIECE_BYTES
 RING_SHAPES = ((64, 4096), (1522, 1024), (4120, 512), (131072, 32))  # bytes of an element, elements
 BATCHES = (1, 8, 64)
 DEPTHS = (1, 8, 32)
@@ -325,27 +326,28 @@ class _Child:
             os.waitpid(self.pid, 0)
 
 
-def _serve(req: str, resp: str, size: int, stack: ExitStack) -> str:
+def _serve(req: str, resp: str, size: int, stack: ExitStack, buffer: str | None = None) -> str:
     from muenfast.blk import BlockServer, exports_from_lists
 
-    stack.enter_context(BlockServer(exports_from_lists(req, resp, device=f"ram:{size}")))
+    stack.enter_context(BlockServer(exports_from_lists(req, resp, device=f"ram:{size}", buffer=buffer)))
     return "serving"
 
 
-def blk_rows(scale: float = 1.0, size: int = 64 << 20) -> Iterator[list[Row]]:
+def blk_rows(scale: float = 1.0, size: int = 64 << 20, *, shared: bool = False) -> Iterator[list[Row]]:
     """Block reads and writes through server and client engines; a generator that cleans up when it is closed.
 
-    scale: of the usual work per sample. size: bytes of the RAM disk.
+    scale: of the usual work per sample. size: bytes of the RAM disk. shared: over a shared buffer, not inline.
     """
     from muenfast.blk import BlockDevice
 
     pair = Pair()
     req, resp = f"bench-{os.getpid()}-req", f"bench-{os.getpid()}-resp"
+    buffer = f"bench-{os.getpid()}-buffer" if shared else None
     before = os.sched_getaffinity(0)
-    server = _Child(pair.far, partial(_serve, req, resp, size))
+    server = _Child(pair.far, partial(_serve, req, resp, size, buffer=buffer))
     try:
         os.sched_setaffinity(0, {pair.near})
-        with BlockDevice(req, resp) as disk:
+        with BlockDevice(req, resp, shm=buffer) as disk:
             piece = random.Random(1).randbytes(1 << 20)
             for at in range(0, size, len(piece)):
                 disk.pwrite(piece, at)
@@ -465,16 +467,17 @@ def _disk_rows(disk: Any, size: int, volume: int) -> Iterator[Row]:
         return times * len(numbers) / float(_bench.copy_blocks(memory, unit, array.array("Q", numbers), places, times))
 
     offsets = {_BLOCK: [n * _BLOCK for n in blocks], 1 << 17: list(range(0, size, 1 << 17))}
-    buffer = memoryview(bytearray(max(size, len(blocks) * _BLOCK)))
+    buffer = memoryview(_shared(max(size, len(blocks) * _BLOCK)))
+    most = _BLOCK if disk.channels.buffer is None else _PIECE     # bytes of one request
 
     def moved(unit: int, depth: int, write: bool) -> float:
         """Pieces per second: one call each at depth 1, else one call for all with `depth` of them in flight."""
         places = offsets[unit]
         call = disk.pwrite_many if write else disk.pread_many
-        most = min(volume // unit, 400_000 if depth > 1 else 40_000)
-        times = max(1, most // len(places))
-        places = places[:max(depth, most)]
-        disk.client.depth = min(1024, max(depth, depth * unit // _BLOCK))
+        count = min(volume // unit, 400_000 if depth > 1 else 40_000)
+        times = max(1, count // len(places))
+        places = places[:max(depth, count)]
+        disk.client.depth = min(1024, depth * max(1, unit // most))
         start = time.perf_counter()
         for _ in range(times):
             if depth > 1:
@@ -541,9 +544,9 @@ def plot(reports: list[dict[str, Any]]) -> str:
              'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
              '<text x="10" y="22" font-size="15">muenfast / limit of the same run (1 = equal; longer is better)</text>']
     scale = 400 / max(1.2, *(row["ratio"] for _, row in bars))
-    for k, (_, row) in enumerate(bars):
+    for k, (what, row) in enumerate(bars):
         y = 40 + 22 * k
-        lines.append(f'<text x="10" y="{y + 13}">{row["name"]}</text>')
+        lines.append(f'<text x="10" y="{y + 13}">{what}: {row["name"]}</text>')
         lines.append(f'<rect x="300" y="{y + 2}" width="{row["ratio"] * scale:.1f}" height="15" fill="#4a7ab5"/>')
         lines.append(f'<text x="{306 + row["ratio"] * scale:.1f}" y="{y + 14}">{row["ratio"]:.2f} of {row["limit"]}</text>')
     lines.append(f'<line x1="{300 + scale:.1f}" y1="36" x2="{300 + scale:.1f}" y2="{height - 12}" stroke="#b03030"/>')

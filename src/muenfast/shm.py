@@ -846,8 +846,8 @@ def claim_backing(fd: int, path: str, *, shared: bool, span: tuple[int, int] | N
     """Claims a disk image or block device, open at fd: alone, or (shared) among those who only read.
 
     span: the bytes of it that are claimed, None: all. A block device that is a partition is that part of its disk.
-    fd's open file is locked as well: the kernel keeps that lock until a dead holder's last I/O has ended, and other
-    users' processes see it. For that one we wait up to timeout seconds.
+    fd's open file is locked as well: the kernel keeps that lock until a dead holder's last I/O through it has ended, and
+    other users' processes see it. For that one we wait up to timeout seconds.
     Raises ClaimError, OSError.
     """
     with _named(path):

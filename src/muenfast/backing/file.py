@@ -39,10 +39,10 @@ class FileBacking(Backing):
             try:
                 offset = 0
                 if device.partition:
-                    fd, offset, size, identity = _partition(device, read_only, stack)
+                    fd, direct, offset, size, identity = _partition(device, read_only, stack)
                 else:
                     fd = _open(device.path, read_only, stack)
-                    stack.enter_context(shm.claim_backing(fd, device.path, shared=read_only))
+                    direct = _claim(fd, device.path, read_only, stack)
                     size, identity = os.lseek(fd, 0, os.SEEK_END), _identity(fd)
             except _Refused as refused:
                 error = refused.error
@@ -54,9 +54,10 @@ class FileBacking(Backing):
             if size < BLOCK:
                 raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}",
                                  option=option, index=index, value=device.text)
+            if direct is not None and not _takes(direct, offset, SECTOR if size % BLOCK else BLOCK):
+                direct = None
             info = os.fstat(fd)
             self.disk = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
-            direct = _direct(fd, offset, SECTOR if size % BLOCK else BLOCK, read_only, stack)
             self.store = Store.in_file(fd, size, direct=direct, offset=offset, read_only=read_only, identity=identity)
             stack.callback(self.store.close)
             self._stack = stack.pop_all()
@@ -65,25 +66,33 @@ class FileBacking(Backing):
         self._stack.close()
 
 
-def _direct(fd: int, offset: int, unit: int, read_only: bool, stack: ExitStack) -> int | None:
-    """Another descriptor of the same file, past the page cache, closed by stack; None where that is not to be had in
-    pieces of `unit` bytes, from byte `offset` on."""
+def _claim(fd: int, name: str, read_only: bool, stack: ExitStack, span: tuple[int, int] | None = None) -> int | None:
+    """Claims the file or its span; another descriptor of it, past the page cache, closed by stack, where that is to be had.
+
+    Locked is the open file that direct I/O goes through: a process that is killed ends before requests of that to a device
+    do, and they alone keep the lock from its successor then. What goes through the page cache, the kernel awaits.
+    """
+    direct = None
     try:
         direct = os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC)
+        stack.callback(os.close, direct)
     except OSError as error:
         log.info("no direct I/O: %s", error.strerror)
-        return None
-    stack.callback(os.close, direct)
+    stack.enter_context(shm.claim_backing(fd if direct is None else direct, name, shared=read_only, span=span))
+    return direct
+
+
+def _takes(direct: int, offset: int, unit: int) -> bool:
+    """Whether direct I/O is to be had in pieces of `unit` bytes, from byte `offset` on."""
     with mmap.mmap(-1, 2 * unit) as pages, memoryview(pages) as memory:
         try:
             with memory[unit:] as piece:
                 os.preadv(direct, [piece], offset + unit if unit < BLOCK else offset)
         except OSError as error:
-            if error.errno != errno.EINVAL:     # the disk's own error: whoever reads there will be told
-                return direct
-            log.info("no direct I/O in pieces of %d bytes", unit)
-            return None
-    return direct
+            if error.errno == errno.EINVAL:     # else the disk's own error: whoever reads there will be told
+                log.info("no direct I/O in pieces of %d bytes", unit)
+                return False
+    return True
 
 
 class _Refused(Exception):
@@ -111,8 +120,8 @@ def _open(path: str, read_only: bool, stack: ExitStack, *, alone: bool = True) -
     return fd
 
 
-def _partition(device: Device, read_only: bool, stack: ExitStack) -> tuple[int, int, int, bytes]:
-    """(descriptor, offset in it, size, identity) of one partition, claimed.
+def _partition(device: Device, read_only: bool, stack: ExitStack) -> tuple[int, int | None, int, int, bytes]:
+    """(descriptor, the one of _claim, offset in them, size, identity) of one partition, claimed.
 
     The kernel's own device for these bytes is taken where it has one: then it knows, too, who uses what. Else O_EXCL is
     only tried, because it would shut out the other partitions of the disk.
@@ -125,16 +134,16 @@ def _partition(device: Device, read_only: bool, stack: ExitStack) -> tuple[int, 
     node = _kernels_own(fd, part)
     if node is not None:
         own = _open(node, read_only, stack)
-        stack.enter_context(shm.claim_backing(own, device.text, shared=read_only))
+        direct = _claim(own, device.text, read_only, stack)
         offset = 0
     else:
         if stat.S_ISBLK(os.fstat(fd).st_mode) and not read_only:
             _alone(device.path)
-        stack.enter_context(shm.claim_backing(fd, device.text, shared=read_only, span=(part.start, part.end)))
+        direct = _claim(fd, device.text, read_only, stack, (part.start, part.end))
         own, offset = fd, part.start
     if _find(fd, device)[0] != part:
         raise UsageError("its partition table changes at this moment", hint="try again")
-    return own, offset, part.size, identity
+    return own, direct, offset, part.size, identity
 
 
 def _find(fd: int, device: Device) -> tuple[partition.Partition, list[str]]:

@@ -11,13 +11,14 @@ from typing import IO
 
 from muenfast.errors import UsageError
 
-SUBJECTS = ("ring", "blk", "disk")
+SUBJECTS = ("ring", "blk", "shm", "disk")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, how often, where to put it."""
-    parser.add_argument("subject", nargs="*", metavar="ring|blk|disk",
-                        help="what to measure (default: ring and blk; disk: a device node, as root)")
+    parser.add_argument("subject", nargs="*", metavar="ring|blk|shm|disk",
+                        help="what to measure (default: ring and blk; shm: blk over a shared buffer; disk: a node, as "
+                             "root)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each figure, taken in turns (default: 5)")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="work per sample, of the usual: 0.01 is quick and rough (default: 1)")
@@ -55,7 +56,8 @@ def _measured(arguments: argparse.Namespace, subjects: list[str], files: dict[st
             rows = measure.ring_rows(arguments.scale)
             measure.take(rows, arguments.rounds, _step)
         else:
-            session = (measure.blk_rows if subject == "blk" else measure.device_rows)(arguments.scale)
+            session = measure.device_rows(arguments.scale) if subject == "disk" else \
+                measure.blk_rows(arguments.scale, shared=subject == "shm")
             rows = next(session)
             try:
                 measure.take(rows, arguments.rounds, _step)
