@@ -67,7 +67,7 @@ coverage: $(V)/.installed $(V)/.coverage-group ## lines that ring and block test
 torn: $(V)/.installed ## torn reads: 10^9 bytes under overruns, every element checked; ARGS="--bytes N"
 	@$(PY) tools/torn.py $(ARGS)
 
-hostile: $(V)/.installed ## a hostile peer against server and client, ten minutes; ARGS="--minutes N --seed S"
+hostile: $(V)/.installed ## a hostile peer against server and client, ten minutes; ARGS="--minutes N --seed S --shm"
 	@$(PY) tools/hostile.py $(ARGS)
 
 mutants: $(V)/.installed $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them

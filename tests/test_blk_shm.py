@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -308,6 +309,28 @@ def test_a_buffer_that_is_truncated_breaks_that_connection_only(link: Link, name
     os.truncate(f"/dev/shm/{link.buffer}", MIB)
     reconnect(client)
     assert client.read(0, 0, 8192, at=65536) == bytes(8192)
+
+
+@pytest.mark.parametrize("kind", ["ram", "file"])
+def test_a_buffer_that_is_cut_and_grown_again(link: Link, tmp_path: Path, kind: str) -> None:
+    """The server goes on with the memory that the clients have, not with pages that it knew before."""
+    image = tmp_path / "image"
+    data = random.Random(3).randbytes(MIB)
+    image.write_bytes(data)
+    link.make()
+    link.serve(str(image) if kind == "file" else "ram:1M")
+    client = link.client()
+    if kind == "ram":
+        client.write(0, 0, data)
+    assert client.read(0, 0, 65536, at=65536) == data[:65536]
+    os.truncate(f"/dev/shm/{link.buffer}", 0)
+    os.truncate(f"/dev/shm/{link.buffer}", MIB)
+    assert client.read(0, 65536, 65536, at=65536) == data[65536:131072]
+    client.write(0, 0, data[-65536:], at=65536)
+    client.sync(0)
+    assert client.read(0, 0, 65536) == data[-65536:]
+    if kind == "file":
+        assert image.read_bytes() == data[-65536:] + data[65536:]
 
 
 @pytest.mark.stress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -66,8 +67,9 @@ def test_a_file_system_over_a_buffer(program: Start, tmp_path: Path, image: Path
     assert entries["blk"]["shm"] == entries["blk --client"]["shm"] == lists[5]
     assert run("stat").returncode == run("doctor").returncode == 0
     status, said = client.end()
-    assert (status, [line.rpartition(": ")[2] for line in said.splitlines()]) == (
-        0, ["the server is gone, requests wait for its return", "the server is back, 0 requests issued again"])
+    # How many is the kernel's choice: what it was writing back as the server was killed.
+    assert (status, [re.sub(r"\d+", "N", line.rpartition(": ")[2]) for line in said.splitlines()]) == (
+        0, ["the server is gone, requests wait for its return", "the server is back, N requests issued again"])
     client = program("blk", "--client", *lists)
     with mounted(disks(client)[0], tmp_path / "mnt") as directory:
         assert digests_of(directory) == digests

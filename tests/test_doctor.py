@@ -16,7 +16,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,50 @@ def test_without_privileges(tmp_path: Path, own: bool) -> None:
     (admin,) = [check for check in said["checks"] if check["name"] == "CAP_SYS_ADMIN"]
     assert admin["next"] == "sudo muenfast doctor" and "65534" in admin["text"]
     assert [left for left in said["leftovers"] if left["removed"] or left["kind"] != "node"] == []
+
+
+@contextlib.contextmanager
+def loop_on(image: Path, *options: str) -> Iterator[str]:
+    """A loop device, as the kernel names it, with another scheduler than none."""
+    device = subprocess.run(["losetup", *options, "--find", "--show", str(image)], check=True, capture_output=True,
+                            text=True).stdout.strip()
+    try:
+        queue = Path(f"/sys/block/{Path(device).name}/queue/scheduler")
+        before = doctor._chosen(str(queue))
+        queue.write_text(next(word for word in queue.read_text().replace("[", "").replace("]", "").split()
+                              if word != "none"))
+        yield Path(device).name
+        queue.write_text(before)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@needs_root
+@pytest.mark.parametrize("shared", [False, True])
+def test_schedulers(program: Start, pair: list[str], tmp_path: Path, shared: bool) -> None:
+    """`none` is advised for a disk, also one of several of a connection of which a partition is exported; not any
+    more once it is chosen."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(16 << 20))
+    subprocess.run(["sfdisk", "--quiet", str(image)], input="label: gpt\n,4M\n,4M\n", text=True, check=True)
+    with loop_on(image) as name:
+        if shared:
+            other = tmp_path / "other"
+            other.write_bytes(bytes(1 << 20))
+            words = ["modprobe", "muenblock-server", f"connections=a:{pair[1]}:{pair[3]}:{unique('buf')}",
+                     f"device={other}:a,/dev/{name}#2:a"]
+        else:
+            words = ["blk", *pair, "--device", f"/dev/{name}"]
+        server = program(*words)
+        (check,) = [each for each in doctor._schedulers() if f"on {name}," in each.text]
+        assert (check.state, check.next.partition(" (")[0]) == ("limited", f"echo none > /sys/block/{name}/queue/scheduler")
+        turns = Path(f"/sys/block/{name}/queue/rotational").read_text() == "1\n"
+        assert ("really turns" in check.next) == turns
+        Path(f"/sys/block/{name}/queue/scheduler").write_text("none")
+        (check,) = [each for each in doctor._schedulers() if f"on {name}," in each.text]
+        assert (check.state, check.next) == ("ok", "")
+        assert server.end() == (0, "")
+    assert [each for each in doctor._schedulers() if name in each.text] == []
 
 
 # ---- left-overs

@@ -282,7 +282,7 @@ def test_the_limit_of_connections(export: Export, caplog: pytest.LogCaptureFixtu
 def test_what_breaks_a_rule_is_answered(serve: Callable[..., Export], structured: bool) -> None:
     """The error that the protocol names, with a text where replies are structured; the stream stays in step."""
     export, fixed = serve(), serve(Memory(16), read_only=True)
-    discards = serve(Memory(16, discards=True))
+    discards, vague = serve(Memory(16, discards=True)), serve(Memory(16, discards=True, zeroes=False))
     cases = [
         (export, READ, SIZE - 1, 2, b"", 0, EINVAL), (export, READ, SIZE + 1, 0, b"", 0, EINVAL),
         (export, READ, 1 << 63, 1 << 31, b"", 0, EINVAL), (export, READ, (1 << 64) - 1, 1, b"", 0, EINVAL),
@@ -301,26 +301,29 @@ def test_what_breaks_a_rule_is_answered(serve: Callable[..., Export], structured
         (discards, TRIM, 65536, 1, b"", 0, EINVAL), (discards, TRIM, 1, 65535, b"", FUA, 0),
         (discards, WRITE_ZEROES, 0, 65536, b"", FAST_ZERO, 0),
         (discards, WRITE_ZEROES, 0, 65536, b"", FAST_ZERO | NO_HOLE, ENOTSUP),
+        (vague, TRIM, 0, 65536, b"", 0, 0), (vague, WRITE_ZEROES, 0, 65536, b"", 0, 0),
+        (vague, WRITE_ZEROES, 0, 65536, b"", FAST_ZERO, ENOTSUP),
         (export, READ, 0, 0, b"", 0, 0), (export, WRITE, 5, 0, b"", FUA, 0), (export, WRITE_ZEROES, SIZE, 0, b"", 0, 0),
     ]
+    exports = (export, fixed, discards, vague)
     for where, kind, offset, length, data, flags, expected in cases:
         with where.connect(structured=structured) as c:
             got = c.call(kind, offset, length, data, flags)
             assert got.error == expected, (kind, offset, length, flags)
             assert bool(got.text) == (structured and expected != 0)
             assert c.read(0, 5) == bytes(5)
-    assert sum(each.counters["rejected"] for each in (export, fixed, discards)) == len([1 for case in cases if case[-1]])
-    assert sum(each.counters["errors"] + each.counters["violations"] for each in (export, fixed, discards)) == 0
+    assert sum(each.counters["rejected"] for each in exports) == len([1 for case in cases if case[-1]])
+    assert sum(each.counters["errors"] + each.counters["violations"] for each in exports) == 0
 
 
 @pytest.mark.parametrize("block_size", [512, 4096])
-@pytest.mark.parametrize("discards", [False, True])
-def test_any_offset_and_length(serve: Callable[..., Export], block_size: int, discards: bool) -> None:
+@pytest.mark.parametrize(("discards", "zeroes"), [(False, False), (True, False), (True, True)])
+def test_any_offset_and_length(serve: Callable[..., Export], block_size: int, discards: bool, zeroes: bool) -> None:
     """Reads, writes, zeros and trims of any place and size do what they do to a bytearray; beyond pieces of 128 KiB,
     too; trims clear whole blocks at most."""
     size = 3 * 131072 + 9 * block_size
-    export = serve(Memory(size // block_size, block_size=block_size, discards=discards))
-    model, dice = bytearray(size), random.Random(block_size + discards)
+    export = serve(Memory(size // block_size, block_size=block_size, discards=discards, zeroes=zeroes))
+    model, dice = bytearray(size), random.Random(block_size + discards + zeroes)
     edges = [0, 1, block_size, block_size - 1, 131072, 131072 + 1, 262144 - 7, size - 1, size]
     with export.connect() as one, export.connect(structured=True) as two:
         for _ in range(1500):
@@ -913,6 +916,57 @@ def test_qemu_io(disk: Path) -> None:
                 "-c", "read -P 0 4000 300000", "-c", "flush", "-c", "aio_write -P 0x33 1M 8M", "-c", "aio_flush",
                 "-c", "read -P 0x33 1M 8M", "-c", "discard 0 1M", uri(disk))
     assert "verification failed" not in said and "ailed" not in said
+
+
+def held(path: Path) -> int:
+    """Bytes of a file that are no holes."""
+    total = end = 0
+    with open(path, "rb") as file, contextlib.suppress(OSError):     # ENXIO: only a hole is left
+        while True:
+            start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            total += end - start
+    return total
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_holes_over_a_buffer(program: Start, lists: list[str], tmp_path: Path, silent: bool) -> None:
+    """Two disks of one connection, a socket for each, in their order: trims, and zeros that may be holes, free what they
+    cover in the server's file, and that one only; zeros that may not be are written. silent: with a server that says
+    nothing of its disks zeros are written, and never called fast."""
+    images, paths, buffer = [tmp_path / "a", tmp_path / "b"], [tmp_path / "x", tmp_path / "y"], unique("buf")
+    data = random.Random(6).randbytes(16 * MIB)
+    for image in images:
+        image.write_bytes(data)
+    server = program("modprobe", "muenblock-server", f"connections=0:{lists[1]}:{lists[3]}:{buffer}",
+                     f"device={images[0]}:0,{images[1]}:0")
+    client = program("blk", "--client", *lists, "--shm", buffer, "--nbd", ",".join(map(str, paths)),
+                     *(["--strict-oneway", "--same-store"] if silent else []))
+    assert [line.split()[5] for line in client.lines] == [str(path) for path in paths]
+
+    def taken() -> list[float]:
+        return [held(image) / MIB for image in images]
+
+    with (connect(str(paths[0]), name=f"{lists[1]}.0".encode()) as a,
+          connect(str(paths[1]), name=f"{lists[1]}.1".encode()) as b):
+        assert taken() == [16, 16]
+        assert a.call(TRIM, MIB, 4 * MIB).error == 0
+        assert taken() == [12, 16]
+        assert b.call(WRITE_ZEROES, MIB, 2 * MIB, flags=NO_HOLE).error == 0
+        assert taken() == [12, 16]
+        assert b.call(WRITE_ZEROES, 4 * MIB - 5, 8 * MIB + 10).error == 0
+        assert taken() == [12, 16 if silent else 8]
+        assert b.call(WRITE_ZEROES, 13 * MIB, MIB, flags=FAST_ZERO).error == (ENOTSUP if silent else 0)
+        assert taken() == [12, 16 if silent else 7]
+        assert a.call(FLUSH).error == b.call(FLUSH).error == 0
+        assert a.read(0, 16 * MIB) == data[:MIB] + bytes(4 * MIB) + data[5 * MIB:]
+        expected = bytearray(data)
+        for low, high in (MIB, 3 * MIB), (4 * MIB - 5, 12 * MIB + 5), *([] if silent else [(13 * MIB, 14 * MIB)]):
+            expected[low:high] = bytes(high - low)
+        assert b.read(0, 16 * MIB) == expected
+    assert client.end() == (0, "")
+    assert server.end() == (0, "")
+    assert images[1].read_bytes() == expected
 
 
 @pytest.mark.stress

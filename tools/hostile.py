@@ -1,13 +1,16 @@
-"""usage: tools/hostile.py [--minutes N] [--seed S] [--role server|client|both] [--phase SECONDS] [--within SECONDS]
+"""usage: tools/hostile.py [--minutes N] [--seed S] [--role server|client|both] [--shm] [--phase SECONDS] [--within SECONDS]
 
 A hostile peer against muenfast's block server and against its client, for N (10) minutes, both at once. Phase by phase
 it does one thing that no protocol allows, or all of them, at full speed and for about SECONDS (5); then it becomes
 honest, and service has to be back within a second. The peer shares no code with muenfast (tests/peer.py).
 
-Hostile to the server: `muenfast blk` with two exports; the peer is the client of one, a BlockDevice uses the other all
-the time and must notice nothing. Hostile to the client: a process with four threads that call a BlockDevice; one that
-the hostile peer has driven to fail for good (another size: docs/operations.md) is replaced by a new one, as a user
-would. The peer writes to its own region and to both bells.
+Hostile to the server: `muenfast blk` with two exports, of RAM, or with an odd seed one of a file; the peer is the client
+of that, a BlockDevice uses the other all the time and must notice nothing. Hostile to the client: a process with four
+threads that call a BlockDevice; one that the hostile peer has driven to fail for good (another size: docs/operations.md)
+is replaced by a new one, as a user would. The peer writes to its own region and to both bells.
+
+With --shm all that over a shared buffer, to which the peer writes and which it truncates, too. The hostile export has
+two disks then, of which with an odd seed the second one is the file.
 
 Checked: no process ends or stands still, resident memory and descriptors stay bounded, service is back in time (from
 the first store of the honest peer to the first block that was written and read back), everything honest was
@@ -41,13 +44,14 @@ import peer  # noqa: E402
 
 from muenfast import BlockDevice, MuenfastError, UsageError, control  # noqa: E402
 
-BLOCK, EVENT_BYTES, REGION = peer.BLOCK_BYTES, peer.EVENT_BYTES, peer.INLINE_REGION_BYTES
-ELEMENTS = (REGION - peer.HEADER_BYTES) // EVENT_BYTES
+BLOCK = peer.BLOCK_BYTES
 U64 = (1 << 64) - 1
 BLOCKS = 256
 OURS = range(1, 128)    # blocks of the honest phases: no hostile request names one (0 is what zeroed slots name)
 HEAD = struct.Struct("<IiQII")
+REQUEST, RESPONSE = struct.Struct("<HHIQQQ"), struct.Struct("<HHIQ")
 MODES = ("header", "counters", "epochs", "elements", "bell", "flood", "truncate", "stop", "everything")
+BUFFER_MODES = (*MODES, "buffer")
 PATIENCE = 30.0         # seconds for an answer of our own programs
 MORE_MEMORY = 24 << 20  # bytes that a process may grow by after its first two phases
 MORE_FILES = 8
@@ -57,14 +61,24 @@ class Failed(Exception):
     """A check."""
 
 
+# Protocol, bytes of an element, bytes of the region: of the request channel, and of the response channel.
+Wire = tuple[tuple[int, int, int], tuple[int, int, int]]
+INLINE: Wire = ((peer.REQUEST_PROTOCOL, peer.EVENT_BYTES, peer.INLINE_REGION_BYTES),
+                (peer.RESPONSE_PROTOCOL, peer.EVENT_BYTES, peer.INLINE_REGION_BYTES))
+SHARED: Wire = ((peer.BUFFER_PROTOCOL, peer.BUFFER_REQUEST_BYTES, peer.BUFFER_REQUEST_REGION_BYTES),
+                (peer.BUFFER_PROTOCOL, peer.BUFFER_RESPONSE_BYTES, peer.BUFFER_RESPONSE_REGION_BYTES))
+
+
 # ------------------------------------------------------------------ the attack, a process of its own
 
 class Attack:
     """What the peer does to its own region and the bells. Every act is short; none returns anything."""
 
-    def __init__(self, role: str, req: str, resp: str, seed: int) -> None:
+    def __init__(self, role: str, req: str, resp: str, seed: int, wire: Wire) -> None:
         self.role, self.dice = role, random.Random(seed)
-        self.own, self.protocol = (req, peer.REQUEST_PROTOCOL) if role == "server" else (resp, peer.RESPONSE_PROTOCOL)
+        self.own = req if role == "server" else resp
+        self.protocol, self.size, self.region = wire[self.own == resp]
+        self.count = (self.region - peer.HEADER_BYTES) // self.size
         self.fd = os.open(peer.channel_path(self.own), os.O_RDWR)
         self.memory = mmap.mmap(self.fd, 0)
         self.view = memoryview(self.memory)
@@ -72,12 +86,18 @@ class Attack:
         self.bell_fds = [os.open(peer.channel_path(name) + ".bell", os.O_RDWR) for name in (req, resp)]
         self.bells = [mmap.mmap(fd, 4096) for fd in self.bell_fds]
         self.requests = mmap.mmap(os.open(peer.channel_path(req), os.O_RDONLY), 0, prot=mmap.PROT_READ)
-        self.odd = [0, 1, 2, 253, 254, 255, 4119, 4120, 4121, 1 << 31, 1 << 32, 1 << 52, (1 << 63) - 1, 1 << 63, U64 - 1,
-                    U64]
+        self.cuts = [(self.fd, self.region), (self.fd, self.region), *((fd, 4096) for fd in self.bell_fds)]
+        n, size = self.count, self.size
+        self.odd = [0, 1, 2, n - 1, n, n + 1, size - 1, size, size + 1, 1 << 31, 1 << 32, 1 << 52, (1 << 63) - 1, 1 << 63,
+                    U64 - 1, U64]
         self.published = 0
         # What an honest client left in the slots would be executed again, rightly, once a counter says that it is new.
         self.words[peer.EPOCH] = 0
-        self.view[64:] = bytes(REGION - 64)
+        self.clear()
+
+    def clear(self) -> None:
+        """Slots that ask for nothing."""
+        self.view[64:] = bytes(self.region - 64)
 
     def any64(self) -> int:
         return self.dice.choice(self.odd) if self.dice.random() < 0.5 else self.dice.getrandbits(64)
@@ -87,7 +107,7 @@ class Attack:
         w = self.words
         w[peer.EPOCH] = 0
         w[peer.TRANSPORT], w[peer.PROTOCOL], w[peer.SIZE], w[peer.ELEMENTS] = (
-            peer.TRANSPORT_ID, self.protocol, EVENT_BYTES, ELEMENTS)
+            peer.TRANSPORT_ID, self.protocol, self.size, self.count)
         w[peer.RESERVED] = w[peer.WSC] = w[peer.WC] = 0
         w[peer.EPOCH] = epoch
         self.published = 0
@@ -97,7 +117,7 @@ class Attack:
         dice = self.dice
         if self.role == "client" and dice.random() < 0.7:      # an answer to what was asked lately
             (wc,) = struct.unpack_from("<Q", self.requests, 8 * peer.WC)
-            at = 64 + (wc - dice.randint(1, 16)) % ELEMENTS * EVENT_BYTES
+            at = 64 + (wc - dice.randint(1, 16)) % self.count * self.size
             kind, _, number, valid, priv = HEAD.unpack_from(self.requests, at)
             return HEAD.pack(kind, dice.choice((0, 0, 0, -5, 7)), number, valid,
                              priv + dice.choice((0, 0, 1, 5)) & 0xFFFFFFFF)
@@ -109,7 +129,7 @@ class Attack:
                          dice.choice((0, 1, dice.getrandbits(32))))
 
     def slot(self, number: int) -> None:
-        at = 64 + number % ELEMENTS * EVENT_BYTES
+        at = 64 + number % self.count * self.size
         self.view[at:at + HEAD.size] = event = self.event()
         if self.dice.random() < 0.02:
             self.view[at + 24:at + 32] = self.any64().to_bytes(8, "little")
@@ -119,7 +139,7 @@ class Attack:
     def publish(self, n: int) -> None:
         """n elements as they should be published, whatever stands in them."""
         self.words[peer.WSC] = self.published + n & U64
-        for k in range(min(n, ELEMENTS)):
+        for k in range(min(n, self.count)):
             self.slot(self.published + k)
         self.published = self.published + n & U64
         self.words[peer.WC] = self.published
@@ -137,7 +157,8 @@ class Attack:
             self.start(dice.choice((1, 1, 2, dice.getrandbits(64) or 1)))
         act = dice.random()
         if act < 0.5:
-            w[peer.WSC] = w[peer.WC] = w[peer.WC] + dice.choice((1, 1, 2, 64, ELEMENTS, ELEMENTS + 1, U64, U64 - 3)) & U64
+            w[peer.WSC] = w[peer.WC] = w[peer.WC] + dice.choice((1, 1, 2, 64, self.count, self.count + 1, U64,
+                                                                          U64 - 3)) & U64
             self.slot(w[peer.WC])
         else:
             w[dice.choice((peer.WSC, peer.WC))] = self.any64()
@@ -173,7 +194,7 @@ class Attack:
     def truncate(self) -> None:
         """Never touches its own mapping while that is short."""
         dice = self.dice
-        fd, length = dice.choice(((self.fd, REGION), (self.fd, REGION), (self.bell_fds[0], 4096), (self.bell_fds[1], 4096)))
+        fd, length = dice.choice(self.cuts)
         os.ftruncate(fd, dice.choice((0, 0, 4096, 65536)) % length)
         time.sleep(dice.choice((0, 0.001, 0.05, 0.3)))
         os.ftruncate(fd, length)
@@ -183,10 +204,11 @@ class Attack:
             self.publish(dice.randrange(1, 5))
             time.sleep(0.001)
 
+    mixed: tuple[str, ...] = ("header", "counters", "epochs", "elements", "bell", "flood")
     stop = elements     # and who watches over us sends SIGSTOP at any moment
 
     def everything(self) -> None:
-        getattr(self, self.dice.choice(("header", "counters", "epochs", "elements", "bell", "flood")))()
+        getattr(self, self.dice.choice(self.mixed))()
         if self.dice.random() < 0.001:
             self.truncate()
 
@@ -202,6 +224,85 @@ class Attack:
         print(self.published, flush=True)
 
 
+class BufferAttack(Attack):
+    """The same over a shared buffer, to which the peer may write at any time.
+
+    No mixture of two hostile requests, nor of one and an empty slot, names one of OURS: all begin behind them.
+    """
+
+    # The lower halves of offsets beyond the disk are beyond OURS, too: no mixture of two words is anything else.
+    FAR = (BLOCKS * BLOCK, 1 << 31, 1 << 32 | 1 << 31, 1 << 63 | 1 << 31, U64 - BLOCK + 1, U64)
+
+    def __init__(self, role: str, req: str, resp: str, seed: int, wire: Wire, buffer: str) -> None:
+        self.exact = False      # each request in one counter only
+        super().__init__(role, req, resp, seed, wire)
+        self.buffer_fd = os.open(peer.channel_path(buffer), os.O_RDWR)
+        self.payload = memoryview(mmap.mmap(self.buffer_fd, 0))
+        self.cuts += [(self.buffer_fd, len(self.payload))] * 2
+
+    def clear(self) -> None:
+        if self.role == "server":
+            self.view[64:] = REQUEST.pack(0, 0, 0, 0, OURS.stop * BLOCK, 0) * self.count
+        else:
+            super().clear()
+
+    def slot(self, number: int) -> None:
+        at = 64 + number % self.count * self.size
+        self.view[at:at + self.size] = self.request() if self.role == "server" else self.answer()
+
+    def request(self) -> bytes:
+        """At times a good one."""
+        dice = self.dice
+        kind = dice.choice((1, 1, 1, 2, 2, 2, 3, 4, 5, 0, 0x10, 0x11, 0x19, 0x1A, 0x1B, 0x1F, 6, 0xFFFF))
+        device = dice.choice((0, 0, 1, 1, 2, 0xFFFF))
+        length = dice.choice((BLOCK, BLOCK, 2 * BLOCK, 16 * BLOCK, 128 * BLOCK, 0, 1, BLOCK - 1, self.any64()))
+        inside = dice.randrange(OURS.stop, BLOCKS) * BLOCK
+        start = dice.choice((inside, inside, inside, inside + 1, dice.choice(self.FAR)))
+        place = dice.choice((dice.randrange(64) * BLOCK, dice.randrange(4096) * BLOCK, 1, self.any64()))
+        if self.exact and kind == peer.SYNC:
+            device &= 1
+        elif self.exact and kind == peer.GET_SMART:
+            length = place = 0
+        return REQUEST.pack(kind, device, dice.choice((0, 1, dice.getrandbits(32))), length, start, place)
+
+    def answer(self) -> bytes:
+        """To what was asked lately, at times as an honest server would, so that the client goes on."""
+        dice = self.dice
+        (wc,) = struct.unpack_from("<Q", self.requests, 8 * peer.WC)
+        kind, device, tag, *_ = REQUEST.unpack_from(self.requests,
+                                                    64 + (wc - dice.randint(1, 16)) % self.asked * REQUEST.size)
+        status = {peer.MEDIA_BLOCKS: BLOCKS, peer.BLOCK_LENGTH: BLOCK, peer.MAX_REQUESTS: self.count,
+                  peer.MAX_BLOCKS_COUNT: 8, peer.MAX_DEVICES: 1}.get(kind, dice.choice((0, 0, 0, 1, 5, 4095, 4096, U64)))
+        turn = dice.random()
+        if turn < 0.02:
+            status = self.any64()
+        elif turn < 0.04:
+            kind, device, tag = dice.getrandbits(16), dice.getrandbits(16), dice.getrandbits(32)
+        elif turn < 0.2:
+            tag = tag + dice.choice((1, 5, U64)) & 0xFFFFFFFF
+        return RESPONSE.pack(kind, device, tag, status)
+
+    @property
+    def asked(self) -> int:
+        """Elements of the request channel."""
+        return (len(self.requests) - peer.HEADER_BYTES) // REQUEST.size
+
+    def buffer(self) -> None:
+        if self.words[peer.EPOCH] == 0:
+            self.start(self.dice.getrandbits(64) or 1)
+        self.publish(self.dice.randrange(1, 8))
+        for _ in range(20):
+            length = self.dice.choice((1, 8, 4096, 40000))
+            at = self.dice.randrange(self.dice.choice((1 << 18, len(self.payload))) - length)
+            self.payload[at:at + length] = self.dice.randbytes(8)[:1] * length
+
+    def run(self, mode: str, seconds: float) -> None:
+        self.exact = mode == "flood"
+        super().run(mode, seconds)
+
+    mixed = (*Attack.mixed, "buffer")
+
+
 # ------------------------------------------------------------------ the user of a client, a process of its own
 
 class User:
@@ -209,8 +310,8 @@ class User:
 
     THREADS = 4
 
-    def __init__(self, req: str, resp: str) -> None:
-        self.names = req, resp
+    def __init__(self, req: str, resp: str, buffer: str = "") -> None:
+        self.names, self.buffer = (req, resp), buffer or None
         self.device: BlockDevice | None = None
         self.mode, self.phase = "pause", 0
         self.calls = self.errors = self.given_up = 0
@@ -233,7 +334,7 @@ class User:
                         self.past[name] += value
                     device.close()
                 with contextlib.suppress(MuenfastError, OSError):   # a truncated region cannot be mapped
-                    self.device = BlockDevice(*self.names, timeout=0, same_store=True)
+                    self.device = BlockDevice(*self.names, shm=self.buffer, timeout=0, same_store=True)
             time.sleep(0.005)
 
     @staticmethod
@@ -317,6 +418,18 @@ class HonestServer(peer.InlineServer):
         super()._send(answer)
 
 
+class HonestBufferServer(peer.BufferServer):
+    """The same over a shared buffer."""
+
+    junk = 0
+
+    def _send(self, answer: peer.BufferResponse) -> None:
+        if self.junk:
+            self.junk -= 1
+            self._resp.write(answer._replace(tag=answer.tag ^ 0x80000000).pack())
+        super()._send(answer)
+
+
 # ------------------------------------------------------------------ phases
 
 def resident(pid: int) -> int:
@@ -352,9 +465,10 @@ class Victim:
 
     role = ""
 
-    def __init__(self, within: float) -> None:
+    def __init__(self, within: float, shared: bool) -> None:
         self.within = within
         self.req, self.resp = f"hostile{os.getpid()}-req", f"hostile{os.getpid()}-resp"
+        self.buffer = f"hostile{os.getpid()}-buffer" if shared else ""
         self.memory: list[int] = []
         self.files: list[int] = []
         self.errors = tempfile.TemporaryFile()
@@ -373,7 +487,7 @@ class Victim:
     def attack(self, mode: str, seconds: float, seed: int) -> int:
         """Lets the hostile process loose; how many elements it published last, in its last epoch."""
         attacker = subprocess.Popen([sys.executable, __file__, "attack", self.role, self.req, self.resp, mode, str(seconds),
-                                     str(seed)], stdout=subprocess.PIPE, text=True)
+                                     str(seed), self.buffer], stdout=subprocess.PIPE, text=True)
         dice = random.Random(seed)
         try:
             if mode == "stop":
@@ -388,10 +502,12 @@ class Victim:
             attacker.wait()
         if attacker.returncode != 0:
             raise Failed(f"the attack itself ended with status {attacker.returncode}")
-        for name in (self.req, self.resp):
-            for part, length in ((name, REGION), (name + ".bell", 4096)):
-                if os.stat(peer.channel_path(part)).st_size != length:
-                    raise Failed(f"{part} was left with another size")
+        lengths = {self.buffer: peer.BUFFER_BYTES} if self.buffer else {}
+        for name, (_, _, length) in zip((self.req, self.resp), SHARED if self.buffer else INLINE, strict=True):
+            lengths |= {name: length, name + ".bell": 4096}
+        for name, length in lengths.items():
+            if os.stat(peer.channel_path(name)).st_size != length:
+                raise Failed(f"{name} was left with another size")
         return int(said)
 
     def watch(self) -> None:
@@ -439,22 +555,98 @@ class Victim:
                 os.unlink(f"/dev/shm/{name}")
 
 
+class HonestClient:
+    """A plain client of a ServerVictim; blocks are those of its one disk, 0."""
+
+    def __init__(self, victim: Victim) -> None:
+        self.peer = peer.InlineClient(victim.req, victim.resp)
+
+    def connect(self) -> None:
+        self.peer.connect(timeout=PATIENCE)
+
+    def read(self, device: int, i: int) -> bytes:
+        return self.peer.read(i)
+
+    def write(self, device: int, i: int, data: bytes) -> None:
+        self.peer.write(i, data)
+
+    def sync(self, device: int) -> None:
+        self.peer.sync()
+
+    def disconnect(self) -> None:
+        self.peer.disconnect()
+
+    def close(self) -> None:
+        self.peer.close()
+
+
+class HonestBufferClient:
+    """The same over a shared buffer, with any disk, each time through another part of the buffer."""
+
+    def __init__(self, victim: Victim) -> None:
+        self.peer = peer.BufferClient(victim.req, victim.resp, victim.buffer, timeout=PATIENCE)
+        self.turn = 0
+
+    def place(self) -> int:
+        self.turn = (self.turn + 37 * BLOCK) % len(self.peer.buffer)
+        return self.turn
+
+    def connect(self) -> None:
+        """A server that leaves truncated memory begins a new life, perhaps just now: then so does its client."""
+        def connected() -> bool:
+            with contextlib.suppress(ConnectionResetError):
+                self.peer.connect()
+                return True
+            return False
+
+        until(connected, "the server stays away")
+        if self.peer.devices != [peer.BufferDevice(BLOCKS, BLOCK, self.peer.devices[0].max_blocks)] * 2:
+            raise Failed(f"the server's disks are {self.peer.devices}")
+
+    def read(self, device: int, i: int) -> bytes:
+        return self.peer.read(device, i * BLOCK, BLOCK, self.place())
+
+    def write(self, device: int, i: int, data: bytes) -> None:
+        self.peer.write(device, i * BLOCK, data, self.place())
+
+    def sync(self, device: int) -> None:
+        self.peer.sync(device)
+
+    def disconnect(self) -> None:
+        self.peer.disconnect()
+
+    def close(self) -> None:
+        self.peer.close()
+
+
+Honest = HonestClient | HonestBufferClient
+
+
 class ServerVictim(Victim):
     """`muenfast blk`: one export for the hostile peer, one for somebody else."""
 
     role = "server"
 
-    def __init__(self, within: float) -> None:
-        super().__init__(within)
-        self.content = {i: bytes(BLOCK) for i in OURS}
-        self.spawn("-m", "muenfast", "blk", "--req", f"{self.req},{self.req}2", "--resp", f"{self.resp},{self.resp}2",
-                   "--device", "ram:1M,ram:1M")
+    def __init__(self, within: float, shared: bool, file: Path | None) -> None:
+        """file: in place of the disk in RAM, with a buffer of the second one."""
+        super().__init__(within, shared)
+        self.content = {(device, i): bytes(BLOCK) for device in range(1 + shared) for i in OURS}
+        if file is not None:
+            file.write_bytes(bytes(BLOCKS * BLOCK))
+        if shared:
+            self.spawn("-m", "muenfast", "modprobe", "muenblock-server",
+                       f"connections=a:{self.req}:{self.resp}:{self.buffer},b:{self.req}2:{self.resp}2:{self.buffer}2",
+                       f"device=ram:1M:a,{file or 'ram:1M'}:a,ram:1M:b")
+        else:
+            self.spawn("-m", "muenfast", "blk", "--req", f"{self.req},{self.req}2", "--resp",
+                       f"{self.resp},{self.resp}2", "--device", f"{file or 'ram:1M'},ram:1M")
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line == "ready\n":
                 break
         self.alive()
-        self.bystander = BlockDevice(self.req + "2", self.resp + "2", on_peer_loss="fail")
+        self.bystander = BlockDevice(self.req + "2", self.resp + "2", shm=self.buffer + "2" if shared else None,
+                                     on_peer_loss="fail")
         self.over, self.wrong, self.served = threading.Event(), [""], 0
         self.thread = threading.Thread(target=self._stand_by)
         self.thread.start()
@@ -479,7 +671,8 @@ class ServerVictim(Victim):
 
     def executed(self) -> int:
         counters = self.counters()
-        return sum(counters[name] for name in ("reads", "writes", "syncs", "sizes", "rejected", "voided", "lost"))
+        more = ("discards", "queries", "resets", "cancelled") if self.buffer else ("sizes",)
+        return sum(counters[name] for name in ("reads", "writes", "syncs", "rejected", "voided", "lost", *more))
 
     def phase(self, mode: str, seconds: float, seed: int, row: Row) -> str:
         before, served, first = self.executed(), self.served, self.counters()
@@ -491,29 +684,30 @@ class ServerVictim(Victim):
             row.counted += published
         counters, dice = self.counters(), random.Random(seed)
         begin = time.monotonic()
-        client = peer.InlineClient(self.req, self.resp)
+        client: Honest = HonestBufferClient(self) if self.buffer else HonestClient(self)
         try:
-            client.connect(timeout=PATIENCE)
+            client.connect()
+            first_one = next(iter(self.content))
             data = dice.randbytes(BLOCK)
-            client.write(1, data)
-            if client.read(1) != data:
+            client.write(*first_one, data)
+            if client.read(*first_one) != data:
                 raise Failed("what was written is not what is read")
             row.back.append(self.in_time(begin))
-            self.content[1] = data
-            for i, data in self.content.items():
-                if client.read(i) != data:
-                    raise Failed(f"block {i}, written in an honest phase, holds something else")
+            self.content[first_one] = data
+            for place, data in self.content.items():
+                if client.read(*place) != data:
+                    raise Failed(f"disk and block {place}, written in an honest phase, hold something else")
             base, asked = self.executed(), 0
             for _ in range(200):
-                i = dice.choice(OURS)
+                place = dice.choice(list(self.content))
                 if dice.random() < 0.5:
-                    self.content[i] = dice.randbytes(BLOCK)
-                    client.write(i, self.content[i])
+                    self.content[place] = dice.randbytes(BLOCK)
+                    client.write(*place, self.content[place])
                 elif dice.random() < 0.9:
-                    if client.read(i) != self.content[i]:
-                        raise Failed(f"block {i} holds something else")
+                    if client.read(*place) != self.content[place]:
+                        raise Failed(f"disk and block {place} hold something else")
                 else:
-                    client.sync()
+                    client.sync(place[0])
                 asked += 1
             if self.executed() - base != asked:
                 raise Failed(f"{asked} honest requests are {self.executed() - base} in the counters")
@@ -524,8 +718,9 @@ class ServerVictim(Victim):
             raise Failed(self.wrong[-1] or "the other export stood still")
         self.watch()
         row.verified += asked + len(self.content)
-        return " ".join(f"{name}+{counters[name] - first[name]}"
-                        for name in ("connections", "rejected", "torn", "voided", "overruns", "lost"))
+        return " ".join(f"{name}+{counters[name] - first[name] & U64}"
+                        for name in ("connections", "rejected", "torn", "voided", "cancelled", "failed", "overruns", "lost")
+                        if name in counters)
 
     def end(self) -> None:
         self.over.set()
@@ -548,10 +743,10 @@ class ClientVictim(Victim):
 
     role = "client"
 
-    def __init__(self, within: float) -> None:
-        super().__init__(within)
+    def __init__(self, within: float, shared: bool) -> None:
+        super().__init__(within, shared)
         self.disk = bytearray(BLOCKS * BLOCK)
-        self.spawn(__file__, "user", self.req, self.resp)
+        self.spawn(__file__, "user", self.req, self.resp, self.buffer)
         until(lambda: self.order("pause")["failure"] is None and os.path.exists(peer.channel_path(self.resp) + ".bell"),
               "the client made no channels", pause=0.02)
 
@@ -571,7 +766,9 @@ class ClientVictim(Victim):
         self.attack(mode, seconds, seed)
         attacked = self.order("hostile")
         begin = time.monotonic()
-        server = HonestServer(self.req, self.resp, self.disk)
+        server: HonestServer | HonestBufferServer = (
+            HonestBufferServer(self.req, self.resp, self.buffer, [self.disk]) if self.buffer else
+            HonestServer(self.req, self.resp, self.disk))
         try:
             with server.running():
                 self.order("honest")
@@ -602,7 +799,7 @@ class ClientVictim(Victim):
         report = self.order("")
         return report if len(report["good"]) == threads else None
 
-    def _count_junk(self, server: HonestServer, n: int) -> None:
+    def _count_junk(self, server: HonestServer | HonestBufferServer, n: int) -> None:
         """Answers that nobody asked for are all counted, and cost nothing else."""
         before = self.order("")["counters"]
         server.junk = n
@@ -618,19 +815,23 @@ class ClientVictim(Victim):
             raise Failed(f"the client ended with status {self.process.returncode}")
 
 
-def attack_all(role: str, minutes: float, seed: int, phase: float, within: float) -> int:
+def attack_all(role: str, minutes: float, seed: int, phase: float, within: float, shared: bool) -> int:
     """Phases until the time is over, each mode at least once; the exit status."""
     dice = random.Random(f"{role} {seed}")
-    rows = {mode: Row() for mode in MODES}
+    modes = BUFFER_MODES if shared else MODES
+    rows = {mode: Row() for mode in modes}
     begin = time.monotonic()
     victim: Victim | None = None
     turn, left, mode = 0, [], "start"
     with tempfile.TemporaryDirectory() as place:
         os.environ.setdefault("MUENFAST_RUNTIME_DIR", place)
         try:
-            victim = ServerVictim(within) if role == "server" else ClientVictim(within)
-            while time.monotonic() - begin < 60 * minutes or turn < len(MODES):
-                left = left or dice.sample(MODES, len(MODES))
+            if role == "server":
+                victim = ServerVictim(within, shared, Path(place, "disk") if seed % 2 else None)
+            else:
+                victim = ClientVictim(within, shared)
+            while time.monotonic() - begin < 60 * minutes or turn < len(modes):
+                left = left or dice.sample(modes, len(modes))
                 mode = left.pop()
                 row = rows[mode]
                 seconds = phase * dice.uniform(0.5, 1.5)
@@ -666,14 +867,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="(default: 10)")
     parser.add_argument("--seed", type=int, default=1, metavar="S")
     parser.add_argument("--role", choices=("server", "client", "both"), default="both", help="who is attacked")
+    parser.add_argument("--shm", action="store_true", help="over a shared buffer (default: inline)")
     parser.add_argument("--phase", type=float, default=5.0, metavar="SECONDS", help="of one attack, about (default: 5)")
     parser.add_argument("--within", type=float, default=1.0, metavar="SECONDS",
                         help="in which service has to be back (default: 1)")
     a = parser.parse_args()
     if a.role != "both":
-        return attack_all(a.role, a.minutes, a.seed, a.phase, a.within)
+        return attack_all(a.role, a.minutes, a.seed, a.phase, a.within, a.shm)
     both = [subprocess.Popen([sys.executable, __file__, "--role", role, "--minutes", str(a.minutes), "--seed", str(a.seed),
-                              "--phase", str(a.phase), "--within", str(a.within)]) for role in ("server", "client")]
+                              "--phase", str(a.phase), "--within", str(a.within), *["--shm"] * a.shm])
+            for role in ("server", "client")]
     try:
         return max(abs(process.wait()) for process in both)
     finally:
@@ -685,8 +888,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["attack"]:
-        role_, req_, resp_, mode_, seconds_, seed_ = sys.argv[2:]
-        Attack(role_, req_, resp_, int(seed_)).run(mode_, float(seconds_))
+        role_, req_, resp_, mode_, seconds_, seed_, buffer_ = sys.argv[2:]
+        attack = (BufferAttack(role_, req_, resp_, int(seed_), SHARED, buffer_) if buffer_ else
+                  Attack(role_, req_, resp_, int(seed_), INLINE))
+        attack.run(mode_, float(seconds_))
     elif sys.argv[1:2] == ["user"]:
         User(*sys.argv[2:]).run()
     else:

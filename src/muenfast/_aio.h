@@ -319,7 +319,8 @@ static inline void aio_arm(aio *a, const uint32_t *word, uint32_t seen) {
 
 /* ---- what the engine calls */
 
-/* 0 or a negative errno. threads: do without io_uring. fixed: memory that most operations are about, or NULL. */
+/* 0 or a negative errno. threads: do without io_uring. fixed: memory that most operations are about, this process's own
+ * (of shared memory that another one truncates, operations would go on with the pages that it had), or NULL. */
 static inline int aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length) {
     memset(a, 0, sizeof *a);
     a->done_last = &a->done;

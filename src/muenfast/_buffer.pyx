@@ -373,8 +373,7 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
         if h.kind != REQUEST_SYNC and load_acquire32(s.broken) != 0:
             error = -EIO
         count64(&s.n.failed, n if error != 0 else 0)
-        if f.flights.leaving:
-            count64(&s.n.cancelled, n)
+        if f.flights.leaving:           # they were executed, and counted as that
             continue
         for k in range(n):
             s.answers[k].kind = h[k].kind

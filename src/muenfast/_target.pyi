@@ -17,7 +17,8 @@ class Target:
 
 @final
 class Memory(Target):
-    def __new__(cls, nblocks: int, *, block_size: int = 4096, discards: bool = False) -> Self: ...
+    def __new__(cls, nblocks: int, *, block_size: int = 4096, discards: bool = False,
+                zeroes: bool | None = None) -> Self: ...
 
 @disjoint_base
 class Completions:

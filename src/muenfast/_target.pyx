@@ -58,11 +58,13 @@ cdef void memory_submit(void *ctx, io_t *io) noexcept nogil:
 cdef class Memory(Target):
     """A disk in plain memory, executed inside submit(): the most a front end can reach, for tests and benchmarks.
 
-    block_size: 512 or 4096. discards: whether it takes discards (after which it reads as zeros) and zeroes.
+    block_size: 512 or 4096. discards: whether it takes discards and zeroes; after either it reads as zeros.
+    zeroes: whether it says so of discards (default: as discards).
     """
     cdef memory_t m
 
-    def __cinit__(self, uint64_t nblocks, *, uint32_t block_size=BLOCK_SIZE, bint discards=False):
+    def __cinit__(self, uint64_t nblocks, *, uint32_t block_size=BLOCK_SIZE, bint discards=False,
+                  zeroes=None):
         if block_size != 512 and block_size != 4096:
             raise UsageError("a block has 512 or 4096 bytes", value=block_size)
         self.m.base = <uint8_t *>calloc(nblocks, block_size)
@@ -71,6 +73,7 @@ cdef class Memory(Target):
         self.m.nblocks = self.nblocks = nblocks
         self.m.block_size = self.block_size = block_size
         self.discards = discards
+        self.zeroes = discards if zeroes is None else zeroes
         self.ctx = <void *>&self.m
         self.submit = memory_submit
 

@@ -386,28 +386,32 @@ def _schedulers() -> Iterator[Check]:
     queues: dict[str, tuple[str, bool]] = {}
     for answer in answers:
         for entry in answer.get("entries", ()):
-            device, client = str(entry.get("device", "-")), entry.get("role") == "client"
-            if device != "-" and not re.match("(ram|null):", device):
-                path = os.path.join(f"/proc/{answer['pid']}/cwd", device)  # relative to where that process stands
+            client = entry.get("role") == "client"
+            below = dict(entry.get("disks", {}))
+            if client and entry["device"] != "-":
                 with contextlib.suppress(OSError):
-                    seen = os.stat(path)
-                    number = seen.st_rdev if stat.S_ISBLK(seen.st_mode) else seen.st_dev
-                    queue = _queue(number)
-                    if queue is not None:
-                        queues.setdefault(queue, (device, client))
+                    number = os.stat(entry["device"]).st_rdev
+                    below[entry["device"]] = f"{os.major(number)}:{os.minor(number)}"
+            for device, number in below.items():
+                queue = _queue(number)
+                if queue is not None:
+                    queues.setdefault(queue, (device, client))
     for queue, (device, client) in sorted(queues.items()):
         scheduler, disk = _chosen(f"{queue}/scheduler"), queue.split("/")[-2]
         text = f"{scheduler} on {disk}, for {device}"
-        if scheduler == "none" or not client and _text(f"{queue}/rotational") == "1":
+        if scheduler == "none":
             yield Check("scheduler", OK, text)
-        else:
+        else:   # `rotational` is what a virtual disk says of itself as well, where its host does not know better
+            turns = not client and _text(f"{queue}/rotational") == "1"
             yield Check("scheduler", LIMITED, text, "requests are sorted twice: they come merged and in order already.",
-                        f"echo none > /sys/block/{disk}/queue/scheduler")
+                        f"echo none > /sys/block/{disk}/queue/scheduler"
+                        f"{' (unless it is a disk that really turns)' if turns else ''}")
 
 
-def _queue(number: int) -> str | None:
-    """The sysfs queue of a block device or of the disk that it is a part of; None: no disk is known below it."""
-    place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+def _queue(number: str) -> str | None:
+    """The sysfs queue of the block device MAJOR:MINOR or of the disk that it is a part of; None: no disk is known below
+    it."""
+    place = os.path.realpath(f"/sys/dev/block/{number}")
     for queue in (f"{place}/queue", f"{os.path.dirname(place)}/queue"):
         if os.path.exists(f"{queue}/scheduler"):
             return queue

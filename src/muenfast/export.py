@@ -273,6 +273,8 @@ class Export:
         channels = self.config.channels
         found = {"role": "export", "req": channels.req.text, "resp": channels.resp.text,
                  "device": ",".join(device.text for device in self.config.devices), "size": self.size,
+                 "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
+                           for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
                  "read_only": self.config.read_only, "state": "connected" if self.server.connected else "waiting",
                  "counters": self.server.counters}
         if channels.buffer is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Program
+from conftest import Program, unique
 from helpers import eventually
 
 from muenfast.attach import watchdog
@@ -82,6 +82,12 @@ def digests_of(directory: Path) -> dict[str, str]:
 def clean(device: str) -> None:
     """fsck finds nothing, and changes nothing."""
     command("fsck.ext4", "-f", "-n", device)
+
+
+@pytest.fixture(params=["inline", "buffer"])
+def pair(request: pytest.FixtureRequest) -> list[str]:
+    """--req and --resp of one connection, and --shm."""
+    return ["--req", unique("req"), "--resp", unique("resp"), *(["--shm", unique("buf")] * (request.param == "buffer"))]
 
 
 def disk(client: Program) -> str:

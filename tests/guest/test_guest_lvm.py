@@ -6,14 +6,9 @@ import random
 import signal
 from pathlib import Path
 
-import pytest
-from conftest import unique
-from inside import MIB, Start, attachments_gone, clean, copying, digests_of, disk, fill, mounted, volume_on
+from inside import MIB, Start, attachments_gone, clean, copying, digests_of, disk, fill, mounted, pair, volume_on
 
-
-@pytest.fixture
-def pair() -> list[str]:
-    return ["--req", unique("req"), "--resp", unique("resp")]
+__all__ = ["pair"]     # a fixture
 
 
 def test_volume(program: Start, pair: list[str], tmp_path: Path) -> None:

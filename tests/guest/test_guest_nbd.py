@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Program, unique
+from conftest import Program
 from helpers import eventually
-from inside import MIB, Start, clean, command, copying, digests_of, fill, mounted, volume_on
+from inside import MIB, Start, clean, command, copying, digests_of, fill, mounted, pair, volume_on
 
+__all__ = ["pair"]      # a fixture
 DEVICE = "/dev/nbd0"
 
 
@@ -29,7 +30,7 @@ def connected() -> bool:
 def attached(client: Program) -> Iterator[str]:
     """DEVICE, connected to the client's socket; disconnected in any case."""
     [line] = client.lines
-    command("nbd-client", "-unix", line.split()[-1], DEVICE, "-block-size", "4096")
+    command("nbd-client", "-unix", line.split()[5], DEVICE, "-block-size", "4096")
     try:
         eventually(lambda: connected() and int(command("blockdev", "--getsize64", DEVICE)) > 0)
         yield DEVICE
@@ -39,9 +40,8 @@ def attached(client: Program) -> Iterator[str]:
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> tuple[list[str], list[str]]:
+def words(pair: list[str], tmp_path: Path) -> tuple[list[str], list[str]]:
     """What server and client are called with."""
-    pair = ["--req", unique("req"), "--resp", unique("resp")]
     return ["blk", *pair], ["blk", "--client", *pair, "--attach", "none", "--nbd", str(tmp_path / "socket")]
 
 

@@ -24,7 +24,7 @@ from libc.string cimport memcpy, memmove, memset, strlen
 
 import os
 
-from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, io_t, submit_fn
+from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
 from muenfast._thread cimport *
 from muenfast._wire cimport fetch_add_acqrel32, load_acquire32, load_relaxed32, store_relaxed32, store_release32
 
@@ -235,10 +235,10 @@ cdef struct request_t:
     bint unsent                 # nobody is there to take the answer
     # Blocks covered in part: the first, and the last if it is another one. `edge` holds their old contents.
     uint32_t edges
-    io_t part[2]                # reads and writes of edges; [0] also syncs, discards and zeroes
+    io_t part[2]                # reads and writes of edges; [0] also syncs and discards
     piece_t *edge
     piece_t *pieces             # payload: block `first` + PIECE * k stands in piece k
-    # Zeros without the target's help. Under disk.lock.
+    # Zeros that are written. Under disk.lock.
     piece_t *lanes              # idle
     uint64_t at                 # blocks [at, end) are not submitted yet
     uint64_t end
@@ -311,6 +311,7 @@ cdef struct disk_t:
     uint32_t block              # bytes
     bint read_only
     bint discards
+    bint clears                 # what is discarded reads as zeros
     uint8_t *zeros              # PIECE bytes, only ever read
     uint32_t limit
     conn_t *conns
@@ -869,7 +870,7 @@ cdef void proceed(request_t *r) noexcept nogil:
                 if not finished:
                     return
             elif r.end > r.at:
-                submit(r, &r.part[0], IO_DISCARD if r.type == CMD_TRIM else IO_ZERO, r.at, r.end - r.at, NULL)
+                submit(r, &r.part[0], IO_DISCARD, r.at, r.end - r.at, NULL)
         else:
             r.phase = DONE_ALL
             written = r.type == CMD_WRITE or r.type == CMD_WRITE_ZEROES or r.type == CMD_TRIM
@@ -926,7 +927,7 @@ cdef const char *refuse(conn_t *c, nbd_request *q, int *error) noexcept nogil:
         if q.type == CMD_WRITE or q.type == CMD_WRITE_ZEROES:
             error[0] = -ENOSPC
         return "beyond the end of the disk"
-    if q.flags & CMD_FLAG_FAST_ZERO and (not d.discards or q.flags & CMD_FLAG_NO_HOLE):
+    if q.flags & CMD_FLAG_FAST_ZERO and (not d.clears or q.flags & CMD_FLAG_NO_HOLE):
         error[0] = -EOPNOTSUPP
         return "zeros would be as slow as a write"
     return NULL
@@ -954,7 +955,7 @@ cdef bint accept_request(conn_t *c, nbd_request *q) noexcept nogil:
         if q.type == CMD_WRITE_ZEROES or q.type == CMD_TRIM:
             at = (q.offset + d.block - 1) // d.block        # whole blocks: [at, finish)
             finish = max(at, end // d.block)
-            if q.type == CMD_WRITE_ZEROES and (not d.discards or q.flags & CMD_FLAG_NO_HOLE):
+            if q.type == CMD_WRITE_ZEROES and (not d.clears or q.flags & CMD_FLAG_NO_HOLE):
                 lanes = <uint32_t>min(<uint64_t>LANES, ((finish - at) * d.block + PIECE - 1) // PIECE)
     r = take_request(c, pieces + lanes + (1 if edges != 0 else 0))
     if r == NULL:
@@ -1295,6 +1296,7 @@ cdef class NbdDisk:
         d.submit, d.ctx = target.submit, target.ctx
         d.block, d.size = target.block_size, target.nblocks * target.block_size
         d.read_only, d.discards = read_only or target.read_only, target.discards
+        d.clears = target.discards and target.zeroes
         d.limit = connections
         d.conns = <conn_t *>calloc(connections, sizeof(conn_t))
         d.zeros = <uint8_t *>mmap(NULL, PIECE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)

@@ -61,9 +61,13 @@ class Device:
 
 
 class Backing:
-    """An opened device and the Store that the engine uses; context manager."""
+    """An opened device and the Store that the engine uses; context manager.
+
+    disk: number of the block device that it is or lies on, 0: of none.
+    """
 
     store: Store
+    disk = 0
 
     def keep(self) -> None:
         """What opening made stays; without this call close() takes it away again."""

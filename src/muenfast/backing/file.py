@@ -56,6 +56,8 @@ class FileBacking(Backing):
                                  option=option, index=index, value=device.text)
             if direct is not None and not _takes(direct, offset, SECTOR if size % BLOCK else BLOCK):
                 direct = None
+            info = os.fstat(fd)
+            self.disk = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
             self.store = Store.in_file(fd, size, direct=direct, offset=offset, read_only=read_only, identity=identity)
             stack.callback(self.store.close)
             self._stack = stack.pop_all()
