@@ -641,6 +641,27 @@ def test_a_depth_bounds_what_is_in_flight(link: Link, hand: Hand) -> None:
         device.client.depth = 0
 
 
+def test_a_request_that_takes_long_is_not_lapped(link: Link, hand: Hand) -> None:
+    """Whatever overtakes it: rings of 254 elements hold 128 requests from the oldest on, and its answer finds it there."""
+    opening = Worker(lambda: link.device(depth=1024))
+    hand.welcome()
+    device = opening.result()
+    buffer = bytearray(300 * BLOCK_BYTES)
+    call = Worker(lambda: device.pread_many([n % BLOCKS * BLOCK_BYTES for n in range(300)], buffer))
+    oldest = hand.take()
+    before = device.client.progress
+    for n in range(1, 128):
+        hand.answer(hand.take(), data=block(n))
+    eventually(lambda: device.client.progress == before + 127)
+    assert device.client.in_flight == 1
+    assert hand.reader.read()[1] is None, "more than the rings hold"
+    hand.answer(oldest, data=block(0))
+    for n in range(128, 300):
+        hand.answer(hand.take(), data=block(n))
+    assert call.result() == len(buffer)
+    assert buffer == b"".join(block(n) for n in range(300))
+
+
 @pytest.mark.parametrize(("each", "depth"), [(128, 128), (16, 16)], ids=["all of them", "some"])
 def test_the_depth_adapts_to_the_server(link: Link, hand: Hand, each: int, depth: int) -> None:
     """A server answers `each` of its requests every 2 ms: where these are all, the depth grows as far as the rings allow;
