@@ -41,8 +41,9 @@ cdef uint64_t PIECE_BYTES = 65536
 cdef uint64_t PUBLISH_BYTES = 65536
 # Bytes of answers to reads after which new requests are issued, for the server to go on.
 cdef uint64_t REAP_BYTES = 65536
-# Bytes of the buffer in use at least: what both sides' caches hold. It doubles where that is not enough, and shrinks again.
-cdef uint64_t AREA_BYTES = 1 << 19
+# Bytes of the buffer in use at least: more than the other side's own cache still holds, less than the common one does
+# (docs/decisions/009). It doubles where that is not enough, and shrinks again.
+cdef uint64_t AREA_BYTES = 1 << 22
 # After this long without an answer from an active server the client starts over.
 cdef uint64_t ANSWER_NS = 1_000_000_000
 # What a server may know nothing of is waited for this long after everything else was answered.
