@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from muenfast.threads import spawn
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names
+_PATIENCE = 2.0  # seconds before a wait for a disk is said
 _SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
 
 
@@ -195,8 +197,25 @@ class Export:
         for end in self._ends:
             end.close()
 
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Says so where closing an engine takes long: what a disk has been told to do cannot be taken back, and is waited
+        for."""
+        timer = threading.Timer(_PATIENCE, log.warning, [
+            "export %s: waiting for its disk, which has not finished what it was told", self.name])
+        timer.daemon = True
+        waits = any(backing.store.waits for backing in self.backings)
+        with contextlib.suppress(RuntimeError):     # no thread is to be had: it is waited for in silence
+            if waits:
+                timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _leave(self) -> None:
-        self.server.close()
+        with self._waiting():
+            self.server.close()
         self._close_ends()
 
     def _serve(self) -> None:
@@ -250,7 +269,8 @@ class Export:
         """Leaves the channels' old memory for the new one, as soon as that can be had."""
         # An end whose name is as it was is kept, for a plain peer that is in nobody's books would be left alone there.
         old = self.server
-        old.close()
+        with self._waiting():
+            old.close()
         complaint = ""
         while not self._stop.is_set():
             try:
