@@ -448,3 +448,51 @@ def test_a_dead_servers_last_write_is_waited_for(held: Held, link: Link, program
         eventually(lambda: ended.extend(done.collect()) or len(ended) == 1)
         assert ended[0][1] == 0 and device.pread(BLOCK, 0) == block(2)
         done.close()
+
+
+@pytest.mark.root
+def test_an_end_that_waits_for_its_disk_says_so(held: Held, link: Link) -> None:
+    """A server that is told to end while its disk stands still names the export, and ends once the disk is done."""
+    server = link.program(str(held.disk()))
+    with link.device() as device:
+        device.pwrite(block(1), 0)
+        device.client.background = True
+        done = Completions(device.target)
+        held.freeze()
+        done.submit("write", 0, bytes(block(2)))
+        eventually(lambda: device.client.in_flight == 1)
+        server.process.terminate()
+        assert server.process.stderr is not None
+        eventually(lambda: f"export {link.req}/{link.resp}: waiting for its disk" in server.process.stderr.readline())
+        assert server.process.poll() is None
+        held.thaw()
+        status, _ = server.end()
+        assert status == 0
+        device.connection.fail("the test is over")
+        eventually(lambda: len(done.collect()) == 1)
+        done.close()
+
+
+@pytest.mark.root
+def test_a_child_of_fork_waits_for_nothing(held: Held, inline: Callable[..., Inline]) -> None:
+    """Nor takes what is its parent's: operations, their answers, threads; the parent goes on."""
+    client = inline(held.disk())
+    client.send(Event(WRITE, 0, 1, 1, 1, block(1)))
+    assert client.answers(1)[1].error == 0
+    held.freeze()
+    client.send(Event(WRITE, 0, 2, 1, 2, block(2)))
+    eventually(lambda: client.server.run(0) == "tick" and client.server.counters["batches"] >= 2)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            client.server.close()
+            del client.server       # the last reference: what it holds is let go
+            status = 0
+        finally:
+            os._exit(status)
+    ended: list[tuple[int, int]] = []
+    eventually(lambda: (one := os.waitpid(child, os.WNOHANG))[0] and not ended.append(one))
+    assert ended == [(child, 0)]
+    held.thaw()
+    assert client.answers(1)[2].error == 0

@@ -62,6 +62,7 @@ typedef struct aio_op {
 } aio_op;
 
 typedef struct aio {
+    pid_t process; /* whose it is: a child of fork() has neither the threads nor a right to what completes */
     aio_op *flying[AIO_MOST]; /* submitted and not taken */
     uint32_t nflying;
     aio_op *done, **done_last; /* finished and not taken */
@@ -319,10 +320,11 @@ static inline void aio_arm(aio *a, const uint32_t *word, uint32_t seen) {
 
 /* ---- what the engine calls */
 
-/* 0 or a negative errno. threads: do without io_uring. fixed: memory that most operations are about, this process's own
+/* threads: do without io_uring, which a kernel may refuse, too. fixed: memory that most operations are about, this process's own
  * (of shared memory that another one truncates, operations would go on with the pages that it had), or NULL. */
-static inline int aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length) {
+static inline void aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length) {
     memset(a, 0, sizeof *a);
+    a->process = getpid();
     a->done_last = &a->done;
     a->held_last = &a->held;
     a->todo_last = &a->todo;
@@ -354,7 +356,6 @@ static inline int aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length
     (void)fixed;
     (void)length;
 #endif
-    return 0;
 }
 
 /* Number of a file for aio_op.file, or a negative errno. The descriptor stays the caller's. */
@@ -495,9 +496,16 @@ static inline void aio_wait(aio *a, uint32_t *word, uint32_t seen, uint64_t ns) 
 #endif
 }
 
-/* Precondition: nothing is flying. */
+/* Whether there is anything that is to be waited for. */
+static inline bool aio_flies(const aio *a) {
+    return a->nflying != 0 && a->process == getpid();
+}
+
+/* Precondition: not aio_flies(). In a child of fork() nothing happens. */
 static inline void aio_close(aio *a) {
     uint32_t k;
+    if (a->process != getpid())
+        return;
     pthread_mutex_lock(&a->lock);
     a->ending = true;
     pthread_cond_broadcast(&a->work);

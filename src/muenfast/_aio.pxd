@@ -1,8 +1,10 @@
 """What an engine has under way on files: operations of the client's requests, out of order, by io_uring or threads."""
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from muenfast._ring cimport reader_ready, reader_t, reader_wait
-from muenfast._wire cimport cpu_pause, fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, store_relaxed32
+from muenfast._wire cimport (
+    cpu_pause, fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, store_relaxed32,
+)
 
 cdef extern from "_aio.h" nogil:
     enum:
@@ -26,7 +28,7 @@ cdef extern from "_aio.h" nogil:
         bint uring
         uint8_t *fixed
         uint32_t nfiles
-    int aio_open(aio_t *a, bint threads, uint8_t *fixed, uint64_t length) noexcept
+    void aio_open(aio_t *a, bint threads, uint8_t *fixed, uint64_t length) noexcept
     int aio_add(aio_t *a, int fd, bint device) noexcept
     bint aio_conflicts(const aio_t *a, uint32_t file, int kind, uint64_t start, uint64_t length,
                        const uint8_t *data) noexcept
@@ -35,6 +37,7 @@ cdef extern from "_aio.h" nogil:
     aio_op *aio_take(aio_t *a) noexcept
     bint aio_ready(const aio_t *a) noexcept
     void aio_wait(aio_t *a, uint32_t *word, uint32_t seen, uint64_t ns) noexcept
+    bint aio_flies(const aio_t *a) noexcept
     void aio_close(aio_t *a) noexcept
 
 
@@ -141,3 +144,17 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
     fence_seq_cst()                     # pairs with ring(): the announcement before the last look
     if not reader_ready(r):
         aio_wait(&f.aio, &r.bell.seq, seen, ns)
+
+
+cdef inline void flights_rest(flights_t *f, reader_t *r, uint64_t grace_until, uint64_t ns,
+                              const uint32_t *stop) noexcept nogil:
+    """An engine's wait: until there may be something to do, ns nanoseconds at most. f: NULL of one without files.
+    grace_until: nothing is looked at before, or 0."""
+    cdef int64_t left = <int64_t>(grace_until - now_ns()) if grace_until != 0 else 0
+    if grace_until != 0:
+        if left > 0:
+            sleep_ns(min(ns, <uint64_t>left))
+    elif f != NULL and f.aio.nflying != 0:
+        flights_wait(f, r, ns, stop)
+    else:
+        reader_wait(r, ns, stop)

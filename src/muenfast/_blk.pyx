@@ -389,8 +389,8 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
 
 
 cdef void server_land(server_t *s) noexcept nogil:
-    """Waits until nothing is under way."""
-    while s.files != NULL and s.files.flights.aio.nflying != 0:
+    """Waits until nothing is under way, however long: the kernel may yet read and write the memory of what is."""
+    while aio_flies(&s.files.flights.aio):
         if not server_finish(s):
             aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
 
@@ -576,23 +576,14 @@ cdef class Server(ServerEngine):
         return server_step(self.s)
 
     cdef void wait(self, uint64_t ns) noexcept nogil:
-        cdef int64_t left
-        cdef flights_t *f = NULL if self.s.files == NULL else &self.s.files.flights
-        if self.s.grace_until != 0:
-            left = <int64_t>(self.s.grace_until - now_ns())
-            if left > 0:
-                sleep_ns(min(ns, <uint64_t>left))
-        elif f != NULL and f.aio.nflying != 0:
-            flights_wait(f, self.r, min(ns, server_patience(self.s)), self.ending)
-        else:
-            reader_wait(self.r, min(ns, server_patience(self.s)), self.ending)
+        flights_rest(NULL if self.s.files == NULL else &self.s.files.flights, self.r, self.s.grace_until,
+                     min(ns, server_patience(self.s)), self.ending)
 
     cdef void land(self) noexcept nogil:
         cdef files_t *f = self.s.files
         if f != NULL:
-            if f.flights.aio.nfiles != 0:
-                server_land(self.s)
-                aio_close(&f.flights.aio)
+            server_land(self.s)
+            aio_close(&f.flights.aio)
             self.s.files = NULL
             free(f.stage)
             free(f)

@@ -122,7 +122,7 @@ cdef uint64_t check_request(const buffer_server_t *s, const block_request *h) no
 cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length) noexcept nogil:
     """Executes a read, write or discard of `length` bytes that begins as *h, which was checked; 0 or a negative errno.
 
-    Payload is moved once, between store and buffer. Of a file's only discards that begin and end anywhere.
+    Payload is moved once, between store and buffer. Precondition: the store is no file.
     """
     cdef const store_t *store = s.devices[h.device].store
     cdef uint8_t *data
@@ -223,7 +223,7 @@ cdef uint64_t buffer_query(buffer_server_t *s, const block_request *h) noexcept 
     cdef bint exists = h.device < s.ndevices
     cdef const device_t *d = &s.devices[h.device] if exists else NULL
     if h.kind == REQUEST_RESET or h.kind == REQUEST_NONE:
-        if h.kind == REQUEST_RESET:     # requests are executed in order: none is pending by now
+        if h.kind == REQUEST_RESET:     # nothing is under way by now: buffer_take waits for that
             count64(&s.n.resets, 1)
         else:
             count64(&s.n.queries, 1)
@@ -480,8 +480,8 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
 
 
 cdef void buffer_land(buffer_server_t *s) noexcept nogil:
-    """Waits until nothing is under way."""
-    while s.files != NULL and s.files.flights.aio.nflying != 0:
+    """Waits until nothing is under way, however long: the kernel may yet read and write the buffer's part of what is."""
+    while aio_flies(&s.files.flights.aio):
         if not buffer_finish(s):
             aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
 
@@ -651,17 +651,8 @@ cdef class BufferServer(ServerEngine):
         return buffer_step(self.s)
 
     cdef void wait(self, uint64_t ns) noexcept nogil:
-        cdef int64_t left
-        cdef flights_t *f = NULL if self.s.files == NULL else &self.s.files.flights
-        ns = min(ns, patience(self.r, self.s.has_last))
-        if self.s.grace_until != 0:
-            left = <int64_t>(self.s.grace_until - now_ns())
-            if left > 0:
-                sleep_ns(min(ns, <uint64_t>left))
-        elif f != NULL and f.aio.nflying != 0:
-            flights_wait(f, self.r, ns, self.ending)
-        else:
-            reader_wait(self.r, ns, self.ending)
+        flights_rest(NULL if self.s.files == NULL else &self.s.files.flights, self.r, self.s.grace_until,
+                     min(ns, patience(self.r, self.s.has_last)), self.ending)
 
     cdef void land(self) noexcept nogil:
         cdef requests_t *f = self.s.files
