@@ -3,7 +3,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from muenfast._ring cimport reader_ready, reader_t, reader_wait
 from muenfast._wire cimport (
-    cpu_pause, fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, store_relaxed32,
+    fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, spin_once, store_relaxed32,
 )
 
 cdef extern from "_aio.h" nogil:
@@ -113,21 +113,19 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
 
     stop: nothing is taken any more. Precondition: something is under way.
     """
-    cdef uint64_t epoch, start
+    cdef uint64_t epoch, start, passed
     cdef uint32_t seen
-    cdef int i
     cdef bint takes = not f.blocked and not f.leaving and load_relaxed32(stop) == 0
     f.spin_probe += 1
     if r.may_spin and (f.spin_score > 0 or f.spin_probe % FLIGHT_SPIN_PROBE == 0):
         start = now_ns()
-        while True:
-            for i in range(32):
-                cpu_pause()
+        passed = 0
+        while passed < FLIGHT_SPIN_NS:
+            spin_once(passed, 32)
             if aio_ready(&f.aio) or takes and reader_ready(r):
                 f.spin_score = FLIGHT_SPIN_SCORE
                 return
-            if now_ns() - start >= FLIGHT_SPIN_NS:
-                break
+            passed = now_ns() - start
         f.spin_score -= 4
     if not takes or load_relaxed32(stop) != 0:
         aio_wait(&f.aio, NULL, 0, ns)

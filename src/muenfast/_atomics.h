@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/syscall.h>
@@ -68,6 +69,16 @@ static inline void cpu_pause(void) {
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
+}
+/* One turn of a wait that began `passed` nanoseconds ago, of `pauses` pauses at first. A peer that runs answers within
+ * SPIN_ALONE_NS or so; after that, whoever else wants this CPU gets it: perhaps what is waited for needs him. */
+#define SPIN_ALONE_NS UINT64_C(2000)
+static inline void spin_once(uint64_t passed, int pauses) {
+    if (passed >= SPIN_ALONE_NS)
+        sched_yield();
+    else
+        while (pauses-- > 0)
+            cpu_pause();
 }
 /* Asks for a line that will be written. The builtin asks x86 for a shared copy only, unless the compiler may assume
  * prefetchw; processors without that take it for a no-op. */

@@ -496,7 +496,7 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
     """
     cdef uint64_t start, now, limit, epoch, step = POLL_FIRST_NS
     cdef uint32_t seen
-    cdef int i, pauses = 8
+    cdef int pauses = 8
     cdef bint idle, rings
     if reader_ready(r):
         r.idle_since_ns = 0
@@ -510,8 +510,7 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
         r.spin_probe += 1
         if r.spin_score > 0 or r.spin_probe % SPIN_PROBE == 0:
             while True:
-                for i in range(pauses):
-                    cpu_pause()
+                spin_once(now - start, pauses)
                 if reader_ready(r):
                     r.spin_score = SPIN_SCORE
                     r.idle_since_ns = 0
@@ -578,7 +577,7 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
     cdef reader_t *r
     cdef uint64_t start, now, limit, epoch, k, pause, step = POLL_FIRST_NS
     cdef unsigned int asleep
-    cdef int i, error, pauses = 8
+    cdef int error, pauses = 8
     cdef bint idle
     if any_ready(set):
         set.idle_since_ns = 0
@@ -592,8 +591,7 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         set.spin_probe += 1
         if set.spin_score > 0 or set.spin_probe % SPIN_PROBE == 0:
             while now - start < SPIN_NS and now - start < ns:
-                for i in range(pauses):
-                    cpu_pause()
+                spin_once(now - start, pauses)
                 if any_ready(set):
                     set.spin_score = SPIN_SCORE
                     set.idle_since_ns = 0
