@@ -121,7 +121,7 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
         start = now_ns()
         passed = 0
         while passed < FLIGHT_SPIN_NS:
-            spin_once(passed, 32)
+            spin_once(passed)
             if aio_ready(&f.aio) or takes and reader_ready(r):
                 f.spin_score = FLIGHT_SPIN_SCORE
                 return

@@ -70,14 +70,16 @@ static inline void cpu_pause(void) {
     __asm__ __volatile__("yield");
 #endif
 }
-/* One turn of a wait that began `passed` nanoseconds ago, of `pauses` pauses at first. A peer that runs answers within
- * SPIN_ALONE_NS or so; after that, whoever else wants this CPU gets it: perhaps what is waited for needs him. */
+/* One turn of a wait that began `passed` nanoseconds ago: SPIN_PAUSES pauses at first, for a peer that runs answers within
+ * SPIN_ALONE_NS or so. After that, whoever else wants this CPU gets it: perhaps what is waited for needs him. */
+#define SPIN_PAUSES 8
 #define SPIN_ALONE_NS UINT64_C(2000)
-static inline void spin_once(uint64_t passed, int pauses) {
+static inline void spin_once(uint64_t passed) {
+    int n;
     if (passed >= SPIN_ALONE_NS)
         sched_yield();
     else
-        while (pauses-- > 0)
+        for (n = 0; n < SPIN_PAUSES; n++)
             cpu_pause();
 }
 /* Asks for a line that will be written. The builtin asks x86 for a shared copy only, unless the compiler may assume

@@ -496,7 +496,6 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
     """
     cdef uint64_t start, now, limit, epoch, step = POLL_FIRST_NS
     cdef uint32_t seen
-    cdef int pauses = 8
     cdef bint idle, rings
     if reader_ready(r):
         r.idle_since_ns = 0
@@ -510,13 +509,11 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
         r.spin_probe += 1
         if r.spin_score > 0 or r.spin_probe % SPIN_PROBE == 0:
             while True:
-                spin_once(now - start, pauses)
+                spin_once(now - start)
                 if reader_ready(r):
                     r.spin_score = SPIN_SCORE
                     r.idle_since_ns = 0
                     return True
-                if pauses < 64:
-                    pauses *= 2
                 now = now_ns()
                 if now - start >= SPIN_NS or now - start >= ns or load_relaxed32(stop) != 0:
                     break
@@ -577,7 +574,7 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
     cdef reader_t *r
     cdef uint64_t start, now, limit, epoch, k, pause, step = POLL_FIRST_NS
     cdef unsigned int asleep
-    cdef int error, pauses = 8
+    cdef int error
     cdef bint idle
     if any_ready(set):
         set.idle_since_ns = 0
@@ -591,13 +588,11 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         set.spin_probe += 1
         if set.spin_score > 0 or set.spin_probe % SPIN_PROBE == 0:
             while now - start < SPIN_NS and now - start < ns:
-                spin_once(now - start, pauses)
+                spin_once(now - start)
                 if any_ready(set):
                     set.spin_score = SPIN_SCORE
                     set.idle_since_ns = 0
                     return True
-                if pauses < 64:
-                    pauses *= 2
                 now = now_ns()
             set.spin_score -= 4
     while True:

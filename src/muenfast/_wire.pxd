@@ -19,7 +19,7 @@ cdef extern from "_atomics.h" nogil:
     void fence_release() noexcept
     void fence_seq_cst() noexcept
     void cpu_pause() noexcept
-    void spin_once(uint64_t passed, int pauses) noexcept
+    void spin_once(uint64_t passed) noexcept
     void prefetch_write(const void *p) noexcept
     uint64_t now_ns() noexcept
     void sleep_ns(uint64_t ns) noexcept
