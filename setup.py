@@ -11,7 +11,8 @@ import subprocess
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio")]
+HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio",
+                                                  "attach/_pump")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":
     CFLAGS.append("-Werror")
@@ -43,18 +44,19 @@ def extension(name: str, **more: list[str]) -> Extension:
                      extra_compile_args=cflags, extra_link_args=ldflags, **more)
 
 
-# Without liburing a pool of threads does what io_uring would: a kernel may refuse that, too.
+# Without liburing a pool of threads does what io_uring would, and a front end has two: a kernel may refuse that, too.
 uring = pkg_config("liburing", "--cflags"), pkg_config("liburing", "--libs")
-FILES = {"cflags": ["-DMUENFAST_NO_URING"], "ldflags": []} if None in uring else {"cflags": uring[0], "ldflags": uring[1]}
+URING = {"cflags": ["-DMUENFAST_NO_URING"], "ldflags": []} if None in uring else {"cflags": uring[0], "ldflags": uring[1]}
 if None in uring:
     print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): files are served by threads only")
 
-extensions = [extension(f"muenfast.{name}", **(FILES if name in ("_blk", "_buffer") else {}))
+extensions = [extension(f"muenfast.{name}", **(URING if name in ("_blk", "_buffer") else {}))
               for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bufclient",
                            "_bench", "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
-    extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags, ldflags=fuse_libs))
+    extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags + URING["cflags"],
+                                ldflags=fuse_libs + URING["ldflags"]))
 else:
     print("muenfast: pkg-config finds no fuse3 (Debian: libfuse3-dev): building without the FUSE front end")
 

@@ -108,14 +108,15 @@ def place(tmp_path):
     assert not os.path.exists(place.device)
 
 
-@pytest.fixture
-def attach(place):
+@pytest.fixture(params=[False, True], ids=["pump", "plain"])
+def attach(place, request):
     """attach(nblocks, **options) on `place`; detached at the end, which then has nothing to report."""
     blk = pytest.importorskip("muenfast._target")
     made = []
 
     def make(nblocks=16384, **options):
-        made.append(fuse.FuseAttachment.attach(blk.Memory(nblocks), place.name, place.runtime_dir, **options))
+        made.append(fuse.FuseAttachment.attach(blk.Memory(nblocks), place.name, place.runtime_dir, plain=request.param,
+                                               **options))
         return made[-1]
     yield make
     for attachment in made:

@@ -120,7 +120,9 @@ cdef struct client_t:
     uint32_t sleepers
     uint32_t callers        # threads inside a blocking call
     uint32_t wanted         # 1: a caller would rather reap itself
-    uint32_t background     # 1: the background thread reaps always (a front end submits)
+    uint32_t background     # 1: the background thread reaps always (a front end submits) ...
+    uint32_t attended       # ... but while this is 1: a thread of the front end does
+    uint32_t relieve        # 1: one would
     uint32_t chore          # futex: the background thread is wanted
     uint32_t stop
     client_counters n

@@ -18,7 +18,9 @@ from libc.string cimport memcpy, memset
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._thread cimport *
-from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, io_t
+from muenfast._target cimport (
+    COLLECT_NOTHING, COLLECT_OVER, COLLECT_SOME, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, attendance_t, io_t,
+)
 from muenfast._wire cimport *
 
 import os as _os
@@ -34,6 +36,8 @@ cdef enum:
 cdef uint64_t FAREWELL_NS = 5_000_000_000
 # After this long without an answer to `size` from an active server the client starts over.
 cdef uint64_t ANSWER_NS = 1_000_000_000
+# How long the background thread stays away for a thread of a front end to take its place.
+cdef uint64_t RELIEF_NS = 1_000_000
 # Blocking calls look for signals this often.
 cdef uint64_t SIGNALS_NS = 50_000_000
 
@@ -159,16 +163,18 @@ cdef void client_adapt(client_t *c) noexcept nogil:
         c.depth = min(2 * c.settled, c.window) if c.larger else max(c.settled // 2, <uint32_t>DEPTH_LEAST)
 
 
-cdef void client_submit_list(queue_t *q, io_t *first, io_t *last) noexcept nogil:
-    """Takes a list of requests (linked by next, last.next NULL)."""
+cdef void client_submit(void *ctx, io_t *first) noexcept nogil:
+    cdef queue_t *q = <queue_t *>ctx
     cdef client_t *c = q.client
     cdef io_t *io = first
+    cdef io_t *last = first
     cdef io_t *following
     cdef bint refuse
     while io != NULL:
         io.error = 0
         io.issued = 0
         io.pending = units_of(io)
+        last = io
         io = io.next
     pthread_mutex_lock(&c.lock)
     refuse = c.state >= CLIENT_FAILED or (c.state == CLIENT_LOST and c.fail_fast)
@@ -189,11 +195,6 @@ cdef void client_submit_list(queue_t *q, io_t *first, io_t *last) noexcept nogil
             fetch_add_relaxed64(&c.n.errors, 1)
             io.done(io)
             io = following
-
-
-cdef void client_submit(void *ctx, io_t *io) noexcept nogil:
-    io.next = NULL
-    client_submit_list(<queue_t *>ctx, io, io)
 
 
 cdef void client_finish(client_t *c, io_t *finished) noexcept nogil:
@@ -354,6 +355,74 @@ cdef ring_status client_serve(client_t *c, uint64_t ns, const uint32_t *until) n
                 return status
         if status == NO_DATA:
             reader_wait(&c.r, ns - passed, until)
+
+
+# ------------------------------------------------------------------ a front end's thread that takes the answers itself
+
+cdef bint client_rings(const client_t *c) noexcept nogil:
+    """Whether the server wakes who sleeps on its bell. Precondition: reaping is ours."""
+    cdef uint64_t epoch = load_relaxed64(&c.r.hdr.epoch)
+    return c.r.bell != NULL and epoch != 0 and load_relaxed64(&c.r.bell.ringer) == epoch
+
+
+cdef bint client_enter(void *ctx) noexcept nogil:
+    """From a server that does not ring the background thread takes answers: it knows how to poll."""
+    cdef client_t *c = (<queue_t *>ctx).client
+    if load_acquire32(&c.state) != CLIENT_READY:
+        return False
+    if client_grab(c):
+        if load_acquire32(&c.state) == CLIENT_READY and client_rings(c):
+            store_release32(&c.attended, 1)
+            return True
+        client_release(c)
+    elif load_relaxed32(&c.attended) == 0 and load_relaxed32(&c.relieve) == 0:
+        pthread_mutex_lock(&c.lock)     # under which the bell is exchanged
+        store_release32(&c.relieve, 1)
+        if c.state == CLIENT_READY and c.r.bell != NULL:
+            bell_kick(c.r.bell)
+        pthread_mutex_unlock(&c.lock)
+    return False
+
+
+cdef void client_leave(void *ctx) noexcept nogil:
+    cdef client_t *c = (<queue_t *>ctx).client
+    store_release32(&c.attended, 0)
+    client_release(c)
+    fetch_add_acqrel32(&c.chore, 1)
+    futex_wake_all(&c.chore)
+
+
+cdef int client_collect(void *ctx) noexcept nogil:
+    cdef client_t *c = (<queue_t *>ctx).client
+    cdef ring_status status
+    if load_relaxed32(&c.takers) == 0 and load_acquire32(&c.state) == CLIENT_READY:
+        status = c.reap(c)
+        if status == SUCCESS:
+            return COLLECT_SOME
+        if status != NO_DATA:
+            client_lost(c)
+        elif client_rings(c):
+            return COLLECT_NOTHING
+    client_leave(ctx)
+    return COLLECT_OVER
+
+
+cdef uint32_t *client_listen(void *ctx, uint32_t *seen) noexcept nogil:
+    cdef client_t *c = (<queue_t *>ctx).client
+    seen[0] = load_acquire32(&c.r.bell.seq)
+    store_relaxed32(&c.r.bell.waiters, 1)
+    fence_seq_cst()                     # pairs with ring(): the announcement before the last look
+    if reader_ready(&c.r) or load_relaxed32(&c.takers) != 0:
+        return NULL
+    count64(&c.r.sleeps, 1)
+    return &c.r.bell.seq
+
+
+cdef attendance_t ATTENDANCE
+ATTENDANCE.enter = client_enter
+ATTENDANCE.collect = client_collect
+ATTENDANCE.listen = client_listen
+ATTENDANCE.leave = client_leave
 
 
 cdef struct blocking_t:
@@ -689,7 +758,7 @@ cdef class Disk(Target):
         store_release32(&c.wanted, 1)
         try:
             with nogil:
-                client_submit_list(self.queue, &ios[0], &ios[n - 1])
+                client_submit(self.queue, ios)
                 client_await(c, &b, SIGNALS_NS)
             while load_acquire32(&b.done) == 0:
                 # A handler may close the device: that waits for those inside.
@@ -938,6 +1007,7 @@ cdef class ClientEngine:
             disk.device = <uint32_t>k
             disk.ctx = <void *>&queues[k]
             disk.submit = client_submit
+            disk.attendance = &ATTENDANCE
             made.append(disk)
         self.c.nqueues = <uint32_t>n
         self.disks = tuple(made)
@@ -1005,10 +1075,14 @@ cdef class ClientEngine:
                         answered = c.connect(c, ns)
                     client_release(c)
             elif c.state == CLIENT_READY:
-                if load_relaxed32(&c.background) != 0:
-                    if client_take_turn(c, ns):
+                if load_relaxed32(&c.attended) != 0:
+                    futex_wait_ns(&c.chore, seen, ns)
+                elif load_relaxed32(&c.background) != 0:
+                    if exchange_acqrel32(&c.relieve, 0) != 0:
+                        futex_wait_ns(&c.chore, seen, RELIEF_NS)
+                    elif client_take_turn(c, ns):
                         if c.state == CLIENT_READY:
-                            client_serve(c, ns, &c.stop)
+                            client_serve(c, ns, &c.relieve)
                         client_release(c)
                 else:
                     store_relaxed32(&c.wanted, 0)
@@ -1030,6 +1104,7 @@ cdef class ClientEngine:
         """Makes run() return "stopped" soon; from any thread."""
         store_release32(&self.c.stop, 1)
         store_release32(&self.c.wanted, 1)
+        store_release32(&self.c.relieve, 1)
         fetch_add_acqrel32(&self.c.chore, 1)
         futex_wake_all(&self.c.chore)
         if self.c.r.bell != NULL:
@@ -1079,6 +1154,11 @@ cdef class ClientEngine:
         store_release32(&self.c.wanted, 1)
         fetch_add_acqrel32(&self.c.chore, 1)
         futex_wake_all(&self.c.chore)
+
+    @property
+    def attended(self):
+        """Whether a thread of a front end takes the answers now, not the background thread."""
+        return load_relaxed32(&self.c.attended) != 0
 
     # -------------------------------------------------------------- what the peer says
 

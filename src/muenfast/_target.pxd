@@ -1,7 +1,7 @@
 """Targets, as other compiled modules see them.
 
-A Target is anything that executes block I/O: submit() takes ownership of an io_t until its `done`
-is called, exactly once, from any thread, with no lock held. done() may submit further requests.
+A Target is anything that executes block I/O: submit() takes ownership of a list of io_t, linked by `next`, each until
+its `done` is called, exactly once, from any thread, with no lock held. done() may submit further requests.
 """
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
@@ -24,14 +24,32 @@ cdef struct io_t:
     int32_t error           # result: 0 or a negative errno
     uint32_t issued         # the target's own: requests written to the ring
     uint32_t pending        # the target's own: requests not answered
-    io_t *next              # the target's own
+    io_t *next              # the next one submitted together, or NULL; then the target's own
 
 
 ctypedef void (*submit_fn)(void *ctx, io_t *io) noexcept nogil
 
 
+cdef enum:                  # what collect() says
+    COLLECT_OVER = -1       # the thread attends no more
+    COLLECT_NOTHING = 0
+    COLLECT_SOME = 1
+
+
+# What a target offers a thread that would take the answers itself, beside submitting. One at a time attends.
+cdef struct attendance_t:
+    # Whether the calling thread attends from now on, until leave() or COLLECT_OVER. May be refused; ask again.
+    bint (*enter)(void *ctx) noexcept nogil
+    # Takes what was answered, calling `done` of each; never waits. To be called every 100 ms at least.
+    int (*collect)(void *ctx) noexcept nogil
+    # A word to sleep on (futex) while it holds seen[0]; NULL: there is something for collect(). Ask again for each sleep.
+    uint32_t *(*listen)(void *ctx, uint32_t *seen) noexcept nogil
+    void (*leave)(void *ctx) noexcept nogil
+
+
 cdef class Target:
     cdef submit_fn submit
+    cdef const attendance_t *attendance     # NULL: only the target's own threads take answers
     cdef void *ctx
     cdef readonly uint64_t nblocks
     cdef readonly uint32_t block_size   # 512 or 4096 bytes: unit and alignment of all I/O

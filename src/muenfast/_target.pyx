@@ -39,19 +39,25 @@ cdef struct memory_t:
 
 cdef void memory_submit(void *ctx, io_t *io) noexcept nogil:
     cdef memory_t *m = <memory_t *>ctx
-    cdef uint64_t bytes = <uint64_t>io.nblocks * m.block_size
-    cdef uint8_t *at = m.base + io.block * m.block_size
-    io.error = 0
-    if io.kind != IO_SYNC:
-        if io.block > m.nblocks or io.nblocks > m.nblocks - io.block:
-            io.error = -EINVAL
-        elif io.kind == IO_READ:
-            memcpy(io.buf, at, bytes)
-        elif io.kind == IO_WRITE:
-            memcpy(at, io.buf, bytes)
-        else:
-            memset(at, 0, bytes)
-    io.done(io)
+    cdef uint64_t bytes
+    cdef uint8_t *at
+    cdef io_t *following
+    while io != NULL:
+        following = io.next
+        bytes = <uint64_t>io.nblocks * m.block_size
+        at = m.base + io.block * m.block_size
+        io.error = 0
+        if io.kind != IO_SYNC:
+            if io.block > m.nblocks or io.nblocks > m.nblocks - io.block:
+                io.error = -EINVAL
+            elif io.kind == IO_READ:
+                memcpy(io.buf, at, bytes)
+            elif io.kind == IO_WRITE:
+                memcpy(at, io.buf, bytes)
+            else:
+                memset(at, 0, bytes)
+        io.done(io)
+        io = following
 
 
 @cython.final

@@ -5,12 +5,16 @@ a loop device on it makes the block device (attach/fuse.py). This module mounts 
 no fusermount, no /etc/mtab) and hands the open /dev/fuse to libfuse.
 
 Life of a request object: free list -> a receive thread (the kernel writes the request into its
-buffer) -> the target, if a callback submitted its io -> request_done() on any thread, which replies
+buffer) -> the target, if there is something to do for it -> request_done() on any thread, which replies
 and puts it back. It has one owner at a time; its buffer is never copied and never reused while the
-target has it. Whatever libfuse finishes inside process_buf (INTERRUPT, FORGET, GETATTR, ...) leaves the
-object with the receive thread.
+target has it. Reads and writes are understood and answered here; the rest is libfuse's: what it finishes
+inside process_buf (FORGET, GETATTR, ...) leaves the object with the receive thread.
 
-libfuse allocates its own small fuse_req per request; nothing here allocates after construction.
+One thread does everything where the kernel can wait for both sides at once (_pump.h): it takes what
+requests there are, submits them together, takes the target's answers, and gives them to the kernel
+together (docs/decisions/010). Elsewhere receive threads only receive.
+
+libfuse allocates its own small fuse_req for a request that it sees; nothing here allocates after construction.
 """
 cimport cython
 from cpython.exc cimport PyErr_SetFromErrno, PyErr_SetFromErrnoWithFilenameObject
@@ -23,7 +27,10 @@ from libc.string cimport memset, strcmp
 
 import os
 
-from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, io_t, submit_fn
+from muenfast._target cimport (
+    COLLECT_OVER, COLLECT_SOME, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, attendance_t, io_t, submit_fn,
+)
+from muenfast._wire cimport load_relaxed32, now_ns, online_cpus
 
 cdef extern from *:
     """
@@ -50,6 +57,9 @@ cdef extern from *:
 
     /* The request object this thread is receiving into; a callback that submits it sets NULL. */
     static __thread void *current_request;
+
+    /* The disk whose pump this thread is. */
+    static __thread void *pumping;
 
     static int fusectl_open(void)
     {
@@ -82,9 +92,29 @@ cdef extern from *:
     enum: FOPEN_NOFLUSH
     enum: FOPEN_PARALLEL_DIRECT_WRITES
     enum: PR_SET_IO_FLUSHER
+    enum: FUSE_READ
+    enum: FUSE_WRITE
+    enum: FUSE_INTERRUPT
     struct fuse_open_out:
         uint32_t open_flags
+    struct fuse_in_header:
+        uint32_t opcode
+        uint64_t unique
+        uint64_t nodeid
+    struct fuse_read_in:
+        uint64_t offset
+        uint32_t size
+    struct fuse_write_in:
+        uint64_t offset
+        uint32_t size
+    struct fuse_write_out:
+        uint32_t size
+    struct fuse_out_header:
+        uint32_t len
+        int error
+        uint64_t unique
     void *current_request
+    void *pumping
     int fusectl_open()
     int root_device(const char *path, unsigned *major, unsigned *minor) nogil
 
@@ -147,9 +177,6 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
         void (*getattr)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
         void (*setattr)(fuse_req_t req, fuse_ino_t ino, stat_t *attr, int to_set, fuse_file_info *fi) noexcept nogil
         void (*open)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
-        void (*read)(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil
-        void (*write)(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
-                      fuse_file_info *fi) noexcept nogil
         void (*flush)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
         void (*release)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept nogil
         void (*fsync)(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil
@@ -170,7 +197,6 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
     int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *e)
     int fuse_reply_attr(fuse_req_t req, const stat_t *attr, double attr_timeout)
     int fuse_reply_buf(fuse_req_t req, const char *buf, size_t size)
-    int fuse_reply_write(fuse_req_t req, size_t count)
     int fuse_reply_statfs(fuse_req_t req, const statvfs_t *stbuf)
     size_t fuse_add_direntry(fuse_req_t req, char *buf, size_t bufsize, const char *name, const stat_t *stbuf,
                              off_t off)
@@ -221,6 +247,32 @@ cdef extern from "<sys/mount.h>" nogil:
     int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
     int umount2(const char *target, int flags)
 
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t writev(int fd, const iovec *iov, int n)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+    enum: POLLIN
+    int poll(pollfd *list, unsigned long n, int milliseconds)
+
+cdef extern from "_pump.h" nogil:
+    enum: PUMP_WRITES
+    ctypedef struct pump_t "pump":
+        pass
+    int pump_open(pump_t *p)
+    void pump_close(pump_t *p)
+    void pump_write(pump_t *p, int fd, const iovec *iov, unsigned n)
+    uint32_t pump_flush(pump_t *p)
+    void pump_sleep(pump_t *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns)
+
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned initial, int flags)
     enum: EFD_CLOEXEC
@@ -236,6 +288,10 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<fcntl.h>" nogil:
     enum: O_ACCMODE
     enum: O_RDONLY
+    enum: O_NONBLOCK
+    enum: F_GETFL
+    enum: F_SETFL
+    int fcntl(int fd, int command, ...)
 
 globals()["Target"] = Target    # for callers, which take the type from here: a cimport alone is no attribute
 
@@ -261,16 +317,33 @@ cdef enum:
 cdef double FOREVER = 86400.0   # seconds the kernel may cache names and attributes: they never change
 
 
+# A pump spins this long for the next request or answer, and only while that paid lately or, to see whether it would,
+# once in so many waits: as a reader of a ring does (_ring.pyx).
+cdef uint64_t SPIN_NS = 50_000
+cdef int SPIN_SCORE = 16
+cdef uint32_t SPIN_PROBE = 16
+# It sleeps at most this long while it takes the target's answers, and stops taking them when nothing came for so long:
+# the target's own thread waits at less cost.
+cdef uint64_t ATTEND_NS = 100_000_000
+cdef uint64_t IDLE_NS = 1_000_000_000
+cdef uint64_t FOREVER_NS = 3600_000_000_000
+
+
 cdef struct request_t:
     disk_t *disk
-    fuse_req_t req
+    fuse_req_t req              # libfuse's, or NULL: a read or write, and `unique` is whose answer it is
+    uint64_t unique
     fuse_buf buf                # buf.mem: WRITE_HEADER bytes before a page, so that payloads are aligned
     io_t io
-    request_t *next             # in the free list
+    fuse_out_header header      # of the answer to a read or write ...
+    fuse_write_out written
+    iovec parts[2]              # ... and what it consists of
+    request_t *next             # in the free list, or in a list of what is done
 
 
 cdef struct disk_t:
     submit_fn submit
+    const attendance_t *attendance
     void *ctx
     uint64_t size               # bytes
     uint32_t block              # bytes of a block
@@ -279,6 +352,8 @@ cdef struct disk_t:
     bint zeroes                 # ... and what was discarded reads as zeros
     unsigned depth
     unsigned max_io
+    bint plain                  # receive threads only receive, wherever we are
+    bint pumped                 # a thread is the pump
     int fuse_fd                 # libfuse's after construction
     fuse_session *session
     request_t *requests
@@ -300,6 +375,7 @@ cdef struct disk_t:
     uint64_t bytes
     uint64_t errors
     uint64_t waits
+    request_t *done             # the pump's own: answered by the target and not by it
     uint64_t unsent             # replies the kernel refused: the request was aborted meanwhile
     uint64_t *watched           # first block and end of each range, sorted and apart
     unsigned n_watched
@@ -335,18 +411,9 @@ cdef request_t *take(disk_t *d) noexcept nogil:
     return r
 
 
-cdef void request_done(io_t *io) noexcept nogil:
-    """The target's answer, from any thread: reply, then give the object back.
-
-    Ordering: the reply leaves before the object returns (a read is answered from its buffer), and the
-    unlock is the last touch of the disk: after it close() may free everything.
-    """
-    cdef request_t *r = <request_t *>io.user
-    cdef disk_t *d = r.disk
-    cdef size_t size = <size_t>io.nblocks * d.block
+cdef void count(disk_t *d, const io_t *io) noexcept nogil:
+    """Precondition: d.lock is held."""
     cdef uint64_t one = 1
-    cdef int unsent
-    pthread_mutex_lock(&d.lock)         # counted first: who has the reply finds it in the counters
     if io.kind == IO_READ:
         d.reads += 1
     elif io.kind == IO_WRITE:
@@ -358,21 +425,67 @@ cdef void request_done(io_t *io) noexcept nogil:
     if io.error != 0:
         d.errors += 1
     elif io.kind == IO_READ or io.kind == IO_WRITE:
-        d.bytes += size
+        d.bytes += <uint64_t>io.nblocks * d.block
     # A write that failed may have changed something all the same.
     if d.n_watched != 0 and io.kind != IO_READ and io.kind != IO_SYNC and is_watched(d, io.block, io.block + io.nblocks):
         c_write(d.event, &one, sizeof(one))
+
+
+cdef int compose(request_t *r, int error, size_t size) noexcept nogil:
+    """The answer to a read or write of size bytes, in r.parts; how many of those. error: 0 or a negative errno."""
+    cdef int n = 1
+    r.header.unique = r.unique
+    r.header.error = error
+    r.header.len = sizeof(fuse_out_header)
+    r.parts[0].iov_base = &r.header
+    r.parts[0].iov_len = sizeof(fuse_out_header)
+    if error == 0:
+        n = 2
+        if r.io.kind == IO_READ:
+            r.parts[1].iov_base = r.io.buf
+            r.parts[1].iov_len = size
+        else:
+            memset(&r.written, 0, sizeof(fuse_write_out))
+            r.written.size = <uint32_t>size
+            r.parts[1].iov_base = &r.written
+            r.parts[1].iov_len = sizeof(fuse_write_out)
+        r.header.len += <uint32_t>r.parts[1].iov_len
+    return n
+
+
+cdef int answer(request_t *r) noexcept nogil:
+    """Composes the answer to a read or write that is done, as compose()."""
+    cdef int error = r.io.error
+    return compose(r, -EIO if error > 0 else error, <size_t>r.io.nblocks * r.disk.block)
+
+
+cdef bint reply(request_t *r) noexcept nogil:
+    """Answers what is done; whether the kernel took it."""
+    cdef int error = r.io.error
+    if r.req != NULL:
+        return fuse_reply_err(r.req, EIO if error > 0 else -error) == 0
+    return writev(r.disk.fuse_fd, r.parts, answer(r)) >= 0
+
+
+cdef void request_done(io_t *io) noexcept nogil:
+    """The target's answer, from any thread: reply, then give the object back; of the pump's own thread, with others.
+
+    Ordering: the reply leaves before the object returns (a read is answered from its buffer), and the
+    unlock is the last touch of the disk: after it close() may free everything.
+    """
+    cdef request_t *r = <request_t *>io.user
+    cdef disk_t *d = r.disk
+    cdef bint taken
+    if pumping == <void *>d:
+        r.next = d.done
+        d.done = r
+        return
+    pthread_mutex_lock(&d.lock)         # counted first: who has the reply finds it in the counters
+    count(d, io)
     pthread_mutex_unlock(&d.lock)
-    if io.error != 0:
-        unsent = fuse_reply_err(r.req, -io.error if io.error < 0 else EIO)
-    elif io.kind == IO_READ:
-        unsent = fuse_reply_buf(r.req, <char *>io.buf, size)
-    elif io.kind == IO_WRITE:
-        unsent = fuse_reply_write(r.req, size)
-    else:
-        unsent = fuse_reply_err(r.req, 0)
+    taken = reply(r)
     pthread_mutex_lock(&d.lock)
-    if unsent != 0:
+    if not taken:
         d.unsent += 1
     d.in_flight -= 1
     r.next = d.free
@@ -382,28 +495,128 @@ cdef void request_done(io_t *io) noexcept nogil:
     pthread_mutex_unlock(&d.lock)
 
 
-cdef void submit(disk_t *d, fuse_req_t req, uint32_t kind, uint64_t block, uint32_t nblocks,
-                 uint8_t *payload) noexcept nogil:
-    """Hand this thread's request object to the target; it may be done, and reused, before this returns.
+cdef void reply_all(disk_t *d, pump_t *p) noexcept nogil:
+    """What request_done() does for all in d.done, whose answers go to the kernel together: its work after each then waits
+    for the last, and finds all."""
+    cdef request_t *first = d.done
+    cdef request_t *last = NULL
+    cdef request_t *r = first
+    cdef unsigned n = 0, unsent = 0, queued = 0
+    d.done = NULL
+    pthread_mutex_lock(&d.lock)
+    while r != NULL:
+        count(d, &r.io)
+        n += 1
+        last = r
+        r = r.next
+    pthread_mutex_unlock(&d.lock)
+    r = first
+    while r != NULL:
+        if r.req != NULL or n == 1:
+            unsent += not reply(r)
+        else:
+            pump_write(p, d.fuse_fd, r.parts, <unsigned>answer(r))
+            queued += 1
+            if queued == PUMP_WRITES:
+                unsent += pump_flush(p)
+                queued = 0
+        r = r.next
+    unsent += pump_flush(p)
+    pthread_mutex_lock(&d.lock)
+    d.unsent += unsent
+    d.in_flight -= n
+    last.next = d.free
+    d.free = first
+    if d.waiters != 0:
+        pthread_cond_broadcast(&d.changed)
+    pthread_mutex_unlock(&d.lock)
+
+
+cdef void prepare(request_t *r, fuse_req_t req, uint32_t kind, uint64_t block, uint32_t nblocks) noexcept nogil:
+    """Makes the io of a request."""
+    r.req = req
+    r.io.kind = kind
+    r.io.nblocks = nblocks
+    r.io.block = block
+    r.io.buf = <uint8_t *>r.buf.mem + WRITE_HEADER
+    r.io.done = request_done
+    r.io.user = r
+    r.io.error = 0
+    r.io.next = NULL
+
+
+cdef void hand_over(disk_t *d, io_t *first, unsigned n) noexcept nogil:
+    """Gives n requests to the target; they may be done, and reused, before this returns."""
+    pthread_mutex_lock(&d.lock)
+    d.in_flight += n
+    pthread_mutex_unlock(&d.lock)
+    d.submit(d.ctx, first)
+
+
+cdef void submit(disk_t *d, fuse_req_t req, uint32_t kind, uint64_t block, uint32_t nblocks) noexcept nogil:
+    """Hands this thread's request object to the target, out of a callback of libfuse's.
 
     libfuse does not look at the buffer again after a callback (fuse_session_process_buf_int, 3.14 to 3.17).
     """
     global current_request
     cdef request_t *r = <request_t *>current_request
     current_request = NULL
-    r.req = req
-    r.io.kind = kind
-    r.io.nblocks = nblocks
-    r.io.block = block
-    r.io.buf = payload if payload != NULL else <uint8_t *>r.buf.mem + WRITE_HEADER
-    r.io.done = request_done
-    r.io.user = r
-    r.io.error = 0
-    r.io.next = NULL
-    pthread_mutex_lock(&d.lock)
-    d.in_flight += 1
-    pthread_mutex_unlock(&d.lock)
-    d.submit(d.ctx, &r.io)
+    prepare(r, req, kind, block, nblocks)
+    hand_over(d, &r.io, 1)
+
+
+cdef int move(disk_t *d, request_t *r, uint32_t kind, uint64_t start, uint32_t size) noexcept nogil:
+    """Makes the io of a read or write; 0, or the negative errno that answers it. Nothing to move: 1."""
+    if (start | size) % d.block != 0 or size > FUSE_MAX_WRITE:
+        return -EINVAL
+    if kind == IO_READ:
+        if start >= d.size or size == 0:
+            return 1
+        size = <uint32_t>min(<uint64_t>size, d.size - start)
+    elif d.read_only:
+        return -EROFS
+    elif start > d.size or size > d.size - start:
+        return -EIO
+    elif size == 0:
+        return 1
+    prepare(r, NULL, kind, start // d.block, size // d.block)
+    return 0
+
+
+cdef enum understood:
+    FOR_LIBFUSE = 0
+    FOR_TARGET = 1      # r.io is to be submitted
+    FINISHED = 2        # answered, if it wants an answer
+
+
+cdef understood understand(disk_t *d, request_t *r, size_t n) noexcept nogil:
+    """Looks at a request of n bytes from the kernel, which is no peer that is distrusted; its reads and writes are for us."""
+    cdef const fuse_in_header *h = <const fuse_in_header *>r.buf.mem
+    cdef const fuse_read_in *reads = <const fuse_read_in *>(h + 1)
+    cdef const fuse_write_in *writes = <const fuse_write_in *>(h + 1)
+    cdef int status
+    if n < sizeof(fuse_in_header) + sizeof(fuse_read_in):
+        # Nothing here is given up half-way: an interrupted request is answered as any other.
+        return FINISHED if n >= sizeof(fuse_in_header) and h.opcode == FUSE_INTERRUPT else FOR_LIBFUSE
+    if h.nodeid != INO_DISK:
+        return FOR_LIBFUSE
+    r.unique = h.unique
+    if h.opcode == FUSE_READ:
+        r.io.kind = IO_READ
+        status = move(d, r, IO_READ, reads.offset, reads.size)
+    elif h.opcode == FUSE_WRITE:
+        r.io.kind = IO_WRITE
+        status = -EINVAL if n < WRITE_HEADER or n - WRITE_HEADER < writes.size else \
+            move(d, r, IO_WRITE, writes.offset, writes.size)
+    else:
+        return FOR_LIBFUSE
+    if status == 0:
+        return FOR_TARGET
+    if writev(d.fuse_fd, r.parts, compose(r, min(status, 0), 0)) < 0:
+        pthread_mutex_lock(&d.lock)
+        d.unsent += 1
+        pthread_mutex_unlock(&d.lock)
+    return FINISHED
 
 
 cdef void fill_attr(disk_t *d, fuse_ino_t ino, stat_t *st) noexcept nogil:
@@ -490,37 +703,6 @@ cdef void op_flush(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcept 
     fuse_reply_err(req, 0)      # also release: nothing is kept per open file
 
 
-cdef void op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil:
-    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
-    cdef uint64_t start = <uint64_t>off
-    if off < 0 or (start | size) % d.block != 0 or size > FUSE_MAX_WRITE:
-        fuse_reply_err(req, EINVAL)
-        return
-    if start >= d.size or size == 0:
-        fuse_reply_buf(req, NULL, 0)
-        return
-    if size > d.size - start:
-        size = <size_t>(d.size - start)
-    submit(d, req, IO_READ, start // d.block, <uint32_t>(size // d.block), NULL)
-
-
-cdef void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
-                   fuse_file_info *fi) noexcept nogil:
-    cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
-    cdef uint64_t start = <uint64_t>off
-    if d.read_only:
-        fuse_reply_err(req, EROFS)
-    elif off < 0 or (start | size) % d.block != 0:
-        fuse_reply_err(req, EINVAL)
-    elif start > d.size or size > d.size - start:
-        fuse_reply_err(req, EIO)
-    elif size == 0:
-        fuse_reply_write(req, 0)
-    else:
-        # Not spliced and no write_buf callback: buf points into this object's own fuse_buf.
-        submit(d, req, IO_WRITE, start // d.block, <uint32_t>(size // d.block), <uint8_t *>buf)
-
-
 cdef void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info *fi) noexcept nogil:
     cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
     cdef bint nothing
@@ -530,7 +712,7 @@ cdef void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, fuse_file_info 
     if nothing:
         fuse_reply_err(req, 0)
     else:
-        submit(d, req, IO_SYNC, 0, 0, NULL)
+        submit(d, req, IO_SYNC, 0, 0)
 
 
 cdef void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t length,
@@ -555,7 +737,7 @@ cdef void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_
         fuse_reply_err(req, EFBIG)
     else:
         submit(d, req, IO_DISCARD if mode & FALLOC_FL_PUNCH_HOLE else IO_ZERO, start // d.block,
-               <uint32_t>(size // d.block), NULL)
+               <uint32_t>(size // d.block))
 
 
 cdef void op_statfs(fuse_req_t req, fuse_ino_t ino) noexcept nogil:
@@ -579,17 +761,35 @@ OPS.readdir = op_readdir
 OPS.open = op_open
 OPS.flush = op_flush
 OPS.release = op_flush
-OPS.read = op_read
-OPS.write = op_write
 OPS.fsync = op_fsync
 OPS.statfs = op_statfs
 OPS.fallocate = op_fallocate
 
 
+cdef void give_back(disk_t *d, request_t *r) noexcept nogil:
+    """What a receive thread does last. r: its object, or NULL."""
+    pthread_mutex_lock(&d.lock)
+    if r != NULL:
+        r.next = d.free
+        d.free = r
+    d.runners -= 1
+    pthread_cond_broadcast(&d.changed)
+    pthread_mutex_unlock(&d.lock)
+
+
+cdef request_t *process(disk_t *d, request_t *r) noexcept nogil:
+    """Has libfuse deal with a request; the object if it is still this thread's."""
+    global current_request
+    current_request = r
+    fuse_session_process_buf(d.session, &r.buf)
+    return <request_t *>current_request
+
+
 cdef int receive(disk_t *d) noexcept nogil:
     """One receive thread: 0 when the session ended (unmounted, aborted, exit()), else -errno."""
-    global current_request
     cdef request_t *r = NULL
+    cdef pollfd one
+    cdef understood what
     cdef int n = 0
     while True:
         if r == NULL:
@@ -598,21 +798,138 @@ cdef int receive(disk_t *d) noexcept nogil:
                 n = 0
                 break
         n = fuse_session_receive_buf(d.session, &r.buf)
-        if n == -EINTR or n == -EAGAIN:
+        if n == -EINTR:
+            continue
+        if n == -EAGAIN:
+            one.fd = d.fuse_fd
+            one.events = POLLIN
+            poll(&one, 1, -1)
             continue
         if n <= 0:      # 0: the session ended, ENODEV included
             break
-        current_request = r
-        fuse_session_process_buf(d.session, &r.buf)
-        r = <request_t *>current_request
-    pthread_mutex_lock(&d.lock)
-    if r != NULL:
-        r.next = d.free
-        d.free = r
-    d.runners -= 1
-    pthread_cond_broadcast(&d.changed)
-    pthread_mutex_unlock(&d.lock)
+        what = understand(d, r, <size_t>n)
+        if what == FOR_TARGET:
+            hand_over(d, &r.io, 1)
+            r = NULL
+        elif what == FOR_LIBFUSE:
+            r = process(d, r)
+    give_back(d, r)
     return n
+
+
+cdef request_t *take_now(disk_t *d) noexcept nogil:
+    """An object for the pump; NULL while the target has all."""
+    cdef request_t *r
+    pthread_mutex_lock(&d.lock)
+    r = d.free
+    if r != NULL:
+        d.free = r.next
+    pthread_mutex_unlock(&d.lock)
+    return r
+
+
+cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
+    """The only receive thread: takes requests and the target's answers in turn, each as many as there are; as receive().
+
+    While another thread takes the answers (attendance refused), that one replies, and this one only receives.
+    """
+    global pumping
+    cdef request_t *r = NULL
+    cdef io_t *first
+    cdef io_t **last
+    cdef understood what
+    cdef uint64_t now, since = 0
+    cdef uint32_t seen = 0
+    cdef uint32_t *word
+    cdef unsigned taken
+    cdef int n, got, score = SPIN_SCORE
+    cdef uint32_t probes = 0
+    cdef bint attends = False, worked, spins = False, may_spin = online_cpus() > 1
+    fcntl(d.fuse_fd, F_SETFL, fcntl(d.fuse_fd, F_GETFL) | O_NONBLOCK)
+    pumping = d
+    while True:
+        worked = False
+        taken = 0
+        first = NULL
+        last = &first
+        n = -EAGAIN
+        while taken < PUMP_WRITES:
+            if r == NULL:
+                r = take_now(d)
+                if r == NULL:
+                    break
+            n = fuse_session_receive_buf(d.session, &r.buf)
+            if n <= 0:
+                break
+            worked = True
+            what = understand(d, r, <size_t>n)
+            if what == FOR_TARGET:
+                last[0] = &r.io
+                last = &r.io.next
+                taken += 1
+                r = NULL
+            elif what == FOR_LIBFUSE:
+                if first != NULL:       # in their order
+                    hand_over(d, first, taken)
+                    first = NULL
+                    last = &first
+                    taken = 0
+                r = process(d, r)
+        if first != NULL:
+            hand_over(d, first, taken)
+        if n <= 0 and n != -EAGAIN and n != -EINTR or d.stop:
+            break
+        if d.attendance != NULL:
+            if not attends and load_relaxed32(&d.in_flight) != 0:
+                attends = d.attendance.enter(d.ctx)
+            if attends:
+                got = d.attendance.collect(d.ctx)
+                attends = got != COLLECT_OVER
+                worked = worked or got == COLLECT_SOME
+        if d.done != NULL:
+            reply_all(d, p)
+            worked = True
+        if worked:
+            if spins:
+                score = SPIN_SCORE
+            spins = False
+            since = 0
+            continue
+        now = now_ns()
+        if since == 0:
+            since = now
+            probes += 1
+            spins = may_spin and (score > 0 or probes % SPIN_PROBE == 0)
+        if spins:
+            if now - since < SPIN_NS:
+                sched_yield()           # those whose requests we wait for have the CPU, or want it
+                continue
+            spins = False
+            score -= 4
+        word = NULL
+        if attends:
+            if now - since >= IDLE_NS and load_relaxed32(&d.in_flight) == 0:
+                d.attendance.leave(d.ctx)
+                attends = False
+            else:
+                word = d.attendance.listen(d.ctx, &seen)
+                if word == NULL:
+                    continue
+        if r == NULL and not attends:
+            r = take(d)
+            if r == NULL:
+                n = 0
+                break
+            continue
+        pump_sleep(p, -1 if r == NULL else d.fuse_fd, word, seen, ATTEND_NS if attends or load_relaxed32(&d.in_flight) != 0
+                   else FOREVER_NS)
+    if d.done != NULL:
+        reply_all(d, p)
+    if attends:
+        d.attendance.leave(d.ctx)
+    pumping = NULL
+    give_back(d, r)
+    return n if n < 0 and n != -EAGAIN and n != -EINTR else 0
 
 
 cdef bint drain(disk_t *d, double timeout) noexcept nogil:
@@ -663,6 +980,7 @@ cdef class FuseDisk:
     depth: request objects, and so the most I/Os the target ever has at a time (1 to 4096).
     max_io: bytes of one request, a multiple of 4096, at most 1 MiB; the caller holds the loop device to it
     (max_sectors_kb), so that resident memory stays near depth * (max_io + 4096).
+    plain: no pump, as in a kernel that cannot have one.
 
     After construction the kernel's INIT has been answered and the file system waits for run().
     Raises ValueError for a bad depth, max_io or disk size, OSError (filename set) when the device, the
@@ -676,7 +994,7 @@ cdef class FuseDisk:
     cdef bytes path
 
     def __cinit__(self, Target target not None, str mountpoint not None, *, bint read_only=False,
-                  unsigned depth=64, unsigned max_io=131072):
+                  unsigned depth=64, unsigned max_io=131072, bint plain=False):
         cdef pthread_condattr_t attr
         cdef disk_t *d
         cdef request_t *r
@@ -704,8 +1022,9 @@ cdef class FuseDisk:
         d.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if d.event < 0:
             PyErr_SetFromErrno(OSError)
-        d.submit, d.ctx = target.submit, target.ctx
+        d.submit, d.ctx, d.attendance = target.submit, target.ctx, target.attendance
         d.block = target.block_size
+        d.plain = plain
         d.size, d.read_only = target.nblocks * target.block_size, read_only or target.read_only
         d.discards, d.zeroes = target.discards, target.zeroes
         d.depth, d.max_io = depth, max_io
@@ -797,13 +1116,21 @@ cdef class FuseDisk:
         one that writeback depends on (PR_SET_IO_FLUSHER), where the kernel lets it be.
         """
         cdef disk_t *d = self._open()
+        cdef pump_t p
+        cdef bint pumps
         cdef int status
         with nogil:
             prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)    # EPERM or EINVAL: without it, as any FUSE server
             pthread_mutex_lock(&d.lock)
+            pumps = not d.plain and not d.pumped
+            d.pumped = True
             d.runners += 1
             pthread_mutex_unlock(&d.lock)
-            status = receive(d)
+            if pumps and pump_open(&p) == 0:
+                status = pump(d, &p)
+                pump_close(&p)
+            else:
+                status = receive(d)
         return status
 
     @property
