@@ -27,7 +27,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
-from muenfast import measure
+from muenfast import measure, shm
+from muenfast._target import Memory
+from muenfast.attach.fuse import FuseAttachment
 from muenfast.blk import BlockClients, BlockDevice, BlockServer, channels_from_lists, exports_from_lists
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.measure import Pair, Row, _Child
@@ -68,7 +70,7 @@ class Bench:
     def fio(self, name: str, engine: list[str], kind: str, unit: int, depth: int, *more: str) -> float:
         """Operations per second of one fio job on the first CPU."""
         words = ["fio", "--name=x", *engine, f"--rw={kind}", f"--bs={unit}", f"--iodepth={depth}", "--time_based",
-                 f"--runtime={self.seconds}", "--norandommap", "--randrepeat=0", "--output-format=json",
+                 f"--runtime={int(1000 * self.seconds)}ms", "--norandommap", "--randrepeat=0", "--output-format=json",
                  f"--cpus_allowed={self.pair.near}", "--thread", *more]
         run = subprocess.run(words, capture_output=True, text=True, timeout=60 + 10 * self.seconds)
         if run.returncode != 0:
@@ -110,22 +112,27 @@ class Bench:
                     at = at + pieces if at + pieces < len(places) else 0
         return done / passed
 
-    def served(self, name: str, device: str, shared: bool, *, cpu: int | None = None) -> tuple[str, str, str | None]:
-        """A muenfast server in a process of its own; request channel, response channel, buffer."""
+    def served(self, stack: ExitStack, name: str, device: str, shared: bool, cpu: int) -> tuple[str, str, str | None]:
+        """A muenfast server in a process of its own, until the stack's end; request channel, response channel, buffer."""
         lists = (f"{self.prefix}-{name}-a", f"{self.prefix}-{name}-c", f"{self.prefix}-{name}-b" if shared else None)
 
-        def serve(stack: ExitStack) -> str:
-            stack.enter_context(BlockServer(exports_from_lists(*lists[:2], device=device, buffer=lists[2])))
+        def serve(inside: ExitStack) -> str:
+            inside.enter_context(BlockServer(exports_from_lists(*lists[:2], device=device, buffer=lists[2])))
             return "serving"
 
-        child = _Child(self.pair.far if cpu is None else cpu, serve)
-        self.stack.callback(child.close)
+        child = _Child(cpu, serve)
+        stack.callback(child.close)
         return lists
 
-    def disk(self, name: str, device: str, shared: bool) -> BlockDevice:
+    def disk(self, stack: ExitStack, name: str, device: str, shared: bool) -> BlockDevice:
         """The client's side of a server of its own."""
-        req, resp, buffer = self.served(name, device, shared)
-        return self.stack.enter_context(BlockDevice(req, resp, shm=buffer))
+        req, resp, buffer = self.served(stack, name, device, shared, self.pair.far)
+        return stack.enter_context(BlockDevice(req, resp, shm=buffer))
+
+
+def beside(row: Row, limit: str) -> Row:
+    """The same samples, held against another row."""
+    return Row(f"{row.name}, again", row.unit, lambda: row.samples[-1], limit=limit)
 
 
 def fill(path_or_disk: str | BlockDevice, size: int) -> None:
@@ -166,7 +173,7 @@ def nbd(path: str) -> list[str]:
 def nbd_rows(bench: Bench) -> Iterator[Row]:
     """RAM disks: the client engine over a buffer and inline beside nbdkit's best client."""
     path = nbdkit(bench, "nbdkit", bench.pair.far)
-    shared, inline = (bench.disk(name, f"ram:{SIZE}", name == "shm") for name in ("shm", "inline"))
+    shared, inline = (bench.disk(bench.stack, name, f"ram:{SIZE}", name == "shm") for name in ("shm", "inline"))
     for disk in (shared, inline):
         fill(disk, SIZE)
     memory = mmap.mmap(-1, SIZE)
@@ -186,10 +193,11 @@ def nbd_rows(bench: Bench) -> Iterator[Row]:
     for load in LOADS:
         yield bench.row("nbdkit memory, fio nbd", nbd(path), load, f"--size={SIZE}")
         for name, disk in (("muenfast shm", shared), ("muenfast inline", inline)):
-            yield Row(f"{name}: {load[0]}", "operations/s", partial(bench.moves, disk, load),
+            row = Row(f"{name}: {load[0]}", "operations/s", partial(bench.moves, disk, load),
                       limit=f"nbdkit memory, fio nbd: {load[0]}")
-    yield Row("muenfast shm again: 128 KiB sequential read depth 8", "operations/s",
-              partial(bench.moves, shared, LOADS[-1]), limit="memcpy of one thread, 128 KiB sequential")
+            yield row
+            if load[2] == PIECE:
+                yield beside(row, "memcpy of one thread, 128 KiB sequential")
 
     def nbdcopy() -> float:
         start, times = time.perf_counter(), 0
@@ -221,9 +229,7 @@ def file_rows(bench: Bench, directory: str) -> Iterator[Row]:
 
     def moves(shared: bool, load: tuple[str, str, int, int]) -> float:
         with ExitStack() as stack:
-            mine = Bench.__new__(Bench)
-            mine.__dict__ = {**bench.__dict__, "stack": stack}
-            return mine.moves(mine.disk("file", path, shared), load)
+            return bench.moves(bench.disk(stack, "file", path, shared), load)
 
     for load in loads:
         yield bench.row("fio io_uring", ["--ioengine=io_uring", f"--filename={path}", "--direct=1"], load,
@@ -234,7 +240,8 @@ def file_rows(bench: Bench, directory: str) -> Iterator[Row]:
 
 
 def device_rows(bench: Bench) -> Iterator[Row]:
-    """Block devices with O_DIRECT: /dev/muendiskX, the kernel's loop device on tmpfs, nbdfuse with a loop device."""
+    """Block devices with O_DIRECT: /dev/muendiskX, the kernel's loop device on tmpfs, nbdfuse with a loop device; and what
+    /dev/muendiskX's front end does with neither channel nor server behind it."""
     near, far = bench.pair.near, bench.pair.far
     backing = f"/dev/shm/{bench.prefix}-loop"
     fill(backing, SIZE)
@@ -257,7 +264,7 @@ def device_rows(bench: Bench) -> Iterator[Row]:
     fused = loop(mounted)
     devices = {"kernel loop on tmpfs": kernel, "nbdfuse + loop over nbdkit memory": fused}
     for name in ("shm", "inline"):
-        req, resp, buffer = bench.served(f"device-{name}", f"ram:{SIZE}", name == "shm", cpu=near)
+        req, resp, buffer = bench.served(bench.stack, f"device-{name}", f"ram:{SIZE}", name == "shm", near)
 
         def attach(stack: ExitStack, lists: tuple[str, str, str | None] = (req, resp, buffer)) -> str:
             clients = stack.enter_context(BlockClients(channels_from_lists(*lists[:2], buffer=lists[2])))
@@ -268,14 +275,24 @@ def device_rows(bench: Bench) -> Iterator[Row]:
         bench.stack.callback(child.close)
         devices[f"muendisk {name}"] = child.said
         fill(child.said, SIZE)
+
+    def without(stack: ExitStack) -> str:
+        front = FuseAttachment.attach(Memory(SIZE // BLOCK), bench.prefix, shm.runtime_dir())
+        stack.callback(front.detach)
+        return str(front.device)
+
+    child = _Child(far, without)
+    bench.stack.callback(child.close)
+    devices["the front end over plain memory"] = child.said
+    fill(child.said, SIZE)
     for load in LOADS:
         for name, path in devices.items():
             engine = ["--ioengine=io_uring", f"--filename={path}", "--direct=1"]
-            limit = None if name.startswith("kernel") else "kernel loop on tmpfs"
-            yield bench.row(name, engine, load, f"--size={SIZE}", limit=limit)
+            row = bench.row(name, engine, load, f"--size={SIZE}",
+                            limit=None if name.startswith("kernel") else "kernel loop on tmpfs")
+            yield row
             if name.startswith("muendisk"):
-                yield bench.row(f"{name} again", engine, load, f"--size={SIZE}",
-                                limit="nbdfuse + loop over nbdkit memory")
+                yield beside(row, f"nbdfuse + loop over nbdkit memory: {load[0]}")
 
 
 def main() -> int:
