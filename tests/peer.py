@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from typing_extensions import Self
+
 TRANSPORT_ID = 0x487312B6B79A9B6D
 HEADER_BYTES = 64
 U64 = (1 << 64) - 1
@@ -430,7 +432,35 @@ class InlineClient:
         return self.size_sectors
 
 
-class InlineServer:
+class _Served:
+    """What a server that is driven by step() can do besides."""
+
+    _resp: ChannelWriter
+
+    def step(self) -> bool:
+        raise NotImplementedError
+
+    def serve(self, stop: threading.Event) -> None:
+        """step() until `stop` is set, then deactivate."""
+        while not stop.is_set():
+            if not self.step():
+                time.sleep(POLL_SECONDS)
+        self._resp.deactivate()
+
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """serve() in a thread for the length of the block."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self.serve, args=(stop,), name=type(self).__name__)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+
+
+class InlineServer(_Served):
     """A first-generation block server on `disk`, one connection state per step().
 
     shuffle: answers held back and released in random order (0: in order); `seed` decides.
@@ -503,25 +533,6 @@ class InlineServer:
                 self._request_gone()
                 return False
         return True
-
-    def serve(self, stop: threading.Event) -> None:
-        """step() until `stop` is set, then deactivate."""
-        while not stop.is_set():
-            if not self.step():
-                time.sleep(POLL_SECONDS)
-        self._resp.deactivate()
-
-    @contextmanager
-    def running(self) -> Iterator[InlineServer]:
-        """serve() in a thread for the length of the block."""
-        stop = threading.Event()
-        thread = threading.Thread(target=self.serve, args=(stop,), name="inline-server")
-        thread.start()
-        try:
-            yield self
-        finally:
-            stop.set()
-            thread.join()
 
     @property
     def connected(self) -> bool:
@@ -818,7 +829,7 @@ class BufferClient:
             raise OSError(status, f"status {status}")
 
 
-class BufferServer:
+class BufferServer(_Served):
     """A server of the shared-buffer transport on `disks`, device 0 first; one look per step().
 
     block_length: of every device. silent: kinds that get no answer, as Muen's server leaves None and
@@ -918,25 +929,6 @@ class BufferServer:
                 self._held.clear()
                 return False
         return True
-
-    def serve(self, stop: threading.Event) -> None:
-        """step() until `stop` is set, then deactivate."""
-        while not stop.is_set():
-            if not self.step():
-                time.sleep(POLL_SECONDS)
-        self._resp.deactivate()
-
-    @contextmanager
-    def running(self) -> Iterator[BufferServer]:
-        """serve() in a thread for the length of the block."""
-        stop = threading.Event()
-        thread = threading.Thread(target=self.serve, args=(stop,), name="buffer-server")
-        thread.start()
-        try:
-            yield self
-        finally:
-            stop.set()
-            thread.join()
 
     def restart(self, *strays: BufferResponse) -> None:
         """Before its next look, as another life of the server would begin: a new response epoch,

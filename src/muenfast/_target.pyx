@@ -8,21 +8,11 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from muenfast._system cimport *
 from muenfast._thread cimport *
 from muenfast._wire cimport BLOCK_SIZE
 
 from muenfast.errors import UsageError
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *buf, size_t n)
-    ssize_t write(int fd, const void *buf, size_t n)
-    int close(int fd)
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int initial, int flags)
-    int EFD_CLOEXEC
-    int EFD_NONBLOCK
-
 
 cdef class Target:
     """Anything that executes block I/O in blocks of `block_size` bytes; what a front end stands on."""
@@ -112,7 +102,7 @@ cdef void completions_done(io_t *io) noexcept nogil:
     w.next = q.done
     q.done = w
     if first:                           # under the lock: after it the queue may be collected and closed
-        write(q.event, &one, sizeof(one))
+        c_write(q.event, &one, sizeof(one))
     pthread_mutex_unlock(&q.lock)
 
 
@@ -203,7 +193,7 @@ cdef class Completions:
         pthread_mutex_lock(&self.q.lock)
         w = self.q.done
         self.q.done = NULL
-        read(self.q.event, &count, sizeof(count))
+        c_read(self.q.event, &count, sizeof(count))
         pthread_mutex_unlock(&self.q.lock)
         ended = []
         while w != NULL:
@@ -222,14 +212,14 @@ cdef class Completions:
         if self.q.outstanding != 0:
             raise UsageError(f"{self.q.outstanding} requests are outstanding")
         if self.q.event >= 0:
-            close(self.q.event)
+            c_close(self.q.event)
             self.q.event = -1
 
     def __dealloc__(self):
         # What is outstanding still points here: leaked rather than written to after it was freed.
         if self.q != NULL and self.q.outstanding == 0:
             if self.q.event >= 0:
-                close(self.q.event)
+                c_close(self.q.event)
             pthread_mutex_destroy(&self.q.lock)
             free(self.q)
             self.q = NULL

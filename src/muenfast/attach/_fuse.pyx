@@ -27,9 +27,11 @@ from libc.string cimport memset, strcmp
 
 import os
 
+from muenfast._system cimport *
 from muenfast._target cimport (
     COLLECT_OVER, COLLECT_SOME, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, attendance_t, io_t, submit_fn,
 )
+from muenfast._thread cimport *
 from muenfast._wire cimport load_relaxed32, now_ns, online_cpus
 
 cdef extern from *:
@@ -202,16 +204,10 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
                              off_t off)
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
     ctypedef struct pthread_cond_t:
         pass
     ctypedef struct pthread_condattr_t:
         pass
-    int pthread_mutex_init(pthread_mutex_t *m, void *attr)
-    int pthread_mutex_destroy(pthread_mutex_t *m)
-    int pthread_mutex_lock(pthread_mutex_t *m)
-    int pthread_mutex_unlock(pthread_mutex_t *m)
     int pthread_condattr_init(pthread_condattr_t *attr)
     int pthread_condattr_setclock(pthread_condattr_t *attr, int clock)
     int pthread_condattr_destroy(pthread_condattr_t *attr)
@@ -225,18 +221,6 @@ cdef extern from "<time.h>" nogil:
     enum: CLOCK_MONOTONIC
     int clock_gettime(int clock, timespec *t)
 
-cdef extern from "<sys/mman.h>" nogil:
-    enum: PROT_READ
-    enum: PROT_WRITE
-    enum: MAP_PRIVATE
-    enum: MAP_ANONYMOUS
-    enum: MAP_NORESERVE
-    enum: MADV_NOHUGEPAGE
-    void *MAP_FAILED
-    void *mmap(void *addr, size_t size, int prot, int flags, int fd, off_t off)
-    int munmap(void *addr, size_t size)
-    int madvise(void *addr, size_t size, int advice)
-
 cdef extern from "<sys/mount.h>" nogil:
     enum: MS_RDONLY
     enum: MS_NOSUID
@@ -247,21 +231,8 @@ cdef extern from "<sys/mount.h>" nogil:
     int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
     int umount2(const char *target, int flags)
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t writev(int fd, const iovec *iov, int n)
-
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-    enum: POLLIN
-    int poll(pollfd *list, unsigned long n, int milliseconds)
 
 cdef extern from "_pump.h" nogil:
     enum: PUMP_WRITES
@@ -269,21 +240,12 @@ cdef extern from "_pump.h" nogil:
         pass
     int pump_open(pump_t *p)
     void pump_close(pump_t *p)
-    void pump_write(pump_t *p, int fd, const iovec *iov, unsigned n)
+    void pump_write(pump_t *p, int fd, const iovec_t *iov, unsigned n)
     uint32_t pump_flush(pump_t *p)
     void pump_sleep(pump_t *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns)
 
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned initial, int flags)
-    enum: EFD_CLOEXEC
-    enum: EFD_NONBLOCK
-
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
-
-cdef extern from "<unistd.h>" nogil:
-    int c_close "close"(int fd)
-    ssize_t c_write "write"(int fd, const void *buf, size_t size)
 
 cdef extern from "<fcntl.h>" nogil:
     enum: O_ACCMODE
@@ -337,7 +299,7 @@ cdef struct request_t:
     io_t io
     fuse_out_header header      # of the answer to a read or write ...
     fuse_write_out written
-    iovec parts[2]              # ... and what it consists of
+    iovec_t parts[2]              # ... and what it consists of
     request_t *next             # in the free list, or in a list of what is done
 
 

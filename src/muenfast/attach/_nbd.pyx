@@ -24,6 +24,7 @@ from libc.string cimport memcpy, memmove, memset, strlen
 
 import os
 
+from muenfast._system cimport *
 from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
 from muenfast._thread cimport *
 from muenfast._wire cimport fetch_add_acqrel32, load_acquire32, load_relaxed32, store_relaxed32, store_release32
@@ -95,9 +96,6 @@ cdef extern from *:
     uint32_t nbd_errno(int error) noexcept nogil
 
 cdef extern from "<sys/socket.h>" nogil:
-    ctypedef struct iovec_t "struct iovec":
-        void *iov_base
-        size_t iov_len
     struct msghdr:
         iovec_t *msg_iov
         size_t msg_iovlen
@@ -126,28 +124,6 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int ep, int op, int fd, epoll_event *e)
     int epoll_wait(int ep, epoll_event *events, int n, int timeout)
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int initial, int flags)
-    int EFD_CLOEXEC
-    int EFD_NONBLOCK
-
-cdef extern from "<sys/mman.h>" nogil:
-    enum: PROT_READ
-    enum: PROT_WRITE
-    enum: MAP_PRIVATE
-    enum: MAP_ANONYMOUS
-    enum: MAP_NORESERVE
-    enum: MADV_NOHUGEPAGE
-    void *MAP_FAILED
-    void *mmap(void *addr, size_t size, int prot, int flags, int fd, long off)
-    int munmap(void *addr, size_t size)
-    int madvise(void *addr, size_t size, int advice)
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t c_read "read"(int fd, void *buf, size_t n)
-    ssize_t c_write "write"(int fd, const void *buf, size_t n)
-    int c_close "close"(int fd)
 
 globals()["Target"] = Target    # for callers, which take the type from here: a cimport alone is no attribute
 
