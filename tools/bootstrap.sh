@@ -55,7 +55,7 @@ if [ -z "${PKG_CONFIG:-}" ]; then     # one that was chosen is believed
     pkg-config --exists fuse3 2>/dev/null || [ -e /usr/include/fuse3/fuse_lowlevel.h ] ||
         want libfuse3-dev "the FUSE front end"
     pkg-config --exists liburing 2>/dev/null || [ -e /usr/include/liburing.h ] ||
-        want liburing-dev "files by io_uring"
+        want liburing-dev "files and faster block devices by io_uring"
 fi
 have mkfs.ext4 && have fsck.ext4 || want e2fsprogs "file systems on the disks"
 have losetup && have mount || want mount "to attach and mount the disks"
