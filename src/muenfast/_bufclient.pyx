@@ -46,6 +46,8 @@ cdef uint64_t REAP_BYTES = 65536
 cdef uint64_t AREA_BYTES = 1 << 22
 # After this long without an answer from an active server the client starts over.
 cdef uint64_t ANSWER_NS = 1_000_000_000
+# As long as a disk may take to wake up: for the first read, see shared_probe.
+cdef uint64_t PROBE_NS = 30_000_000_000
 # What a server may know nothing of is waited for this long after everything else was answered.
 cdef uint64_t OPTIONAL_NS = 20_000_000
 cdef uint64_t NOWHERE = <uint64_t>-1
@@ -82,9 +84,11 @@ cdef struct shared_t:
     ask_t asks[ASKS]
     uint32_t nasks
     uint32_t asked          # questions of this life, for their tags
-    uint64_t device         # whose geometry is asked
+    uint64_t device         # whose geometry is asked, or that is read
     uint64_t ndevices       # as answered
     geometry_t geometry[MOST_DEVICES]
+    uint64_t pattern        # what shared_probe left in the buffer begins with this
+    bint foreign            # it was still there when the server had read into its buffer
 
 
 # ------------------------------------------------------------------ places in the buffer
@@ -344,9 +348,53 @@ cdef void shared_ask(client_t *c, uint16_t kind, uint16_t device, bint optional)
     r.kind = kind
     r.device = device
     r.tag = ask.tag
+    if kind == REQUEST_READ:            # of the first block into the first bytes of the buffer
+        r.length = b.geometry[device].length
     writer_reserve(&c.w, 1)
     memcpy(writer_slot(&c.w, 0), &r, sizeof(r))
     writer_publish(&c.w, 1)
+
+
+cdef inline bint can_be(const geometry_t *g) noexcept nogil:
+    """Whether a disk can have this geometry."""
+    return (g.length == SECTOR_SIZE or g.length == BLOCK_SIZE) and 1 <= g.blocks < (<uint64_t>1 << 63) // g.length
+
+
+cdef inline uint64_t probe_word(const shared_t *b, uint64_t k) noexcept nogil:
+    return b.pattern * (2 * k + 1)      # odd times odd: none is zero, and no two are equal
+
+
+cdef bint shared_probe(client_t *c) noexcept nogil:
+    """Asks the next device that can be read for a block; False where there is none more.
+
+    Two sides with different buffers could not tell otherwise: what is written would be lost, and what is read anything.
+    No disk holds the random pattern that is overwritten.
+    """
+    cdef shared_t *b = <shared_t *>c.transport
+    cdef uint64_t k, word
+    while b.device < b.ndevices:
+        if can_be(&b.geometry[b.device]):
+            b.pattern = random_epoch() | 1
+            for k in range(b.geometry[b.device].length // sizeof(uint64_t)):
+                word = probe_word(b, k)
+                memcpy(b.base + k * sizeof(word), &word, sizeof(word))
+            b.nasks = 0
+            shared_ask(c, REQUEST_READ, <uint16_t>b.device, False)
+            return True
+        b.device += 1
+    return False
+
+
+cdef bint shared_untouched(const shared_t *b) noexcept nogil:
+    """Whether what shared_probe left is all there. Precondition: its read was answered with success."""
+    cdef uint64_t k, word = 0
+    if load_acquire32(b.broken) != 0:
+        return False                    # zeros, and no buffer any more: another life will tell
+    for k in range(b.geometry[b.device].length // sizeof(uint64_t)):
+        memcpy(&word, b.base + k * sizeof(word), sizeof(word))
+        if word != probe_word(b, k):
+            return False
+    return True
 
 
 cdef void shared_ask_geometry(client_t *c) noexcept nogil:
@@ -375,12 +423,19 @@ cdef bint shared_took(client_t *c) noexcept nogil:
             return True
         shared_ask_geometry(c)
         return False
+    if b.asks[0].kind == REQUEST_READ:
+        if b.asks[0].status == 0:
+            b.foreign = shared_untouched(b)
+            return True
+        b.device += 1                   # one that cannot be read tells nothing
+        return not shared_probe(c)
     b.geometry[b.device].blocks = b.asks[0].status
     b.geometry[b.device].length = b.asks[1].status
     b.geometry[b.device].most = b.asks[2].status
     b.device += 1
     if b.device == b.ndevices:
-        return True
+        b.device = 0
+        return not shared_probe(c)
     shared_ask_geometry(c)
     return False
 
@@ -432,6 +487,7 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
             c.r.epoch = c.r.refused = 0
             reader_drain(&c.r)
             b.asked = b.nasks = 0
+            b.foreign = False
             c.phase = PHASE_RESET
         if c.phase == PHASE_RESET:
             if c.r.epoch == 0 and reader_peek(&c.r, &available) != EPOCH_CHANGED:
@@ -465,7 +521,7 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
                 c.phase = PHASE_ANSWERED
                 return True
             continue
-        if waiting and now - c.phase_since > ANSWER_NS:
+        if waiting and now - c.phase_since > (PROBE_NS if b.asks[0].kind == REQUEST_READ else ANSWER_NS):
             c.phase = PHASE_START
             continue
         if status == NO_DATA:
@@ -530,9 +586,7 @@ cdef class BufferClient(ClientEngine):
         if not first and tuple([(one.nblocks, one.block_size) for one in self.disks]) != self.geometry:
             return False
         for k in range(b.ndevices):
-            if b.geometry[k].length != SECTOR_SIZE and b.geometry[k].length != BLOCK_SIZE:
-                return False
-            if not 1 <= b.geometry[k].blocks < (<uint64_t>1 << 63) // b.geometry[k].length:
+            if not can_be(&b.geometry[k]):
                 return False
         if first:
             self.make_disks(b.ndevices)
@@ -548,6 +602,11 @@ cdef class BufferClient(ClientEngine):
             disk.queue.most = max(b.geometry[k].most, <uint64_t>1)
             disk.read_only = k < STORE_FLAGS and self.c.flags >> k & STORE_READ_ONLY != 0
         return True
+
+    @property
+    def foreign(self):
+        """Whether the server that answered last uses another buffer."""
+        return (<shared_t *>self.c.transport).foreign
 
     @property
     def devices(self):

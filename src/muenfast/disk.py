@@ -218,8 +218,16 @@ class Connection:
 
     def refused(self) -> PeerError:
         """What to raise where what answered is no disk that can be used. Precondition: there is a `failure`."""
-        field, expected = ("size", "a disk") if self.channels.buffer is None else ("geometry", "disks")
+        buffer = self.channels.buffer
+        if buffer is not None and self._foreign():
+            return PeerError(buffer.text, "content", "what this side left there",
+                             "what the server reads: name the same buffer on both sides (--shm)")
+        field, expected = ("size", "a disk") if buffer is None else ("geometry", "disks")
         return PeerError(self.channels.resp.text, field, self._failure, expected)
+
+    def _foreign(self) -> bool:
+        """Whether the server that answered uses another buffer than this side."""
+        return isinstance(self.client, BufferClient) and self.client.foreign
 
     def _misshapen(self) -> str | None:
         """What is wrong with the geometry that was answered."""
@@ -245,7 +253,7 @@ class Connection:
         """
         geometry, store = self.client.geometry, self.client.store
         if not self._ready.is_set():
-            wrong = self._misshapen()
+            wrong = self._misshapen() or ("the server uses another buffer" if self._foreign() else None)
             if wrong is not None:
                 self._give_up(wrong)
                 return True
@@ -260,6 +268,8 @@ class Connection:
         same = self._same_store or (store is not None and store == self._store)
         if geometry != self._geometry:
             self._give_up(f"the server returned with {_described(geometry)} instead of {_described(self._geometry)}")
+        elif self._foreign():
+            self._give_up("the server returned with another buffer: name the same one on both sides")
         elif not same:
             self._give_up("the server returned with another store" if store is not None else
                           "the server that returned does not say which store it has (--same-store trusts it)")

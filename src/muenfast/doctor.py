@@ -361,7 +361,7 @@ def _drivers() -> Iterator[Check]:
 
 
 def _io_uring() -> Iterator[Check]:
-    lost = "files and disks are read and written by threads, and /dev/muendiskX has two, with more CPU time for each request."
+    lost = "files and disks are served by threads, and /dev/muendiskX has two: more CPU time for each request."
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall(_IO_URING_SETUP, 0, None)  # never succeeds: no parameters
     number = ctypes.get_errno()
