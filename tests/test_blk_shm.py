@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import stops
-from conftest import Program, leftovers, run
+from conftest import Program, leftovers, run, unique
 from helpers import block, eventually
 from peer import (
     BUFFER_READ,
@@ -360,3 +360,16 @@ def test_a_life_that_ends_amid_a_batch_gets_no_answer(link: Link, names: Callabl
     finally:
         server.end()
         assert run("chan", "rm", disk).returncode == 0
+
+
+def test_a_buffer_has_one_server(program: Callable[..., Program], tmp_path: Path) -> None:
+    """Two connections in one buffer would spoil each other's payload: also of two processes, and of overlapping slices."""
+    names = [unique(word) for word in ("a", "c", "b", "d")]
+    bar = tmp_path / "bar"
+    bar.write_bytes(bytes(4 << 20))
+    server = program("blk", "--req", names[0], "--resp", names[1], "--shm", f"{bar}@0+2M", "--device", "ram:1M")
+    ended = run("blk", "--req", names[2], "--resp", names[3], "--shm", f"{bar}@1M+2M", "--device", "ram:1M")
+    assert ended.returncode == 1
+    assert f"--shm, entry 0 '{bar}@1M+2M': the server's side of buffer {bar}@1M+2M is already held by" in ended.stderr
+    other = program("blk", "--req", names[2], "--resp", names[3], "--shm", f"{bar}@2M+2M", "--device", "ram:1M")
+    assert other.end() == (0, "") and server.end() == (0, "")

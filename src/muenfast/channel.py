@@ -34,20 +34,20 @@ class End:
     """The end of one channel; a context manager.
 
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
-    name of `role`; role None: a plain region that both sides write, claimed by nobody. create: bytes of the region when
-    a POSIX name is missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict
-    one-way).
+    name of `role`. buffer: no channel, but a plain region that both sides write, of one connection: "server" or "client"
+    claims that side of it. create: bytes of the region when a POSIX name is missing, None: it must exist. least: bytes it
+    must have. bell: False: none is made or used (strict one-way).
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str | None, create: int | None = None,
-                 least: int = _HEADER + 1, bell: bool = True) -> None:
+    def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str, create: int | None = None,
+                 least: int = _HEADER + 1, bell: bool = True, buffer: str | None = None) -> None:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
         self._process = os.getpid()
         self.bell: shm.Region | None = None
-        what = "buffer" if role is None else "channel"
+        what = "channel" if buffer is None else "buffer"
         if self.locator.offset % 8:
             raise UsageError(f"a {what} starts at a multiple of 8 bytes", value=self.locator.text)
         with ExitStack() as stack:
@@ -63,13 +63,16 @@ class End:
             stack.callback(lambda: self.region.close())
             stack.enter_context(shm.apart(self.locator, disk=False))
             # A buffer may rightly hold the blocks of a disk that went through it.
-            if writes and role is not None and (found := _contents(self.region.view)) is not None:
+            if writes and buffer is None and (found := _contents(self.region.view)) is not None:
                 raise UsageError(f"channel {self.locator.text} holds {found}, which would be overwritten",
                                  hint="name another, or remove it")
             if len(self.region.view) < least:
+                step = "remove it" if self.locator.posix else "make it longer"
                 raise UsageError(f"{what} {self.locator.text} has {len(self.region.view)} bytes, at least {least} are "
-                                 "needed", hint="remove it, or name another")
-            if writes and role is not None:
+                                 "needed", hint=f"{step}, or name another")
+            if buffer is not None:
+                self.claim = stack.enter_context(shm.claim_buffer(self.region, buffer, role))
+            elif writes:
                 self.claim = stack.enter_context(shm.claim_writer(self.region, role))
             where = self.locator.bell if bell else None
             if where is not None:

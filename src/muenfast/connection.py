@@ -95,7 +95,8 @@ class Channels:
                 with blame(option, self.index, locator.text):
                     end = End(locator, writes=serving == (i == 1), role=role, create=self.sizes[i], least=least[i],
                               bell=self.bells) if i < 2 else \
-                        End(locator, writes=True, role=None, create=self.buffer_size, least=BLOCK, bell=False)
+                        End(locator, writes=True, role=role, create=self.buffer_size, least=BLOCK, bell=False,
+                            buffer="server" if serving else "client")
                     ends.append(stack.enter_context(end))
             stack.pop_all()
             return tuple(ends)

@@ -832,6 +832,13 @@ def claim_writer(region: Region, role: str) -> Claim:
     return _claim(_writer_key(region), f"the writer's side of channel {region.locator.text}", {"role": role}, False)
 
 
+def claim_buffer(region: Region, side: str, role: str) -> Claim:
+    """Claims one side ("server" or "client") of a buffer: its bytes of device and inode. Raises ClaimError, OSError."""
+    start = region.locator.offset
+    return _claim(f"buffer-{side}-{region.device}-{region.inode}", f"the {side}'s side of buffer {region.locator.text}",
+                  {"role": role}, False, (start, start + len(region.view)))
+
+
 def writer_holder(region: Region) -> dict[str, Any] | None:
     """Who has claimed the writer's side of a channel, as holder() tells it; None: nobody."""
     return holder(_writer_key(region))
