@@ -48,7 +48,7 @@ def extension(name: str, **more: list[str]) -> Extension:
 uring = pkg_config("liburing", "--cflags"), pkg_config("liburing", "--libs")
 URING = {"cflags": ["-DMUENFAST_NO_URING"], "ldflags": []} if None in uring else {"cflags": uring[0], "ldflags": uring[1]}
 if None in uring:
-    print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): files are served by threads only, block devices slower")
+    print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): slower files and block devices")
 
 extensions = [extension(f"muenfast.{name}", **(URING if name in ("_blk", "_buffer") else {}))
               for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bufclient",

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import random
 import re
@@ -529,3 +530,23 @@ def test_demo_without_root(tmp_path: Path) -> None:
     assert "write through the channels: 67.1 MB" in said
     assert list((home / "tmp").iterdir()) == []
     assert [path for path in (home / "run").rglob("*") if not path.is_dir()] == []
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["nothing since", "something since"])
+def test_a_client_ends_after_its_server(program: Start, pair: list[str], written: bool) -> None:
+    """A flush that fails is worth a warning only where something was written since the last good one."""
+    server = program("blk", *pair, "--device", "ram:8M")
+    client = program("blk", "--client", *pair)
+    (device,) = disks(client)
+    with open(device, "r+b", buffering=0) as file:
+        file.write(bytes(MIB))
+        os.fsync(file)
+    if written:
+        fd = os.open(device, os.O_WRONLY | os.O_DIRECT)
+        with mmap.mmap(-1, 4096) as page:
+            os.pwrite(fd, page, 0)
+        os.close(fd)
+    assert server.end() == (0, "")
+    status, errors = client.end(timeout=30)
+    assert status == 0
+    assert ("the last flush failed" in errors) == written

@@ -920,9 +920,11 @@ cdef class Disk(Target):
         cdef uint64_t left = length
         at = self.place(offset, left)
         if not self.discards:
-            raise UsageError("inline channels cannot express a discard")
+            raise UsageError("inline channels cannot express a discard",
+                             hint="a connection with a shared buffer (shm) can")
         if left != 0 and ((at | left) & (self.block_size - 1)) != 0:
-            raise UsageError(f"what is discarded is made of blocks of {self.block_size} bytes", value=(offset, length))
+            raise UsageError(f"what is discarded is made of blocks of {self.block_size} bytes",
+                             value=f"{length} bytes from {offset} on")
         while left != 0:
             piece = min(left, most)
             self.whole(kind, at, NULL, piece)

@@ -130,9 +130,11 @@ class AsyncBlockDevice:
         self._span(offset, length)
         disk, size = self._open().target, self.block_size
         if not disk.discards:
-            raise UsageError("inline channels cannot express a discard")
+            raise UsageError("inline channels cannot express a discard",
+                             hint="a connection with a shared buffer (shm) can")
         if offset % size or length % size:
-            raise UsageError(f"what is discarded is made of blocks of {size} bytes", value=(offset, length))
+            raise UsageError(f"what is discarded is made of blocks of {size} bytes",
+                             value=f"{length} bytes from {offset} on")
         block, end = offset // size, (offset + length) // size
         while block != end:
             count = min(end - block, 0xffffffff)

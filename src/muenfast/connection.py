@@ -107,7 +107,15 @@ class Channels:
         return PeerError((self.req if request else self.resp).text, "header",
                          f"protocol {protocol:x}, size {size}, elements {elements}",
                          f"protocol {self.req_protocol if request else self.resp_protocol:x}, "
-                         f"size {self.element_sizes[not request]}, elements that fit")
+                         f"size {self.element_sizes[not request]}, elements that fit" + self._generation(size))
+
+    def _generation(self, size: int) -> str:
+        """What a header with elements of this size may mean."""
+        if self.buffer is None and size in (_LAYOUT["buffer_request_size"], _LAYOUT["buffer_response_size"]):
+            return f"; the other side uses a shared buffer: name it ({self.options.buffer})"
+        if self.buffer is not None and size == _LAYOUT["event_size"]:
+            return f"; the other side has no shared buffer: leave it out ({self.options.buffer})"
+        return ""
 
 
 @contextmanager

@@ -92,7 +92,8 @@ class Connection:
                 if (wrong := self._incompatible()) is not None:
                     raise wrong
                 raise TimeoutError(errno.ETIMEDOUT, f"no server answered on channels {channels.name} within "
-                                                    f"{timeout:g} s; is `muenfast blk` running there?")
+                                                    f"{timeout:g} s; is `muenfast blk` running there, "
+                                                    f"{'without' if channels.buffer is None else 'with the same'} --shm?")
         except BaseException:
             self.close()
             raise

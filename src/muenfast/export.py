@@ -121,6 +121,10 @@ class Export:
         self._batches = -1
         self._peer = PeerLog(f"export {self.name}")
         self._comings = PeerLog(f"export {self.name}", most=20)
+        for device, backing, size in zip(config.devices, self.backings, self.sizes, strict=True):
+            if (tail := backing.store.size + backing.left_over - size) > 0:
+                log.warning("export %s: the last %d bytes of %s are no whole block of %d, and are not exported", self.name,
+                            tail, device.text, BLOCK if config.channels.buffer is None else 512)
 
     @property
     def name(self) -> str:

@@ -66,7 +66,7 @@ _CHANNELS = (
               required=False),
     Parameter("resp_shm_protocol", "protocols of the response channels, hexadecimal (default 9851be3282fef0dc)",
               required=False))
-_CONNECTIONS = Parameter("connections", "connections with a shared buffer (second generation), each "
+_CONNECTIONS = Parameter("connections", "connections with a shared buffer (second generation); ID: any word; each "
                                         "ID:REQ:RESP:BUFFER[:REQ_PROTOCOL:RESP_PROTOCOL]")
 
 MODULES = {module.name: module for module in (

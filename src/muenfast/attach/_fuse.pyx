@@ -295,6 +295,7 @@ cdef struct request_t:
     disk_t *disk
     fuse_req_t req              # libfuse's, or NULL: a read or write, and `unique` is whose answer it is
     uint64_t unique
+    uint64_t covers             # of a flush: `changes` when it was submitted
     fuse_buf buf                # buf.mem: WRITE_HEADER bytes before a page, so that payloads are aligned
     io_t io
     fuse_out_header header      # of the answer to a read or write ...
@@ -339,6 +340,8 @@ cdef struct disk_t:
     uint64_t waits
     request_t *done             # the pump's own: answered by the target and not by it
     uint64_t unsent             # replies the kernel refused: the request was aborted meanwhile
+    uint64_t changes            # writes, discards and zeros answered, well or not ...
+    uint64_t flushed            # ... and how many of them the last good flush covers
     uint64_t *watched           # first block and end of each range, sorted and apart
     unsigned n_watched
     int event                   # eventfd, readable once a watched block was written
@@ -384,6 +387,11 @@ cdef void count(disk_t *d, const io_t *io) noexcept nogil:
         d.syncs += 1
     else:
         d.discards_done += 1
+    if io.kind == IO_SYNC:
+        if io.error == 0:
+            d.flushed = max(d.flushed, (<const request_t *>io.user).covers)
+    elif io.kind != IO_READ:
+        d.changes += 1
     if io.error != 0:
         d.errors += 1
     elif io.kind == IO_READ or io.kind == IO_WRITE:
@@ -524,6 +532,9 @@ cdef void submit(disk_t *d, fuse_req_t req, uint32_t kind, uint64_t block, uint3
     cdef request_t *r = <request_t *>current_request
     current_request = NULL
     prepare(r, req, kind, block, nblocks)
+    pthread_mutex_lock(&d.lock)
+    r.covers = d.changes
+    pthread_mutex_unlock(&d.lock)
     hand_over(d, &r.io, 1)
 
 
@@ -1190,6 +1201,16 @@ cdef class FuseDisk:
     def in_flight(self):
         """I/Os the target has at this moment."""
         return 0 if self.d == NULL else self.d.in_flight
+
+    @property
+    def unflushed(self):
+        """Whether something was written, or is being written, that no flush that went well covers."""
+        cdef disk_t *d = self._open()
+        pthread_mutex_lock(&d.lock)
+        try:
+            return d.changes != d.flushed or d.in_flight != 0
+        finally:
+            pthread_mutex_unlock(&d.lock)
 
     @property
     def counters(self):

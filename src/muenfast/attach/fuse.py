@@ -182,8 +182,9 @@ class FuseAttachment:
                     opened.append(os.open(loop.path_of(self.loop), os.O_RDONLY | os.O_CLOEXEC))
                     block.flush(self._number, opened, left)
                 except OSError as problem:      # a disk that fails is taken down all the same
-                    left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
-                                "the last successful one may be lost")
+                    if self.disk.unflushed or not all(thread.is_alive() for thread in self._threads):
+                        left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
+                                    "the last successful one may be lost")
                 finally:
                     for fd in opened:
                         os.close(fd)

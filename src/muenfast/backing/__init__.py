@@ -63,11 +63,13 @@ class Device:
 class Backing:
     """An opened device and the Store that the engine uses; context manager.
 
-    disk: number of the block device that it is or lies on, 0: of none.
+    disk: number of the block device that it is or lies on, 0: of none. left_over: bytes at its end, less than a sector,
+    that are not in the store.
     """
 
     store: Store
     disk = 0
+    left_over = 0
 
     def keep(self) -> None:
         """What opening made stays; without this call close() takes it away again."""

@@ -59,6 +59,7 @@ class FileBacking(Backing):
             info = os.fstat(fd)
             self.disk = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
             self.store = Store.in_file(fd, size, direct=direct, offset=offset, read_only=read_only, identity=identity)
+            self.left_over = size - self.store.size
             stack.callback(self.store.close)
             self._stack = stack.pop_all()
 
@@ -215,4 +216,11 @@ def _next_step(number: int | None, device: Device) -> str | None:
     if number == errno.ENOENT and device.partition:
         return f"there is no file of that name, so partition {device.partition} of {device.path} is meant, which is not " \
                "there either"
-    return f"make it first, for example: truncate -s 64M {device.path}" if number == errno.ENOENT else None
+    if number != errno.ENOENT:
+        return None
+    disk, mark, word = device.path.rpartition("#")
+    if mark and os.path.exists(disk):
+        return f"a partition of {disk} is a number from 1, not {word!r}"
+    if not os.path.isdir(os.path.dirname(device.path) or "."):
+        return f"make its directory, {os.path.dirname(device.path)}, first"
+    return f"make it first, for example: truncate -s 64M {device.path}"

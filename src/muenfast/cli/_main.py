@@ -76,7 +76,13 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     top = parser()
     try:
-        arguments = top.parse_args(argv)
+        arguments, more = top.parse_known_args(argv)
+        if more:
+            # argparse takes no positionals behind an option that stands among them.
+            if arguments.command != "modprobe" or any(word.startswith("-") for word in more):
+                top.exit(2, f"muenfast: unrecognized arguments: {' '.join(more)} (muenfast "
+                            f"{arguments.command or ''} --help tells more)\n".replace("  ", " "))
+            arguments.parameters += more
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
         return int(end.code or 0)
     if arguments.command is None:

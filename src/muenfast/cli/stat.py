@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(answer["ok"] for answer in answers) else 1
 
 
-def _show(entry: dict[str, object]) -> None:
+def _show(entry: dict[str, Any]) -> None:
     flags = " read-only" if entry.get("read_only") else ""
     print(f"  {entry['role']} {entry['req']} {entry['resp']} {entry.get('device', '-')} {entry['size']} bytes{flags}: "
           f"{entry.get('failure') or entry['state']}")
-    print(f"    {_words(entry['counters'])}")
+    waiting = {"in flight": entry["in_flight"]} if entry.get("in_flight") else {}
+    print(f"    {_words(waiting | entry['counters'])}")
     nbd = entry.get("nbd")
     if isinstance(nbd, dict):
         print(f"    NBD {nbd['socket']}: {_words(nbd['counters'])}")
