@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from conftest import Program, unique
@@ -86,6 +87,52 @@ class Clients:
         self.clients.ready(lambda: True)
         self.engine = self.clients.disks[0].device.client
         self.devices = [str(disk.path) for disk in self.clients.disks]
+
+
+class Turns:
+    """A client's engine that counts the turns of its thread."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.n = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, seconds: float) -> str:
+        self.n += 1
+        return str(self._engine.run(seconds))
+
+
+class Paced:
+    """Reads one after the other, with a pause before each: whoever waits for an answer has gone to sleep."""
+
+    def __init__(self, made: Clients, reads: int, pause: float = 0.001) -> None:
+        self._device, self._reads, self._pause = made.devices[0], reads, pause
+        self.left = reads
+
+    def run(self) -> None:
+        """To be done with all in 10 s: fails where each waits for a sleep to end by itself."""
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        try:
+            eventually(lambda: self.left == 0)
+        finally:
+            self._reads = 0
+            thread.join(20)
+
+    def _run(self) -> None:
+        fd = os.open(self._device, os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, BLOCK) as page:
+                for number in range(self._reads):
+                    if self._reads == 0:
+                        return
+                    time.sleep(self._pause)
+                    assert os.preadv(fd, [page], number % 2048 * BLOCK) == BLOCK
+                    self.left -= 1
+        finally:
+            os.close(fd)
 
 
 @pytest.fixture(params=["inline", "shm"])
@@ -201,6 +248,25 @@ def test_a_server_that_comes_back(serve: Serve, lists: dict[str, str], clients: 
         server = serve(lists, image)
         traffic.moves_on(20.0)
     traffic.end()
+
+
+def test_a_server_that_does_not_ring(program: Callable[..., Program], clients: Attach) -> None:
+    """Its answers are the client's own thread's, which is not asked away from them for each request."""
+    lists = {"req": unique("req"), "resp": unique("resp")}
+    server = program("blk", "--req", lists["req"], "--resp", lists["resp"], "--device", "ram:8M", "--strict-oneway")
+    made = clients(lists)
+    connection = made.clients.disks[0].device.connection
+    turns = connection.client = Turns(made.engine)
+    try:
+        Paced(made, 50).run()           # from then on all turns are counted
+        before = turns.n
+        Paced(made, 2000, 0).run()
+        assert not made.engine.attended
+        assert turns.n - before < 1000  # one for each tick, not two for each request
+    finally:
+        connection.client = made.engine
+    made.clients.close()
+    assert server.end()[0] == 0
 
 
 def test_an_end_is_not_held_up(serve: Serve, lists: dict[str, str], clients: Attach) -> None:
