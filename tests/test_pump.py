@@ -250,6 +250,26 @@ def test_a_server_that_comes_back(serve: Serve, lists: dict[str, str], clients: 
     traffic.end()
 
 
+def test_channels_that_are_made_anew(serve: Serve, lists: dict[str, str], clients: Attach, tmp_path: object) -> None:
+    """Twice, without traffic in between: the bell's next memory may stand where the first one's did, and is waited for."""
+    image = f"{tmp_path}/image"
+    with open(image, "wb") as file:
+        file.truncate(8 * MIB)
+    server = serve(lists, image)
+    made = clients(lists)
+    Paced(made, 50).run()
+    for life in range(2, 4):
+        eventually(lambda: not made.engine.attended)
+        server.end(signal.SIGKILL)
+        for name in lists.values():
+            for path in (f"/dev/shm/{name}", f"/dev/shm/{name}.bell"):
+                if os.path.exists(path):
+                    os.unlink(path)
+        server = serve(lists, image)
+        eventually(lambda life=life: made.engine.counters["lives"] == life)  # type: ignore[misc]
+    Paced(made, 400).run()
+
+
 def test_a_server_that_does_not_ring(program: Callable[..., Program], clients: Attach) -> None:
     """Its answers are the client's own thread's, which is not asked away from them for each request."""
     lists = {"req": unique("req"), "resp": unique("resp")}

@@ -242,6 +242,7 @@ cdef extern from "_pump.h" nogil:
     void pump_close(pump_t *p)
     void pump_write(pump_t *p, int fd, const iovec_t *iov, unsigned n)
     uint32_t pump_flush(pump_t *p)
+    void pump_forget(pump_t *p)
     void pump_sleep(pump_t *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns)
 
 cdef extern from "<sys/prctl.h>" nogil:
@@ -847,6 +848,8 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             if attends:
                 got = d.attendance.collect(d.ctx)
                 attends = got != COLLECT_OVER
+                if not attends:         # its bell may be another one next time
+                    pump_forget(p)
                 worked = worked or got == COLLECT_SOME
         if d.done != NULL:
             reply_all(d, p)
@@ -873,6 +876,7 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             if now - since >= IDLE_NS and load_relaxed32(&d.in_flight) == 0:
                 d.attendance.leave(d.ctx)
                 attends = False
+                pump_forget(p)
             else:
                 word = d.attendance.listen(d.ctx, &seen)
                 if word == NULL:
