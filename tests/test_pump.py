@@ -289,6 +289,27 @@ def test_a_server_that_does_not_ring(program: Callable[..., Program], clients: A
     assert server.end()[0] == 0
 
 
+def test_waits_are_counted(serve: Serve, lists: dict[str, str], clients: Attach) -> None:
+    """Those for one of the request objects, all of which a server that stands still has; and all go on afterwards."""
+    server = serve(lists, "ram:8M")
+    made = clients(lists)
+    disk = made.clients.disks[0].front.disk
+    traffic = Traffic(made.devices[0], 80, 16)
+    try:
+        eventually(lambda: made.engine.attended)
+        before = disk.counters["waits"]
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: disk.in_flight == 64)
+            eventually(lambda: disk.counters["waits"] > before)
+            assert made.engine.attended
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        traffic.moves_on()
+    finally:
+        traffic.end()
+
+
 def test_an_end_is_not_held_up(serve: Serve, lists: dict[str, str], clients: Attach) -> None:
     """The device's users get errors, soon, when its connection fails while the front end takes the answers and a server
     that stands still gives none."""

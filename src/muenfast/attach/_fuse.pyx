@@ -865,6 +865,10 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             since = now
             probes += 1
             spins = may_spin and (score > 0 or probes % SPIN_PROBE == 0)
+            if r == NULL and attends:   # else take() counts it
+                pthread_mutex_lock(&d.lock)
+                d.waits += 1
+                pthread_mutex_unlock(&d.lock)
         if spins:
             if now - since < SPIN_NS:
                 sched_yield()           # those whose requests we wait for have the CPU, or want it
