@@ -316,7 +316,8 @@ cdef struct disk_t:
     unsigned depth
     unsigned max_io
     bint plain                  # receive threads only receive, wherever we are
-    bint pumped                 # a thread is the pump
+    bint pumped                 # a thread is the pump, or tried to be ...
+    bint pumps                  # ... and could
     int fuse_fd                 # libfuse's after construction
     fuse_session *session
     request_t *requests
@@ -1097,6 +1098,9 @@ cdef class FuseDisk:
             d.runners += 1
             pthread_mutex_unlock(&d.lock)
             if pumps and pump_open(&p) == 0:
+                pthread_mutex_lock(&d.lock)
+                d.pumps = True
+                pthread_mutex_unlock(&d.lock)
                 status = pump(d, &p)
                 pump_close(&p)
             else:
@@ -1189,6 +1193,11 @@ cdef class FuseDisk:
             status = umount2(path, MNT_DETACH)
         if status != 0 and errno != EINVAL and errno != ENOENT:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+
+    @property
+    def pumps(self):
+        """Whether one thread takes requests and answers (or did): once run() has begun, where the kernel can (Linux 6.7)."""
+        return self._open().pumps
 
     @property
     def read_only(self):
