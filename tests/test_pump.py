@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from conftest import Program, unique
@@ -79,13 +80,63 @@ class Traffic:
 
 
 class Clients:
-    """BlockClients in this process; its servers are others."""
+    """BlockClients in this process; its servers are others. plain: their front ends are no pumps."""
 
-    def __init__(self, stack: ExitStack, lists: dict[str, str]) -> None:
+    def __init__(self, stack: ExitStack, lists: dict[str, str], *, plain: bool = False) -> None:
         self.clients = stack.enter_context(BlockClients(channels_from_lists(**lists)))
         self.clients.ready(lambda: True)
+        pumps = self.clients.disks[0].front.disk.pumps
+        assert not (plain and pumps)
+        if not (plain or pumps):
+            pytest.skip("needs liburing, and a kernel whose io_uring waits for futexes (Linux 6.7)")
         self.engine = self.clients.disks[0].device.client
         self.devices = [str(disk.path) for disk in self.clients.disks]
+
+
+class Turns:
+    """A client's engine that counts the turns of its thread."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.n = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, seconds: float) -> str:
+        self.n += 1
+        return str(self._engine.run(seconds))
+
+
+class Paced:
+    """Reads one after the other, with a pause before each: whoever waits for an answer has gone to sleep."""
+
+    def __init__(self, made: Clients, reads: int, pause: float = 0.001) -> None:
+        self._device, self._reads, self._pause = made.devices[0], reads, pause
+        self.left = reads
+
+    def run(self) -> None:
+        """To be done with all in 10 s: fails where each waits for a sleep to end by itself."""
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        try:
+            eventually(lambda: self.left == 0)
+        finally:
+            self._reads = 0
+            thread.join(20)
+
+    def _run(self) -> None:
+        fd = os.open(self._device, os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, BLOCK) as page:
+                for number in range(self._reads):
+                    if self._reads == 0:
+                        return
+                    time.sleep(self._pause)
+                    assert os.preadv(fd, [page], number % 2048 * BLOCK) == BLOCK
+                    self.left -= 1
+        finally:
+            os.close(fd)
 
 
 @pytest.fixture(params=["inline", "shm"])
@@ -95,27 +146,36 @@ def lists(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 Serve = Callable[..., Program]
-Attach = Callable[[dict[str, str]], Clients]
+Attach = Callable[..., Clients]
 
 
 @pytest.fixture
-def serve(program: Callable[..., Program]) -> Iterator[Serve]:
-    """serve(lists, device): a server, which ends after the clients."""
+def start(program: Callable[..., Program]) -> Iterator[Callable[..., Program]]:
+    """As program(), for servers, which end after the clients."""
     servers = []
 
-    def start(lists: dict[str, str], device: str) -> Program:
-        shared = ["--shm", lists["buffer"]] if "buffer" in lists else []
-        servers.append(program("blk", "--req", lists["req"], "--resp", lists["resp"], *shared, "--device", device))
+    def begin(*words: str) -> Program:
+        servers.append(program(*words))
         return servers[-1]
 
-    yield start
+    yield begin
     for server in servers:
         if server.process.poll() is None:
             assert server.end()[0] == 0
 
 
 @pytest.fixture
-def clients(serve: Serve) -> Iterator[Attach]:
+def serve(start: Callable[..., Program]) -> Serve:
+    """serve(lists, device): a server."""
+    def begin(lists: dict[str, str], device: str) -> Program:
+        shared = ["--shm", lists["buffer"]] if "buffer" in lists else []
+        return start("blk", "--req", lists["req"], "--resp", lists["resp"], *shared, "--device", device)
+
+    return begin
+
+
+@pytest.fixture
+def clients(start: Callable[..., Program]) -> Iterator[Attach]:
     with ExitStack() as stack:
         yield functools.partial(Clients, stack)
 
@@ -140,7 +200,7 @@ def test_plain(serve: Serve, lists: dict[str, str], clients: Attach, monkeypatch
     front_end = fuse.FuseDisk
     monkeypatch.setattr(fuse, "FuseDisk", lambda *words, **options: front_end(*words, **options | {"plain": True}))
     serve(lists, "ram:8M")
-    made = clients(lists)
+    made = clients(lists, plain=True)
     traffic = Traffic(made.devices[0])
     for _ in range(3):
         traffic.moves_on()
@@ -163,11 +223,10 @@ def test_calls_beside_a_device_get_their_answers(serve: Serve, lists: dict[str, 
         assert disk.pread(BLOCK, 7 * MIB) == bytes(BLOCK)
 
 
-def test_two_disks_of_one_connection(program: Callable[..., Program], clients: Attach) -> None:
+def test_two_disks_of_one_connection(start: Callable[..., Program], clients: Attach) -> None:
     """One front end takes the answers for both; the other goes on when that one has gone."""
     lists = {"req": unique("req"), "resp": unique("resp"), "buffer": unique("buf")}
-    server = program("modprobe", "muenblock-server", f"connections=1:{':'.join(lists.values())}",
-                     "device=ram:8M:1,ram:8M:1")
+    start("modprobe", "muenblock-server", f"connections=1:{':'.join(lists.values())}", "device=ram:8M:1,ram:8M:1")
     made = clients(lists)
     assert len(made.devices) == 2
     first, second = (Traffic(device, 4) for device in made.devices)
@@ -180,8 +239,6 @@ def test_two_disks_of_one_connection(program: Callable[..., Program], clients: A
     for _ in range(3):
         second.moves_on(2.0)
     second.end()
-    made.clients.close()
-    assert server.end()[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
@@ -201,6 +258,64 @@ def test_a_server_that_comes_back(serve: Serve, lists: dict[str, str], clients: 
         server = serve(lists, image)
         traffic.moves_on(20.0)
     traffic.end()
+
+
+def test_channels_that_are_made_anew(serve: Serve, lists: dict[str, str], clients: Attach, tmp_path: object) -> None:
+    """Twice, without traffic in between: the bell's next memory may stand where the first one's did, and is waited for."""
+    image = f"{tmp_path}/image"
+    with open(image, "wb") as file:
+        file.truncate(8 * MIB)
+    server = serve(lists, image)
+    made = clients(lists)
+    Paced(made, 50).run()
+    for life in range(2, 4):
+        eventually(lambda: not made.engine.attended)
+        server.end(signal.SIGKILL)
+        for name in lists.values():
+            for path in (f"/dev/shm/{name}", f"/dev/shm/{name}.bell"):
+                if os.path.exists(path):
+                    os.unlink(path)
+        server = serve(lists, image)
+        eventually(lambda life=life: made.engine.counters["lives"] == life)  # type: ignore[misc]
+    Paced(made, 400).run()
+
+
+def test_a_server_that_does_not_ring(start: Callable[..., Program], clients: Attach) -> None:
+    """Its answers are the client's own thread's, which is not asked away from them for each request."""
+    lists = {"req": unique("req"), "resp": unique("resp")}
+    start("blk", "--req", lists["req"], "--resp", lists["resp"], "--device", "ram:8M", "--strict-oneway")
+    made = clients(lists)
+    connection = made.clients.disks[0].device.connection
+    turns = connection.client = Turns(made.engine)
+    try:
+        Paced(made, 50).run()           # from then on all turns are counted
+        before = turns.n
+        Paced(made, 2000, 0).run()
+        assert not made.engine.attended
+        assert turns.n - before < 1000  # one for each tick, not two for each request
+    finally:
+        connection.client = made.engine
+
+
+def test_waits_are_counted(serve: Serve, lists: dict[str, str], clients: Attach) -> None:
+    """Those for one of the request objects, all of which a server that stands still has; and all go on afterwards."""
+    server = serve(lists, "ram:8M")
+    made = clients(lists)
+    disk = made.clients.disks[0].front.disk
+    traffic = Traffic(made.devices[0], 80, 16)
+    try:
+        eventually(lambda: made.engine.attended)
+        before = disk.counters["waits"]
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: disk.in_flight == 64)
+            eventually(lambda: disk.counters["waits"] > before)
+            assert made.engine.attended
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        traffic.moves_on()
+    finally:
+        traffic.end()
 
 
 def test_an_end_is_not_held_up(serve: Serve, lists: dict[str, str], clients: Attach) -> None:

@@ -360,28 +360,27 @@ cdef ring_status client_serve(client_t *c, uint64_t ns, const uint32_t *until) n
 # ------------------------------------------------------------------ a front end's thread that takes the answers itself
 
 cdef bint client_rings(const client_t *c) noexcept nogil:
-    """Whether the server wakes who sleeps on its bell. Precondition: reaping is ours."""
+    """Whether the server wakes who sleeps on its bell. Precondition: reaping is ours, or lock held."""
     cdef uint64_t epoch = load_relaxed64(&c.r.hdr.epoch)
     return c.r.bell != NULL and epoch != 0 and load_relaxed64(&c.r.bell.ringer) == epoch
 
 
 cdef bint client_enter(void *ctx) noexcept nogil:
-    """From a server that does not ring the background thread takes answers: it knows how to poll."""
+    """From a server that does not ring the background thread takes answers: it knows how to poll, and is not asked away."""
     cdef client_t *c = (<queue_t *>ctx).client
-    if load_acquire32(&c.state) != CLIENT_READY:
+    cdef bint ours = False
+    if load_acquire32(&c.state) != CLIENT_READY or load_relaxed32(&c.attended) != 0:
         return False
-    if client_grab(c):
-        if load_acquire32(&c.state) == CLIENT_READY and client_rings(c):
+    pthread_mutex_lock(&c.lock)         # under which state and bell are exchanged
+    if c.state == CLIENT_READY and client_rings(c):
+        ours = client_grab(c)
+        if ours:
             store_release32(&c.attended, 1)
-            return True
-        client_release(c)
-    elif load_relaxed32(&c.attended) == 0 and load_relaxed32(&c.relieve) == 0:
-        pthread_mutex_lock(&c.lock)     # under which the bell is exchanged
-        store_release32(&c.relieve, 1)
-        if c.state == CLIENT_READY and c.r.bell != NULL:
+        elif load_relaxed32(&c.attended) == 0 and load_relaxed32(&c.relieve) == 0:
+            store_release32(&c.relieve, 1)
             bell_kick(c.r.bell)
-        pthread_mutex_unlock(&c.lock)
-    return False
+    pthread_mutex_unlock(&c.lock)
+    return ours
 
 
 cdef void client_leave(void *ctx) noexcept nogil:

@@ -242,6 +242,7 @@ cdef extern from "_pump.h" nogil:
     void pump_close(pump_t *p)
     void pump_write(pump_t *p, int fd, const iovec_t *iov, unsigned n)
     uint32_t pump_flush(pump_t *p)
+    void pump_forget(pump_t *p)
     void pump_sleep(pump_t *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns)
 
 cdef extern from "<sys/prctl.h>" nogil:
@@ -316,7 +317,8 @@ cdef struct disk_t:
     unsigned depth
     unsigned max_io
     bint plain                  # receive threads only receive, wherever we are
-    bint pumped                 # a thread is the pump
+    bint pumped                 # a thread is the pump, or tried to be ...
+    bint pumps                  # ... and could
     int fuse_fd                 # libfuse's after construction
     fuse_session *session
     request_t *requests
@@ -858,6 +860,8 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             if attends:
                 got = d.attendance.collect(d.ctx)
                 attends = got != COLLECT_OVER
+                if not attends:         # its bell may be another one next time
+                    pump_forget(p)
                 worked = worked or got == COLLECT_SOME
         if d.done != NULL:
             reply_all(d, p)
@@ -873,6 +877,10 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             since = now
             probes += 1
             spins = may_spin and (score > 0 or probes % SPIN_PROBE == 0)
+            if r == NULL and attends:   # else take() counts it
+                pthread_mutex_lock(&d.lock)
+                d.waits += 1
+                pthread_mutex_unlock(&d.lock)
         if spins:
             if now - since < SPIN_NS:
                 sched_yield()           # those whose requests we wait for have the CPU, or want it
@@ -884,6 +892,7 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             if now - since >= IDLE_NS and load_relaxed32(&d.in_flight) == 0:
                 d.attendance.leave(d.ctx)
                 attends = False
+                pump_forget(p)
             else:
                 word = d.attendance.listen(d.ctx, &seen)
                 if word == NULL:
@@ -1100,6 +1109,9 @@ cdef class FuseDisk:
             d.runners += 1
             pthread_mutex_unlock(&d.lock)
             if pumps and pump_open(&p) == 0:
+                pthread_mutex_lock(&d.lock)
+                d.pumps = True
+                pthread_mutex_unlock(&d.lock)
                 status = pump(d, &p)
                 pump_close(&p)
             else:
@@ -1192,6 +1204,11 @@ cdef class FuseDisk:
             status = umount2(path, MNT_DETACH)
         if status != 0 and errno != EINVAL and errno != ENOENT:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+
+    @property
+    def pumps(self):
+        """Whether one thread takes requests and answers (or did): once run() has begun, where the kernel can (Linux 6.7)."""
+        return self._open().pumps
 
     @property
     def read_only(self):

@@ -54,6 +54,7 @@ static inline uint32_t pump_flush(pump *p) {
     (void)p;
     return 0;
 }
+static inline void pump_forget(pump *p) { (void)p; }
 static inline void pump_sleep(pump *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns) {
     (void)p, (void)fd, (void)word, (void)seen, (void)ns;
 }
@@ -123,6 +124,18 @@ static inline uint32_t pump_flush(pump *p) {
     return refused;
 }
 
+/* Waits for the word no longer. To be called where its memory may be exchanged from then on: the kernel waits for the memory,
+ * not for the address, at which other memory may stand next. */
+static inline void pump_forget(pump *p) {
+    struct io_uring_sqe *sqe;
+    if (p->word == NULL)
+        return;
+    sqe = pump_sqe(p);
+    io_uring_prep_cancel64(sqe, PUMP_WORD | p->asked << 8, 0);
+    sqe->user_data = PUMP_OTHER;
+    p->word = NULL;
+}
+
 /* Sleeps until fd (-1: none) is readable, or the word (NULL: none) is no longer `seen` or is woken, at most ns nanoseconds.
  * What was asked for by an earlier call and has not come counts, too: who changes the word wakes those who wait. */
 static inline void pump_sleep(pump *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns) {
@@ -135,12 +148,8 @@ static inline void pump_sleep(pump *p, int fd, uint32_t *word, uint32_t seen, ui
         sqe->user_data = PUMP_FD;
         p->watches = true;
     }
-    if (word != NULL && p->word != NULL && p->word != word) { /* other memory than before */
-        sqe = pump_sqe(p);
-        io_uring_prep_cancel64(sqe, PUMP_WORD | p->asked << 8, 0);
-        sqe->user_data = PUMP_OTHER;
-        p->word = NULL;
-    }
+    if (word != NULL && p->word != word)
+        pump_forget(p);
     if (word != NULL && p->word == NULL) {
         sqe = pump_sqe(p);
         io_uring_prep_rw(PUMP_OP_FUTEX_WAIT, sqe, PUMP_FUTEX2_U32, word, 0, seen);
