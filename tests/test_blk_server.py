@@ -823,6 +823,24 @@ def test_a_block_device(link: Link, new_link: Callable[[], Link], tmp_path: Path
     assert image.read_bytes()[5 * BLOCK_BYTES:6 * BLOCK_BYTES] == block(55)
 
 
+@pytest.mark.root
+def test_a_file_behind_a_loop_device(link: Link, tmp_path: Path) -> None:
+    """Somebody may have mounted that: it is served read-only, or not at all."""
+    image = tmp_path / "image"
+    image.write_bytes(block(3) * 64)
+    device = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True,
+                            check=True).stdout.strip()
+    try:
+        with pytest.raises(ClaimError, match=f"already held by the loop device {device}"):
+            link.serve(str(image))
+        with link.serve(str(image), read_only="yes"):
+            pass
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    with link.serve(str(image)):
+        pass
+
+
 def test_a_client_that_stores_its_counters_in_pieces(link: Link) -> None:
     """A plain peer in Python: half-stored counters are no restart, nothing is executed twice or lost."""
     client = link.client()
