@@ -20,15 +20,9 @@
 #include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
-#pragma push_macro("BLOCK_SIZE") /* _wire.h has one, and linux/fs.h another */
-#undef BLOCK_SIZE
-#ifndef MUENFAST_NO_URING
-#include <liburing.h>
-#endif
-#undef BLOCK_SIZE
-#pragma pop_macro("BLOCK_SIZE")
 
 #include "_atomics.h"
+#include "_uring.h"
 
 enum aio_kind { AIO_READ = 0, AIO_WRITE = 1, AIO_SYNC = 2, AIO_DISCARD = 3 };
 
@@ -43,10 +37,7 @@ enum {
 /* Where a kernel cannot wait for the bell and for operations at once: a look at the ring this often, while there are some. */
 #define AIO_LOOK_NS UINT64_C(200000)
 #define AIO_DISCARD_DEVICE _IO(0x12, 119) /* linux/fs.h: BLKDISCARD */
-#define AIO_OP_COMMAND 46                 /* linux/io_uring.h of Linux 5.19: IORING_OP_URING_CMD */
 #define AIO_COMMAND_DISCARD _IO(0x12, 0)  /* linux/blkdev.h of Linux 6.12: BLOCK_URING_CMD_DISCARD */
-#define AIO_OP_FUTEX_WAIT 51              /* linux/io_uring.h of Linux 6.7: IORING_OP_FUTEX_WAIT */
-#define AIO_FUTEX2_U32 2                  /* linux/futex.h: FUTEX2_SIZE_U32, shared between processes */
 
 typedef struct aio_op {
     struct aio_op *next;
@@ -246,7 +237,7 @@ static inline bool aio_prepare(aio *a, aio_op *op) {
     if (op->kind == AIO_SYNC)
         io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
     else if (op->kind == AIO_DISCARD && a->devices[op->file]) { /* fallocate would write zeros: not what was asked for */
-        io_uring_prep_rw(AIO_OP_COMMAND, sqe, fd, NULL, 0, 0);
+        io_uring_prep_rw(URING_OP_COMMAND, sqe, fd, NULL, 0, 0);
         sqe->cmd_op = AIO_COMMAND_DISCARD;
         sqe->addr = op->start;
         sqe->addr3 = op->length;
@@ -308,12 +299,8 @@ static inline void aio_arm(aio *a, const uint32_t *word, uint32_t seen) {
     struct io_uring_sqe *sqe = a->armed ? NULL : io_uring_get_sqe(&a->ring);
     if (sqe == NULL)
         return;
-    memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = AIO_OP_FUTEX_WAIT;
-    sqe->fd = AIO_FUTEX2_U32;
-    sqe->addr = (uint64_t)(uintptr_t)word;
-    sqe->addr2 = seen;
-    sqe->addr3 = UINT32_MAX; /* mask: any wake-up */
+    uring_prep_futex_wait(sqe, word, seen);
+    io_uring_sqe_set_data(sqe, NULL);
     a->armed = true;
 }
 #endif
@@ -337,7 +324,7 @@ static inline void aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t lengt
         struct iovec all = {fixed, length};
         a->uring = true;
         if (probe != NULL) {
-            a->waits_for_futex = io_uring_opcode_supported(probe, AIO_OP_FUTEX_WAIT);
+            a->waits_for_futex = io_uring_opcode_supported(probe, URING_OP_FUTEX_WAIT);
             a->uring = io_uring_opcode_supported(probe, IORING_OP_READ) &&
                        io_uring_opcode_supported(probe, IORING_OP_FALLOCATE);
             io_uring_free_probe(probe);

@@ -13,16 +13,11 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/uio.h>
-#ifndef MUENFAST_NO_URING
-#include <liburing.h>
-#endif
 
-#include "../_atomics.h"
+#include "../_uring.h"
 
 enum {
     PUMP_WRITES = 64,        /* in one system call */
-    PUMP_OP_FUTEX_WAIT = 51, /* linux/io_uring.h of Linux 6.7: IORING_OP_FUTEX_WAIT */
-    PUMP_FUTEX2_U32 = 2,     /* linux/futex.h: FUTEX2_SIZE_U32, shared between processes */
     /* user_data; of the word also which one of those that were asked for, from bit 8 on */
     PUMP_WRITE = 1,
     PUMP_FD = 2,
@@ -69,7 +64,7 @@ static inline int pump_open(pump *p) {
     if (status < 0)
         return status;
     probe = io_uring_get_probe_ring(&p->ring);
-    able = probe != NULL && io_uring_opcode_supported(probe, PUMP_OP_FUTEX_WAIT);
+    able = probe != NULL && io_uring_opcode_supported(probe, URING_OP_FUTEX_WAIT);
     if (probe != NULL)
         io_uring_free_probe(probe);
     if (!able) {
@@ -152,8 +147,7 @@ static inline void pump_sleep(pump *p, int fd, uint32_t *word, uint32_t seen, ui
         pump_forget(p);
     if (word != NULL && p->word == NULL) {
         sqe = pump_sqe(p);
-        io_uring_prep_rw(PUMP_OP_FUTEX_WAIT, sqe, PUMP_FUTEX2_U32, word, 0, seen);
-        sqe->addr3 = UINT32_MAX; /* mask: any wake-up */
+        uring_prep_futex_wait(sqe, word, seen);
         p->asked++;
         sqe->user_data = PUMP_WORD | p->asked << 8;
         p->word = word;
