@@ -8,6 +8,7 @@ All timeouts are seconds; all sizes and offsets are bytes unless a name says oth
 
 from __future__ import annotations
 
+import abc
 import enum
 import errno
 import mmap
@@ -433,13 +434,14 @@ class InlineClient:
         return self.size_sectors
 
 
-class _Served:
+class _Served(abc.ABC):
     """What a server that is driven by step() can do besides."""
 
     _resp: ChannelWriter
 
+    @abc.abstractmethod
     def step(self) -> bool:
-        raise NotImplementedError
+        """Handles what is there now; False when idle."""
 
     def serve(self, stop: threading.Event) -> None:
         """step() until `stop` is set, then deactivate."""

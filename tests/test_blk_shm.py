@@ -33,7 +33,7 @@ from peer import (
     InlineClient,
 )
 
-from muenfast import BlockDevice, BlockServer, UsageError
+from muenfast import BlockDevice, BlockServer, PeerError, UsageError
 from muenfast.blk import exports_from_lists
 
 MIB = 1 << 20
@@ -373,3 +373,12 @@ def test_a_buffer_has_one_server(program: Callable[..., Program], tmp_path: Path
     assert f"--shm, entry 0 '{bar}@1M+2M': the server's side of buffer {bar}@1M+2M is already held by" in ended.stderr
     other = program("blk", "--req", names[2], "--resp", names[3], "--shm", f"{bar}@2M+2M", "--device", "ram:1M")
     assert other.end() == (0, "") and server.end() == (0, "")
+
+
+def test_the_two_generations_mixed(program: Callable[..., Program]) -> None:
+    """An inline client of a server with a buffer is told what the other side has."""
+    names = [unique(word) for word in ("a", "c", "b")]
+    server = program("blk", "--req", names[0], "--resp", names[1], "--shm", names[2], "--device", "ram:1M")
+    with pytest.raises(PeerError, match="the other side uses a shared buffer: name it"):
+        BlockDevice(names[0], names[1], timeout=2)
+    assert server.end()[0] == 0

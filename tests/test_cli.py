@@ -17,6 +17,7 @@ import pytest
 from conftest import Program, leftovers, run, unique
 
 from muenfast import BlockDevice
+from muenfast.cli import stat
 
 Start = Callable[..., Program]
 
@@ -874,3 +875,23 @@ def test_a_server_in_the_background_of_a_script_ends_by_signal(number: int, four
     done = subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_partition_that_is_no_number(four: dict[str, str], tmp_path: Path) -> None:
+    """The file is there: what follows its name is at fault."""
+    (tmp_path / "disk").write_bytes(bytes(8192))
+    ended = run("blk", "--req", four["a"], "--resp", four["c"], "--device", f"{tmp_path}/disk#x")
+    assert ended.returncode == 2
+    assert f"a partition of {tmp_path}/disk is a number from 1, not 'x'" in ended.stderr
+    ended = run("blk", "--req", four["a"], "--resp", four["c"], "--device", f"{tmp_path}/nowhere/disk")
+    assert f"make its directory, {tmp_path}/nowhere, first" in ended.stderr
+
+
+def test_stat_tells_what_is_in_flight(capsys: pytest.CaptureFixture[str]) -> None:
+    """And says nothing of it where there is nothing."""
+    entry = {"role": "client", "req": "a", "resp": "c", "size": 4096, "state": "ready", "failure": None, "in_flight": 3,
+             "counters": {"reads": 7, "writes": 0}}
+    stat._show(entry)
+    assert "    in flight 3, reads 7\n" in capsys.readouterr().out
+    stat._show(entry | {"in_flight": 0})
+    assert "    reads 7\n" in capsys.readouterr().out

@@ -191,3 +191,13 @@ def test_the_client_makes_a_device_appear(program: Start, four: dict[str, str]) 
                           check=True).stdout == "1048576\n"
     assert client.end() == (0, "") and server.end() == (0, "")
     assert not os.path.lexists(device)
+
+
+def test_options_may_stand_among_the_parameters() -> None:
+    """What is wrong is said of the parameter, not of where it stands; an option that there is none of stays unknown."""
+    among = run("modprobe", "muenblock-client", "--attach", "none", "connections=1:a:a:e")
+    assert among.returncode == 2
+    assert "connections, entry 0 'a'" in among.stderr and "overlaps another one of the same entry" in among.stderr
+    unknown = run("modprobe", "muenblock-client", "connections=1:a:c:e", "--bogus")
+    assert unknown.returncode == 2
+    assert unknown.stderr == "muenfast: unrecognized arguments: --bogus (muenfast modprobe --help tells more)\n"

@@ -154,7 +154,7 @@ def test_devices_stand_in_the_order_of_the_list() -> None:
     ("1:a:b:c,1:d:e:f", 1, ["'1:d:e:f'", "the ID '1' is that of entry 0"]),
     ("1:a:b:c,2:d:e:c", 1, ["'c'", "overlaps connections, entry 0"]),
     ("1:a:a:c", 0, ["'a'", "one channel or the buffer"]),
-    ("1:a:b:/dev/shm/a", 0, ["'/dev/shm/a'", "overlaps connections, entry 0"])])
+    ("1:a:b:/dev/shm/a", 0, ["'/dev/shm/a'", "overlaps another one of the same entry"])])
 def test_wrong_connections(connections: str, index: int, parts: list[str]) -> None:
     """Entry, field and rule are named."""
     error = refused(modules.connections_from_lists, connections)

@@ -418,6 +418,17 @@ def test_a_buffer_that_was_made_short_and_long_again(names: Callable[[str], str]
         place.rmdir()
 
 
+def stuck_write(held: Held, device: BlockDevice) -> Completions:
+    """A write of block(2) over block(1), under way while the disk stands still."""
+    device.pwrite(block(1), 0)
+    device.client.background = True
+    done = Completions(device.target)
+    held.freeze()
+    done.submit("write", 0, bytes(block(2)))
+    eventually(lambda: device.client.in_flight == 1)
+    return done
+
+
 @pytest.mark.root
 def test_a_dead_servers_last_write_is_waited_for(held: Held, link: Link, program: Callable[..., Program],
                                                  loop_device: Callable[[Path], str]) -> None:
@@ -426,12 +437,7 @@ def test_a_dead_servers_last_write_is_waited_for(held: Held, link: Link, program
     disk = loop_device(held.disk(256))
     server = link.program(disk)
     with link.device() as device:
-        device.pwrite(block(1), 0)
-        device.client.background = True
-        done = Completions(device.target)
-        held.freeze()
-        done.submit("write", 0, bytes(block(2)))
-        eventually(lambda: device.client.in_flight == 1)
+        done = stuck_write(held, device)
         eventually(lambda: Path(f"/sys/block/{Path(disk).name}/inflight").read_text().split() != ["0", "0"])
         server.process.kill()
         server.process.wait(20)
@@ -455,12 +461,7 @@ def test_an_end_that_waits_for_its_disk_says_so(held: Held, link: Link) -> None:
     """A server that is told to end while its disk stands still names the export, and ends once the disk is done."""
     server = link.program(str(held.disk()))
     with link.device() as device:
-        device.pwrite(block(1), 0)
-        device.client.background = True
-        done = Completions(device.target)
-        held.freeze()
-        done.submit("write", 0, bytes(block(2)))
-        eventually(lambda: device.client.in_flight == 1)
+        done = stuck_write(held, device)
         server.process.terminate()
         assert server.process.stderr is not None
         eventually(lambda: f"export {link.req}/{link.resp}: waiting for its disk" in server.process.stderr.readline())

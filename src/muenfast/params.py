@@ -43,7 +43,9 @@ def apart(spans: Sequence[tuple[str, int, str, str, int, float]], rule: str) -> 
     for i, (option, index, text, path, start, end) in enumerate(spans):
         for first_option, first_index, _, first_path, first_start, first_end in spans[:i]:
             if path == first_path and start < first_end and first_start < end:
-                raise UsageError(f"{rule}; this overlaps {first_option}, entry {first_index}",
+                same = (first_option, first_index) == (option, index)
+                other = "another one of the same entry" if same else f"{first_option}, entry {first_index}"
+                raise UsageError(f"{rule}; this overlaps {other}",
                                  option=option, index=index, value=text)
 
 

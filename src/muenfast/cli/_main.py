@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
         if more:
             # argparse takes no positionals behind an option that stands among them.
             if arguments.command != "modprobe" or any(word.startswith("-") for word in more):
-                top.exit(2, f"muenfast: unrecognized arguments: {' '.join(more)} (muenfast "
-                            f"{arguments.command or ''} --help tells more)\n".replace("  ", " "))
+                help_of = "muenfast" if arguments.command is None else f"muenfast {arguments.command}"
+                top.exit(2, f"muenfast: unrecognized arguments: {' '.join(more)} ({help_of} --help tells more)\n")
             arguments.parameters += more
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
         return int(end.code or 0)
