@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import time
@@ -49,3 +50,14 @@ class TornWords:
     def release(self) -> None:
         self._raw.release()
         self._words.release()
+
+
+def no_ring() -> str | None:
+    """Why a block device's requests do not come by FUSE over io_uring here, or None."""
+    from muenfast.attach import fuseuring
+
+    if not os.path.exists(fuseuring.PARAMETER):
+        return "needs a kernel with FUSE over io_uring (Linux 6.14)"
+    if not fuseuring.tried():
+        return f"needs Linux {'.'.join(map(str, fuseuring.TRIED))}, or {fuseuring.PARAMETER} to be Y"
+    return None

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers import no_ring
 
 from muenfast.attach import fuse, loop, watchdog
 from muenfast.errors import UsageError
@@ -108,15 +109,19 @@ def place(tmp_path):
     assert not os.path.exists(place.device)
 
 
-@pytest.fixture(params=[False, True], ids=["pump", "plain"])
+@pytest.fixture(params=["ring", "pump", "plain"])
 def attach(place, request):
     """attach(nblocks, **options) on `place`; detached at the end, which then has nothing to report."""
     blk = pytest.importorskip("muenfast._target")
     made = []
+    if request.param == "ring" and (reason := no_ring()):
+        pytest.skip(reason)
 
     def make(nblocks=16384, **options):
-        made.append(fuse.FuseAttachment.attach(blk.Memory(nblocks), place.name, place.runtime_dir, plain=request.param,
-                                               **options))
+        made.append(fuse.FuseAttachment.attach(blk.Memory(nblocks), place.name, place.runtime_dir,
+                                               plain=request.param == "plain",
+                                               uring="auto" if request.param == "ring" else "off", **options))
+        assert made[-1].disk.ring == (request.param == "ring")
         return made[-1]
     yield make
     for attachment in made:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Program, unique
+from helpers import no_ring
 
 from muenfast.attach import fuse
 from muenfast.blk import BlockClients, channels_from_lists
@@ -80,12 +81,14 @@ class Traffic:
 
 
 class Clients:
-    """BlockClients in this process; its servers are others. plain: their front ends are no pumps."""
+    """BlockClients in this process; its servers are others. uring: as fuse_uring; plain: their front ends are no pumps."""
 
-    def __init__(self, stack: ExitStack, lists: dict[str, str], *, plain: bool = False) -> None:
-        self.clients = stack.enter_context(BlockClients(channels_from_lists(**lists)))
+    def __init__(self, stack: ExitStack, uring: str, lists: dict[str, str], *, plain: bool = False) -> None:
+        self.clients = stack.enter_context(BlockClients(channels_from_lists(**lists), fuse_uring=uring))
         self.clients.ready(lambda: True)
-        pumps = self.clients.disks[0].front.disk.pumps
+        disk = self.clients.disks[0].front.disk
+        assert disk.ring == (uring == "auto" and not plain)
+        pumps = disk.pumps
         assert not (plain and pumps)
         if not (plain or pumps):
             pytest.skip("needs liburing, and a kernel whose io_uring waits for futexes (Linux 6.7)")
@@ -174,10 +177,12 @@ def serve(start: Callable[..., Program]) -> Serve:
     return begin
 
 
-@pytest.fixture
-def clients(start: Callable[..., Program]) -> Iterator[Attach]:
+@pytest.fixture(params=["auto", "off"], ids=["ring", "read"])
+def clients(start: Callable[..., Program], request: pytest.FixtureRequest) -> Iterator[Attach]:
+    if request.param == "auto" and (reason := no_ring()):
+        pytest.skip(reason)
     with ExitStack() as stack:
-        yield functools.partial(Clients, stack)
+        yield functools.partial(Clients, stack, request.param)
 
 
 def test_the_front_end_takes_answers_while_there_are_any(serve: Serve, lists: dict[str, str],

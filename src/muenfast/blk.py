@@ -161,13 +161,19 @@ class BlockClients(_Group):
     on a connection; attached when ready() returns True.
 
     disks: one for each connection until ready() knows how many each has. attach: one of ATTACHMENTS, afterwards what
-    "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too.
+    "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too. fuse_uring: when
+    the device's requests come by FUSE over io_uring: "auto", "kernel" (where its parameter says so) or "off".
     """
 
     def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
-                 on_peer_loss: OnPeerLoss | None = None, same_store: bool = False) -> None:
+                 on_peer_loss: OnPeerLoss | None = None, same_store: bool = False, fuse_uring: str = "auto") -> None:
         super().__init__()
         self.attach = _front_end(attach)
+        self._fuse_uring = fuse_uring
+        if fuse_uring != "auto":
+            from muenfast.attach import fuseuring
+
+            fuseuring.check(fuse_uring)
         self.connections: list[Connection] = []
         self.disks: list[AttachedDisk] = []
         with ExitStack() as stack:
@@ -255,7 +261,7 @@ class BlockClients(_Group):
                 for complaint in fuse.reclaim_name(directory, name) + nbdkernel.reclaim_name(directory, name):
                     log.warning("/dev/%s: %s", name, complaint)
                 if self.attach == "fuse":
-                    disk.front = fuse.FuseAttachment.attach(disk.device.target, name, directory)
+                    disk.front = fuse.FuseAttachment.attach(disk.device.target, name, directory, uring=self._fuse_uring)
                 else:
                     disk.front = nbdkernel.NbdAttachment.attach(self._nbd(disk), name, directory)
             except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps
@@ -311,6 +317,8 @@ class BlockClients(_Group):
             entry["device"] = disk.path
             if disk.front is not None:
                 entry["attach"], entry["front"] = self.attach, dict(disk.front.disk.counters)
+                if self.attach == "fuse":
+                    entry["fuse_uring"] = disk.front.disk.ring
             if disk.listener is not None:
                 entry["nbd"] = {"socket": disk.socket, "counters": {} if disk.nbd is None else disk.nbd.counters}
             entries.append(entry)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from muenfast import __version__, control, shm
-from muenfast.attach import block, fuse, loop, nbdkernel, sockets, watchdog
+from muenfast.attach import block, fuse, fuseuring, loop, nbdkernel, sockets, watchdog
 from muenfast.errors import ClaimError
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
@@ -233,6 +233,7 @@ def _fuse() -> Iterator[Check]:
         yield Check("FUSE", MISSING, f"/dev/fuse: {problem.strerror}", lost, step, needed=True)
     else:
         yield Check("FUSE", OK, "/dev/fuse opens, the compiled front end loads", needed=True)
+        yield _fuse_uring()
     # The front end mounts its own (fsopen), so the kernel must know it, and nobody need have mounted it.
     if "fusectl" in _text("/proc/filesystems").split():
         yield Check("fusectl", OK, "known to the kernel")
@@ -240,6 +241,18 @@ def _fuse() -> Iterator[Check]:
         yield Check("fusectl", LIMITED if problem is None else MISSING, "unknown to the kernel",
                     "a dead client's connection is ended by a forced unmount, which other mount namespaces can defeat.",
                     _load("fuse", "CONFIG_FUSE_FS"))
+
+
+def _fuse_uring() -> Check:
+    name, value = "FUSE over io_uring", _text(fuseuring.PARAMETER)
+    if value == "Y":
+        return Check(name, OK, f"{fuseuring.PARAMETER} is Y")
+    lost = "a block device does a tenth less 4 KiB requests per second."
+    if not value:
+        return Check(name, LIMITED, "unknown to the kernel", lost, "boot Linux 6.14 or newer, with CONFIG_FUSE_IO_URING=y")
+    if fuseuring.tried() and os.access(fuseuring.PARAMETER, os.W_OK):
+        return Check(name, OK, f"{fuseuring.PARAMETER} is {value}; a client switches it on while it makes a device")
+    return Check(name, LIMITED, f"{fuseuring.PARAMETER} is {value}", lost, f"echo Y > {fuseuring.PARAMETER}")
 
 
 def _loop() -> Iterator[Check]:

@@ -14,16 +14,21 @@ One thread does everything where the kernel can wait for both sides at once (_pu
 requests there are, submits them together, takes the target's answers, and gives them to the kernel
 together (docs/decisions/010). Elsewhere receive threads only receive.
 
+Where the kernel offers FUSE over io_uring (docs/decisions/011), that thread takes requests and gives answers without a
+system call for each. A request object then is an entry of the kernel's for good: it is received into by the kernel
+(with as many as all CPUs may want at once), waits in the pump's `arrived` while the target has `depth` others, and goes
+back by being committed, which only the pump does: what is answered on another thread is handed to it (`foreign`).
+
 libfuse allocates its own small fuse_req for a request that it sees; nothing here allocates after construction.
 """
 cimport cython
 from cpython.exc cimport PyErr_SetFromErrno, PyErr_SetFromErrnoWithFilenameObject
 from libc.errno cimport (
-    EAGAIN, EFBIG, EINTR, EINVAL, EIO, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, EPROTO, EROFS, errno,
+    EAGAIN, EFBIG, EINTR, EINVAL, EIO, ENOENT, ENOSYS, EOPNOTSUPP, ENOTCONN, EPERM, EPROTO, EROFS, errno,
 )
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset, strcmp
+from libc.string cimport memcpy, memset, strcmp
 
 import os
 
@@ -52,6 +57,25 @@ cdef extern from *:
     #endif
     #ifndef PR_SET_IO_FLUSHER               /* uapi/linux/prctl.h, Linux 5.6 */
     #define PR_SET_IO_FLUSHER 57
+    #endif
+
+    #include <fuse_lowlevel.h>
+    #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14)
+    typedef struct fuse_custom_io custom_io_t;
+    static inline int session_over(struct fuse_session *se, const custom_io_t *io, int fd)
+    {
+        return fuse_session_custom_io(se, io, fd);
+    }
+    enum { CUSTOM_IO = 1 };
+    #else
+    typedef struct { ssize_t (*writev)(int, struct iovec *, int, void *); ssize_t (*read)(int, void *, size_t, void *); }
+        custom_io_t;
+    static inline int session_over(struct fuse_session *se, const custom_io_t *io, int fd)
+    {
+        (void)se, (void)io, (void)fd;
+        return -ENOSYS;
+    }
+    enum { CUSTOM_IO = 0 };
     #endif
 
     /* What the kernel puts before the payload of a FUSE_WRITE. */
@@ -89,6 +113,11 @@ cdef extern from *:
         return 0;
     }
     """
+    enum: CUSTOM_IO     # libfuse lets us carry what it says
+    ctypedef struct custom_io_t:
+        ssize_t (*writev)(int fd, iovec_t *parts, int n, void *userdata) noexcept nogil
+        ssize_t (*read)(int fd, void *buf, size_t n, void *userdata) noexcept nogil
+    int session_over(fuse_session *se, const custom_io_t *io, int fd)
     enum: WRITE_HEADER
     enum: FOPEN_DIRECT_IO
     enum: FOPEN_NOFLUSH
@@ -100,6 +129,7 @@ cdef extern from *:
     struct fuse_open_out:
         uint32_t open_flags
     struct fuse_in_header:
+        uint32_t len
         uint32_t opcode
         uint64_t unique
         uint64_t nodeid
@@ -131,6 +161,7 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
         char **argv
         int allocated
     struct fuse_buf:
+        size_t size
         void *mem
     struct timespec:
         long tv_sec
@@ -231,19 +262,40 @@ cdef extern from "<sys/mount.h>" nogil:
     int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
     int umount2(const char *target, int flags)
 
+cdef extern from "<errno.h>" nogil:
+    enum: ECANCELED
+
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 cdef extern from "_pump.h" nogil:
     enum: PUMP_WRITES
     ctypedef struct pump_t "pump":
-        pass
-    int pump_open(pump_t *p)
+        bint watches
+        bint awaits
+    int pump_open(pump_t *p, unsigned entries)
+    int pump_start(pump_t *p)
     void pump_close(pump_t *p)
     void pump_write(pump_t *p, int fd, const iovec_t *iov, unsigned n)
     uint32_t pump_flush(pump_t *p)
     void pump_forget(pump_t *p)
     void pump_sleep(pump_t *p, int fd, uint32_t *word, uint32_t seen, uint64_t ns)
+    void pump_watch(pump_t *p, int fd)
+    void pump_await(pump_t *p, int event)
+    void pump_register(pump_t *p, int fd, const iovec_t *parts, unsigned queue, unsigned entry)
+    void pump_commit(pump_t *p, int fd, uint64_t commit_id, unsigned queue, unsigned entry)
+    bint pump_next(pump_t *p, unsigned *entry, int *result)
+
+cdef extern from "_fuse_uring.h" nogil:
+    enum: FUSE_URING_FIRST
+    ctypedef struct fuse_uring_header:
+        fuse_in_header in_ "in"
+        fuse_out_header out
+        char *first
+        uint64_t commit_id
+        uint32_t payload
+    bint fuse_uring_offered(const void *request, size_t n)
+    int fuse_uring_accept(void *answer, size_t n)
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
@@ -275,6 +327,8 @@ cdef enum:
     FUSE_HEADER = 4096          # FUSE_BUFFER_HEADER_SIZE of libfuse's fuse_lowlevel.c
     STRIDE = BLOCK + FUSE_MAX_WRITE + FUSE_HEADER
     INO_DISK = 2
+    MOST_ENTRIES = 1024         # of all CPUs together ...
+    LEAST_SHARE = 16            # ... but so many for each
     MOST_BLOCKS = 0xffffffff    # of one io_t
 
 cdef double FOREVER = 86400.0   # seconds the kernel may cache names and attributes: they never change
@@ -285,6 +339,9 @@ cdef double FOREVER = 86400.0   # seconds the kernel may cache names and attribu
 cdef uint64_t SPIN_NS = 50_000
 cdef int SPIN_SCORE = 16
 cdef uint32_t SPIN_PROBE = 16
+# Answers go to the kernel together: once as many are there as are still out, or the first of them has waited so long. Each
+# batch wakes a softirq thread, the load and the loop device's workers (docs/decisions/011).
+cdef uint64_t GATHER_NS = 20_000
 # It sleeps at most this long while it takes the target's answers, and stops taking them when nothing came for so long:
 # the target's own thread waits at less cost.
 cdef uint64_t ATTEND_NS = 100_000_000
@@ -294,6 +351,8 @@ cdef uint64_t FOREVER_NS = 3600_000_000_000
 
 cdef struct request_t:
     disk_t *disk
+    int queue                   # of the kernel's whose entry it is for good (FUSE over io_uring), or -1
+    fuse_uring_header *entry    # that entry's header
     fuse_req_t req              # libfuse's, or NULL: a read or write, and `unique` is whose answer it is
     uint64_t unique
     uint64_t covers             # of a flush: `changes` when it was submitted
@@ -319,6 +378,11 @@ cdef struct disk_t:
     bint plain                  # receive threads only receive, wherever we are
     bint pumped                 # a thread is the pump, or tried to be ...
     bint pumps                  # ... and could
+    pump_t *ring                # FUSE over io_uring: the pump, from construction on; else NULL
+    unsigned queues             # of the ring: CPUs the system may have ...
+    unsigned share              # ... and entries of each
+    fuse_uring_header *headers  # of the entries
+    int wake                    # eventfd: the pump has to look at `foreign`
     int fuse_fd                 # libfuse's after construction
     fuse_session *session
     request_t *requests
@@ -340,7 +404,14 @@ cdef struct disk_t:
     uint64_t bytes
     uint64_t errors
     uint64_t waits
-    request_t *done             # the pump's own: answered by the target and not by it
+    request_t *done             # the pump's own: answered by the target and not by it ...
+    unsigned n_done             # ... and how many
+    request_t *arrived          # the pump's own: entries with requests that nobody has looked at, oldest first
+    request_t *last_arrived
+    request_t *foreign          # entries that the target answered on other threads, for the pump
+    bint ring_over              # the pump has ended: nobody answers any more
+    bint accepting              # construction: the kernel's INIT offered FUSE over io_uring, and is to be told yes
+    size_t arena_size
     uint64_t unsent             # replies the kernel refused: the request was aborted meanwhile
     uint64_t changes            # writes, discards and zeros answered, well or not ...
     uint64_t flushed            # ... and how many of them the last good flush covers
@@ -403,6 +474,11 @@ cdef void count(disk_t *d, const io_t *io) noexcept nogil:
         c_write(d.event, &one, sizeof(one))
 
 
+cdef inline uint8_t *payload(request_t *r) noexcept nogil:
+    """Where the data of a request are, and those of its answer: a page's begin."""
+    return <uint8_t *>r.buf.mem + WRITE_HEADER
+
+
 cdef int compose(request_t *r, int error, size_t size) noexcept nogil:
     """The answer to a read or write of size bytes, in r.parts; how many of those. error: 0 or a negative errno."""
     cdef int n = 1
@@ -431,26 +507,112 @@ cdef int answer(request_t *r) noexcept nogil:
     return compose(r, -EIO if error > 0 else error, <size_t>r.io.nblocks * r.disk.block)
 
 
+cdef void commit(disk_t *d, request_t *r, int error, size_t size) noexcept nogil:
+    """Answers an entry's request, whose answer of `size` bytes is its payload. Precondition: this thread is the pump."""
+    r.entry.out.unique = r.unique
+    r.entry.out.error = error
+    r.entry.out.len = <uint32_t>(sizeof(fuse_out_header) + size)
+    r.entry.payload = <uint32_t>size
+    pump_commit(d.ring, d.fuse_fd, r.entry.commit_id, <unsigned>r.queue, <unsigned>(r - d.requests) - d.depth)
+
+
+cdef void commit_move(disk_t *d, request_t *r, int error, size_t size) noexcept nogil:
+    """As compose(), of an entry."""
+    cdef fuse_write_out *written
+    if error == 0 and r.io.kind == IO_WRITE:
+        written = <fuse_write_out *>payload(r)
+        memset(written, 0, sizeof(fuse_write_out))
+        written.size = <uint32_t>size
+        size = sizeof(fuse_write_out)
+    commit(d, r, error, size if error == 0 else 0)
+
+
+cdef void commit_done(request_t *r) noexcept nogil:
+    """Answers an entry that the target is done with."""
+    global current_request
+    cdef int error = r.io.error
+    if r.req != NULL:
+        current_request = r
+        fuse_reply_err(r.req, EIO if error > 0 else -error)     # by carry_out()
+        current_request = NULL
+    else:
+        commit_move(r.disk, r, -EIO if error > 0 else error, <size_t>r.io.nblocks * r.disk.block)
+
+
+cdef ssize_t carry_out(int fd, iovec_t *parts, int n, void *userdata) noexcept nogil:
+    """What libfuse says to the kernel: INIT's answer, and those of entries (current_request) out of its own memory."""
+    cdef disk_t *d = <disk_t *>userdata
+    cdef request_t *r = <request_t *>current_request
+    cdef const fuse_out_header *h = <const fuse_out_header *>parts[0].iov_base
+    cdef size_t size = 0
+    cdef int i
+    if r == NULL or r.queue < 0:
+        if d.accepting and n == 2 and h.error == 0:
+            d.accepting = fuse_uring_accept(parts[1].iov_base, parts[1].iov_len) != 0
+        return writev(fd, parts, n)
+    for i in range(1, n):
+        if parts[i].iov_len > FUSE_MAX_WRITE - size:
+            commit(d, r, -EIO, 0)
+            return sizeof(fuse_out_header)
+        memcpy(payload(r) + size, parts[i].iov_base, parts[i].iov_len)
+        size += parts[i].iov_len
+    commit(d, r, h.error, size)
+    return <ssize_t>(sizeof(fuse_out_header) + size)
+
+
+cdef ssize_t carry_in(int fd, void *buf, size_t n, void *userdata) noexcept nogil:
+    return c_read(fd, buf, n)
+
+
+cdef custom_io_t CARRIER
+memset(&CARRIER, 0, sizeof(CARRIER))
+CARRIER.writev = carry_out
+CARRIER.read = carry_in
+
+
 cdef bint reply(request_t *r) noexcept nogil:
-    """Answers what is done; whether the kernel took it."""
+    """Answers what is done, of an object that is no entry; whether the kernel took it."""
     cdef int error = r.io.error
     if r.req != NULL:
         return fuse_reply_err(r.req, EIO if error > 0 else -error) == 0
     return writev(r.disk.fuse_fd, r.parts, answer(r)) >= 0
 
 
+cdef void lose(disk_t *d, request_t *r) noexcept nogil:
+    """An entry is answered when nobody listens any more. Precondition: d.lock is held."""
+    count(d, &r.io)
+    d.unsent += 1
+    d.in_flight -= 1
+    if d.waiters != 0:
+        pthread_cond_broadcast(&d.changed)
+
+
 cdef void request_done(io_t *io) noexcept nogil:
-    """The target's answer, from any thread: reply, then give the object back; of the pump's own thread, with others.
+    """The target's answer, from any thread: reply, then give the object back; of the pump's own thread, with others. An
+    entry is for the pump to answer, and counts as the target's until then.
 
     Ordering: the reply leaves before the object returns (a read is answered from its buffer), and the
     unlock is the last touch of the disk: after it close() may free everything.
     """
     cdef request_t *r = <request_t *>io.user
     cdef disk_t *d = r.disk
+    cdef uint64_t one = 1
     cdef bint taken
     if pumping == <void *>d:
         r.next = d.done
         d.done = r
+        d.n_done += 1
+        return
+    if r.queue >= 0:
+        pthread_mutex_lock(&d.lock)
+        if d.ring_over:
+            lose(d, r)
+        else:
+            if d.foreign == NULL:       # else it was told, and has not looked yet
+                c_write(d.wake, &one, sizeof(one))
+            r.next = d.foreign
+            d.foreign = r
+        pthread_mutex_unlock(&d.lock)
         return
     pthread_mutex_lock(&d.lock)         # counted first: who has the reply finds it in the counters
     count(d, io)
@@ -467,38 +629,63 @@ cdef void request_done(io_t *io) noexcept nogil:
     pthread_mutex_unlock(&d.lock)
 
 
+cdef void take_foreign(disk_t *d) noexcept nogil:
+    """Adds to d.done what the target answered on other threads."""
+    cdef request_t *r
+    pthread_mutex_lock(&d.lock)
+    while d.foreign != NULL:
+        r = d.foreign
+        d.foreign = r.next
+        r.next = d.done
+        d.done = r
+        d.n_done += 1
+    pthread_mutex_unlock(&d.lock)
+
+
 cdef void reply_all(disk_t *d, pump_t *p) noexcept nogil:
     """What request_done() does for all in d.done, whose answers go to the kernel together: its work after each then waits
-    for the last, and finds all."""
+    for the last, and finds all. Entries' answers go with the next pump_next()."""
     cdef request_t *first = d.done
-    cdef request_t *last = NULL
+    cdef request_t *last = NULL         # those that are no entries, in a list
+    cdef request_t *free = NULL
     cdef request_t *r = first
+    cdef request_t *next
     cdef unsigned n = 0, unsent = 0, queued = 0
     d.done = NULL
+    d.n_done = 0
     pthread_mutex_lock(&d.lock)
     while r != NULL:
         count(d, &r.io)
         n += 1
-        last = r
         r = r.next
     pthread_mutex_unlock(&d.lock)
     r = first
     while r != NULL:
-        if r.req != NULL or n == 1:
-            unsent += not reply(r)
+        next = r.next
+        if r.queue >= 0:
+            commit_done(r)
         else:
-            pump_write(p, d.fuse_fd, r.parts, <unsigned>answer(r))
-            queued += 1
-            if queued == PUMP_WRITES:
-                unsent += pump_flush(p)
-                queued = 0
-        r = r.next
-    unsent += pump_flush(p)
+            if r.req != NULL or n == 1 or d.ring != NULL:
+                unsent += not reply(r)
+            else:
+                pump_write(p, d.fuse_fd, r.parts, <unsigned>answer(r))
+                queued += 1
+                if queued == PUMP_WRITES:
+                    unsent += pump_flush(p)
+                    queued = 0
+            r.next = free
+            free = r
+            if last == NULL:
+                last = r
+        r = next
+    if queued != 0:
+        unsent += pump_flush(p)
     pthread_mutex_lock(&d.lock)
     d.unsent += unsent
     d.in_flight -= n
-    last.next = d.free
-    d.free = first
+    if last != NULL:
+        last.next = d.free
+        d.free = free
     if d.waiters != 0:
         pthread_cond_broadcast(&d.changed)
     pthread_mutex_unlock(&d.lock)
@@ -510,7 +697,7 @@ cdef void prepare(request_t *r, fuse_req_t req, uint32_t kind, uint64_t block, u
     r.io.kind = kind
     r.io.nblocks = nblocks
     r.io.block = block
-    r.io.buf = <uint8_t *>r.buf.mem + WRITE_HEADER
+    r.io.buf = payload(r)
     r.io.done = request_done
     r.io.user = r
     r.io.error = 0
@@ -564,15 +751,17 @@ cdef enum understood:
     FINISHED = 2        # answered, if it wants an answer
 
 
-cdef understood understand(disk_t *d, request_t *r, size_t n) noexcept nogil:
-    """Looks at a request of n bytes from the kernel, which is no peer that is distrusted; its reads and writes are for us."""
-    cdef const fuse_in_header *h = <const fuse_in_header *>r.buf.mem
-    cdef const fuse_read_in *reads = <const fuse_read_in *>(h + 1)
-    cdef const fuse_write_in *writes = <const fuse_write_in *>(h + 1)
+cdef understood understand(disk_t *d, request_t *r, const fuse_in_header *h, const void *first, size_t n) noexcept nogil:
+    """Looks at a request from the kernel, which is no peer that is distrusted; its reads and writes are for us.
+
+    first: its first argument. n: bytes of all arguments.
+    """
+    cdef const fuse_read_in *reads = <const fuse_read_in *>first
+    cdef const fuse_write_in *writes = <const fuse_write_in *>first
     cdef int status
-    if n < sizeof(fuse_in_header) + sizeof(fuse_read_in):
+    if n < sizeof(fuse_read_in):
         # Nothing here is given up half-way: an interrupted request is answered as any other.
-        return FINISHED if n >= sizeof(fuse_in_header) and h.opcode == FUSE_INTERRUPT else FOR_LIBFUSE
+        return FINISHED if h.opcode == FUSE_INTERRUPT else FOR_LIBFUSE
     if h.nodeid != INO_DISK:
         return FOR_LIBFUSE
     r.unique = h.unique
@@ -581,17 +770,25 @@ cdef understood understand(disk_t *d, request_t *r, size_t n) noexcept nogil:
         status = move(d, r, IO_READ, reads.offset, reads.size)
     elif h.opcode == FUSE_WRITE:
         r.io.kind = IO_WRITE
-        status = -EINVAL if n < WRITE_HEADER or n - WRITE_HEADER < writes.size else \
+        status = -EINVAL if n < sizeof(fuse_write_in) or n - sizeof(fuse_write_in) < writes.size else \
             move(d, r, IO_WRITE, writes.offset, writes.size)
     else:
         return FOR_LIBFUSE
     if status == 0:
         return FOR_TARGET
-    if writev(d.fuse_fd, r.parts, compose(r, min(status, 0), 0)) < 0:
+    if r.queue >= 0:
+        commit_move(d, r, min(status, 0), 0)
+    elif writev(d.fuse_fd, r.parts, compose(r, min(status, 0), 0)) < 0:
         pthread_mutex_lock(&d.lock)
         d.unsent += 1
         pthread_mutex_unlock(&d.lock)
     return FINISHED
+
+
+cdef understood understand_read(disk_t *d, request_t *r, size_t n) noexcept nogil:
+    """As understand(), of n bytes that were read; the kernel gives whole requests."""
+    cdef const fuse_in_header *h = <const fuse_in_header *>r.buf.mem
+    return FOR_LIBFUSE if n < sizeof(fuse_in_header) else understand(d, r, h, h + 1, n - sizeof(fuse_in_header))
 
 
 cdef void fill_attr(disk_t *d, fuse_ino_t ino, stat_t *st) noexcept nogil:
@@ -753,11 +950,25 @@ cdef void give_back(disk_t *d, request_t *r) noexcept nogil:
 
 
 cdef request_t *process(disk_t *d, request_t *r) noexcept nogil:
-    """Has libfuse deal with a request; the object if it is still this thread's."""
+    """Has libfuse deal with a request; the object if it is still this thread's. An entry is answered, or the target's."""
     global current_request
+    cdef request_t *left
+    cdef fuse_buf whole
+    cdef size_t first
     current_request = r
-    fuse_session_process_buf(d.session, &r.buf)
-    return <request_t *>current_request
+    if r.queue < 0:
+        fuse_session_process_buf(d.session, &r.buf)
+    else:       # libfuse wants header, first argument and payload in one piece
+        memset(&whole, 0, sizeof(whole))
+        first = min(r.entry.in_.len - sizeof(fuse_in_header) - r.entry.payload, <size_t>FUSE_URING_FIRST)
+        whole.size = sizeof(fuse_in_header) + first + r.entry.payload
+        whole.mem = payload(r) - first - sizeof(fuse_in_header)
+        memcpy(whole.mem, &r.entry.in_, sizeof(fuse_in_header))
+        memcpy(payload(r) - first, r.entry.first, first)
+        fuse_session_process_buf(d.session, &whole)
+    left = <request_t *>current_request
+    current_request = NULL
+    return left
 
 
 cdef int receive(disk_t *d) noexcept nogil:
@@ -782,7 +993,7 @@ cdef int receive(disk_t *d) noexcept nogil:
             continue
         if n <= 0:      # 0: the session ended, ENODEV included
             break
-        what = understand(d, r, <size_t>n)
+        what = understand_read(d, r, <size_t>n)
         if what == FOR_TARGET:
             hand_over(d, &r.io, 1)
             r = NULL
@@ -803,55 +1014,131 @@ cdef request_t *take_now(disk_t *d) noexcept nogil:
     return r
 
 
+cdef int receive_all(disk_t *d, request_t **spare, unsigned *moved) noexcept nogil:
+    """Reads what requests there are and gives them to the target together; as fuse_session_receive_buf() says in the end.
+
+    spare: the object to receive into next, or NULL while the target has all. moved: counts requests.
+    """
+    cdef io_t *first = NULL
+    cdef io_t **last = &first
+    cdef understood what
+    cdef unsigned taken = 0
+    cdef int n = -EAGAIN
+    while taken < PUMP_WRITES:
+        if spare[0] == NULL:
+            spare[0] = take_now(d)
+            if spare[0] == NULL:
+                break
+        n = fuse_session_receive_buf(d.session, &spare[0].buf)
+        if n <= 0:
+            break
+        moved[0] += 1
+        what = understand_read(d, spare[0], <size_t>n)
+        if what == FOR_TARGET:
+            last[0] = &spare[0].io
+            last = &spare[0].io.next
+            taken += 1
+            spare[0] = NULL
+        elif what == FOR_LIBFUSE:
+            if first != NULL:       # in their order
+                hand_over(d, first, taken)
+                first = NULL
+                last = &first
+                taken = 0
+            spare[0] = process(d, spare[0])
+    if first != NULL:
+        hand_over(d, first, taken)
+    return n
+
+
+cdef int arrive(disk_t *d, request_t **spare, unsigned *moved) noexcept nogil:
+    """As receive_all(), of entries; what the target has no place for stays in d.arrived."""
+    cdef io_t *first = NULL
+    cdef io_t **last = &first
+    cdef request_t *r
+    cdef understood what
+    cdef unsigned taken = 0, entry = 0
+    cdef int n = -EAGAIN, result = 0
+    while pump_next(d.ring, &entry, &result):
+        if result < 0:      # for good: the connection has ended
+            return 0 if result == -ENOTCONN or result == -ECANCELED else result
+        r = &d.requests[d.depth + entry]
+        r.unique = r.entry.in_.unique
+        r.next = NULL
+        if d.arrived == NULL:
+            d.arrived = r
+        else:
+            d.last_arrived.next = r
+        d.last_arrived = r
+        moved[0] += 1
+    while d.arrived != NULL and taken < PUMP_WRITES and load_relaxed32(&d.in_flight) + taken < d.depth:
+        r = d.arrived
+        d.arrived = r.next
+        moved[0] += 1
+        what = understand(d, r, &r.entry.in_, r.entry.first, r.entry.in_.len - sizeof(fuse_in_header))
+        if what == FOR_TARGET:
+            last[0] = &r.io
+            last = &r.io.next
+            taken += 1
+        elif what == FOR_LIBFUSE:
+            if first != NULL:       # in their order
+                hand_over(d, first, taken)
+                first = NULL
+                last = &first
+                taken = 0
+            process(d, r)
+    if first != NULL:
+        hand_over(d, first, taken)
+    if not d.ring.watches:          # something to read: FORGET, INTERRUPT, or the end
+        n = receive_all(d, spare, moved)
+        pump_watch(d.ring, d.fuse_fd)
+    if not d.ring.awaits:
+        pump_await(d.ring, d.wake)
+        take_foreign(d)
+    return n
+
+
+cdef void register(disk_t *d) noexcept nogil:
+    """Gives the kernel all entries: it sends requests from then on."""
+    cdef request_t *r
+    cdef unsigned i
+    for i in range(d.queues * d.share):
+        r = &d.requests[d.depth + i]
+        r.parts[0].iov_base = r.entry
+        r.parts[0].iov_len = sizeof(fuse_uring_header)
+        r.parts[1].iov_base = payload(r)
+        r.parts[1].iov_len = FUSE_MAX_WRITE
+        pump_register(d.ring, d.fuse_fd, r.parts, <unsigned>r.queue, i)
+
+
 cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
     """The only receive thread: takes requests and the target's answers in turn, each as many as there are; as receive().
 
-    While another thread takes the answers (attendance refused), that one replies, and this one only receives.
+    While another thread takes the answers (attendance refused), that one replies, and this one only receives; of entries it
+    replies all the same.
     """
     global pumping
     cdef request_t *r = NULL
-    cdef io_t *first
-    cdef io_t **last
-    cdef understood what
-    cdef uint64_t now, since = 0
+    cdef uint64_t now, since = 0, first_done = 0
     cdef uint32_t seen = 0
     cdef uint32_t *word
-    cdef unsigned taken
+    cdef unsigned moved
     cdef int n, got, score = SPIN_SCORE
     cdef uint32_t probes = 0
-    cdef bint attends = False, worked, spins = False, may_spin = online_cpus() > 1
+    cdef bint attends = False, worked, full, spins = False, may_spin = online_cpus() > 1
     fcntl(d.fuse_fd, F_SETFL, fcntl(d.fuse_fd, F_GETFL) | O_NONBLOCK)
     pumping = d
+    if d.ring != NULL:
+        register(d)
     while True:
-        worked = False
-        taken = 0
-        first = NULL
-        last = &first
-        n = -EAGAIN
-        while taken < PUMP_WRITES:
-            if r == NULL:
-                r = take_now(d)
-                if r == NULL:
-                    break
-            n = fuse_session_receive_buf(d.session, &r.buf)
-            if n <= 0:
-                break
-            worked = True
-            what = understand(d, r, <size_t>n)
-            if what == FOR_TARGET:
-                last[0] = &r.io
-                last = &r.io.next
-                taken += 1
-                r = NULL
-            elif what == FOR_LIBFUSE:
-                if first != NULL:       # in their order
-                    hand_over(d, first, taken)
-                    first = NULL
-                    last = &first
-                    taken = 0
-                r = process(d, r)
-        if first != NULL:
-            hand_over(d, first, taken)
+        moved = 0
+        if d.ring != NULL:
+            n = arrive(d, &r, &moved)
+            full = load_relaxed32(&d.in_flight) >= d.depth
+        else:
+            n = receive_all(d, &r, &moved)
+            full = r == NULL
+        worked = moved != 0
         if n <= 0 and n != -EAGAIN and n != -EINTR or d.stop:
             break
         if d.attendance != NULL:
@@ -864,8 +1151,16 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
                     pump_forget(p)
                 worked = worked or got == COLLECT_SOME
         if d.done != NULL:
-            reply_all(d, p)
-            worked = True
+            now = now_ns()
+            if first_done == 0:
+                first_done = now
+            if not may_spin or 2 * d.n_done >= load_relaxed32(&d.in_flight) or now - first_done >= GATHER_NS:
+                reply_all(d, p)
+                first_done = 0
+                worked = True
+            elif not worked:
+                sched_yield()
+                continue
         if worked:
             if spins:
                 score = SPIN_SCORE
@@ -877,7 +1172,7 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             since = now
             probes += 1
             spins = may_spin and (score > 0 or probes % SPIN_PROBE == 0)
-            if r == NULL and attends:   # else take() counts it
+            if full and (attends or d.ring != NULL):    # else take() counts it
                 pthread_mutex_lock(&d.lock)
                 d.waits += 1
                 pthread_mutex_unlock(&d.lock)
@@ -897,19 +1192,26 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
                 word = d.attendance.listen(d.ctx, &seen)
                 if word == NULL:
                     continue
-        if r == NULL and not attends:
+        if full and not attends and d.ring == NULL:
             r = take(d)
             if r == NULL:
                 n = 0
                 break
             continue
-        pump_sleep(p, -1 if r == NULL else d.fuse_fd, word, seen, ATTEND_NS if attends or load_relaxed32(&d.in_flight) != 0
+        pump_sleep(p, -1 if full and d.ring == NULL else d.fuse_fd, word, seen, ATTEND_NS if attends or load_relaxed32(&d.in_flight) != 0
                    else FOREVER_NS)
     if d.done != NULL:
         reply_all(d, p)
     if attends:
         d.attendance.leave(d.ctx)
     pumping = NULL
+    if d.ring != NULL:
+        pthread_mutex_lock(&d.lock)
+        d.ring_over = True
+        while d.foreign != NULL:
+            lose(d, d.foreign)
+            d.foreign = d.foreign.next
+        pthread_mutex_unlock(&d.lock)
     give_back(d, r)
     return n if n < 0 and n != -EAGAIN and n != -EINTR else 0
 
@@ -942,7 +1244,14 @@ cdef void destroy(disk_t *d) noexcept:
     elif d.fuse_fd >= 0:
         c_close(d.fuse_fd)
     if d.arena != NULL:
-        munmap(d.arena, <size_t>d.depth * STRIDE)
+        munmap(d.arena, d.arena_size)
+    if d.ring != NULL:
+        if not d.pumped:
+            pump_close(d.ring)
+        free(d.ring)
+    if d.wake >= 0:
+        c_close(d.wake)
+    free(d.headers)
     free(d.requests)
     free(d.watched)
     if d.event >= 0:
@@ -950,6 +1259,12 @@ cdef void destroy(disk_t *d) noexcept:
     pthread_cond_destroy(&d.changed)
     pthread_mutex_destroy(&d.lock)
     free(d)
+
+
+def _possible_cpus():
+    """CPUs the system may ever have: FUSE has a queue for each, by its number."""
+    with open("/sys/devices/system/cpu/possible") as file:      # cpulist, as "0-1"
+        return int(file.read().replace(",", "-").rpartition("-")[2]) + 1
 
 
 @cython.final
@@ -963,6 +1278,8 @@ cdef class FuseDisk:
     max_io: bytes of one request, a multiple of 4096, at most 1 MiB; the caller holds the loop device to it
     (max_sectors_kb), so that resident memory stays near depth * (max_io + 4096).
     plain: no pump, as in a kernel that cannot have one.
+    ring: FUSE over io_uring where the kernel offers it; it then sends requests through as many as `depth` entries for each
+    CPU, fewer where there are more than 16, and resident memory stays near that number of max_io + 4096.
 
     After construction the kernel's INIT has been answered and the file system waits for run().
     Raises ValueError for a bad depth, max_io or disk size, OSError (filename set) when the device, the
@@ -976,11 +1293,9 @@ cdef class FuseDisk:
     cdef bytes path
 
     def __cinit__(self, Target target not None, str mountpoint not None, *, bint read_only=False,
-                  unsigned depth=64, unsigned max_io=131072, bint plain=False):
+                  unsigned depth=64, unsigned max_io=131072, bint plain=False, bint ring=True):
         cdef pthread_condattr_t attr
         cdef disk_t *d
-        cdef request_t *r
-        cdef unsigned i
         self.abort_fd = -1
         if not 1 <= depth <= 4096:
             raise ValueError(f"depth is {depth}: 1 to 4096")
@@ -1000,7 +1315,7 @@ cdef class FuseDisk:
         pthread_cond_init(&d.changed, &attr)
         pthread_condattr_destroy(&attr)
         self.d = d                      # from here on __dealloc__ frees it
-        d.fuse_fd = d.event = -1
+        d.fuse_fd = d.event = d.wake = -1
         d.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if d.event < 0:
             PyErr_SetFromErrno(OSError)
@@ -1010,22 +1325,9 @@ cdef class FuseDisk:
         d.size, d.read_only = target.nblocks * target.block_size, read_only or target.read_only
         d.discards, d.zeroes = target.discards, target.zeroes
         d.depth, d.max_io = depth, max_io
-        d.requests = <request_t *>calloc(depth, sizeof(request_t))
-        if d.requests == NULL:
-            raise MemoryError()
-        # Only what a request really carried becomes resident; a huge page would make it all so.
-        d.arena = <uint8_t *>mmap(NULL, <size_t>depth * STRIDE, PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if d.arena == MAP_FAILED:
-            d.arena = NULL
-            raise MemoryError()
-        madvise(d.arena, <size_t>depth * STRIDE, MADV_NOHUGEPAGE)   # EINVAL: a kernel without huge pages
-        for i in range(depth):
-            r = &d.requests[depth - 1 - i]
-            r.disk = d
-            r.buf.mem = d.arena + <size_t>(depth - 1 - i) * STRIDE + BLOCK - WRITE_HEADER
-            r.next = d.free
-            d.free = r
+        if ring and CUSTOM_IO and not plain:
+            self._open_ring()
+        self._make_requests()
         d.fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         self._mount()
         try:
@@ -1033,6 +1335,53 @@ cdef class FuseDisk:
         except BaseException:
             umount2(self.path, MNT_FORCE | MNT_DETACH)
             raise
+
+    cdef _open_ring(self):
+        """Makes the pump that takes entries, where this kernel has all that it needs."""
+        cdef disk_t *d = self.d
+        cdef unsigned queues = _possible_cpus()
+        d.wake = eventfd(0, EFD_CLOEXEC)
+        if d.wake < 0:
+            PyErr_SetFromErrno(OSError)
+        d.ring = <pump_t *>calloc(1, sizeof(pump_t))
+        if d.ring == NULL:
+            raise MemoryError()
+        d.queues, d.share = queues, min(d.depth, max(<unsigned>LEAST_SHARE, <unsigned>MOST_ENTRIES // queues))
+        if pump_open(d.ring, d.queues * d.share) != 0:
+            self._no_ring()
+
+    cdef _no_ring(self):
+        free(self.d.ring)
+        self.d.ring = NULL
+        self.d.queues = self.d.share = 0
+
+    cdef _make_requests(self):
+        cdef disk_t *d = self.d
+        cdef unsigned i, n = d.depth + d.queues * d.share
+        cdef request_t *r
+        d.requests = <request_t *>calloc(n, sizeof(request_t))
+        d.headers = <fuse_uring_header *>calloc(n, sizeof(fuse_uring_header))
+        if d.requests == NULL or d.headers == NULL:
+            raise MemoryError()
+        # Only what a request really carried becomes resident; a huge page would make it all so.
+        d.arena_size = <size_t>n * STRIDE
+        d.arena = <uint8_t *>mmap(NULL, d.arena_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                                  -1, 0)
+        if d.arena == MAP_FAILED:
+            d.arena = NULL
+            raise MemoryError()
+        madvise(d.arena, d.arena_size, MADV_NOHUGEPAGE)     # EINVAL: a kernel without huge pages
+        for i in range(n):
+            r = &d.requests[i]
+            r.disk = d
+            r.buf.mem = d.arena + <size_t>i * STRIDE + BLOCK - WRITE_HEADER
+            if i < d.depth:
+                r.queue = -1
+                r.next = d.free
+                d.free = r
+            else:
+                r.queue = <int>((i - d.depth) // d.share)
+                r.entry = &d.headers[i]
 
     cdef _mount(self):
         cdef unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | (MS_RDONLY if self.d.read_only else 0)
@@ -1048,6 +1397,7 @@ cdef class FuseDisk:
         cdef fuse_args args
         cdef unsigned major = 0, minor = 0
         cdef int n, control
+        cdef bint offered = False
         cdef bytes option = f"-omax_read={d.max_io}".encode()   # must equal conn.max_read, else EPROTO
         cdef char *argv[3]
         argv[0], argv[1], argv[2] = "muenfast", option, NULL
@@ -1056,18 +1406,25 @@ cdef class FuseDisk:
         fuse_opt_free_args(&args)
         if d.session == NULL:
             raise OSError(EINVAL, "libfuse made no session", self.mountpoint)
-        # "/dev/fd/N": libfuse takes the open device and leaves the mount to us.
-        if fuse_session_mount(d.session, f"/dev/fd/{d.fuse_fd}".encode()) != 0:
+        if d.ring != NULL:
+            refused = session_over(d.session, &CARRIER, d.fuse_fd) != 0
+        else:       # "/dev/fd/N": libfuse takes the open device and leaves the mount to us
+            refused = fuse_session_mount(d.session, f"/dev/fd/{d.fuse_fd}".encode()) != 0
+        if refused:
             raise OSError(EINVAL, "libfuse refused the session's descriptor", self.mountpoint)
         # The first receive wants libfuse's own, larger buffer; INIT then sets the size to max_write + header.
         memset(&first, 0, sizeof(first))
         with nogil:
             n = fuse_session_receive_buf(d.session, &first)
             if n > 0:
+                offered = d.accepting = d.ring != NULL and fuse_uring_offered(first.mem, <size_t>n)
                 fuse_session_process_buf(d.session, &first)
             free(first.mem)
         if n <= 0 or not d.got_init or fuse_session_exited(d.session):
             raise OSError(-n if n < 0 else EPROTO, "FUSE INIT failed", self.mountpoint)
+        if d.ring != NULL and (not offered or d.accepting):
+            pump_close(d.ring)
+            self._no_ring()
         if root_device(self.path, &major, &minor) != 0:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
         # fc->dev = new_decode_dev(s_dev), fs/fuse/inode.c; an anonymous device's major is 0
@@ -1098,24 +1455,32 @@ cdef class FuseDisk:
         one that writeback depends on (PR_SET_IO_FLUSHER), where the kernel lets it be.
         """
         cdef disk_t *d = self._open()
-        cdef pump_t p
-        cdef bint pumps
+        cdef pump_t own
+        cdef pump_t *p
+        cdef bint first
         cdef int status
         with nogil:
             prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)    # EPERM or EINVAL: without it, as any FUSE server
             pthread_mutex_lock(&d.lock)
-            pumps = not d.plain and not d.pumped
+            first = not d.plain and not d.pumped
             d.pumped = True
             d.runners += 1
+            p = NULL if not first else d.ring
             pthread_mutex_unlock(&d.lock)
-            if pumps and pump_open(&p) == 0:
+            if first and p == NULL and pump_open(&own, 0) == 0:
+                p = &own
+            if p == NULL:
+                status = receive(d)
+            else:
                 pthread_mutex_lock(&d.lock)
                 d.pumps = True
                 pthread_mutex_unlock(&d.lock)
-                status = pump(d, &p)
-                pump_close(&p)
-            else:
-                status = receive(d)
+                status = pump_start(p)
+                if status == 0:
+                    status = pump(d, p)
+                else:
+                    give_back(d, NULL)
+                pump_close(p)
         return status
 
     @property
@@ -1209,6 +1574,11 @@ cdef class FuseDisk:
     def pumps(self):
         """Whether one thread takes requests and answers (or did): once run() has begun, where the kernel can (Linux 6.7)."""
         return self._open().pumps
+
+    @property
+    def ring(self):
+        """Whether requests come by FUSE over io_uring (Linux 6.14, where /sys/module/fuse/parameters/enable_uring says so)."""
+        return self._open().ring != NULL
 
     @property
     def read_only(self):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from muenfast.attach import block, loop, partitions, watchdog
+from muenfast.attach import block, fuseuring, loop, partitions, watchdog
 from muenfast.attach.leash import Leash
 from muenfast.errors import UsageError
 
@@ -88,12 +88,13 @@ class FuseAttachment:
 
     @classmethod
     def attach(cls, target: Target, name: str, runtime_dir: str | os.PathLike[str], *, read_only: bool = False,
-               threads: int = 1, depth: int = 64, max_io: int = 131072, plain: bool = False) -> FuseAttachment:
+               threads: int = 1, depth: int = 64, max_io: int = 131072, plain: bool = False,
+               uring: str = "auto") -> FuseAttachment:
         """Make *target* appear as /dev/*name*; all or nothing.
 
         The caller holds the claim on *name* and stores info() in it. runtime_dir: the private mount point
         becomes runtime_dir/mnt/NAME-PID. read_only: also where the target could be written. threads: receive
-        threads. depth, max_io, plain: see FuseDisk.
+        threads. depth, max_io, plain: see FuseDisk. uring: when to take FUSE over io_uring, see fuseuring.offered().
         Raises UsageError where available() says why not, OSError (filename set) for what the kernel refuses.
         """
         if reason := available():
@@ -107,7 +108,9 @@ class FuseAttachment:
         with contextlib.ExitStack() as undo:
             directory.mkdir(mode=0o700)
             undo.callback(directory.rmdir)
-            new.disk = FuseDisk(target, new.mountpoint, read_only=read_only, depth=depth, max_io=max_io, plain=plain)
+            with fuseuring.offered(runtime_dir, uring) as ring:
+                new.disk = FuseDisk(target, new.mountpoint, read_only=read_only, depth=depth, max_io=max_io, plain=plain,
+                                    ring=ring)
             undo.callback(new._end_session)
             for number in range(threads):
                 thread = threading.Thread(target=new._receive, name=f"fuse-{name}-{number}", daemon=True)

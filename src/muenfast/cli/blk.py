@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from muenfast.blk import Channels, Export, ExportConfig
 
 SERVER_ONLY = ("device", "read_only", "threads")
-CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store")
+CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,10 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
                                                "timeout:SECONDS (default: queue)")
     add("--same-store", action="store_true", default=None,
         help="client: trust that a server that returns has the same data even where it does not prove it")
+    add("--fuse-uring", metavar="WHEN",
+        help="client: when a device's requests come by FUSE over io_uring, which is faster: kernel: where fuse's parameter "
+             "enable_uring says so; auto: from Linux 6.18 on that is switched on while the device is made, and back; off "
+             "(default: auto)")
 
 
 def add_waiting_options(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +160,8 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
     attach = arguments.attach or ("auto" if sockets is None else "none")
     with ExitStack() as stack:
         clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
-                                                   same_store=bool(arguments.same_store)))
+                                                   same_store=bool(arguments.same_store),
+                                                   fuse_uring=arguments.fuse_uring or "auto"))
         control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
         stack.callback(control.close)
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
