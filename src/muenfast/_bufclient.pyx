@@ -80,6 +80,7 @@ cdef struct shared_t:
     uint64_t area           # units in use so far
     uint64_t taken
     uint64_t cursor
+    copy_giver giver
     # Connecting: the reaper's.
     ask_t asks[ASKS]
     uint32_t nasks
@@ -208,7 +209,7 @@ cdef bint shared_next(shared_t *b, queue_t *q, const io_t *io, entry_t *e) noexc
     return e.place != NOWHERE
 
 
-cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, const entry_t *e,
+cdef void shared_write(shared_t *b, const queue_t *q, const io_t *io, const entry_t *e,
                        block_request *r) noexcept nogil:
     """Fills in a request, and puts its payload into the buffer."""
     cdef uint64_t length = 0 if io.kind == IO_SYNC else <uint64_t>e.nblocks * q.block_size
@@ -219,7 +220,7 @@ cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, cons
     r.device_offset = e.id * q.block_size
     r.buffer_offset = e.place
     if io.kind == IO_WRITE:
-        copy_payload(b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
+        copy_given(&b.giver, b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
     elif e.kind == REQUEST_WRITE:
         memset(b.base + e.place, 0, length)
 
@@ -306,7 +307,7 @@ cdef ring_status shared_reap(client_t *c) noexcept nogil:
         e.state = ENTRY_MATCHED
         if e.kind == REQUEST_READ and a.status == 0 and e.io != NULL:
             length = c.queues[e.device].block_size
-            copy_payload(e.io.buf + e.index * length, b.base + e.place, e.nblocks * length)
+            copy_taken(e.io.buf + e.index * length, b.base + e.place, e.nblocks * length)
             copied += e.nblocks * length
         matched[matches] = e
         # 1 is what a plain server says of anything; other small numbers are a Linux errno.

@@ -78,6 +78,7 @@ cdef struct buffer_server_t:
     block_response answers[BATCH]
     uint8_t smart[512]      # SMART_SIZE
     requests_t *files       # of a server with a file, else NULL
+    copy_giver giver
 
 
 cdef struct requests_t:
@@ -134,9 +135,9 @@ cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length
     data = s.buffer + h.buffer_offset   # checked for all but discards, which need none
     if store.kind == STORE_MEMORY:
         if h.kind == REQUEST_WRITE:
-            copy_payload(store.memory + h.device_offset, data, length)
+            copy_taken(store.memory + h.device_offset, data, length)
         else:
-            copy_payload(data, store.memory + h.device_offset, length)
+            copy_given(&s.giver, data, store.memory + h.device_offset, length)
         if store_broken(store):
             status = -EIO
     elif h.kind == REQUEST_READ:

@@ -38,6 +38,10 @@ cdef extern from "_atomics.h" nogil:
 cdef extern from "_copy.h" nogil:
     void copy_bytes(void *to, const void *source, size_t n) noexcept
     void copy_payload(void *to, const void *source, size_t n) noexcept
+    void copy_taken(void *to, const void *source, size_t n) noexcept
+    ctypedef struct copy_giver:
+        pass
+    void copy_given(copy_giver *g, void *to, const void *source, size_t n) noexcept
 
 
 cdef extern from "_wire.h" nogil:
