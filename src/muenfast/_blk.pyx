@@ -70,6 +70,7 @@ cdef struct server_t:
     bint has_last           # ... in this epoch, if there was one
     server_counters n
     block_event_header heads[BATCH]
+    copy_giver giver        # of blocks that are read
     int32_t errors[BATCH]
     files_t *files          # of a server with a file, else NULL
 
@@ -121,11 +122,11 @@ cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) 
         if write:
             data = <uint8_t *>reader_slot(&s.r, first + k) + sizeof(block_event_header)
             if s.store.kind == STORE_MEMORY:
-                memcpy(s.store.memory + (block + k) * BLOCK_SIZE, data, BLOCK_SIZE)
+                copy_taken(s.store.memory + (block + k) * BLOCK_SIZE, data, BLOCK_SIZE)
         else:
             data = writer_slot(&s.w, out + k) + sizeof(block_event_header)
             if s.store.kind == STORE_MEMORY:
-                memcpy(data, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
+                copy_given(&s.giver, data, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
             else:
                 memset(data, 0, BLOCK_SIZE)
     return -EIO if store_broken(s.store) else 0
@@ -270,7 +271,7 @@ cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n,
             h.error = error
             memcpy(slot, &h, sizeof(block_event_header))
             if data != NULL:
-                memcpy(slot + sizeof(block_event_header), data + k * BLOCK_SIZE, BLOCK_SIZE)
+                copy_given(&s.giver, slot + sizeof(block_event_header), data + k * BLOCK_SIZE, BLOCK_SIZE)
             elif h.kind != EVENT_WRITE:     # no byte of an earlier answer goes out
                 memset(slot + sizeof(block_event_header), 0, BLOCK_SIZE)
         if not server_life(s):
@@ -325,7 +326,7 @@ cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n
         return 0
     if kind == AIO_WRITE:
         for k in range(run):
-            memcpy(stage + k * BLOCK_SIZE, <uint8_t *>reader_slot(&s.r, k) + sizeof(block_event_header), BLOCK_SIZE)
+            copy_taken(stage + k * BLOCK_SIZE, <uint8_t *>reader_slot(&s.r, k) + sizeof(block_event_header), BLOCK_SIZE)
         if not server_intact(s, 0):
             count64(&s.n.torn, run)
             server_count(s, EVENT_WRITE, run, -EIO)

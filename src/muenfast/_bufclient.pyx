@@ -80,7 +80,6 @@ cdef struct shared_t:
     uint64_t area           # units in use so far
     uint64_t taken
     uint64_t cursor
-    copy_giver giver
     # Connecting: the reaper's.
     ask_t asks[ASKS]
     uint32_t nasks
@@ -209,8 +208,8 @@ cdef bint shared_next(shared_t *b, queue_t *q, const io_t *io, entry_t *e) noexc
     return e.place != NOWHERE
 
 
-cdef void shared_write(shared_t *b, const queue_t *q, const io_t *io, const entry_t *e,
-                       block_request *r) noexcept nogil:
+cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, const entry_t *e,
+                       block_request *r, copy_giver *giver) noexcept nogil:
     """Fills in a request, and puts its payload into the buffer."""
     cdef uint64_t length = 0 if io.kind == IO_SYNC else <uint64_t>e.nblocks * q.block_size
     r.kind = <uint16_t>e.kind
@@ -220,7 +219,7 @@ cdef void shared_write(shared_t *b, const queue_t *q, const io_t *io, const entr
     r.device_offset = e.id * q.block_size
     r.buffer_offset = e.place
     if io.kind == IO_WRITE:
-        copy_given(&b.giver, b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
+        copy_given(giver, b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
     elif e.kind == REQUEST_WRITE:
         memset(b.base + e.place, 0, length)
 
@@ -256,7 +255,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
                 break
             e.priv = c.base + <uint32_t>c.head
             e.io = io
-            shared_write(b, q, io, e, &requests[n])
+            shared_write(b, q, io, e, &requests[n], &c.giver)
             if e.kind == REQUEST_WRITE:
                 bytes += requests[n].length
             io.issued += e.nblocks

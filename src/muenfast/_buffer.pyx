@@ -78,7 +78,7 @@ cdef struct buffer_server_t:
     block_response answers[BATCH]
     uint8_t smart[512]      # SMART_SIZE
     requests_t *files       # of a server with a file, else NULL
-    copy_giver giver
+    copy_giver giver        # of blocks that are read
 
 
 cdef struct requests_t:

@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from muenfast._ring cimport Mapping, Watch, reader_t, ring_status, writer_t
 from muenfast._target cimport IO_SYNC, Target, io_t
 from muenfast._thread cimport pthread_mutex_t
+from muenfast._wire cimport copy_giver
 
 
 cdef enum:
@@ -93,6 +94,7 @@ cdef struct client_t:
     uint32_t allowed        # most requests in flight that the server names
     uint32_t depth          # most requests of one disk in flight, 1..WINDOW
     uint64_t flying         # requests written and not answered, of all
+    copy_giver giver        # of written blocks
     uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
     uint64_t pace           # answers per second at the settled depth, smoothed
     uint64_t measured       # answers of the current window while requests waited for room ...

@@ -100,7 +100,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
             slot = writer_slot(&c.w, k)
             memcpy(slot, &h, sizeof(h))
             if io.kind == IO_WRITE:
-                memcpy(slot + sizeof(h), io.buf + <uint64_t>io.issued * BLOCK_SIZE, BLOCK_SIZE)
+                copy_given(&c.giver, slot + sizeof(h), io.buf + <uint64_t>io.issued * BLOCK_SIZE, BLOCK_SIZE)
             e.priv = h.priv
             e.kind = h.kind
             e.id = h.id
@@ -244,7 +244,7 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
             continue
         e.state = ENTRY_MATCHED
         if h.kind == EVENT_READ and h.error == 0 and e.io != NULL:
-            memcpy(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, slot + sizeof(h), BLOCK_SIZE)
+            copy_taken(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, slot + sizeof(h), BLOCK_SIZE)
         matched[matches] = e
         errors[matches] = h.error
         matches += 1

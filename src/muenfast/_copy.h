@@ -9,11 +9,15 @@
 
 #include "_atomics.h"
 
+#ifndef COPY_VECTORS /* 0: a copy is a call of memcpy, which tests put themselves in the place of */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define COPY_VECTORS 1
-#include <immintrin.h>
 #else
 #define COPY_VECTORS 0
+#endif
+#endif
+#if COPY_VECTORS
+#include <immintrin.h>
 #endif
 
 /* On x86, gcc makes `rep movsq` of a copy of constant size up to 8 KiB, and glibc `rep movsb` of longer ones than about
@@ -67,35 +71,45 @@ typedef struct copy_giver {
 } copy_giver;
 
 #if COPY_VECTORS
-/* Two cache lines a turn. n: a multiple of 128. */
+/* Two cache lines a turn; the rest plainly. */
 __attribute__((target("avx2"))) static inline void copy_lines(unsigned char *to, const unsigned char *from, size_t n) {
-    size_t at;
-    for (at = 0; at < n; at += 128) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)(from + at));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(from + at + 32));
-        __m256i c = _mm256_loadu_si256((const __m256i *)(from + at + 64));
-        __m256i d = _mm256_loadu_si256((const __m256i *)(from + at + 96));
-        _mm256_storeu_si256((__m256i *)(to + at), a);
-        _mm256_storeu_si256((__m256i *)(to + at + 32), b);
-        _mm256_storeu_si256((__m256i *)(to + at + 64), c);
-        _mm256_storeu_si256((__m256i *)(to + at + 96), d);
+    for (; n >= 128; n -= 128, to += 128, from += 128) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)from);
+        __m256i b = _mm256_loadu_si256((const __m256i *)(from + 32));
+        __m256i c = _mm256_loadu_si256((const __m256i *)(from + 64));
+        __m256i d = _mm256_loadu_si256((const __m256i *)(from + 96));
+        _mm256_storeu_si256((__m256i *)to, a);
+        _mm256_storeu_si256((__m256i *)(to + 32), b);
+        _mm256_storeu_si256((__m256i *)(to + 64), c);
+        _mm256_storeu_si256((__m256i *)(to + 96), d);
     }
+    if (n != 0)
+        memcpy(to, from, n);
 }
 
-/* As copy_lines(), past the caches. to: aligned to 32. Ordered before any later store, as a release alone would not do it. */
+/* As copy_lines(), past the caches but for lines that are not whole. Such stores are ordered with others by sfence only, be
+ * they before (F1 of docs/memory-model.md) or after (S1). */
 __attribute__((target("avx2"))) static inline void copy_stream(unsigned char *to, const unsigned char *from, size_t n) {
-    size_t at;
-    for (at = 0; at < n; at += 128) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)(from + at));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(from + at + 32));
-        __m256i c = _mm256_loadu_si256((const __m256i *)(from + at + 64));
-        __m256i d = _mm256_loadu_si256((const __m256i *)(from + at + 96));
-        _mm256_stream_si256((__m256i *)(to + at), a);
-        _mm256_stream_si256((__m256i *)(to + at + 32), b);
-        _mm256_stream_si256((__m256i *)(to + at + 64), c);
-        _mm256_stream_si256((__m256i *)(to + at + 96), d);
+    size_t head = -(uintptr_t)to % 64;
+    head = head < n ? head : n;
+    _mm_sfence();
+    if (head != 0) {
+        memcpy(to, from, head);
+        to += head, from += head, n -= head;
+    }
+    for (; n >= 128; n -= 128, to += 128, from += 128) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)from);
+        __m256i b = _mm256_loadu_si256((const __m256i *)(from + 32));
+        __m256i c = _mm256_loadu_si256((const __m256i *)(from + 64));
+        __m256i d = _mm256_loadu_si256((const __m256i *)(from + 96));
+        _mm256_stream_si256((__m256i *)to, a);
+        _mm256_stream_si256((__m256i *)(to + 32), b);
+        _mm256_stream_si256((__m256i *)(to + 64), c);
+        _mm256_stream_si256((__m256i *)(to + 96), d);
     }
     _mm_sfence();
+    if (n != 0)
+        memcpy(to, from, n);
 }
 #endif
 
@@ -103,7 +117,7 @@ __attribute__((target("avx2"))) static inline void copy_stream(unsigned char *to
  * than where `rep movsb` does. */
 static inline void copy_taken(void *to, const void *from, size_t n) {
 #if COPY_VECTORS
-    if (n >= COPY_BETWEEN && n % 128 == 0 && __builtin_cpu_supports("avx2")) {
+    if (n >= COPY_BETWEEN && __builtin_cpu_supports("avx2")) {
         copy_lines((unsigned char *)to, (const unsigned char *)from, n);
         return;
     }
@@ -133,7 +147,7 @@ static inline void copy_timed(copy_giver *g, bool streams, unsigned char *to, co
  * place for it. Where they do not, each line is asked back from the other's: many times as slow as a way past the caches. */
 static inline void copy_given(copy_giver *g, void *to, const void *from, size_t n) {
 #if COPY_VECTORS
-    if (n >= COPY_BETWEEN && n % 128 == 0 && (uintptr_t)to % 32 == 0 && __builtin_cpu_supports("avx2")) {
+    if (n >= COPY_BETWEEN && __builtin_cpu_supports("avx2")) {
         bool streams = g->streams;
         uint32_t turn = ++g->turns;
         if (turn % COPY_TIMED == 0) {

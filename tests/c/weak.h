@@ -77,6 +77,7 @@ void ring_ready(void);
 #define atomic_thread_fence(order) weak_fence(order)
 
 #ifndef WEAK_MACHINE
+#define COPY_VECTORS 0 /* _copy.h */
 #undef memcpy
 #undef memset
 #define memcpy(d, s, n) weak_copy((d), (s), (n))

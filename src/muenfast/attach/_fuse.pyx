@@ -264,6 +264,7 @@ cdef extern from "<sys/mount.h>" nogil:
 
 cdef extern from "<errno.h>" nogil:
     enum: ECANCELED
+    enum: ECONNABORTED
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -647,9 +648,9 @@ cdef void reply_all(disk_t *d, pump_t *p) noexcept nogil:
     for the last, and finds all. Entries' answers go with the next pump_next()."""
     cdef request_t *first = d.done
     cdef request_t *last = NULL         # those that are no entries, in a list
-    cdef request_t *free = NULL
+    cdef request_t *back = NULL
     cdef request_t *r = first
-    cdef request_t *next
+    cdef request_t *after
     cdef unsigned n = 0, unsent = 0, queued = 0
     d.done = NULL
     d.n_done = 0
@@ -661,7 +662,7 @@ cdef void reply_all(disk_t *d, pump_t *p) noexcept nogil:
     pthread_mutex_unlock(&d.lock)
     r = first
     while r != NULL:
-        next = r.next
+        after = r.next
         if r.queue >= 0:
             commit_done(r)
         else:
@@ -673,11 +674,11 @@ cdef void reply_all(disk_t *d, pump_t *p) noexcept nogil:
                 if queued == PUMP_WRITES:
                     unsent += pump_flush(p)
                     queued = 0
-            r.next = free
-            free = r
+            r.next = back
+            back = r
             if last == NULL:
                 last = r
-        r = next
+        r = after
     if queued != 0:
         unsent += pump_flush(p)
     pthread_mutex_lock(&d.lock)
@@ -685,7 +686,7 @@ cdef void reply_all(disk_t *d, pump_t *p) noexcept nogil:
     d.in_flight -= n
     if last != NULL:
         last.next = d.free
-        d.free = free
+        d.free = back
     if d.waiters != 0:
         pthread_cond_broadcast(&d.changed)
     pthread_mutex_unlock(&d.lock)
@@ -1061,7 +1062,7 @@ cdef int arrive(disk_t *d, request_t **spare, unsigned *moved) noexcept nogil:
     cdef int n = -EAGAIN, result = 0
     while pump_next(d.ring, &entry, &result):
         if result < 0:      # for good: the connection has ended
-            return 0 if result == -ENOTCONN or result == -ECANCELED else result
+            return 0 if result == -ENOTCONN or result == -ECONNABORTED or result == -ECANCELED else result
         r = &d.requests[d.depth + entry]
         r.unique = r.entry.in_.unique
         r.next = NULL
