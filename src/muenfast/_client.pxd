@@ -117,6 +117,7 @@ cdef struct client_t:
     uint32_t flags          # ... STORE_READ_ONLY for each device
     uint32_t zeroes         # and, likewise, whether what was discarded reads as zeros
     uint64_t answers        # progress, for the stuck detector
+    uint64_t spin_ns        # of `r` while nothing is in flight
     # Threads that wait for an answer.
     uint32_t turn           # futex: somebody finished or stopped reaping
     uint32_t sleepers

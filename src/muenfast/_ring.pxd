@@ -63,6 +63,7 @@ cdef struct reader_t:
     uint64_t poll_ns        # 0: adaptive, else the pause between polls
     uint64_t idle_since_ns  # start of the current empty spell, 0: none
     bint may_spin           # more than one CPU to run on
+    uint64_t spin_ns        # how long before it sleeps
     int spin_score          # > 0: recent spins ended with data
     uint32_t spin_probe     # counts waits that did not spin
     uint64_t batches

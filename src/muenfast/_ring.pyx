@@ -210,6 +210,7 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.want_protocol = protocol
     r.settle_ns = SETTLE_NS
     r.may_spin = online_cpus() > 1
+    r.spin_ns = SPIN_NS
     r.spin_score = SPIN_SCORE
 
 
@@ -515,7 +516,7 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
                     r.idle_since_ns = 0
                     return True
                 now = now_ns()
-                if now - start >= SPIN_NS or now - start >= ns or load_relaxed32(stop) != 0:
+                if now - start >= r.spin_ns or now - start >= ns or load_relaxed32(stop) != 0:
                     break
             r.spin_score -= 4
     while not reader_ready(r):
