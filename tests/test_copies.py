@@ -29,6 +29,10 @@ def test_bytes(copies: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+def avx2() -> bool:
+    return platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text()
+
+
 @pytest.mark.parametrize(("costs", "past"), [
     pytest.param([(40, 40)], [False], id="one cache"),
     pytest.param([(90, 70)], [False], id="one cache, from memory"),
@@ -43,10 +47,16 @@ def test_bytes(copies: Path) -> None:
 def test_choice(copies: Path, costs: list[tuple[int, int]], past: list[bool]) -> None:
     """Costs in picoseconds for a byte, as measured on one host: plainly, past the caches. All but a few blocks go the way
     that is right for them, soon after it has become right."""
-    if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
+    if not avx2():
         pytest.skip("there is one way only: needs x86-64 with AVX2")
     run = subprocess.run([copies, "choice", *(str(cost) for pair in costs for cost in pair)], capture_output=True,
                          text=True, check=True)
     counts = [int(line) for line in run.stdout.split()]
     assert [count > 9900 for count in counts] == past
     assert all(count > 9900 or count < 50 for count in counts)
+
+
+def test_one_interruption_is_no_news(copies: Path) -> None:
+    """A thread that loses its CPU in the middle of a block now and then keeps its way."""
+    run = subprocess.run([copies, "noisy", "40", "40"], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 50

@@ -46,6 +46,9 @@ BUFFER = ("tests/test_blk_buffer.py",)
 FILES = ("tests/test_files.py",)
 SLOW = ("tests/test_slow_disks.py",)
 SHARED = ("tests/test_buffer_client.py",)
+FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
+ATTACH = ("tests/test_attach.py",)
+COPIES = ("tests/test_copies.py",)
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
 
@@ -310,13 +313,28 @@ MUTATIONS = [
     Mutation("buffer: room for SMART data", "buffer_smart", "SMART_SIZE > s.length - h.buffer_offset", "False", BUFFER),
     # ------------------------------------------------------------ calls
     Mutation("bounds: one piece", "place", "if at > size or length > size - at:", "if False:", CLIENT),
+    Mutation("front: the target's depth", "arrive", " and load_relaxed32(&d.in_flight) + taken < d.depth", "", FRONT),
+    Mutation("front: others' answers are looked for", "arrive", "take_foreign(d)", "pass", FRONT),
+    Mutation("front: the pump is told of others' answers", "request_done", "c_write(d.wake, &one, sizeof(one))", "pass",
+             FRONT),
+    Mutation("front: what is read beside the ring", "arrive", "if not d.ring.watches:", "if False:", ATTACH,
+             spare="FORGETs would pile up in the kernel; the end comes with the commands, too"),
+    Mutation("front: what a write's answer says", "commit_move", "written.size = <uint32_t>size", "pass", FRONT),
+    Mutation("front: libfuse gets the first argument", "process", "memcpy(payload(r) - first, r.entry.first, first)",
+             "pass", FRONT),
+    Mutation("front: a refusal is committed", "understand", "commit_move(d, r, min(status, 0), 0)", "pass", FRONT),
+    Mutation("copies: apart is far apart", "copy_timed", "g->cost[0] > COPY_FAR && ", "", COPIES),
+    Mutation("copies: past the caches must pay", "copy_timed", " && 4 * g->cost[0] > 7 * g->cost[1]", "", COPIES),
+    Mutation("copies: one interruption is no news", "copy_timed", "cost < 2 * old ? cost : 2 * old", "cost", COPIES),
+    Mutation("copies: the rest of a piece", "copy_lines", "if (n != 0)", "if (0)", COPIES),
     Mutation("bounds: scattered", "scattered", "if at > self.nblocks or each > self.nblocks - at:", "if False:", CLIENT),
 ]
 
 
 def sources(tree: Path) -> list[Path]:
     package = tree / "src/muenfast"
-    return sorted([*package.glob("*.pyx"), *package.glob("*.pxd"), *package.glob("*.h")])
+    return sorted(path for place in (package, package / "attach") for kind in ("*.pyx", "*.pxd", "*.h")
+                  for path in place.glob(kind))
 
 
 def bodies(path: Path, text: str, function: str) -> Iterator[tuple[int, int]]:

@@ -72,7 +72,7 @@ typedef struct copy_giver {
 
 #if COPY_VECTORS
 /* Two cache lines a turn; the rest plainly. */
-__attribute__((target("avx2"))) static inline void copy_lines(unsigned char *to, const unsigned char *from, size_t n) {
+static inline __attribute__((target("avx2"))) void copy_lines(unsigned char *to, const unsigned char *from, size_t n) {
     for (; n >= 128; n -= 128, to += 128, from += 128) {
         __m256i a = _mm256_loadu_si256((const __m256i *)from);
         __m256i b = _mm256_loadu_si256((const __m256i *)(from + 32));
@@ -89,7 +89,7 @@ __attribute__((target("avx2"))) static inline void copy_lines(unsigned char *to,
 
 /* As copy_lines(), past the caches but for lines that are not whole. Such stores are ordered with others by sfence only, be
  * they before (F1 of docs/memory-model.md) or after (S1). */
-__attribute__((target("avx2"))) static inline void copy_stream(unsigned char *to, const unsigned char *from, size_t n) {
+static inline __attribute__((target("avx2"))) void copy_stream(unsigned char *to, const unsigned char *from, size_t n) {
     size_t head = -(uintptr_t)to % 64;
     head = head < n ? head : n;
     _mm_sfence();
