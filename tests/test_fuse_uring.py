@@ -281,3 +281,47 @@ class TestFrontEnd:
                               timeout=20, check=False).returncode == 0
         assert client.end()[0] == 0
         assert server.end()[0] == 0
+
+    def test_a_kill_with_readers_of_its_own(self, tmp_path: Path) -> None:
+        """Threads of the client wait for its own device, as for its partition table and its last flush; requests come on
+        while it dies. (Where this fails, the process cannot be ended any more.)"""
+        if reason := no_ring():
+            pytest.skip(reason)
+        code = ("import mmap, os, sys, threading\nfrom muenfast._target import Memory\nfrom muenfast.attach import fuse\n"
+                "attachment = fuse.FuseAttachment.attach(Memory(64), sys.argv[1], sys.argv[2])\n"
+                "assert attachment.disk.ring\n"
+                "turns = [0] * 8\n"
+                "def read(place):\n"
+                "    fd, page = os.open(attachment.device, os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)\n"
+                "    while True:\n        os.preadv(fd, [page], place * 4096)\n        turns[place] += 1\n"
+                "        if place == 0 and turns[0] == 500:\n            print('in', flush=True)\n"
+                "for place in range(8):\n    threading.Thread(target=read, args=(place,)).start()\n")
+        for _ in range(4):
+            name = unique("dev")
+            process = subprocess.Popen([sys.executable, "-c", code, name, str(tmp_path / "run")], stdout=subprocess.PIPE)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"in\n"
+            process.kill()
+            assert process.wait(20) == -signal.SIGKILL
+            process.stdout.close()
+            assert fuse.reclaim_name(tmp_path / "run", name) == []
+
+    def test_close_waits_for_the_pump(self, tmp_path: Path) -> None:
+        """close() frees what the thread inside run() works with; it was still closing its ring in one of 70."""
+        if reason := no_ring():
+            pytest.skip(reason)
+        code = ("import os, sys, threading\nfrom muenfast._target import Memory\nfrom muenfast.attach import fuseuring\n"
+                "from muenfast.attach._fuse import FuseDisk\n"
+                "for _ in range(600):\n"
+                "    with fuseuring.offered(sys.argv[1]) as ring:\n"
+                "        disk = FuseDisk(Memory(64), sys.argv[1] + '/mnt', ring=ring)\n"
+                "    assert disk.ring\n"
+                "    thread = threading.Thread(target=disk.run)\n    thread.start()\n"
+                "    os.close(os.open(sys.argv[1] + '/mnt/disk', os.O_RDONLY))\n"
+                "    disk.unmount()\n    disk.exit()\n    disk.close()\n    thread.join()\n"
+                "open_now = [os.readlink(entry) for entry in os.scandir('/proc/self/fd') if os.path.islink(entry)]\n"
+                "print(sum('io_uring' in each for each in open_now))\n")
+        (tmp_path / "mnt").mkdir()
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"MALLOC_PERTURB_": "170"},
+                              capture_output=True, text=True, timeout=40, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

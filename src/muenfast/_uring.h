@@ -18,11 +18,11 @@ enum {
     URING_OP_COMMAND = 46,    /* linux/io_uring.h of Linux 5.19: IORING_OP_URING_CMD */
     URING_OP_FUTEX_WAIT = 51, /* linux/io_uring.h of Linux 6.7: IORING_OP_FUTEX_WAIT */
     URING_FUTEX2_U32 = 2,     /* linux/futex.h: FUTEX2_SIZE_U32, shared between processes */
-    /* linux/io_uring.h of Linux 6.1: IORING_SETUP_... */
+    /* linux/io_uring.h of Linux 6.0: IORING_SETUP_... */
+    URING_SETUP_COOP_TASKRUN = 1 << 8,
     URING_SETUP_TASKRUN_FLAG = 1 << 9,
     URING_SETUP_SQE128 = 1 << 10,
-    URING_SETUP_SINGLE_ISSUER = 1 << 12,
-    URING_SETUP_DEFER_TASKRUN = 1 << 13
+    URING_SETUP_SINGLE_ISSUER = 1 << 12
 };
 
 /* A completion when the word is no longer `seen`, or is woken. The kernel waits for the memory, not for the address. */

@@ -1112,8 +1112,9 @@ cdef void register(disk_t *d) noexcept nogil:
         pump_register(d.ring, d.fuse_fd, r.parts, <unsigned>r.queue, i)
 
 
-cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
-    """The only receive thread: takes requests and the target's answers in turn, each as many as there are; as receive().
+cdef int pump(disk_t *d, pump_t *p, request_t **spare) noexcept nogil:
+    """The only receive thread: takes requests and the target's answers in turn, each as many as there are; as receive(), but
+    for what that does last: spare is the object to give back.
 
     While another thread takes the answers (attendance refused), that one replies, and this one only receives; of entries it
     replies all the same.
@@ -1213,7 +1214,7 @@ cdef int pump(disk_t *d, pump_t *p) noexcept nogil:
             lose(d, d.foreign)
             d.foreign = d.foreign.next
         pthread_mutex_unlock(&d.lock)
-    give_back(d, r)
+    spare[0] = r
     return n if n < 0 and n != -EAGAIN and n != -EINTR else 0
 
 
@@ -1458,6 +1459,7 @@ cdef class FuseDisk:
         cdef disk_t *d = self._open()
         cdef pump_t own
         cdef pump_t *p
+        cdef request_t *spare = NULL
         cdef bint first
         cdef int status
         with nogil:
@@ -1478,10 +1480,9 @@ cdef class FuseDisk:
                 pthread_mutex_unlock(&d.lock)
                 status = pump_start(p)
                 if status == 0:
-                    status = pump(d, p)
-                else:
-                    give_back(d, NULL)
+                    status = pump(d, p, &spare)
                 pump_close(p)
+                give_back(d, spare)     # last: close() then frees the pump, too
         return status
 
     @property

@@ -4,8 +4,11 @@
  * A pump belongs to the thread that started it; any may open it before, and close it after. With MUENFAST_NO_URING defined (no
  * liburing at build time), or in a kernel that cannot wait for a futex (before Linux 6.7) or refuses io_uring, there is none.
  *
- * One that takes commands leaves completions to pump_next(), and runs what the kernel has to do for them only when asked to
- * (IORING_SETUP_DEFER_TASKRUN): who waits for requests is not interrupted by them.
+ * One that takes commands leaves completions to pump_next(), and what the kernel has to do for them waits for a system call
+ * (IORING_SETUP_COOP_TASKRUN): who waits for requests is not interrupted by them. Never IORING_SETUP_DEFER_TASKRUN: what it
+ * defers only this thread does, or the last close of the ring. Where the process is killed while another thread of it waits for
+ * the device (its partition table, its last flush), neither comes, for that thread keeps the ring open; requests that were
+ * assigned to entries meanwhile are then beyond an abort, too, and the thread is there for good.
  */
 #ifndef MUENFAST_PUMP_H
 #define MUENFAST_PUMP_H
@@ -91,7 +94,7 @@ static inline int pump_open(pump *p, unsigned entries) {
     memset(&params, 0, sizeof params);
     params.flags = IORING_SETUP_R_DISABLED;
     if (entries != 0) {
-        params.flags |= URING_SETUP_SINGLE_ISSUER | URING_SETUP_DEFER_TASKRUN | URING_SETUP_TASKRUN_FLAG | URING_SETUP_SQE128
+        params.flags |= URING_SETUP_SINGLE_ISSUER | URING_SETUP_COOP_TASKRUN | URING_SETUP_TASKRUN_FLAG | URING_SETUP_SQE128
                         | IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP;
         params.cq_entries = entries + 2 * PUMP_WRITES;
     }
