@@ -5,6 +5,8 @@ What both ways have in common is in test_attach.py and test_pump.py.
 
 from __future__ import annotations
 
+import errno
+import logging
 import mmap
 import os
 import signal
@@ -83,6 +85,24 @@ class TestParameter:
         with fuseuring.offered(tmp_path) as wanted:
             assert wanted
         assert os.listdir(tmp_path) == []
+
+    def test_one_that_we_may_not_write_is_said_to_stay_as_it_is(self, parameter: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch,
+                                                                caplog: pytest.LogCaptureFixture) -> None:
+        """As in a container, where /sys is read-only: nothing stays on that was never on."""
+        def refuse(value: str) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(parameter))
+
+        monkeypatch.setattr(fuseuring, "_write", refuse)
+        with fuseuring.offered(tmp_path) as wanted:
+            assert wanted
+        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        assert os.listdir(tmp_path) == ["enable_uring"]
+
+    def test_a_lock_that_somebody_removed(self, parameter: Path, tmp_path: Path) -> None:
+        with fuseuring.offered(tmp_path):
+            (tmp_path / "fuse-uring").unlink()
+        assert parameter.read_text().strip() == "N"
 
     def test_is_put_back_by_the_next_after_a_kill(self, parameter: Path, tmp_path: Path) -> None:
         code = ("import sys, time\nfrom muenfast.attach import fuseuring\n"
@@ -307,7 +327,7 @@ class TestFrontEnd:
             assert fuse.reclaim_name(tmp_path / "run", name) == []
 
     def test_close_waits_for_the_pump(self, tmp_path: Path) -> None:
-        """close() frees what the thread inside run() works with; it was still closing its ring in one of 70."""
+        """close() frees what the thread inside run() works with; where it was still closing its ring, that stayed open."""
         if reason := no_ring():
             pytest.skip(reason)
         code = ("import os, sys, threading\nfrom muenfast._target import Memory\nfrom muenfast.attach import fuseuring\n"

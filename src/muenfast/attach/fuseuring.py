@@ -48,7 +48,8 @@ def _write(value: str) -> None:
 
 def _put_back(value: str) -> None:
     try:
-        _write(value)
+        if _read() != value:        # else it was not to be switched on, as where /sys is read-only
+            _write(value)
     except OSError as problem:
         log.warning("%s stays on: %s; echo %s > it", PARAMETER, problem.strerror, value)
 
@@ -65,7 +66,8 @@ def _locked(path: str) -> Iterator[int]:
             try:
                 yield fd
             finally:
-                os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):    # somebody cleaned up; what was done in here stays done
+                    os.unlink(path)
             return
         finally:
             os.close(fd)
