@@ -6,6 +6,7 @@ What both ways have in common is in test_attach.py and test_pump.py.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -90,16 +91,16 @@ class TestParameter:
                                                                 monkeypatch: pytest.MonkeyPatch,
                                                                 caplog: pytest.LogCaptureFixture) -> None:
         """As in a container, where /sys is read-only: nothing stays on that was never on."""
-        def refuse(value: str) -> None:
+        def refuse(fd: int, data: bytes, offset: int) -> int:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(parameter))
 
-        monkeypatch.setattr(fuseuring, "_write", refuse)
+        monkeypatch.setattr(os, "pwrite", refuse)
         with fuseuring.offered(tmp_path) as wanted:
             assert wanted
         assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
         assert os.listdir(tmp_path) == ["enable_uring"]
 
-    def test_a_lock_that_somebody_removed(self, parameter: Path, tmp_path: Path) -> None:
+    def test_a_record_that_somebody_removed(self, parameter: Path, tmp_path: Path) -> None:
         with fuseuring.offered(tmp_path):
             (tmp_path / "fuse-uring").unlink()
         assert parameter.read_text().strip() == "N"
@@ -114,19 +115,21 @@ class TestParameter:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        assert parameter.read_text() == "Y"
+        assert parameter.read_text().strip() == "Y"
         with fuseuring.offered(tmp_path):
-            assert parameter.read_text() == "Y"
-        assert parameter.read_text() == "N"
+            assert parameter.read_text().strip() == "Y"
+        assert parameter.read_text().strip() == "N"
         assert os.listdir(tmp_path) == ["enable_uring"]
 
     def test_two_at_once(self, parameter: Path, tmp_path: Path) -> None:
-        """The second waits, and so takes nobody's Y for the administrator's."""
+        """Whatever their directories, the second waits, and so takes nobody's Y for the administrator's."""
         seen: list[str] = []
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
 
         def other() -> None:
-            with fuseuring.offered(tmp_path):
-                seen.append(parameter.read_text())
+            with fuseuring.offered(elsewhere):
+                seen.append(parameter.read_text().strip())
 
         thread = threading.Thread(target=other)
         with fuseuring.offered(tmp_path):
@@ -135,7 +138,19 @@ class TestParameter:
             assert seen == []
         thread.join(10)
         assert seen == ["Y"]
-        assert parameter.read_text() == "N"
+        assert parameter.read_text().strip() == "N"
+        assert os.listdir(elsewhere) == []
+        assert sorted(os.listdir(tmp_path)) == ["elsewhere", "enable_uring"]
+
+    def test_one_who_keeps_it_is_not_waited_for_without_end(self, parameter: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process that was stopped in there, say: its client goes on without."""
+        monkeypatch.setattr(fuseuring, "PATIENCE", 0.05)
+        with open(parameter, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with fuseuring.offered(tmp_path) as wanted:
+                assert wanted
+                assert parameter.read_text() == "N\n"
         assert os.listdir(tmp_path) == ["enable_uring"]
 
     def test_a_word_that_is_none(self) -> None:

@@ -227,6 +227,7 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
     void fuse_session_process_buf(fuse_session *se, const fuse_buf *buf)
     void *fuse_req_userdata(fuse_req_t req)
     int fuse_reply_err(fuse_req_t req, int err)
+    void fuse_reply_none(fuse_req_t req)
     int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *e)
     int fuse_reply_attr(fuse_req_t req, const stat_t *attr, double attr_timeout)
     int fuse_reply_buf(fuse_req_t req, const char *buf, size_t size)
@@ -582,6 +583,8 @@ cdef bint reply(request_t *r) noexcept nogil:
 cdef void lose(disk_t *d, request_t *r) noexcept nogil:
     """An entry is answered when nobody listens any more. Precondition: d.lock is held."""
     count(d, &r.io)
+    if r.req != NULL:
+        fuse_reply_none(r.req)      # says nothing, frees it
     d.unsent += 1
     d.in_flight -= 1
     if d.waiters != 0:

@@ -13,7 +13,9 @@ import logging
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from muenfast.errors import UsageError
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 PARAMETER = "/sys/module/fuse/parameters/enable_uring"
 WHEN = ("auto", "kernel", "off")
+PATIENCE = 1.0      # seconds for others to make their mounts; each takes milliseconds
 TRIED = (6, 18)     # kernels from here on have been through our tests with it; before, it is the administrator's choice
 
 
@@ -36,41 +39,46 @@ def tried() -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= TRIED
 
 
-def _read() -> str:
-    with open(PARAMETER) as file:
-        return file.read().strip()
-
-
-def _write(value: str) -> None:
-    with open(PARAMETER, "w") as file:
-        file.write(value)
-
-
-def _put_back(value: str) -> None:
+@contextlib.contextmanager
+def _locked() -> Iterator[int]:
+    """The parameter, open and ours alone. Raises OSError, BlockingIOError after PATIENCE."""
+    fd = os.open(PARAMETER, os.O_RDWR | os.O_CLOEXEC)
     try:
-        if _read() != value:        # else it was not to be switched on, as where /sys is read-only
-            _write(value)
-    except OSError as problem:
-        log.warning("%s stays on: %s; echo %s > it", PARAMETER, problem.strerror, value)
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.002)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _value(fd: int) -> str:
+    return os.pread(fd, 8, 0).decode().strip()
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[int]:
-    """The file at *path*, ours alone; it is gone afterwards."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _on(fd: int, record: Path) -> Iterator[None]:
+    """While this lasts the parameter is on; *record* says that it is to be off, as one that is there already does."""
+    record.write_text("N")
+    try:
+        os.pwrite(fd, b"Y", 0)
+    except OSError:
+        record.unlink(missing_ok=True)
+        raise
+    try:
+        yield
+    finally:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            if os.fstat(fd).st_nlink == 0:      # of the one before us, who took it away
-                continue
-            try:
-                yield fd
-            finally:
-                with contextlib.suppress(FileNotFoundError):    # somebody cleaned up; what was done in here stays done
-                    os.unlink(path)
-            return
-        finally:
-            os.close(fd)
+            os.pwrite(fd, b"N", 0)
+            record.unlink(missing_ok=True)
+        except OSError as problem:
+            log.warning("%s stays on: %s; echo N > %s", PARAMETER, problem.strerror, PARAMETER)
 
 
 @contextlib.contextmanager
@@ -83,14 +91,12 @@ def offered(runtime_dir: str | os.PathLike[str], when: str = "auto") -> Iterator
     if when != "auto" or not tried():
         yield when != "off"
         return
-    with contextlib.ExitStack() as undo:
+    record = Path(runtime_dir, "fuse-uring")
+    with contextlib.ExitStack() as stack:
         try:
-            fd = undo.enter_context(_locked(os.path.join(runtime_dir, "fuse-uring")))
-            before = os.pread(fd, 8, 0).decode() or _read()     # in the file: of somebody who was killed in here
-            if before == "N":
-                os.pwrite(fd, before.encode(), 0)
-                undo.callback(_put_back, before)
-                _write("Y")
+            fd = stack.enter_context(_locked())
+            if record.exists() or _value(fd) == "N":
+                stack.enter_context(_on(fd, record))
         except OSError as problem:
-            log.debug("FUSE over io_uring is not to be had: %s", problem)
+            log.debug("%s: %s", PARAMETER, problem)
         yield True
