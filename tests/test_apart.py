@@ -91,6 +91,81 @@ def test_a_buffer_may_hold_a_file_system(names: Callable[[str], str], tmp_path: 
     assert run("chan", "rm", buffer).returncode == 0
 
 
+@pytest.mark.parametrize("what", ["ext4", "ext2", "gpt"])
+def test_an_image_is_no_buffer(names: Callable[[str], str], tmp_path: Path, what: str) -> None:
+    """One whose marks say that it has just that size."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8 << 20))
+    if what == "gpt":
+        subprocess.run(["sfdisk", "-q", image], input="label: gpt\nsize=1MiB\n", text=True, check=True)
+    else:
+        subprocess.run([f"mkfs.{what}", "-q", "-F", image], check=True)
+    before = image.read_bytes()
+    for words in (["--device", "ram:64K"], ["--client", "--attach", "none"]):
+        done = run("blk", "--req", names("req"), "--resp", names("resp"), "--shm", str(image), *words)
+        assert done.returncode == 2
+        assert f"--shm, entry 0 '{image}'" in done.stderr and "would be overwritten" in done.stderr
+    assert image.read_bytes() == before
+    with image.open("r+b") as file:      # a buffer through which a disk of that kind went
+        file.truncate(4 << 20)
+    serve(names("req"), names("resp"), device="ram:64K", buffer=str(image)).close()
+
+
+@pytest.mark.root
+def test_a_file_under_a_loop_device_is_no_region(names: Callable[[str], str], tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4 << 20))
+    loop = subprocess.run(["losetup", "-f", "--show", image], check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        for words in (["--resp", str(image)], ["--resp", names("resp"), "--shm", str(image)]):
+            done = run("blk", "--req", names("req"), *words, "--device", "ram:64K")
+            assert done.returncode == 1
+            assert loop in done.stderr and str(image) in done.stderr
+    finally:
+        subprocess.run(["losetup", "-d", loop], check=True)
+
+
+class TestRemoving:
+    """`chan rm PATH` removes channels, and what may become one."""
+
+    @pytest.mark.parametrize("content", [b"text", bytes(1024) + b"\1", b"\xff" * 4096], ids=["text", "later", "random"])
+    def test_what_is_no_channel_stays(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        for words in ([], ["--force"]):
+            done = run("chan", "rm", *words, str(path))
+            assert (done.returncode, path.read_bytes()) == (2, content)
+            assert str(path) in done.stderr and "no channel" in done.stderr
+
+    def test_no_nodes_and_links(self, tmp_path: Path) -> None:
+        fifo, link = tmp_path / "fifo", tmp_path / "link"
+        os.mkfifo(fifo)
+        link.symlink_to(fifo)
+        for path in (fifo, link):
+            assert run("chan", "rm", str(path)).returncode == 2
+            assert os.path.lexists(path)
+
+    def test_no_disk_that_is_served(self, names: Callable[[str], str], tmp_path: Path) -> None:
+        image = tmp_path / "image"
+        image.write_bytes(bytes(1 << 20))
+        export = serve(names("req"), names("resp"), device=str(image))
+        try:
+            done = run("chan", "rm", "--force", str(image))
+            assert (done.returncode, image.exists()) == (1, True)
+            assert "a server, as a disk" in done.stderr
+        finally:
+            export.close()
+
+    def test_channels_go(self, tmp_path: Path) -> None:
+        used, new = tmp_path / "used", tmp_path / "new"
+        for path in (used, new):
+            path.write_bytes(bytes(1 << 16))
+        with open_writer(str(used), size=64, protocol=9) as writer:
+            writer.write(b"one")
+        assert run("chan", "rm", str(used), str(new)).returncode == 0
+        assert not used.exists() and not new.exists()
+
+
 def test_a_time_limit_begins_with_the_loss(names: Callable[[str], str], program: Start) -> None:
     """timeout:2 gives the request that finds its server killed two seconds, not less; a server that is back in that time
     answers it."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import sys
 from contextlib import ExitStack
 
 from muenfast import partition, shm
 from muenfast._ring import Reader, Writer, layout
-from muenfast.errors import UsageError
+from muenfast.errors import ClaimError, UsageError
 
 log = logging.getLogger("muenfast")
 
@@ -20,6 +21,25 @@ _BELL = 4096  # bytes of a bell region: one page
 # files (muenfs, sysfs), a directory or a peer's bell that we may not write. Then both sides poll.
 _NO_BELL = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTSUP, errno.EINVAL,
                       errno.ENAMETOOLONG))
+
+
+def remove(locator: shm.Locator, *, force: bool = False) -> None:
+    """shm.remove_region(), where a path names a channel, or what may become one: no other file goes by mistake.
+
+    Raises UsageError and ClaimError, too, where it is anything else or a disk that is served.
+    """
+    if locator.posix or locator.size is not None:
+        shm.remove_region(locator, force=force)
+        return
+    seen = os.lstat(locator.path)
+    if not stat.S_ISREG(seen.st_mode):
+        raise UsageError("is no regular file, so no channel", value=locator.text, hint="rm removes it")
+    with open(locator.path, "rb") as file:
+        head = file.read(4096)
+    if int.from_bytes(head[:8], sys.byteorder) != _TRANSPORT and head.strip(b"\0"):
+        raise UsageError("is no channel, by its first bytes", value=locator.text, hint="rm removes it")
+    with shm.apart(locator, disk=False):
+        shm.remove_region(locator, force=force)
 
 
 def _contents(view: memoryview) -> str | None:
@@ -62,10 +82,8 @@ class End:
                                         error.filename) from error
             stack.callback(lambda: self.region.close())
             stack.enter_context(shm.apart(self.locator, disk=False))
-            # A buffer may rightly hold the blocks of a disk that went through it.
-            if writes and buffer is None and (found := _contents(self.region.view)) is not None:
-                raise UsageError(f"channel {self.locator.text} holds {found}, which would be overwritten",
-                                 hint="name another, or remove it")
+            if writes:
+                self._spare(what, channel=buffer is None)
             if len(self.region.view) < least:
                 step = "remove it" if self.locator.posix else "make it longer"
                 raise UsageError(f"{what} {self.locator.text} has {len(self.region.view)} bytes, at least {least} are "
@@ -83,6 +101,18 @@ class End:
                         raise
                     log.info("channel %s: no bell (%s), waiting means polling", self.locator.text, error.strerror)
             self._stack = stack.pop_all()
+
+    def _spare(self, what: str, *, channel: bool) -> None:
+        """Raises UsageError, ClaimError where the region is somebody's disk."""
+        # A buffer may rightly begin with blocks of a disk that went through it, but that disk has another size.
+        found = _contents(self.region.view) if channel else None
+        if not channel and not self.locator.posix:
+            found = partition.image(bytes(self.region.view[:4096]), os.stat(self.locator.path).st_size)
+        if found is not None:
+            raise UsageError(f"{what} {self.locator.text} holds {found}, which would be overwritten",
+                             hint="name another, or remove it")
+        if not self.locator.posix and (loop := shm.loop_on(self.locator.path)) is not None:
+            raise ClaimError(f"{what} {self.locator.text}", f"the loop device {loop}", hint="name another file")
 
     @property
     def view(self) -> memoryview:

@@ -190,6 +190,23 @@ def contents(head: bytes) -> str | None:
     return None
 
 
+def image(head: bytes, size: int) -> str | None:
+    """What these 4096 bytes say they are the beginning of, if that has just `size` bytes: ext2 to ext4, XFS, a GPT disk."""
+    blocks = unit = 0
+    if head[1080:1082] == b"\x53\xef":     # s_blocks_count_lo, s_log_block_size; s_blocks_count_hi with INCOMPAT_64BIT
+        (blocks,), (log,), (wide,) = (struct.unpack_from("<I", head, 1024 + at) for at in (0x04, 0x18, 0x60))
+        if wide & 0x80:
+            blocks |= struct.unpack_from("<I", head, 1024 + 0x150)[0] << 32
+        unit = 1024 << min(log, 6)
+    elif head[:4] == b"XFSB":               # sb_blocksize, sb_dblocks
+        unit, blocks = struct.unpack_from(">IQ", head, 4)
+    if blocks and blocks * unit <= size < (blocks + 1) * unit:
+        return "a file system of its size"
+    if head[512:520] == b"EFI PART" and (struct.unpack_from("<Q", head, 512 + 32)[0] + 1) * 512 == size:
+        return "a partition table of its size"
+    return None
+
+
 def _file_system(read: Read, size: int, start: int) -> bool:
     """Whether something begins there that has a mark in its first 4096 bytes."""
     return start + 4096 <= size and _marked(read(start, 4096))

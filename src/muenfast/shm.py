@@ -24,6 +24,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import mmap
@@ -38,6 +39,7 @@ import time
 import urllib.parse
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -919,6 +921,16 @@ def apart(locator: Locator, *, disk: bool, timeout: float = 0.2) -> Iterator[Non
         yield
     finally:
         os.close(fd)
+
+
+def loop_on(path: str) -> str | None:
+    """The loop device whose file this is, as far as names tell: to ask the files could wait for a dead file system."""
+    name = os.path.realpath(path)
+    for entry in glob.glob("/sys/block/loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):      # freed meanwhile
+            if Path(entry).read_text().rstrip("\n") == name:
+                return "/dev/" + entry.split("/")[3]
+    return None
 
 
 def _lock(fd: int, shared: bool, span: tuple[int, int] | None) -> None:

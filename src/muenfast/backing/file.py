@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import fcntl
 import glob
@@ -110,7 +109,7 @@ def _open(path: str, read_only: bool, stack: ExitStack, *, alone: bool = True) -
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
             raise UsageError("a device is a file, a disk, a partition, ram:SIZE or null:SIZE")
-        if stat.S_ISREG(kind) and not read_only and (loop := _loop_on(path)) is not None:
+        if stat.S_ISREG(kind) and not read_only and (loop := shm.loop_on(path)) is not None:
             raise ClaimError(f"disk {path}", f"the loop device {loop}", hint=f"losetup -d {loop} frees it")
         flags = os.O_RDONLY if read_only else os.O_RDWR
         if stat.S_ISBLK(kind) and not read_only and alone:
@@ -122,16 +121,6 @@ def _open(path: str, read_only: bool, stack: ExitStack, *, alone: bool = True) -
         raise _Refused(error) from error
     stack.callback(os.close, fd)
     return fd
-
-
-def _loop_on(path: str) -> str | None:
-    """The loop device whose file this is, as far as names tell: to ask the files could wait for a dead file system."""
-    name = os.path.realpath(path)
-    for entry in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):      # freed meanwhile
-            if Path(entry).read_text().rstrip("\n") == name:
-                return "/dev/" + entry.split("/")[3]
-    return None
 
 
 def _partition(device: Device, read_only: bool, stack: ExitStack) -> tuple[int, int | None, int, int, bytes]:

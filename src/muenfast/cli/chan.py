@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("channel", nargs="+")
     sub.add_argument("--size", default="1M", help="bytes, like 1M (default)")
     sub.add_argument("--mode", default="600", help="octal permissions (default: 600)")
-    sub = actions.add_parser("rm", help="remove a region and its bell")
+    sub = actions.add_parser("rm", help="remove a region and its bell; of a path only a channel")
     sub.add_argument("channel", nargs="+")
     sub.add_argument("--force", action="store_true", help="even while it is in use")
     sub = actions.add_parser("dump", help="the readable elements of an active channel, the last ones first")
@@ -200,13 +200,13 @@ def _create(arguments: argparse.Namespace) -> int:
 
 
 def _rm(arguments: argparse.Namespace) -> int:
-    from muenfast import shm
+    from muenfast import channel, shm
 
     failed: Exception | None = None
     for locator in [shm.Locator.parse(name, option="CHANNEL", index=i) for i, name in enumerate(arguments.channel)]:
         try:
-            shm.remove_region(locator, force=arguments.force)
-        except (ClaimError, OSError) as error:  # like rm(1): the others go all the same
+            channel.remove(locator, force=arguments.force)
+        except (ClaimError, OSError, UsageError) as error:  # like rm(1): the others go all the same
             if failed is not None:
                 log.error("%s", describe(_in_our_words(failed)))
             failed = error
