@@ -352,6 +352,9 @@ def mutated(tree: Path, mutation: Mutation) -> tuple[Path, str]:
     """The file and its text with that replaced. Ends the program where it does not stand where it is said to."""
     found = [(path, text, span) for path in sources(tree) for text in [path.read_text()]
              for span in bodies(path, text, mutation.function)]
+    if len(found) > 1:      # a property, perhaps, of that name
+        found = [each for each in found if re.search(mutation.old[1:] if mutation.old.startswith("/") else
+                                                     re.escape(mutation.old), each[1][slice(*each[2])])]
     if len(found) != 1:
         sys.exit(f"{mutation.name}: {mutation.function} is defined in {[path.name for path, _, _ in found]}")
     [(path, text, (start, end))] = found
