@@ -11,7 +11,7 @@ import subprocess
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio", "_uring",
+HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio", "_faults", "_jobs", "_uring",
                                                   "attach/_pump", "attach/_fuse_uring")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":
@@ -50,8 +50,8 @@ URING = {"cflags": ["-DMUENFAST_NO_URING"], "ldflags": []} if None in uring else
 if None in uring:
     print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): slower files and block devices")
 
-extensions = [extension(f"muenfast.{name}", **(URING if name in ("_blk", "_buffer") else {}))
-              for name in ("_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client", "_bufclient",
+extensions = [extension(f"muenfast.{name}", **(URING if name in ("_store", "_user", "_blk", "_buffer") else {}))
+              for name in ("_ring", "_target", "_store", "_user", "_engine", "_blk", "_buffer", "_client", "_bufclient",
                            "_bench", "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from muenfast._ring import Reader, Result, Writer
     from muenfast.aio import AsyncBlockDevice
-    from muenfast.blk import BlockServer
+    from muenfast.blk import BlockServer, serve
     from muenfast.channel import open_reader, open_writer
     from muenfast.disk import BlockDevice
-    from muenfast.errors import BrokenChannelError, ClaimError, MuenfastError, PeerError, UsageError
+    from muenfast.errors import BrokenChannelError, ClaimError, MuenfastError, PeerError, StoreError, UsageError
     from muenfast.export import ExportConfig, exports_from_lists
 
 __version__ = "0.1.0"
@@ -21,14 +21,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Reader": "_ring", "Result": "_ring", "Writer": "_ring", "open_reader": "channel", "open_writer": "channel",
     "AsyncBlockDevice": "aio", "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export",
-    "exports_from_lists": "export",
+    "exports_from_lists": "export", "serve": "blk",
     "BrokenChannelError": "errors", "ClaimError": "errors", "MuenfastError": "errors", "PeerError": "errors",
-    "UsageError": "errors",
+    "StoreError": "errors", "UsageError": "errors",
 }
 
 __all__ = ["AsyncBlockDevice", "BlockDevice", "BlockServer", "BrokenChannelError", "ClaimError", "ExportConfig",
-           "MuenfastError", "PeerError", "Reader", "Result", "UsageError", "Writer", "exports_from_lists",
-           "open_reader", "open_writer"]
+           "MuenfastError", "PeerError", "Reader", "Result", "StoreError", "UsageError", "Writer",
+           "exports_from_lists", "open_reader", "open_writer", "serve"]
 
 
 def __getattr__(name: str) -> object:

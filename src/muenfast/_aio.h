@@ -1,7 +1,8 @@
 /* Several operations at a time on files and block devices: by io_uring, where that is refused by threads; no Python.h.
+ * Also on memory and user-space stores, where those are to look like files to their engine.
  *
  * An aio belongs to one thread, which submits, waits and takes what is done; only the threads of the pool touch it beside
- * that, under its lock. Nothing is allocated per operation: the caller owns each aio_op, and its memory, from aio_submit()
+ * that, under its lock, and workers of user-space stores the words `finished` and `waiting`. Nothing is allocated per operation: the caller owns each aio_op, and its memory, from aio_submit()
  * until aio_take() returns it.
  *
  * With MUENFAST_NO_URING defined (no liburing at build time) there are threads only.
@@ -22,6 +23,8 @@
 #include <unistd.h>
 
 #include "_atomics.h"
+#include "_faults.h"
+#include "_jobs.h"
 #include "_uring.h"
 
 enum aio_kind { AIO_READ = 0, AIO_WRITE = 1, AIO_SYNC = 2, AIO_DISCARD = 3 };
@@ -36,6 +39,7 @@ enum {
 };
 /* Where a kernel cannot wait for the bell and for operations at once: a look at the ring this often, while there are some. */
 #define AIO_LOOK_NS UINT64_C(200000)
+#define AIO_END_NS UINT64_C(4000000000) /* how long an engine's end waits for what can be left alone */
 #define AIO_DISCARD_DEVICE _IO(0x12, 119) /* linux/fs.h: BLKDISCARD */
 #define AIO_COMMAND_DISCARD _IO(0x12, 0)  /* linux/blkdev.h of Linux 6.12: BLOCK_URING_CMD_DISCARD */
 
@@ -46,11 +50,23 @@ typedef struct aio_op {
     uint64_t length; /* bytes */
     uint64_t moved;  /* bytes of them that are done */
     uint64_t user;   /* the caller's */
+    uint64_t due;    /* now_ns() before which its end is not told, or 0 */
+    job *work;       /* of a user-space store, or NULL */
     uint32_t file;   /* as aio_add() returned it */
     uint32_t place;  /* in aio.flying */
     int kind;
-    int error; /* 0 or a negative errno, once it is done */
+    int error;    /* 0 or a negative errno, once it is done */
+    bool final;   /* the error holds for all of it: no part is to be tried again */
+    bool corrupt; /* a bit of what it reads changes */
 } aio_op;
+
+/* What stands behind a number that is no plain file. */
+typedef struct aio_source {
+    int (*execute)(const void *context, const aio_op *op); /* does it at once: 0 or a negative errno; or NULL */
+    const void *context;
+    jobs *jobs;     /* of a user-space store, or NULL */
+    faults *faults; /* or NULL */
+} aio_source;
 
 typedef struct aio {
     pid_t process; /* whose it is: a child of fork() has neither the threads nor a right to what completes */
@@ -60,7 +76,13 @@ typedef struct aio {
     aio_op *held, **held_last; /* submitted and not begun: the pool's next work */
     int fds[AIO_FILES];
     bool devices[AIO_FILES];
+    aio_source sources[AIO_FILES];
     uint32_t nfiles;
+    uint32_t njobs;    /* sources with jobs */
+    bool special;      /* there is one with anything */
+    bool hastened;
+    aio_op *withheld;  /* done, and not due yet; in no order */
+    uint64_t next_ns;  /* nothing is due, nor too late, before that; 0: nothing will be */
     bool uring;
     /* io_uring */
     uint8_t *fixed; /* memory that is registered, or NULL */
@@ -80,6 +102,7 @@ typedef struct aio {
     aio_op *ready, **ready_last;
     bool ending;
     uint32_t finished; /* futex: goes up with each that is ready */
+    uint32_t waiting;  /* whether somebody may sleep there: asked by workers of user-space stores */
     uint32_t collected; /* what it was when those were taken */
 } aio;
 
@@ -209,6 +232,21 @@ static inline void aio_hand_out(aio *a) {
     pthread_mutex_unlock(&a->lock);
 }
 
+static inline void aio_collect_jobs(aio *a) {
+    uint32_t k;
+    job *j, *next;
+    for (k = 0; k < a->nfiles; k++) {
+        if (a->sources[k].jobs == NULL)
+            continue;
+        for (j = jobs_collect(a->sources[k].jobs); j != NULL; j = next) {
+            aio_op *op = (aio_op *)j->reader;
+            next = j->next;
+            op->error = j->error;
+            aio_append(&a->done_last, op);
+        }
+    }
+}
+
 static inline void aio_collect(aio *a) {
     pthread_mutex_lock(&a->lock);
     a->collected = a->finished;
@@ -219,6 +257,8 @@ static inline void aio_collect(aio *a) {
         a->ready_last = &a->ready;
     }
     pthread_mutex_unlock(&a->lock);
+    if (a->njobs != 0)
+        aio_collect_jobs(a);
 }
 
 /* ---- io_uring */
@@ -305,9 +345,106 @@ static inline void aio_arm(aio *a, const uint32_t *word, uint32_t seen) {
 }
 #endif
 
+/* ---- what is no plain file, and what a user wants to go wrong */
+
+static inline void aio_due(aio *a, uint64_t when) {
+    if (a->next_ns == 0 || when < a->next_ns)
+        a->next_ns = when;
+}
+
+static inline void aio_ended(aio *a, aio_op *op, int error, bool final) {
+    op->error = error;
+    op->final = final;
+    aio_append(&a->done_last, op);
+}
+
+/* Begins, or does, an operation on a source; false where it is the file's, as any other. */
+static inline bool aio_divert(aio *a, aio_op *op) {
+    const aio_source *s = &a->sources[op->file];
+    bool changes = op->kind == AIO_WRITE || op->kind == AIO_DISCARD;
+    if (s->faults != NULL) {
+        fault_plan plan = faults_plan(s->faults, op->kind);
+        uint64_t delay = plan.late ? s->faults->timeout_ns : plan.delay_ns;
+        op->due = delay != 0 ? now_ns() + delay : 0;
+        op->corrupt = plan.corrupt;
+        if (plan.error != 0 || plan.late) {
+            aio_ended(a, op, plan.error != 0 ? plan.error : -EIO, true);
+            return true;
+        }
+    }
+    if (s->execute != NULL) {
+        aio_ended(a, op, s->execute(s->context, op), false);
+        return true;
+    }
+    if (s->jobs == NULL)
+        return false;
+    if (s->jobs->free == NULL)
+        aio_collect_jobs(a);
+    op->work = jobs_put(s->jobs, op, op->kind, changes, op->start, op->length, op->kind == AIO_WRITE ? op->data : NULL);
+    if (op->work == NULL)
+        aio_ended(a, op, -EIO, true);
+    else
+        aio_due(a, op->work->deadline);
+    return true;
+}
+
+/* What is due by now is done, and what a user-space store answers too late is answered without it. */
+static inline void aio_tick(aio *a) {
+    uint64_t now = now_ns();
+    aio_op **link = &a->withheld, *op;
+    uint32_t k;
+    if (a->next_ns == 0 || now < a->next_ns)
+        return;
+    a->next_ns = 0;
+    while ((op = *link) != NULL) {
+        if (op->due > now) {
+            aio_due(a, op->due);
+            link = &op->next;
+            continue;
+        }
+        *link = op->next;
+        aio_append(&a->done_last, op);
+    }
+    if (a->njobs == 0)
+        return;
+    for (k = 0; k < a->nflying; k++) {
+        op = a->flying[k];
+        if (op->work == NULL)
+            continue;
+        if (op->work->deadline > now)
+            aio_due(a, op->work->deadline);
+        else if (jobs_forget(a->sources[op->file].jobs, op->work, true)) {
+            op->work = NULL;
+            aio_ended(a, op, -EIO, true);
+        }
+    }
+}
+
+/* The end of an operation that was on a source: its data is where it belongs, unless the end is not due yet: false. */
+static inline bool aio_settle(aio *a, aio_op *op) {
+    job *j = op->work;
+    if (j != NULL) {
+        op->work = NULL;
+        if (op->kind == AIO_READ && op->error == 0)
+            memcpy(op->data, j->stage, op->length);
+        jobs_free(a->sources[op->file].jobs, j);
+    }
+    if (op->due != 0 && op->due > now_ns()) {
+        op->next = a->withheld;
+        a->withheld = op;
+        aio_due(a, op->due);
+        return false;
+    }
+    if (op->corrupt && op->kind == AIO_READ && op->error == 0) {
+        uint64_t bit = faults_random(a->sources[op->file].faults) % (op->length * 8);
+        op->data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    return true;
+}
+
 /* ---- what the engine calls */
 
-/* threads: do without io_uring, which a kernel may refuse, too. fixed: memory that most operations are about, this process's own
+/* threads: do without io_uring, which a kernel may refuse, too, and which a source with jobs cannot wake. fixed: memory that most operations are about, this process's own
  * (of shared memory that another one truncates, operations would go on with the pages that it had), or NULL. */
 static inline void aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length) {
     memset(a, 0, sizeof *a);
@@ -345,12 +482,19 @@ static inline void aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t lengt
 #endif
 }
 
-/* Number of a file for aio_op.file, or a negative errno. The descriptor stays the caller's. */
-static inline int aio_add(aio *a, int fd, bool device) {
+/* Number of a file for aio_op.file, or a negative errno. The descriptor stays the caller's; of a source that executes or has
+ * jobs there is none. */
+static inline int aio_add(aio *a, int fd, bool device, aio_source source) {
     if (a->nfiles == AIO_FILES)
         return -EMFILE;
     a->fds[a->nfiles] = fd;
     a->devices[a->nfiles] = device;
+    a->sources[a->nfiles] = source;
+    a->special = a->special || source.execute != NULL || source.jobs != NULL || source.faults != NULL;
+    if (source.jobs != NULL) {
+        jobs_attach(source.jobs, &a->finished, &a->waiting);
+        a->njobs++;
+    }
 #ifndef MUENFAST_NO_URING
     if (a->uring && a->nfiles == 1) {
         /* One file that hangs leaves the other's fdatasync a worker of the kernel's, which has four per CPU else; a kernel
@@ -385,8 +529,13 @@ static inline bool aio_conflicts(const aio *a, uint32_t file, int kind, uint64_t
 static inline void aio_submit(aio *a, aio_op *op) {
     op->moved = 0;
     op->error = 0;
+    op->due = 0;
+    op->work = NULL;
+    op->final = op->corrupt = false;
     op->place = a->nflying;
     a->flying[a->nflying++] = op;
+    if (a->special && aio_divert(a, op))
+        return;
     aio_append(&a->held_last, op);
 }
 
@@ -418,20 +567,24 @@ static inline aio_op *aio_take(aio *a) {
     aio_op *op;
     if (a->nflying == 0)
         return NULL;
-    if (a->done == NULL) {
-        if (!a->uring)
-            aio_collect(a);
+    if (a->next_ns != 0)
+        aio_tick(a);
+    do {
+        if (a->done == NULL) {
+            if (!a->uring)
+                aio_collect(a);
 #ifndef MUENFAST_NO_URING
-        else
-            aio_reap(a);
+            else
+                aio_reap(a);
 #endif
-    }
-    op = a->done;
-    if (op == NULL)
-        return NULL;
-    a->done = op->next;
-    if (a->done == NULL)
-        a->done_last = &a->done;
+        }
+        op = a->done;
+        if (op == NULL)
+            return NULL;
+        a->done = op->next;
+        if (a->done == NULL)
+            a->done_last = &a->done;
+    } while (a->special && !aio_settle(a, op));
     a->nflying--;
     a->flying[op->place] = a->flying[a->nflying];
     a->flying[op->place]->place = op->place;
@@ -440,7 +593,7 @@ static inline aio_op *aio_take(aio *a) {
 
 /* Whether there may be something for aio_take(). */
 static inline bool aio_ready(const aio *a) {
-    if (a->done != NULL)
+    if (a->done != NULL || (a->next_ns != 0 && now_ns() >= a->next_ns))
         return true;
 #ifndef MUENFAST_NO_URING
     if (a->uring)
@@ -449,22 +602,34 @@ static inline bool aio_ready(const aio *a) {
     return load_acquire32(&a->finished) != a->collected;
 }
 
+static inline void aio_sleep(aio *a, uint32_t *word, uint32_t seen, uint64_t ns) {
+    uint32_t finished = load_acquire32(&a->finished);
+    aio_collect(a);
+    if (a->done != NULL)
+        return;
+    if (word != NULL) {
+        futex_entry both[2] = {futex_entry_of(&a->finished, finished), futex_entry_of(word, seen)};
+        int woken = futex_wait_any_ns(both, 2, ns);
+        if (woken != -ENOSYS && woken != -EPERM && woken != -EFAULT)
+            return;
+        ns = ns < AIO_LOOK_NS ? ns : AIO_LOOK_NS;
+    }
+    futex_wait_ns(&a->finished, finished, ns);
+}
+
 /* Waits until something is done, or the word is no longer `seen` (NULL: no word), at most ns nanoseconds. */
 static inline void aio_wait(aio *a, uint32_t *word, uint32_t seen, uint64_t ns) {
-    uint32_t finished;
-    if (!a->uring) {
-        finished = load_acquire32(&a->finished);
-        aio_collect(a);
-        if (a->done != NULL)
+    if (a->next_ns != 0) {
+        uint64_t now = now_ns(), left = a->next_ns > now ? a->next_ns - now : 0;
+        if (left == 0)
             return;
-        if (word != NULL) {
-            futex_entry both[2] = {futex_entry_of(&a->finished, finished), futex_entry_of(word, seen)};
-            int woken = futex_wait_any_ns(both, 2, ns);
-            if (woken != -ENOSYS && woken != -EPERM && woken != -EFAULT)
-                return;
-            ns = ns < AIO_LOOK_NS ? ns : AIO_LOOK_NS;
-        }
-        futex_wait_ns(&a->finished, finished, ns);
+        ns = ns < left ? ns : left;
+    }
+    if (!a->uring) {
+        store_relaxed32(&a->waiting, 1);
+        fence_seq_cst(); /* pairs with jobs_done(): the announcement before the last look */
+        aio_sleep(a, word, seen, ns);
+        store_relaxed32(&a->waiting, 0);
         return;
     }
 #ifndef MUENFAST_NO_URING
@@ -483,6 +648,25 @@ static inline void aio_wait(aio *a, uint32_t *word, uint32_t seen, uint64_t ns) 
 #endif
 }
 
+/* The engine ends: what user-space stores have not answered in AIO_END_NS, and what is withheld longer, is not waited for. */
+static inline void aio_hasten(aio *a) {
+    uint64_t until = now_ns() + AIO_END_NS;
+    aio_op *op;
+    uint32_t k;
+    if (!a->special || a->hastened)
+        return;
+    a->hastened = true;
+    for (op = a->withheld; op != NULL; op = op->next)
+        op->due = op->due < until ? op->due : until;
+    for (k = 0; k < a->nflying; k++) {
+        op = a->flying[k];
+        op->due = op->due < until ? op->due : until;
+        if (op->work != NULL && op->work->deadline > until)
+            op->work->deadline = until;
+    }
+    aio_due(a, until);
+}
+
 /* Whether there is anything that is to be waited for. */
 static inline bool aio_flies(const aio *a) {
     return a->nflying != 0 && a->process == getpid();
@@ -499,6 +683,9 @@ static inline void aio_close(aio *a) {
     pthread_mutex_unlock(&a->lock);
     for (k = 0; k < a->nthreads; k++)
         pthread_join(a->threads[k], NULL);
+    for (k = 0; k < a->nfiles; k++)
+        if (a->sources[k].jobs != NULL)
+            jobs_detach(a->sources[k].jobs);
 #ifndef MUENFAST_NO_URING
     if (a->uring)
         io_uring_queue_exit(&a->ring);

@@ -1,6 +1,7 @@
 """What an engine has under way on files: operations of the client's requests, out of order, by io_uring or threads."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from muenfast._jobs cimport faults, jobs
 from muenfast._ring cimport reader_ready, reader_t, reader_wait
 from muenfast._wire cimport (
     fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, spin_once, store_relaxed32,
@@ -23,13 +24,19 @@ cdef extern from "_aio.h" nogil:
         uint32_t file
         int kind
         int error
+        bint final
+    ctypedef struct aio_source:
+        int (*execute)(const void *context, const aio_op *op) noexcept nogil
+        const void *context
+        jobs *jobs
+        faults *faults
     ctypedef struct aio_t "aio":
         uint32_t nflying
         bint uring
         uint8_t *fixed
         uint32_t nfiles
     void aio_open(aio_t *a, bint threads, uint8_t *fixed, uint64_t length) noexcept
-    int aio_add(aio_t *a, int fd, bint device) noexcept
+    int aio_add(aio_t *a, int fd, bint device, aio_source source) noexcept
     bint aio_conflicts(const aio_t *a, uint32_t file, int kind, uint64_t start, uint64_t length,
                        const uint8_t *data) noexcept
     void aio_submit(aio_t *a, aio_op *op) noexcept
@@ -38,6 +45,7 @@ cdef extern from "_aio.h" nogil:
     bint aio_ready(const aio_t *a) noexcept
     void aio_wait(aio_t *a, uint32_t *word, uint32_t seen, uint64_t ns) noexcept
     bint aio_flies(const aio_t *a) noexcept
+    void aio_hasten(aio_t *a) noexcept
     void aio_close(aio_t *a) noexcept
 
 

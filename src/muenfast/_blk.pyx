@@ -72,7 +72,7 @@ cdef struct server_t:
     block_event_header heads[BATCH]
     copy_giver giver        # of blocks that are read
     int32_t errors[BATCH]
-    files_t *files          # of a server with a file, else NULL
+    files_t *files          # of a server whose store has operations under way, else NULL
 
 
 cdef struct files_t:
@@ -254,7 +254,7 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     return SUCCESS
 
 
-# ------------------------------------------------------------------ files
+# ------------------------------------------------------------------ files, and what is like them
 
 cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n, int32_t error,
                        const uint8_t *data) noexcept nogil:
@@ -296,7 +296,7 @@ cdef bint server_finish(server_t *s) noexcept nogil:
         first, n, op = t.first, t.n, t.op
         for k in range(n):
             s.heads[k] = f.heads[(first + k) % AIO_MOST]
-        if op.error != 0 and n > 1:     # one by one: only what cannot be done gets the error
+        if op.error != 0 and n > 1 and not op.final:    # one by one: only what cannot be done gets the error
             flights_free(&f.flights, t)
             for k in range(n):
                 flights_add(&f.flights, first + k, 1, op.kind, op.file, op.start + k * BLOCK_SIZE, BLOCK_SIZE,
@@ -320,7 +320,8 @@ cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n
     cdef uint64_t run = 1, k, start = s.store.offset + h.id * BLOCK_SIZE
     cdef int kind = AIO_WRITE if h.kind == EVENT_WRITE else AIO_READ
     cdef uint8_t *stage = f.stage + f.flights.head % AIO_MOST * BLOCK_SIZE
-    while run < n and h[run].kind == h.kind and h[run].id == h.id + run and check_event(s, &h[run]) == 0:
+    while (run < n and h[run].kind == h.kind and h[run].id == h.id + run and (run + 1) * BLOCK_SIZE <= s.store.most
+            and check_event(s, &h[run]) == 0):
         run += 1
     if aio_conflicts(&f.flights.aio, 0, kind, start, run * BLOCK_SIZE, NULL):
         return 0
@@ -391,6 +392,7 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
 
 cdef void server_land(server_t *s) noexcept nogil:
     """Waits until nothing is under way, however long: the kernel may yet read and write the memory of what is."""
+    aio_hasten(&s.files.flights.aio)
     while aio_flies(&s.files.flights.aio):
         if not server_finish(s):
             aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
@@ -409,6 +411,8 @@ cdef int server_step(server_t *s) noexcept nogil:
     if f != NULL and server_finish(s):
         idle = STEP_WORKED
     if load_relaxed32(&s.stop) != 0:
+        if f != NULL:
+            aio_hasten(&f.aio)
         return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else idle
     if s.grace_until != 0:
         if now_ns() < s.grace_until:
@@ -559,16 +563,17 @@ cdef class Server(ServerEngine):
             raise UsageError("a Server is initialised once")
         self.store = store
         self.s.store = &store.s
-        if store.s.kind == STORE_FILE:
+        if store_flies(&store.s):
             self.s.files = <files_t *>calloc(1, sizeof(files_t))
             if self.s.files == NULL:
                 raise MemoryError()
             self.s.files.stage = <uint8_t *>aligned_alloc(BLOCK_SIZE, (AIO_MOST + BATCH) * BLOCK_SIZE)
             if self.s.files.stage == NULL:
                 raise MemoryError()
-            aio_open(&self.s.files.flights.aio, threads, self.s.files.stage,
+            aio_open(&self.s.files.flights.aio, threads or store.s.jobs != NULL, self.s.files.stage,
                      (AIO_MOST + BATCH) * BLOCK_SIZE)
-            aio_add(&self.s.files.flights.aio, store.s.fd if store.s.direct_fd < 0 else store.s.direct_fd, store.s.device)
+            aio_add(&self.s.files.flights.aio, store.s.fd if store.s.direct_fd < 0 else store.s.direct_fd, store.s.device,
+                    store_source(&store.s))
         self.bind(request, response, request_bell, response_bell, sizeof(block_event), sizeof(block_event),
                   request_protocol, response_protocol, poll, watch)
         self.introduce(store.identity, STORE_READ_ONLY if store.s.read_only else 0, 0)

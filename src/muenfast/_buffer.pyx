@@ -34,7 +34,8 @@ cdef struct device_t:
     uint64_t block_size     # a power of two
     uint64_t size           # bytes
     uint64_t most           # bytes of one request
-    uint32_t file           # of flights.aio, where the store is one
+    bint flies              # operations on the store are under way for a time ...
+    uint32_t file           # ... and this is its number in flights.aio
 
 
 cdef struct buffer_counters:
@@ -77,7 +78,7 @@ cdef struct buffer_server_t:
     block_request heads[BATCH]
     block_response answers[BATCH]
     uint8_t smart[512]      # SMART_SIZE
-    requests_t *files       # of a server with a file, else NULL
+    requests_t *files       # of a server with a store that has operations under way, else NULL
     copy_giver giver        # of blocks that are read
 
 
@@ -152,9 +153,11 @@ cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, ui
     What is copied from or to memory is answered every MEMORY_BYTES: an operation more costs nothing there.
     """
     cdef const block_request *next
+    cdef const device_t *d = &s.devices[h.device]
     cdef uint64_t run = 1
-    cdef bint copied = h.kind != REQUEST_DISCARD and s.devices[h.device].store.kind == STORE_MEMORY
+    cdef bint copied = h.kind != REQUEST_DISCARD and d.store.kind == STORE_MEMORY and not d.flies
     cdef uint64_t most = MEMORY_BYTES if copied else <uint64_t>-1
+    cdef uint64_t together = d.store.most if h.kind != REQUEST_DISCARD else <uint64_t>-1
     length[0] = h.length
     while run < n and length[0] < most:
         next = &h[run]
@@ -162,7 +165,7 @@ cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, ui
             break
         if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length[0]:
             break
-        if check_request(s, next) != 0:
+        if check_request(s, next) != 0 or next.length > together - length[0]:
             break
         length[0] += next.length
         run += 1
@@ -355,19 +358,19 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
     cdef flight_t *t
     cdef uint64_t k, n, first
     cdef const block_request *h
-    cdef bint worked = False
+    cdef bint worked = False, final
     cdef int error, i
     for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
             break
         worked = True
-        first, n, error = t.first, t.n, t.op.error
+        first, n, error, final = t.first, t.n, t.op.error, t.op.final
         h = s.heads
         for k in range(n):
             s.heads[k] = f.heads[(first + k) % AIO_MOST]
         flights_free(&f.flights, t)
-        if error != 0 and n > 1:        # one by one: only what cannot be done gets the error
+        if error != 0 and n > 1 and not final:  # one by one: only what cannot be done gets the error
             for k in range(n):
                 buffer_fly(s, &h[k], first + k, 1, h[k].length)
             continue
@@ -416,7 +419,7 @@ cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, uint64_t
     run = buffer_joined(s, h, n, &length)
     kind = AIO_READ if h.kind == REQUEST_READ else AIO_WRITE
     data = NULL if h.kind == REQUEST_DISCARD else s.buffer + h.buffer_offset
-    if d.store.kind != STORE_FILE:
+    if not d.flies:
         if aio_conflicts(&f.flights.aio, AIO_NO_FILE, kind, 0, length, data):
             return 0
         buffer_run(s, h, run, status)
@@ -458,9 +461,9 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
             run = 0
         elif h.kind != REQUEST_SYNC:
             buffer_reply(s, h, buffer_query(s, h))
-        elif d != NULL and d.store.kind == STORE_FILE and aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
+        elif d != NULL and d.flies and aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
             run = 0
-        elif d == NULL or d.store.kind != STORE_FILE or d.store.read_only:
+        elif d == NULL or not d.flies or d.store.read_only:
             buffer_reply(s, h, buffer_sync(s, h))
         else:
             count64(&s.n.syncs, 1)
@@ -482,6 +485,7 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
 
 cdef void buffer_land(buffer_server_t *s) noexcept nogil:
     """Waits until nothing is under way, however long: the kernel may yet read and write the buffer's part of what is."""
+    aio_hasten(&s.files.flights.aio)
     while aio_flies(&s.files.flights.aio):
         if not buffer_finish(s):
             aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
@@ -515,6 +519,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
     if f != NULL and buffer_finish(s):
         event = STEP_WORKED
     if load_relaxed32(&s.stop) != 0:
+        if f != NULL:
+            aio_hasten(&f.aio)
         return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else event
     if s.grace_until != 0:
         if now_ns() < s.grace_until:
@@ -623,7 +629,8 @@ cdef class BufferServer(ServerEngine):
             d.store = &store.s
             d.block_size = store.s.block_size
             d.size = store.s.size
-            d.most = self.s.length // d.block_size * d.block_size
+            d.most = min(self.s.length, store.s.most) // d.block_size * d.block_size
+            d.flies = store_flies(&store.s)
             if number < STORE_FLAGS:
                 flags |= (STORE_READ_ONLY if store.s.read_only else 0) << <uint32_t>number
                 zeroes |= <uint32_t>store_zeroes(&store.s) << <uint32_t>number
@@ -632,15 +639,17 @@ cdef class BufferServer(ServerEngine):
             if self.s.files == NULL:
                 raise MemoryError()
             # The buffer is not registered: pinned pages would be read and written after its owner gave it others.
+            threads = threads or any([isinstance(each, Store) and (<Store>each).s.jobs != NULL for each in stores])
             aio_open(&self.s.files.flights.aio, threads, NULL, 0)
             for number, each in enumerate(stores):
                 store = each
-                if store.s.kind == STORE_FILE:
+                if store_flies(&store.s):
                     # The smallest page is the strictest alignment that direct I/O asks for.
                     direct = store.s.direct_fd >= 0 and <uint64_t><uintptr_t>self.s.buffer % BLOCK_SIZE == 0
-                    file = aio_add(&self.s.files.flights.aio, store.s.direct_fd if direct else store.s.fd, store.s.device)
+                    file = aio_add(&self.s.files.flights.aio, store.s.direct_fd if direct else store.s.fd, store.s.device,
+                                   store_source(&store.s))
                     if file < 0:
-                        raise UsageError(f"a connection has at most {AIO_FILES} files", value=count)
+                        raise UsageError(f"a connection has at most {AIO_FILES} disks that are not plain RAM", value=count)
                     self.s.devices[number].file = <uint32_t>file
         self.s.ndevices = count
         self.stores = stores

@@ -1,4 +1,9 @@
+from collections.abc import Collection, Iterable
+
 from typing_extensions import Buffer, disjoint_base
+
+FAULTS: tuple[str, ...]
+KINDS: tuple[str, ...]
 
 @disjoint_base
 class Store:
@@ -14,6 +19,12 @@ class Store:
     def read_only(self) -> bool: ...
     @property
     def waits(self) -> bool: ...
+    @property
+    def zeroes(self) -> bool: ...
+    def inject(self, plan: Iterable[tuple[str, Collection[str], float, int, float]], *,
+               timeout: float = 30.0) -> None: ...
+    @property
+    def injected(self) -> dict[str, int]: ...
     @staticmethod
     def in_memory(memory: Buffer, *, read_only: bool = False, identity: bytes | None = None,
                   anonymous: bool = False) -> Store: ...

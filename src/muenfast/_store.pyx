@@ -1,10 +1,13 @@
 """What a block server exports: memory, a file or disk, or nothing; and what can be done to it besides copying."""
 from libc.errno cimport EIO, EROFS
-from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from muenfast._aio cimport AIO_READ, AIO_SYNC, AIO_WRITE, aio_op, aio_source
+from muenfast._jobs cimport FAULTS_MOST, fault, faults
 from muenfast._ring cimport hold
-from muenfast._wire cimport BLOCK_SIZE, SECTOR_SIZE, SMART_UNAVAILABLE
+from muenfast._wire cimport BLOCK_SIZE, SECTOR_SIZE, SMART_UNAVAILABLE, copy_bytes, load_relaxed64
 
 import os as _os
 import stat as _stat
@@ -26,6 +29,11 @@ cdef enum:
     PAGE = 4096             # madvise refuses what is no page of a kernel with larger ones, and zeros are written
 
 
+# As fault_what and aio_kind count them.
+FAULTS = ("error", "delay", "late", "corrupt")
+KINDS = ("read", "write", "flush", "discard")
+
+
 cdef class Store:
     """What a server exports: `size` bytes, a multiple of `block_size`.
 
@@ -33,6 +41,9 @@ cdef class Store:
     live; a client re-issues requests only to the identity it knew. block_size: 512 or 4096 bytes, the unit in which
     clients of a transport that has a choice address it; by default 4096 where the size is a multiple of that.
     """
+
+    def __cinit__(self):
+        self.s.fd = self.s.direct_fd = -1
 
     @property
     def size(self):
@@ -56,8 +67,46 @@ cdef class Store:
 
     @property
     def waits(self):
-        """Whether it makes system calls, which may wait."""
-        return self.s.kind == STORE_FILE
+        """Whether its operations may wait: for a file, a user's code, or a fault that was asked for."""
+        return store_flies(&self.s)
+
+    @property
+    def zeroes(self):
+        """Whether what was discarded reads as zeros."""
+        return store_zeroes(&self.s)
+
+    def inject(self, plan, *, timeout=30.0):
+        """Makes operations go wrong, before any engine has the store. plan: up to 8 of (what, kinds, rate, error, delay),
+        what and kinds as in FAULTS and KINDS, rate of 0 to 1, error a positive errno, delay seconds. timeout: seconds
+        after which "late" is answered. Raises UsageError."""
+        cdef faults *f
+        cdef fault *each
+        plan = list(plan)
+        if not 1 <= len(plan) <= FAULTS_MOST:
+            raise UsageError(f"a store has 1 to {FAULTS_MOST} faults", value=len(plan))
+        if self.s.faults != NULL:
+            raise UsageError("a store's faults are given once")
+        f = <faults *>calloc(1, sizeof(faults))
+        if f == NULL:
+            raise MemoryError()
+        self.s.faults = f
+        f.random = int.from_bytes(_os.urandom(8), "little")
+        f.timeout_ns = <uint64_t>(timeout * 1e9)
+        for number, (what, kinds, rate, error, delay) in enumerate(plan):
+            each = &f.each[number]
+            each.what = FAULTS.index(what)
+            for kind in kinds:
+                each.kinds |= <uint32_t>1 << <uint32_t>KINDS.index(kind)
+            each.threshold = min(int(rate * 2.0 ** 64), 0xffffffffffffffff)
+            each.error = -error
+            each.delay_ns = <uint64_t>(delay * 1e9)
+        f.n = len(plan)
+
+    @property
+    def injected(self):
+        """How often each of FAULTS was met; empty without inject()."""
+        return {} if self.s.faults == NULL else {
+            name: load_relaxed64(&self.s.faults.met[number]) for number, name in enumerate(FAULTS)}
 
     @staticmethod
     def in_memory(memory, *, read_only=False, identity=None, anonymous=False):
@@ -104,6 +153,7 @@ cdef class Store:
         if block_size != BLOCK_SIZE and block_size != SECTOR_SIZE:
             raise UsageError("a block has 512 or 4096 bytes", value=block_size)
         self.identity = bytes(identity)
+        self.s.most = self.s.most or <uint64_t>-1
         self.s.block_size = block_size
         self.s.size = size // block_size * block_size
         self.s.nblocks = size // BLOCK_SIZE
@@ -119,10 +169,43 @@ cdef class Store:
             self.s.memory = NULL
             self.memory.drop()
 
+    def __dealloc__(self):
+        free(self.s.faults)
+
+
+cdef int store_execute(const void *context, const aio_op *op) noexcept nogil:
+    """Does an operation at once; 0 or a negative errno. Precondition: the store is memory or null."""
+    cdef const store_t *s = <const store_t *>context
+    if op.kind == AIO_SYNC:
+        return store_flush(s)
+    if op.kind == AIO_READ:
+        if s.kind == STORE_MEMORY:
+            copy_bytes(op.data, s.memory + op.start, op.length)
+        else:
+            memset(op.data, 0, op.length)
+    elif op.kind == AIO_WRITE:
+        if s.kind == STORE_MEMORY:
+            copy_bytes(s.memory + op.start, op.data, op.length)
+    else:
+        return store_discard(s, op.start, op.length)
+    return -EIO if store_broken(s) else 0
+
+
+cdef aio_source store_source(const store_t *s) noexcept nogil:
+    """What a store is for an engine that has operations under way."""
+    cdef aio_source source
+    source.execute = NULL
+    if s.kind == STORE_MEMORY or s.kind == STORE_NULL:
+        source.execute = store_execute
+    source.context = s
+    source.jobs = s.jobs
+    source.faults = s.faults
+    return source
+
 
 cdef int store_discard(const store_t *s, uint64_t start, uint64_t length) noexcept nogil:
     """Frees what `length` bytes of memory from `start` on take; 0 or a negative errno. Precondition: they lie in the store,
-    which is no file.
+    which is memory or null.
 
     They read as zeros afterwards. Memory that others share is zeroed and keeps its pages: to want them back later could
     fail.

@@ -19,14 +19,16 @@ from typing import Any
 
 from muenfast import shm
 from muenfast._ring import Watch
-from muenfast.connection import MOST_POLL, Channels, blame, channels_from_lists
+from muenfast.backing import DEFAULT_POOL, DEFAULT_TIMEOUT, Device
+from muenfast.backing.faults import faults_from_list
+from muenfast.connection import MOST_POLL, Channels, Options, blame, channels_from_lists
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import ClaimError, UsageError
-from muenfast.export import Crew, Export, ExportConfig, exports_from_lists
+from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists
 from muenfast.threads import spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
-           "Connection", "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists"]
+           "Connection", "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists", "serve"]
 
 log = logging.getLogger("muenfast")
 
@@ -84,6 +86,7 @@ class BlockServer(_Group):
         elif threads < 1:
             raise UsageError("at least one thread is needed", value=threads)
         self.exports: list[Export] = []
+        self._ended = threading.Event()
         with ExitStack() as stack:
             watch = self._watch(stack, len(configs))
             for config in configs:
@@ -101,12 +104,55 @@ class BlockServer(_Group):
             self._stack = stack.pop_all()
 
     def _stop(self) -> None:
+        self._ended.set()
         for export in self.exports:
             export.stop()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Returns once it is closed, by another thread or a signal's handler, or after `timeout` seconds; whether it is."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._ended.is_set():     # in pieces: a signal may reach another thread than the one that waits
+            left = 0.2 if end is None else min(0.2, end - time.monotonic())
+            if left <= 0:
+                return False
+            self._ended.wait(left)
+        return True
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per export."""
         return [export.status() for export in self.exports]
+
+
+def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_only: bool = False, pool: int = DEFAULT_POOL,
+          timeout: float = DEFAULT_TIMEOUT, inject: str | None = None, **more: Any) -> BlockServer:
+    """Exports a disk whose data Python code keeps (docs/stores.md) over two channels, until close().
+
+        with muenfast.serve(MyStore(), req="a", resp="c") as server:
+            server.wait()
+
+    store: an object with the callbacks get_size, pread, ...; over a shared buffer perhaps a list of them, the disks of
+    one connection. req, resp, shm: locators. pool: threads that call it, 1 to 64. timeout: seconds that it has for an
+    answer, 1 to 1200. inject: faults, as --inject. more: as `channels_from_lists` (size, buffer_size, poll, bells, ...).
+
+    Raises UsageError, StoreError, ClaimError, OSError.
+    """
+    stores = list(store) if isinstance(store, (list, tuple)) else [store]
+    called = Options("req", "resp", "req_protocol", "resp_protocol", "size", "store", "read_only", "shm", "buffer_size",
+                     "pool", "timeout", "inject")
+    found = channels_from_lists(req, resp, buffer=shm, options=called, **more)
+    if len(found) != 1:
+        raise UsageError("one store has one connection", option="req", value=req)
+    if not stores or len(stores) > 1 and shm is None:
+        raise UsageError("a connection has one disk, over a shared buffer (shm) one or more", option="store",
+                         value=len(stores))
+    if not LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT:
+        raise UsageError(f"a timeout has {LEAST_TIMEOUT} to {MOST_TIMEOUT} seconds", option="timeout", value=timeout)
+    devices = [Device(f"py:{type(each).__module__}:{type(each).__qualname__}", "py", made=each) for each in stores]
+    faults = [()] if inject is None else faults_from_list("inject", inject)
+    if len(faults) != 1:
+        raise UsageError("one export has one list of faults, joined by +", option="inject", value=inject)
+    return BlockServer([ExportConfig(found[0], devices[0], read_only, tuple(devices[1:]), pool=pool, timeout=timeout,
+                                     faults=faults[0])])
 
 
 def _front_end(attach: str) -> str:

@@ -38,6 +38,9 @@ class Options:
     read_only: str = "--read-only"
     buffer: str = "--shm"
     buffer_size: str = "--shm-size"
+    pool: str = "--pool"
+    timeout: str = "--timeout"
+    inject: str = "--inject"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,17 @@ class ClaimError(MuenfastError):
         super().__init__(f"{text} ({hint})" if hint else text)
 
 
+class StoreError(MuenfastError):
+    """A user-space store failed where it was to be opened: code that is not muenfast's.
+
+    store: what it is called. method: the callback at fault. problem: what it did.
+    """
+
+    def __init__(self, store: str, method: str, problem: str) -> None:
+        self.store, self.method, self.problem = store, method, problem
+        super().__init__(f"store {store}: {method} {problem}")
+
+
 class BrokenChannelError(MuenfastError):
     """The owner of a region truncated or took away its memory while it was mapped here."""
 

@@ -8,25 +8,29 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from muenfast import params, shm
 from muenfast._blk import Group, Server
 from muenfast._buffer import BufferServer
 from muenfast._ring import Watch
-from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device
+from muenfast.backing import DEFAULT_DEVICE, DEFAULT_POOL, DEFAULT_TIMEOUT, Backing, Device, open_device
+from muenfast.backing.faults import Fault, faults_from_list
 from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, Options, blame, channels_from_lists, place
-from muenfast.errors import BrokenChannelError, PeerLog
+from muenfast.errors import BrokenChannelError, PeerLog, UsageError
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names
 _PATIENCE = 2.0  # seconds before a wait for a disk is said
+LEAST_TIMEOUT, MOST_TIMEOUT = 1, 1200  # seconds, of a user-space store
+MOST_POOL = 64  # JOBS_WORKERS of _jobs.h
+_T = TypeVar("_T")
 _SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
 
 
@@ -35,7 +39,8 @@ class ExportConfig:
     """One export: its channels and what stands behind them.
 
     device: its first, or only, disk. read_only: of all its disks. further: disks 1, 2, ... of a connection with a buffer.
-    entries: where each disk stands in its list, for messages; default: at the channels' index.
+    entries: where each disk stands in its list, for messages; default: at the channels' index. pool, timeout: threads of
+    each user-space store, and seconds that it has for an answer. faults: what is to go wrong, with each disk.
     """
 
     channels: Channels
@@ -43,6 +48,9 @@ class ExportConfig:
     read_only: bool = False
     further: tuple[Device, ...] = ()
     entries: tuple[int, ...] = ()
+    pool: int = DEFAULT_POOL
+    timeout: float = DEFAULT_TIMEOUT
+    faults: tuple[Fault, ...] = ()
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -55,22 +63,66 @@ class ExportConfig:
 
 
 def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_only: str | None = None,
+                       pool: str | None = None, timeout: str | None = None, inject: str | None = None,
                        options: Options | None = None, **lists: Any) -> list[ExportConfig]:
-    """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...", or one
-    entry for all. Raises UsageError."""
+    """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...". pool, timeout:
+    of user-space stores, default 4 threads, 30 seconds. inject: faults. Of the last four one entry is for all. Raises
+    UsageError."""
     called = options or Options()
     devices = None if device is None else params.split(called.device, device)
     flags = None if read_only is None else params.split(called.read_only, read_only)
-    more = {called.device: devices, called.read_only: flags if flags is not None and len(flags) > 1 else None}
+    pools, timeouts = (None if text is None else params.split(option, text, empty=True)
+                       for option, text in ((called.pool, pool), (called.timeout, timeout)))
+    faults = None if inject is None else faults_from_list(called.inject, inject)
+    more = {called.device: devices}
+    more |= {option: [""] * len(entries) for option, entries in
+             ((called.read_only, flags), (called.pool, pools), (called.timeout, timeouts), (called.inject, faults))
+             if entries is not None and len(entries) > 1}
     channels = channels_from_lists(req, resp, more=more, options=called, **lists)
     parsed = [Device.parse(text, option=called.device, index=i)
               for i, text in enumerate(devices or [DEFAULT_DEVICE] * len(channels))]
     flagged = [params.flag(called.read_only, i, text) for i, text in enumerate(flags or ["no"])]
     if len(flagged) == 1:
         flagged *= len(channels)
-    configs = [ExportConfig(*entry) for entry in zip(channels, parsed, flagged, strict=True)]
+    for option, texts in ((called.pool, pools), (called.timeout, timeouts)):
+        _check_user(option, texts, parsed, faults if option == called.timeout else None)
+    count = len(channels)
+    threads = _of_all(pools, count, DEFAULT_POOL, lambda i, text: params.number(
+        called.pool, i, text, least=1, most=MOST_POOL, what="a number of threads"))
+    seconds = _of_all(timeouts, count, DEFAULT_TIMEOUT, lambda i, text: _seconds(called.timeout, i, text))
+    planned = (faults or [()]) * (count if faults is None or len(faults) == 1 else 1)
+    configs = [ExportConfig(*entry[:3], pool=entry[3], timeout=entry[4], faults=entry[5])
+               for entry in zip(channels, parsed, flagged, threads, seconds, planned, strict=True)]
     check_devices(configs)
     return configs
+
+
+def _of_all(texts: list[str] | None, count: int, default: _T, parse: Callable[[int, str], _T]) -> list[_T]:
+    """One value per export: of its own entry, or of the only one; `default` where that is empty."""
+    values = [parse(i, text) if text else default for i, text in enumerate(texts or [""])]
+    return values * count if len(values) == 1 else values
+
+
+def _check_user(option: str, texts: list[str] | None, devices: Sequence[Device],
+                faults: Sequence[Sequence[Fault]] | None) -> None:
+    """Raises UsageError where an entry is about a disk that has neither threads nor timeout."""
+    for i, text in enumerate(texts or ()):
+        meant = range(len(devices)) if len(texts or ()) == 1 else [i]
+        late = faults is not None and any(fault.what == "late" for each in meant
+                                          for fault in (faults[each] if len(faults) > 1 else faults[0]))
+        if text and not late and not any(devices[each].kind == "py" for each in meant):
+            raise UsageError("only a disk written in Python (py:MODULE:CLASS) has one", option=option, index=i, value=text)
+
+
+def _seconds(option: str, index: int, text: str) -> float:
+    """A timeout, within the bounds of kmod-dblock (1 to 1200 s). Raises UsageError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not LEAST_TIMEOUT <= seconds <= MOST_TIMEOUT:
+        raise UsageError(f"a timeout has {LEAST_TIMEOUT} to {MOST_TIMEOUT} seconds", option=option, index=index, value=text)
+    return seconds
 
 
 def check_devices(configs: Sequence[ExportConfig]) -> None:
@@ -110,7 +162,10 @@ class Export:
             for number, device in enumerate(config.devices):
                 with blame(option, config.entry(number), device.text):
                     self.backings.append(stack.enter_context(open_device(
-                        device, read_only=config.read_only, option=option, index=config.entry(number))))
+                        device, read_only=config.read_only, option=option, index=config.entry(number), pool=config.pool,
+                        timeout=config.timeout)))
+                    if config.faults:
+                        self.backings[-1].store.inject([fault.plan for fault in config.faults], timeout=config.timeout)
             self._open()
             stack.callback(self._leave)
             self._stack = stack.pop_all()
@@ -129,6 +184,11 @@ class Export:
     @property
     def name(self) -> str:
         return self.config.channels.name
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes to all its disks are refused: asked for, or by a store that takes none."""
+        return all(backing.store.read_only for backing in self.backings)
 
     @property
     def size(self) -> int:
@@ -299,8 +359,11 @@ class Export:
                  "device": ",".join(device.text for device in self.config.devices), "size": self.size,
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
-                 "read_only": self.config.read_only, "state": "connected" if self.server.connected else "waiting",
+                 "read_only": self.read_only, "state": "connected" if self.server.connected else "waiting",
                  "counters": self.server.counters}
+        for key, of in (("injected", "injected"), ("store", "counters")):
+            if entries := [each for backing in self.backings if (each := getattr(backing.store, of, None))]:
+                found[key] = {name: sum(each[name] for each in entries) for name in entries[0]}
         if channels.buffer is not None:
             found["shm"] = channels.buffer.text
             found["devices"] = [

@@ -9,4 +9,4 @@ from nbd_kernel import *  # noqa: F403
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> None:
-    command("modprobe", "nbd")
+    command("modprobe", "nbd", "nbds_max=4")    # one test has a disk more than that

@@ -1,4 +1,4 @@
-"""What stands behind an export: ram:SIZE[:NAME], null:SIZE, or a file, disk or partition."""
+"""What stands behind an export: ram:SIZE[:NAME], null:SIZE, py:MODULE:CLASS[:ARG], or a file, disk or partition."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from muenfast.errors import UsageError
 BLOCK = layout()["block_size"]
 SECTOR = 512  # the smaller unit that a transport with a choice may use
 DEFAULT_DEVICE = "ram:64M"
+DEFAULT_POOL = 4  # threads of a user-space store
+DEFAULT_TIMEOUT = 30.0  # seconds; as Linux' SCSI disks have
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """One parsed entry of --device; nothing is opened yet.
 
-    kind: "ram", "null" or "file". size: bytes, for ram and null. name: of the region that keeps a RAM disk.
-    path: of the file. partition: its partition of that number only, 0: all of it.
+    kind: "ram", "null", "py" or "file". size: bytes, for ram and null. name: of the region that keeps a RAM disk.
+    path: of the file. partition: its partition of that number only, 0: all of it. module, attribute, argument: of a
+    user-space store, where its class is, and what that is called with; or made: the object itself.
     """
 
     text: str
@@ -30,6 +33,10 @@ class Device:
     name: str | None = None
     path: str = ""
     partition: int = 0
+    module: str = ""
+    attribute: str = ""
+    argument: str | None = None
+    made: object = None
 
     @classmethod
     def parse(cls, text: str, *, option: str | None = None, index: int | None = None) -> Device:
@@ -46,13 +53,21 @@ class Device:
             except UsageError as error:
                 raise UsageError(error.rule, option=option, index=index, value=text) from None
             return cls(text, kind, size=nbytes, name=name or None)
+        if colon and kind == "py":
+            module, _, rest = rest.partition(":")
+            attribute, colon, argument = rest.partition(":")
+            if not module or not attribute:
+                raise UsageError("a disk written in Python is py:MODULE:CLASS or py:MODULE:CLASS:ARG", option=option,
+                                 index=index, value=text, hint="MODULE is a module's name, or the path of a file x.py")
+            return cls(text, kind, module=module, attribute=attribute, argument=argument if colon else None)
         if not text:
             raise UsageError("an entry must not be empty", option=option, index=index, value=text)
         partition = re.fullmatch("(.+)#([0-9]{1,9})", text, re.DOTALL)
         there = os.path.lexists(text) or partition is not None and os.path.lexists(partition[1])
         if colon and kind.isalpha() and "/" not in text and not there:
             raise UsageError(f"there is no kind of device {kind!r}, and no file of that name", option=option, index=index,
-                             value=text, hint=f"kinds are ram:SIZE, ram:SIZE:NAME and null:SIZE; a file is ./{text}")
+                             value=text, hint="kinds are ram:SIZE, ram:SIZE:NAME, null:SIZE and py:MODULE:CLASS; a file is "
+                                  f"./{text}")
         if partition is None or os.path.exists(text):
             return cls(text, "file", path=text)
         if int(partition[2]) == 0:
@@ -85,9 +100,10 @@ class Backing:
         self.close()
 
 
-def open_device(device: Device, *, read_only: bool = False, option: str | None = None,
-                index: int | None = None) -> Backing:
-    """Opens a device, exclusively unless read_only. Raises UsageError, ClaimError, OSError."""
+def open_device(device: Device, *, read_only: bool = False, option: str | None = None, index: int | None = None,
+                pool: int = DEFAULT_POOL, timeout: float = DEFAULT_TIMEOUT) -> Backing:
+    """Opens a device, exclusively unless read_only. pool, timeout: threads of a user-space store, and seconds that it has
+    for an answer. Raises UsageError, ClaimError, StoreError, OSError."""
     if device.kind == "ram":
         from muenfast.backing.ram import RamBacking
 
@@ -96,6 +112,10 @@ def open_device(device: Device, *, read_only: bool = False, option: str | None =
         from muenfast.backing.null import NullBacking
 
         return NullBacking(device)
+    if device.kind == "py":
+        from muenfast.backing.user import UserBacking
+
+        return UserBacking(device, read_only=read_only, pool=pool, timeout=timeout)
     from muenfast.backing.file import FileBacking
 
     return FileBacking(device, read_only=read_only, option=option, index=index)

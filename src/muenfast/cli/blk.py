@@ -15,7 +15,7 @@ from muenfast.errors import UsageError
 if TYPE_CHECKING:
     from muenfast.blk import Channels, Export, ExportConfig
 
-SERVER_ONLY = ("device", "read_only", "threads")
+SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads")
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
@@ -27,8 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resp", metavar="L", required=True, help="response channels, server to client")
     add("--client", action="store_true", help="attach the disks as /dev/muendiska, /dev/muendiskb, ...")
     add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, the PATH of a file, disk or "
-                                      "partition, or PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
-                                      "that very name (default: ram:64M each)")
+                                      "partition, PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
+                                      "that very name, or py:MODULE:CLASS[:ARG]: a disk written in Python "
+                                      "(default: ram:64M each)")
+    add("--pool", metavar="L", help="server: threads that call a disk written in Python (default: 4)")
+    add("--timeout", metavar="L", help="server: seconds, 1 to 1200, that such a disk has for an answer; a later one is an "
+                                       "I/O error for its request (default: 30)")
+    add("--inject", metavar="L", help="server: faults, to test what stands on the disk: error[=ERRNO], delay=10ms, late "
+                                      "(after --timeout), corrupt (of what is read), each perhaps with ,rate=0.01 and "
+                                      ",on=read/write/flush/discard; several for one export are joined by +")
     add("--shm", metavar="L", help="buffers, regions that both sides write: an entry that names one makes its "
                                    "connection one of the second generation, an empty one leaves it inline")
     add("--shm-size", metavar="L", help="size of buffers that are made because they are missing (default: 16M)")
@@ -99,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         threads = arguments.threads
         if threads is not None:
             threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
-        lists = {**lists, "device": arguments.device, "read_only": arguments.read_only}
+        lists |= {name: getattr(arguments, name) for name in ("device", "read_only", "pool", "timeout", "inject")}
         return export_disks(exports_from_lists(**lists), stop, threads)
 
 
@@ -133,7 +140,7 @@ def _line(export: Export) -> str:
     channels = export.config.channels
     disks = [f"{size} {word(device.text)}" for size, device in zip(export.sizes, export.config.devices, strict=True)]
     return " ".join(["export", word(channels.req.text), word(channels.resp.text), *disks,
-                     *(["read-only"] if export.config.read_only else [])]) + _buffer(channels)
+                     *(["read-only"] if export.read_only else [])]) + _buffer(channels)
 
 
 def _buffer(channels: Channels) -> str:

@@ -1,0 +1,226 @@
+"""Disks written in Python: classes with the callbacks of nbdkit's Python plugins (docs/stores.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from muenfast._user import LARGEST, MOST_WORKERS, UserStore
+from muenfast.backing import BLOCK, SECTOR, Backing, Device
+from muenfast.errors import StoreError, UsageError
+from muenfast.threads import spawn
+
+log = logging.getLogger("muenfast")
+
+_CALLBACKS = {"pread": 2, "pwrite": 2, "flush": 0, "trim": 2, "zero": 2}  # arguments, without nbdkit's flags
+_CLOSE_PATIENCE = 4.0  # seconds for calls that still run when the export ends
+_MOST_KINDS = 256  # of exceptions that are told apart
+_EIO = 5
+_MOST_ERRNO = 4095  # linux/err.h: MAX_ERRNO
+_files: dict[str, ModuleType] = {}
+
+
+class UserBacking(Backing):
+    """An object with callbacks, and the threads that call them. pool: how many. timeout: seconds for one answer.
+
+    Raises UsageError where the device names no such thing, StoreError where its own code fails.
+    """
+
+    store: UserStore
+
+    def __init__(self, device: Device, *, read_only: bool, pool: int, timeout: float) -> None:
+        self._device = device
+        self._said: set[tuple[str, type[BaseException], object]] = set()
+        self._object = _make(device) if device.made is None else device.made
+        if isinstance(self._object, type):
+            raise UsageError("a store is an object, not its class", value=device.text, hint="call it first")
+        for name in ("get_size", "pread"):
+            if not callable(getattr(self._object, name, None)):
+                raise UsageError(f"its class has no method {name}, which a disk needs", value=device.text)
+        if not 1 <= pool <= MOST_WORKERS:
+            raise UsageError(f"a store has 1 to {MOST_WORKERS} threads", value=pool)
+        self._threads: list[threading.Thread] = []
+        if callable(getattr(self._object, "open", None)):
+            self._ask("open", *([read_only] if _takes(self._object.open, 1) else []))
+        try:
+            self.store = self._opened(read_only, timeout)
+            for number in range(pool):
+                self._threads.append(spawn(self.store.work, f"{device.text} {number}"))
+        except BaseException:
+            self._end()
+            raise
+
+    def _opened(self, read_only: bool, timeout: float) -> UserStore:
+        size = self._ask("get_size")
+        if not isinstance(size, int) or not 0 <= size < 1 << 63:
+            raise StoreError(self._device.text, "get_size", f"returned {size!r}, no number of bytes below 2^63")
+        least, most = self._blocks()
+        can = {name: self._can(name) for name in _CALLBACKS}
+        calls: dict[str, Callable[..., Any] | None] = {
+            name: getattr(self._object, name) if can[name] else None for name in _CALLBACKS}
+        bare = [name for name, call in calls.items() if call is not None and not _takes(call, _CALLBACKS[name] + 1)]
+        zeroes = can["zero"] if not can["trim"] else bool(self._ask("trims_to_zero", missing=False))
+        read_only = read_only or not can["pwrite"]
+        if size < BLOCK:
+            raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}", value=self._device.text)
+        store = UserStore(size, **calls, bare=bare, failed=self._failed, most=most, timeout=timeout, zeroes=zeroes,
+                          block_size=BLOCK if size % BLOCK == 0 or least > SECTOR else SECTOR, read_only=read_only,
+                          identity=self._identity())
+        self.left_over = size - store.size
+        return store
+
+    def _ask(self, name: str, *arguments: object, missing: object = None) -> Any:
+        """What the callback returns; `missing` where there is none."""
+        call = getattr(self._object, name, None)
+        if call is None:
+            return missing
+        try:
+            return call(*arguments)
+        except Exception as error:
+            log.debug("store %s", self._device.text, exc_info=error)
+            raise StoreError(self._device.text, f"{name}()", f"raised {type(error).__name__}: {error}") from error
+
+    def _can(self, name: str) -> bool:
+        there = callable(getattr(self._object, name, None))
+        return there and bool(self._ask("can_" + {"pread": "read", "pwrite": "write"}.get(name, name), missing=True))
+
+    def _blocks(self) -> tuple[int, int]:
+        """Least and most bytes of one call."""
+        found = self._ask("block_size", missing=(1, BLOCK, LARGEST))
+        try:
+            least, preferred, most = (int(each) for each in found)
+        except (TypeError, ValueError):
+            raise StoreError(self._device.text, "block_size()",
+                             f"returned {found!r}, not (minimum, preferred, maximum)") from None
+        if least < 1 or least & least - 1 or least > BLOCK:
+            raise StoreError(self._device.text, "block_size()", f"returned the minimum {least}: requests are multiples of "
+                                                                f"{BLOCK} bytes, so it is a power of two up to that")
+        if most < BLOCK:
+            raise StoreError(self._device.text, "block_size()", f"returned the maximum {most}: a block has {BLOCK} bytes")
+        return least, min(most, LARGEST)
+
+    def _identity(self) -> bytes | None:
+        found = self._ask("identity")
+        if found is None:
+            return None
+        if isinstance(found, str):
+            found = found.encode()
+        if not isinstance(found, bytes) or not found:
+            raise StoreError(self._device.text, "identity()", f"returned {found!r}, neither str nor bytes")
+        return hashlib.blake2b(b"py:" + found, digest_size=16).digest()
+
+    def _failed(self, name: str, error: BaseException) -> int:
+        """The errno that answers a call that raised; tells each kind once."""
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        kind = (name, type(error), place and (place.tb_frame.f_code, place.tb_lineno))
+        if kind not in self._said and len(self._said) < _MOST_KINDS:
+            self._said.add(kind)
+            log.error("store %s: %s() raised, which is told once of each kind", self._device.text, name, exc_info=error)
+        number = error.errno if isinstance(error, OSError) else None
+        return number if isinstance(number, int) and 0 < number <= _MOST_ERRNO else _EIO
+
+    def _end(self) -> None:
+        """Ends the threads, and then the object, if they have left it."""
+        until = time.monotonic() + _CLOSE_PATIENCE
+        if self._threads:
+            self.store.end()
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        stuck = sum(thread.is_alive() for thread in self._threads)
+        if stuck:
+            log.warning("store %s: %d calls have not returned, so its close() is not called", self._device.text, stuck)
+            return
+        try:
+            self._ask("close")
+        except StoreError as error:
+            log.error("%s", error, exc_info=error.__cause__)
+
+    def close(self) -> None:
+        self._end()
+        self.store.close()
+
+
+def _make(device: Device) -> Any:
+    """The object that py:MODULE:CLASS[:ARG] names."""
+    module = _module(device)
+    found: Any = module
+    for name in device.attribute.split("."):
+        found = getattr(found, name, None)
+    if not callable(found):
+        raise UsageError(f"module {device.module} has no class {device.attribute}", value=device.text)
+    arguments = [] if device.argument is None else [device.argument]
+    try:
+        inspect.signature(found).bind(*arguments)
+    except TypeError:
+        wants = "wants an argument: py:MODULE:CLASS:ARG" if device.argument is None else "takes no argument"
+        raise UsageError(f"{device.attribute} {wants}", value=device.text) from None
+    except ValueError:  # of what is written in C, nothing may be known
+        pass
+    try:
+        return found(*arguments)
+    except Exception as error:
+        log.debug("store %s", device.text, exc_info=error)
+        raise StoreError(device.text, f"{device.attribute}()", f"raised {type(error).__name__}: {error}") from error
+
+
+def _module(device: Device) -> ModuleType:
+    try:
+        if device.module.endswith(".py") or "/" in device.module:
+            return _file(device)
+        here = os.getcwd()
+        if here not in sys.path and not getattr(sys.flags, "safe_path", False):
+            sys.path.append(here)   # at the end: what is there hides no module of the system's
+        return importlib.import_module(device.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{device.module}.".startswith(f"{error.name}."):
+            raise StoreError(device.text, "its module", f"could not be imported: {error}") from error
+        raise UsageError(f"there is no module {device.module}", value=device.text,
+                         hint="modules are looked for in PYTHONPATH and the current directory; or give a path that ends in "
+                              ".py") from None
+    except UsageError:
+        raise
+    except Exception as error:
+        log.debug("store %s", device.text, exc_info=error)
+        raise StoreError(device.text, "its module", f"could not be imported: {type(error).__name__}: {error}") from error
+
+
+def _file(device: Device) -> ModuleType:
+    """The module in a file; the same one for all stores of it."""
+    path = os.path.realpath(device.module)
+    if path in _files:
+        return _files[path]
+    name = "muenfast_store_" + hashlib.blake2b(path.encode(), digest_size=6).hexdigest()
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
+        raise UsageError(f"there is no file {device.module} that ends in .py", value=device.text)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    _files[path] = module
+    return module
+
+
+def _takes(call: Callable[..., Any], count: int) -> bool:
+    """Whether it can be called with so many arguments."""
+    try:
+        inspect.signature(call).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # of what is written in C, nothing may be known
+        return False
+    return True
