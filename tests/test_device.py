@@ -472,6 +472,22 @@ def test_a_stopped_server_does_not_hold_an_unused_device(program: Start, pair: l
     assert server.end() == (0, "")
 
 
+def test_a_slow_disk_gets_what_is_dirty(program: Start, tmp_path: Path) -> None:
+    """A client that ends gives its server all the time that it takes, for as long as that goes on answering."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(3 * MIB))
+    lists = ["--req", unique("a"), "--resp", unique("c")]
+    server = program("blk", *lists, "--device", str(image), "--inject", "delay=250ms,on=write")
+    client = program("blk", "--client", *lists)
+    data = os.urandom(3 * MIB)
+    with open(client.lines[0].split()[4], "wb", buffering=0) as disk:   # into the page cache; the last close would write it
+        assert disk.write(data) == len(data)
+        status, errors = client.end(timeout=60)
+        assert status == 0 and "lost" not in errors and "fail" not in errors
+    assert server.end() == (0, "")
+    assert image.read_bytes() == data
+
+
 # ---- demo
 
 

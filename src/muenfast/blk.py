@@ -35,8 +35,9 @@ log = logging.getLogger("muenfast")
 ATTACHMENTS = ("auto", "fuse", "nbd", "none")
 _THREADS_PER_CPU = 4  # docs/decisions/006
 _WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
-_DETACH_PATIENCE = 2.0  # seconds a server has to take what is still dirty
-_DETACH_LIMIT = 4.0  # seconds a device has to go away
+_DETACH_PATIENCE = 2.0  # seconds without an answer until what is still dirty is given up
+_DETACH_LIMIT = 4.0  # seconds a device has to go away, once its disk stands still
+_DETACH_LOOK = 0.1  # seconds between looks whether it does
 
 
 class _Group:
@@ -202,6 +203,18 @@ class AttachedDisk:
         return None if self.listener is None else str(self.listener.path)
 
 
+def _moving(connection: Connection) -> Callable[[], bool]:
+    """A function that tells whether the connection has answered anything since its last call, or has nothing to answer."""
+    seen = -1
+
+    def moving() -> bool:
+        nonlocal seen
+        before, seen = seen, connection.client.progress
+        return seen != before or connection.state == "ready" and connection.client.in_flight == 0
+
+    return moving
+
+
 class BlockClients(_Group):
     """The disks of several connections in one process, as /dev/muendiskX in the order of the list, and of their numbers
     on a connection; attached when ready() returns True.
@@ -334,21 +347,33 @@ class BlockClients(_Group):
             raise failures[0]
 
     def _detach(self, disk: AttachedDisk) -> None:
-        # A server that does not answer must not hold up the end: its requests fail once the deadline is near.
-        timer = threading.Timer(_DETACH_PATIENCE, disk.device.fail, ["no answer while detaching"])
-        timer.start()
+        # A server that does not answer must not hold up the end; one that does is given what is dirty, however slow it is.
+        detached = threading.Event()
+        thread = spawn(lambda: self._give_up(disk, detached), "detach")
         with ExitStack() as stack:
             if disk.claim is not None:
                 stack.callback(disk.claim.release)
-            stack.callback(timer.join)
-            stack.callback(timer.cancel)
-            for end in (disk.nbd and disk.nbd.close, disk.front and disk.front.detach):  # the last one first
-                if end is not None:
-                    stack.callback(self._end, end)
+            stack.callback(thread.join)
+            stack.callback(detached.set)
+            if disk.nbd is not None:    # the last one first
+                stack.callback(lambda: self._complain(disk.nbd.close(_DETACH_LIMIT)))
+            if disk.front is not None:
+                stack.callback(lambda: self._complain(disk.front.detach(_DETACH_LIMIT, _moving(disk.device.connection))))
 
     @staticmethod
-    def _end(end: Callable[[float], list[str]]) -> None:
-        for complaint in end(_DETACH_LIMIT):
+    def _give_up(disk: AttachedDisk, detached: threading.Event) -> None:
+        """Fails the disk once it stands still."""
+        moving, since = _moving(disk.device.connection), time.monotonic()
+        while not detached.wait(_DETACH_LOOK):
+            if moving():
+                since = time.monotonic()
+            elif time.monotonic() - since > _DETACH_PATIENCE:
+                disk.device.fail("no answer while detaching")
+                return
+
+    @staticmethod
+    def _complain(complaints: list[str]) -> None:
+        for complaint in complaints:
             log.warning("%s", complaint)
 
     def finished(self) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from muenfast.attach import block, fuseuring, loop, partitions, watchdog
-from muenfast.attach.leash import Leash
+from muenfast.attach.leash import AFTER_ABORT, Leash
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ except ImportError as error:
 CAP_SYS_ADMIN = 21      # uapi/linux/capability.h
 GRACE = 1.0             # seconds for short users of the device (a probe, a last close) before it counts as busy
 ATTACH_LIMIT = 10.0     # seconds the kernel has to make the loop device
-AFTER_ABORT = 1.0       # seconds for each thing that an abort sets free
 
 
 class Info(TypedDict):
@@ -156,10 +155,10 @@ class FuseAttachment:
         """Whether the session ended by itself (somebody aborted it): the device only fails from then on."""
         return self._attached and not all(thread.is_alive() for thread in self._threads)
 
-    def detach(self, timeout: float = 5.0) -> list[str]:
+    def detach(self, timeout: float = 5.0, moving: Callable[[], bool] | None = None) -> list[str]:
         """Remove the device; returns within *timeout* and little more, whatever the target does.
 
-        Dirty data is written first, while the target still answers. Returns sentences on what was still in
+        Dirty data is written first, while the target still answers; the timeout counts anew while moving() says so. Returns sentences on what was still in
         use or could not be finished; empty: nothing is left. A device in use loses its node, goes to
         autoclear and has its FUSE connection aborted: its users get EIO, and the kernel frees the loop
         device with its last close. Idempotent.
@@ -197,7 +196,7 @@ class FuseAttachment:
 
         worker = threading.Thread(target=take_down, name=f"detach-{self.name}", daemon=True)
         worker.start()
-        worker.join(timeout)
+        self._leash.join(worker, timeout, moving)
         if worker.is_alive():
             left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")
         if freed != [True]:

@@ -6,10 +6,15 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 
 from muenfast.attach import watchdog
 
+AFTER_ABORT = 1.0   # seconds for each thing that the end of a connection sets free
+LONGEST = 300.0     # seconds that taking a device down takes, however much the disk goes on
+LOOK = 0.1          # seconds between looks whether it does
 AFTER_DONE = 5.0    # seconds the watchdog has to end; on a busy machine it may only just be starting
 
 
@@ -44,6 +49,20 @@ class Leash:
         except BrokenPipeError:
             return False
         return True
+
+    def join(self, worker: threading.Thread, timeout: float, moving: Callable[[], bool] | None = None) -> None:
+        """Waits for a thread that takes the device down: `timeout` seconds, and anew while moving() says that the disk
+        goes on, LONGEST in all; the watchdog is told."""
+        start = told = time.monotonic()
+        worker.join(timeout if moving is None else min(timeout, LOOK))
+        while moving is not None and worker.is_alive():
+            now = time.monotonic()
+            if now - start >= LONGEST or now - told >= timeout:
+                break
+            if moving():
+                told = now
+                self.tell(f"detaching {timeout + AFTER_ABORT:.3f}")
+            worker.join(LOOK)
 
     def end(self) -> None:
         """Nothing is left to do for it. Raises TimeoutError when it had to be killed."""

@@ -25,13 +25,12 @@ import time
 from pathlib import Path
 
 from muenfast.attach import block, partitions, watchdog
-from muenfast.attach.leash import Leash
+from muenfast.attach.leash import AFTER_ABORT, Leash
 from muenfast.attach.nbd import CAN_MULTI_CONN, SEND_FAST_ZERO, NbdServer
 from muenfast.errors import UsageError
 
 CAP_SYS_ADMIN = 21  # uapi/linux/capability.h
 ATTACH_LIMIT = 10.0  # seconds in which the device has to come up
-AFTER_ABORT = 1.0  # seconds for what a shutdown of the socket sets free
 GRACE = 1.0  # seconds for short users of the device (a probe, a last close) before it counts as busy
 _LEAST_KERNEL = (5, 14)  # NBD_ATTR_BACKEND_IDENTIFIER: by which a dead client's device is known
 
@@ -171,10 +170,10 @@ class NbdAttachment:
         """Whether somebody else disconnected it: the device only fails from then on."""
         return self._attached and not self._is_ours()
 
-    def detach(self, timeout: float = 5.0) -> list[str]:
+    def detach(self, timeout: float = 5.0, moving: Callable[[], bool] | None = None) -> list[str]:
         """Remove the device; returns within *timeout* and little more, whatever the disk does.
 
-        Dirty data is written first, while the disk still answers. Returns sentences on what was still in use or could
+        Dirty data is written first, while the disk still answers; the timeout counts anew while moving() says so. Returns sentences on what was still in use or could
         not be finished; empty: nothing is left. A device in use loses its node and its connection: its users get EIO,
         and the kernel frees it with its last close. Idempotent.
         """
@@ -213,7 +212,7 @@ class NbdAttachment:
 
         worker = threading.Thread(target=take_down, name=f"detach-{self.name}", daemon=True)
         worker.start()
-        worker.join(timeout)
+        self._leash.join(worker, timeout, moving)
         late = worker.is_alive()
         if late:
             left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")

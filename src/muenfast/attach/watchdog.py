@@ -17,7 +17,7 @@ Arguments: "fuse" CONTROL PID TID ABORT MOUNTPOINT NODE, or "nbd" CONTROL PID TI
     SOCKET   of the connection to the nbd driver, open
     IDENTIFIER  what the driver's device was given to know it by
 Messages on the pipe, one a line:
-    detaching SECONDS   the client takes the device down; abort if it is not done by then
+    detaching SECONDS   the client takes the device down; abort if it is not done by then; again: it needs longer
     done                nothing is left to do
 End of file, or the end of the thread before "detaching", means that the client is dead.
 
@@ -318,10 +318,10 @@ def watch(control: int, thread: Thread, abort: Callable[[], object]) -> bool:
             for line in lines:
                 if line == b"done":
                     return True
-                if line.startswith(b"detaching ") and deadline is None:
-                    deadline = time.monotonic() + float(line[10:])
-                    if thread.fd >= 0:
+                if line.startswith(b"detaching ") and not aborted:
+                    if deadline is None and thread.fd >= 0:
                         poller.unregister(thread.fd)    # its end is expected now
+                    deadline = time.monotonic() + float(line[10:])
         elif deadline is not None:
             if time.monotonic() < deadline:
                 continue
