@@ -22,6 +22,13 @@ enum {
     JOB_BYTES = 256 * 1024    /* of a stage: most bytes of one read or write */
 };
 
+/* Python runs one thread at a time: as long as calls end, one worker does them all, and another one only looks on, this
+ * often, whether they do. That many looks at nothing to do, and it sleeps, too. A worker that has nothing to do spins first,
+ * while that paid lately. docs/decisions/013. */
+#define JOBS_STALL_NS UINT64_C(200000)
+#define JOBS_SPIN_NS UINT64_C(50000)
+enum { JOBS_LOOKS = 50, JOBS_SPIN_SCORE = 16, JOBS_SPIN_PROBE = 16 };
+
 enum job_state { JOB_FREE = 0, JOB_QUEUED, JOB_RUNNING, JOB_READY };
 
 typedef struct job {
@@ -46,7 +53,11 @@ typedef struct jobs {
     job *ready, **ready_last;
     uint32_t *finished; /* the engine's futex: goes up with each job that is ready. NULL: there is no engine */
     const uint32_t *waiting; /* whether it may sleep there */
-    uint32_t idle;      /* workers that sleep */
+    uint32_t queued;    /* jobs in todo; looked at without the lock */
+    uint32_t idle;      /* workers that sleep until they are told */
+    uint32_t awake;     /* workers that execute, or are about to look for a job */
+    bool watched;       /* a worker looks on */
+    uint32_t spin_score, spin_probe; /* of workers that spin, who agree on nothing better */
     uint32_t adrift;    /* jobs at work that nobody waits for, and that change what stands in the store */
     bool ending;
     uint64_t calls, late, returned; /* executed; answered by the deadline; of those, ended since */
@@ -55,12 +66,16 @@ typedef struct jobs {
 
 static inline void jobs_init(jobs *q, uint64_t timeout_ns) {
     uint32_t k;
+    pthread_condattr_t monotonic;
     memset(q, 0, sizeof *q);
     q->timeout_ns = timeout_ns;
     q->todo_last = &q->todo;
     q->ready_last = &q->ready;
     pthread_mutex_init(&q->lock, NULL);
-    pthread_cond_init(&q->work, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&q->work, &monotonic);
+    pthread_condattr_destroy(&monotonic);
     for (k = JOBS_MOST; k-- != 0;) { /* the last used is the first used again: few stages are ever touched */
         q->all[k].place = k;
         q->all[k].next = q->free;
@@ -77,6 +92,12 @@ static inline void jobs_append(job ***last, job *j) {
     j->next = NULL;
     **last = j;
     *last = &j->next;
+}
+
+/* Wakes a sleeper where nobody would see to what is queued. Precondition: lock held. */
+static inline void jobs_call(jobs *q) {
+    if (q->todo != NULL && q->idle != 0 && (q->awake == 0 || !q->watched))
+        pthread_cond_signal(&q->work);
 }
 
 /* ---- the engine */
@@ -132,8 +153,8 @@ static inline job *jobs_put(jobs *q, void *reader, int kind, bool changes, uint6
     pthread_mutex_lock(&q->lock);
     j->state = JOB_QUEUED;
     jobs_append(&q->todo_last, j);
-    if (q->idle != 0)
-        pthread_cond_signal(&q->work);
+    store_relaxed32(&q->queued, q->queued + 1);
+    jobs_call(q);
     pthread_mutex_unlock(&q->lock);
     return j;
 }
@@ -168,6 +189,7 @@ static inline bool jobs_forget(jobs *q, job *j, bool late) {
         *link = j->next;
         if (j->next == NULL)
             q->todo_last = link;
+        store_relaxed32(&q->queued, q->queued - 1);
         done = queued = true;
     } else if (j->state == JOB_RUNNING) {
         j->reader = NULL;
@@ -204,7 +226,15 @@ static inline job *jobs_first(jobs *q) {
     if (q->todo == NULL)
         q->todo_last = &q->todo;
     j->state = JOB_RUNNING;
+    store_relaxed32(&q->queued, q->queued - 1);
     return j;
+}
+
+/* A worker begins: it is awake. */
+static inline void jobs_join(jobs *q) {
+    pthread_mutex_lock(&q->lock);
+    q->awake++;
+    pthread_mutex_unlock(&q->lock);
 }
 
 /* A job, or NULL at once where there is none. */
@@ -216,14 +246,65 @@ static inline job *jobs_try(jobs *q) {
     return j;
 }
 
-/* A job, as soon as there is one; NULL once jobs_end() was called. */
+/* Waits JOBS_STALL_NS, or until it is called. Precondition: lock held. */
+static inline void jobs_look_on(jobs *q) {
+    uint64_t until = now_ns() + JOBS_STALL_NS;
+    struct timespec t = {(time_t)(until / 1000000000u), (long)(until % 1000000000u)};
+    pthread_cond_timedwait(&q->work, &q->lock, &t);
+}
+
+static inline void jobs_spin(jobs *q) {
+    uint32_t score = load_relaxed32(&q->spin_score), probe = load_relaxed32(&q->spin_probe) + 1;
+    uint64_t start, passed = 0;
+    store_relaxed32(&q->spin_probe, probe);
+    if (score == 0 && probe % JOBS_SPIN_PROBE != 0)
+        return;
+    for (start = now_ns(); passed < JOBS_SPIN_NS; passed = now_ns() - start) {
+        if (load_relaxed32(&q->queued) != 0) {
+            store_relaxed32(&q->spin_score, JOBS_SPIN_SCORE);
+            return;
+        }
+        spin_once(passed);
+    }
+    store_relaxed32(&q->spin_score, score > 4 ? score - 4 : 0);
+}
+
+/* A job, as soon as there is one and nobody else sees to it; NULL once jobs_end() was called. */
 static inline job *jobs_next(jobs *q) {
     job *j = NULL;
+    bool watching = false, stalled = false;
+    uint32_t looks = 0;
+    uint64_t calls;
+    jobs_spin(q);
     pthread_mutex_lock(&q->lock);
-    while (!q->ending && (j = jobs_first(q)) == NULL) {
+    q->awake--;
+    while (!q->ending) {
+        if (q->todo != NULL && (q->awake == 0 || stalled)) {
+            j = jobs_first(q);
+            break;
+        }
+        if (!watching && q->awake != 0 && !q->watched) {
+            watching = q->watched = true;
+            looks = 0;
+        }
+        if (watching && looks < JOBS_LOOKS) {
+            calls = q->calls;
+            jobs_look_on(q);
+            looks = q->calls == calls && q->todo == NULL ? looks + 1 : 0;
+            stalled = q->calls == calls && q->todo != NULL;
+            continue;
+        }
+        if (watching)
+            watching = q->watched = false;
         q->idle++;
         pthread_cond_wait(&q->work, &q->lock);
         q->idle--;
+    }
+    if (watching)
+        q->watched = false;
+    if (j != NULL) {
+        q->awake++;
+        jobs_call(q);
     }
     pthread_mutex_unlock(&q->lock);
     return j;

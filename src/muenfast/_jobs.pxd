@@ -21,6 +21,7 @@ cdef extern from "_jobs.h" nogil:
     const size_t JOBS_SIZE "sizeof(jobs)"
     void jobs_init(jobs *q, uint64_t timeout_ns) noexcept
     void jobs_destroy(jobs *q) noexcept
+    void jobs_join(jobs *q) noexcept
     job *jobs_try(jobs *q) noexcept
     job *jobs_next(jobs *q) noexcept
     void jobs_done(jobs *q, job *j, int error) noexcept

@@ -94,6 +94,7 @@ cdef class UserStore(Store):
         """Executes jobs, until end(). For any number of threads up to MOST_WORKERS."""
         cdef job *j
         cdef int error
+        jobs_join(self.q)
         while True:
             j = jobs_try(self.q)        # who has the GIL goes on with it: to hand it over costs more than a job
             if j == NULL:
