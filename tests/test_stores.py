@@ -275,24 +275,26 @@ class Log:
                 mock.patch.object(os, "fdatasync", logged_sync), mock.patch.object(os, "fsync", logged_sync):
             yield
 
-    def crashed(self, image: bytes, at: int, choice: random.Random) -> bytes:
-        """The file as a crash after `at` calls leaves it: what a sync covered, and of the rest any sectors in any order,
-        each as the page cache had it at some moment.
+    def crashed(self, image: bytes, choice: random.Random | None) -> bytes:
+        """The file, image before the calls, as the end of the machine leaves it: what a sync covered, and of the rest any
+        sectors in any order, each as the page cache had it at some moment. No choice: that of the process only.
 
         A write that makes the file longer is there or not: a file system does not show what it has not written.
         """
-        synced = max((i for i in range(at) if self.calls[i][0] == "sync"), default=0)
+        synced = max((i for i, call in enumerate(self.calls) if call[0] == "sync"), default=0)
         file = bytearray(image)
-        for call in self.calls[:synced]:
+        for call in self.calls if choice is None else self.calls[:synced]:
             self._do(file, call)
+        if choice is None:
+            return bytes(file)
         cache, pieces = bytearray(file), []
-        for word, offset, what in self.calls[synced:at]:
+        for word, offset, what in self.calls[synced:]:
             end = offset + (len(what) if isinstance(what, bytes) else what)
             longer = word != "sync" and end > len(cache)
             self._do(cache, (word, offset, what))
             if longer:
                 if end > len(file) and choice.random() < 0.5:
-                    file.extend(cache[len(file):])
+                    file.extend(cache[len(file):] if word == "write" else bytes(end - len(file)))
             elif word != "sync":
                 pieces += [(i, bytes(cache[i:i + SECTOR])) for i in range(offset // SECTOR * SECTOR, end, SECTOR)]
         share = choice.choice((0.1, 0.5, 0.9, 1.0))
@@ -326,20 +328,21 @@ LIFE = steps("write", "write", "write", "zero", "trim", "flush", "flush", "kill"
 
 
 @settings(max_examples=250, **QUIET)
-@given(size=st.sampled_from(SIZES[1:]), lives=st.lists(st.tuples(LIFE, st.floats(0, 1)), min_size=1, max_size=4),
-       seed=st.integers(0, 1 << 30))
-def test_a_crash_leaves_what_was_flushed_and_mixes_nothing(size: int, lives: list[tuple[list[Step], float]],
-                                                           seed: int) -> None:
-    """In each sector there is what the last flush saw or something that was written since: as on a plain disk."""
+@given(size=st.sampled_from(SIZES[1:]), seed=st.integers(0, 1 << 30),
+       lives=st.lists(st.tuples(LIFE, st.floats(0, 1), st.booleans()), min_size=1, max_size=5))
+def test_a_crash_leaves_what_was_flushed_and_mixes_nothing(size: int, seed: int,
+                                                           lives: list[tuple[list[Step], float, bool]]) -> None:
+    """Each life ends between two of its system calls: by kill -9, after which each sector has what was answered last, or
+    with the machine, after which it has what the last flush saw or something that was written since, as on a plain disk."""
     choice = random.Random(seed)
     with place(size) as made:
-        image = b""
-        allowed: Versions = [{each} for each in sectors(made.data)]
-        for boot, (todo, point) in enumerate(lives):
-            log = Log()
-            model = bytearray().join(next(iter(each)) for each in allowed)
-            assert all(len(each) == 1 for each in allowed)
-            events: list[tuple[int, int, str, int, bytes]] = []     # calls before and after it, and what it wrote
+        image, log, boot = b"", Log(), 0
+        now = sectors(made.data)
+        allowed: Versions = [{each} for each in now]
+        for todo, point, power in lives:
+            first = len(log.calls)
+            model = bytearray().join(now)
+            events: list[tuple[int, int, int, bytes]] = []      # calls before and after it; sectors it wrote; none: a flush
             with booted(boot), log.of(made.cow):
                 store = made.open()
                 assert read(store) == model
@@ -350,33 +353,54 @@ def test_a_crash_leaves_what_was_flushed_and_mixes_nothing(size: int, lives: lis
                         store = made.open()
                     elif step[0] == "flush":
                         store.flush()
-                        events.append((begun, len(log.calls), "flush", 0, b""))
+                        events.append((begun, len(log.calls), 0, b""))
                     else:
-                        first, count = apply(store, step, model)
-                        start, end = first // SECTOR * SECTOR, -(-(first + count) // SECTOR) * SECTOR
-                        events.append((begun, len(log.calls), "write", start, bytes(model[start:end])))
-                assert read(store) == model
+                        offset, count = apply(store, step, model)
+                        start, end = offset // SECTOR, -(-(offset + count) // SECTOR)
+                        events.append((begun, len(log.calls), start, bytes(model[start * SECTOR:end * SECTOR])))
                 killed(store)
-            crash = round(point * len(log.calls))
-            now = [next(iter(each)) for each in allowed]
-            for begun, ended, word, offset, data in events:
-                if begun > crash or begun == crash and ended != begun:
+            crash = first + round(point * (len(log.calls) - first))
+            del log.calls[crash:]
+            possible: Versions = [{each} for each in now]
+            for begun, ended, start, data in events:
+                if begun >= crash:
                     break
-                if word == "write":
-                    for i, each in enumerate(sectors(data), offset // SECTOR):
-                        allowed[i].add(each)
-                        now[i] = each
-                elif ended <= crash:
+                for i, each in enumerate(sectors(data), start):
+                    allowed[i].add(each)
+                    possible[i] = {each} if ended <= crash else possible[i] | {each}
+                    now[i] = each
+                if not data and ended <= crash:
                     allowed = [{each} for each in now]
-            image = log.crashed(image, crash, choice)
-            made.cow.write_bytes(image)
-            with booted(boot + 1000), mock.patch.object(os, "fdatasync"), mock.patch.object(os, "fsync"):
+            if power:
+                image, log, boot, possible = log.crashed(image, choice), Log(), boot + 1, allowed
+            left = log.crashed(image, None)
+            made.cow.write_bytes(left)
+            with booted(boot), mock.patch.object(os, "fdatasync"), mock.patch.object(os, "fsync"):
                 store = made.open()
-                found = sectors(read(store))
+                now = sectors(read(store))
                 killed(store)
-            assert [i for i, each in enumerate(found) if each not in allowed[i]] == []
-            made.cow.write_bytes(image)     # what looking changed was not crashed over
-            allowed = [{each} for each in found]
+            assert [i for i, each in enumerate(now) if each not in possible[i]] == []
+            made.cow.write_bytes(left)      # the next life opens what this one left, and may end in that
+            if power:
+                allowed = [{each} for each in now]
+
+
+def test_kill_9_while_a_crash_is_made_up_for(disk: Place) -> None:
+    """What the crash undid stays undone, wherever the next boot's first server ends."""
+    with booted(1):
+        store = disk.open()
+        write(store, 0, b"x" * len(disk.data))
+        killed(store)
+    before, log = disk.cow.read_bytes(), Log()
+    with booted(2):
+        with log.of(disk.cow):
+            killed(disk.open())
+        assert len(log.calls) == 2
+        for count in range(3):
+            disk.cow.write_bytes(Log(log.calls[:count]).crashed(before, None))
+            store = disk.open()
+            assert read(store) == disk.data
+            killed(store)
 
 
 def test_a_flush_is_data_then_map_and_the_next_one_data_only(disk: Place) -> None:
@@ -521,6 +545,38 @@ def test_threads_share_blocks(tmp_path: Path) -> None:
             store = made.open()
             assert read(store) == model
         store.close()
+
+
+def test_two_that_take_one_block_from_the_base_both_write_it(disk: Place) -> None:
+    arrived = threading.Semaphore(0)
+
+    class Door:
+        """A lock that tells who comes."""
+
+        lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            arrived.release()
+            self.lock.acquire()
+
+        def __exit__(self, *exc: object) -> None:
+            self.lock.release()
+
+    store = disk.open()
+    store._copying = Door()     # type: ignore[assignment]
+    with Door.lock:
+        threads = [threading.Thread(target=write, args=(store, BLOCK + i * SECTOR, bytes([i]) * SECTOR)) for i in (1, 5)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            assert arrived.acquire(timeout=60)      # all of them have seen that the base has the block
+    for each in threads:
+        each.join()
+    expected = bytearray(disk.data)
+    for i in (1, 5):
+        expected[BLOCK + i * SECTOR:BLOCK + (i + 1) * SECTOR] = bytes([i]) * SECTOR
+    assert read(store) == expected
+    store.close()
 
 
 KILLED = """if True:
