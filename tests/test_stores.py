@@ -403,6 +403,21 @@ def test_kill_9_while_a_crash_is_made_up_for(disk: Place) -> None:
             killed(store)
 
 
+def test_reading_only_changes_nothing_and_sees_what_counts(disk: Place) -> None:
+    with booted(1):
+        store = disk.open()
+        write(store, BLOCK, b"x" * BLOCK)
+        killed(store)
+    before = disk.cow.read_bytes()
+    for boot, expected in ((1, b"x" * BLOCK), (2, disk.data[BLOCK:2 * BLOCK])):
+        with booted(boot):
+            looking = disk.open(readonly=True)
+        assert read(looking, BLOCK, BLOCK) == expected
+        looking.flush()
+        looking.close()
+        assert disk.cow.read_bytes() == before
+
+
 def test_a_flush_is_data_then_map_and_the_next_one_data_only(disk: Place) -> None:
     log = Log()
     with log.of(disk.cow):
