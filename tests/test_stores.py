@@ -583,7 +583,7 @@ def test_two_that_take_one_block_from_the_base_both_write_it(disk: Place) -> Non
         threads = [threading.Thread(target=write, args=(store, BLOCK + i * SECTOR, bytes([i]) * SECTOR)) for i in (1, 5)]
         for each in threads:
             each.start()
-        for each in threads:
+        for _ in threads:
             assert arrived.acquire(timeout=60)      # all of them have seen that the base has the block
     for each in threads:
         each.join()
