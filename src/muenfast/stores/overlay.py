@@ -21,6 +21,7 @@ import hashlib
 import mmap
 import os
 import re
+import shlex
 import stat
 import struct
 import threading
@@ -121,7 +122,8 @@ class Overlay:
         if time != modified:
             seconds, rest = divmod(time, 10 ** 9)
             raise UsageError(f"{self._base_path} was written since this overlay was made of it", value=self._path,
-                             hint=f"where its contents are the same, touch -d @{seconds}.{rest:09} {self._base_path}")
+                             hint=f"where its contents are the same, touch -d @{seconds}.{rest:09} "
+                                  f"{shlex.quote(self._base_path)}")
         if size == _HEADER_SIZE and not self._readonly:     # new, or killed here: nothing else was ever written
             self._file.sync()       # the header before the size: a crash here must not leave a file that is all hole
             os.ftruncate(self._file.fd, self._data + self._size)
