@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "params": {"errors"},
     "partition": {"errors"},
+    "stores": {"errors", "params"},
     "threads": set(),
     "shm": {"errors"},
     "_guard": set(),
