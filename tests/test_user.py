@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -642,32 +643,115 @@ def test_identity(program: Start, source: Path, known: bool) -> None:
     assert server.end() == (0, "")
 
 
+def command(*words: object) -> str:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+@contextlib.contextmanager
+def mounted(device: str, place: Path, *options: str) -> Iterator[Path]:
+    place.mkdir(exist_ok=True)
+    command("mount", *options, device, place)
+    try:
+        yield place
+    finally:
+        command("umount", place)
+
+
+def files(seed: int) -> dict[str, bytes]:
+    dice = random.Random(seed)
+    return {f"{seed}-{number}": dice.randbytes(dice.randrange(200_000)) for number in range(40)}
+
+
+def read_back(place: Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {name: (place / name).read_bytes() for name in names}
+
+
 @pytest.mark.root
 @pytest.mark.fuse
-def test_a_file_system(program: Start, source: Path, tmp_path: Path) -> None:
-    """ext4 on a disk written in Python: files come back, fsck finds nothing."""
-    req, resp, buffer = unique("a"), unique("c"), unique("e")
-    lists = ["--req", req, "--resp", resp, "--shm", buffer]
-    server = program("blk", *lists, "--device", "py:mydisk:Disk:8192", cwd=str(source))
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("sample", ["mine", "Ram", "Overlay"])
+def test_file_systems(program: Start, source: Path, tmp_path: Path, sample: str, buffer: bool) -> None:
+    """ext4 on disks written in Python, the samples among them: files come back, fsck finds nothing."""
+    lists = ["--req", unique("a"), "--resp", unique("c"), *(["--shm", unique("e")] if buffer else [])]
+    (tmp_path / "base").write_bytes(bytes(32 << 20))
+    device = {"mine": "py:mydisk:Disk:8192", "Ram": "py:muenfast.stores:Ram:32M",
+              "Overlay": "py:muenfast.stores:Overlay:base+over"}[sample]
+    server = program("blk", *lists, "--device", device, cwd=str(source))
     client = program("blk", "--client", *lists)
-    device, place = client.lines[0].split()[4], tmp_path / "mnt"
-    place.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", device], check=True)
-    subprocess.run(["mount", device, place], check=True)
-    try:
-        data = {name: os.urandom(random.Random(name).randrange(200_000)) for name in map(str, range(60))}
+    disk, data = client.lines[0].split()[4], files(1)
+    command("mkfs.ext4", "-q", disk)
+    with mounted(disk, tmp_path / "mnt") as place:
         for name, content in data.items():
             (place / name).write_bytes(content)
-    finally:
-        subprocess.run(["umount", place], check=True)
-    assert subprocess.run(["e2fsck", "-f", "-n", device], capture_output=True, check=False).returncode == 0
-    subprocess.run(["mount", "-o", "ro", device, place], check=True)
-    try:
-        assert {name: (place / name).read_bytes() for name in data} == data
-    finally:
-        subprocess.run(["umount", place], check=True)
+        if buffer and sample != "mine":
+            command("fstrim", place)
+    command("e2fsck", "-f", "-n", disk)
+    with mounted(disk, tmp_path / "mnt", "-o", "ro") as place:
+        assert read_back(place, data) == data
     assert client.end() == (0, "")
     assert server.end() == (0, "")
+    assert (tmp_path / "base").read_bytes() == bytes(32 << 20)
+
+
+@pytest.mark.root
+@pytest.mark.fuse
+def test_an_overlay_survives_its_server(program: Start, tmp_path: Path) -> None:
+    """kill -9 below a mounted ext4: it goes on, and everything is there; the base is as it was."""
+    image, data = tmp_path / "base", files(2)
+    image.write_bytes(bytes(32 << 20))
+    command("mkfs.ext4", "-q", "-b", "4096", image)
+    before = image.read_bytes()
+    lists = ["--req", unique("a"), "--resp", unique("c")]
+    words = ["blk", *lists, "--device", f"py:muenfast.stores:Overlay:{image}+{tmp_path}/over"]
+    server = program(*words)
+    client = program("blk", "--client", *lists)
+    disk = client.lines[0].split()[4]
+    with mounted(disk, tmp_path / "mnt") as place:
+        for number, (name, content) in enumerate(data.items()):
+            if number % 10 == 5:
+                server.process.kill()
+                server.process.communicate()
+                server = program(*words)
+            with open(place / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+    command("e2fsck", "-f", "-n", disk)
+    with mounted(disk, tmp_path / "mnt", "-o", "ro") as place:
+        assert read_back(place, data) == data
+    assert client.end()[0] == 0
+    assert server.end() == (0, "")
+    assert image.read_bytes() == before
+
+
+@pytest.mark.root
+@pytest.mark.fuse
+def test_parts_under_ext4(program: Start, tmp_path: Path) -> None:
+    """A split image is a read-only disk that mounts."""
+    image, data, parts = tmp_path / "image", files(3), tmp_path / "parts"
+    image.write_bytes(bytes(32 << 20))
+    command("mkfs.ext4", "-q", "-b", "4096", "-d", _directory(tmp_path / "tree", data), image)
+    parts.mkdir()
+    command("split", "-d", "-a", "3", "-b", "5M", image, parts / "part.")
+    lists = ["--req", unique("a"), "--resp", unique("c")]
+    server = program("blk", *lists, "--device", f"py:muenfast.stores:Parts:{parts}")
+    assert server.lines[0].endswith(" read-only")
+    client = program("blk", "--client", *lists)
+    disk = client.lines[0].split()[4]
+    assert command("blockdev", "--getro", disk) == "1\n"
+    with mounted(disk, tmp_path / "mnt", "-o", "ro,noload") as place:
+        assert read_back(place, data) == data
+    assert client.end() == (0, "")
+    assert server.end() == (0, "")
+
+
+def _directory(path: Path, data: dict[str, bytes]) -> Path:
+    path.mkdir()
+    for name, content in data.items():
+        (path / name).write_bytes(content)
+    return path
 
 
 def test_help_and_hint_name_it() -> None:
