@@ -11,7 +11,8 @@ import subprocess
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio", "_faults", "_jobs", "_uring",
+HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio", "_faults",
+                                                  "_jobs", "_uring",
                                                   "attach/_pump", "attach/_fuse_uring")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":

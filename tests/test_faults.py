@@ -47,9 +47,11 @@ def test_lists(text: str, expected: list[tuple[Fault, ...]]) -> None:
 
 @pytest.mark.parametrize(("text", "words"), [
     ("eror", "a fault is error"), ("error=5", "named as in errno"), ("error=EBOGUS", "named as in errno"),
-    ("error=", "named as in errno"), ("delay", "a delay is a time"), ("delay=10", "with its unit"), ("delay=0ms", "above 0"),
+    ("error=", "named as in errno"), ("delay", "a delay is a time"), ("delay=10", "with its unit"),
+    ("delay=0ms", "above 0"),
     ("delay=7200s", "up to 3600"), ("late=1s", "a fault is"), ("corrupt=1", "a fault is"), ("rate=0.1", "before it"),
-    ("error,rate=0", "above 0 and up to 1"), ("error,rate=2", "above 0 and up to 1"), ("error,rate=x", "above 0 and up to 1"),
+    ("error,rate=0", "above 0 and up to 1"), ("error,rate=2", "above 0 and up to 1"),
+    ("error,rate=x", "above 0 and up to 1"),
     ("error,rate=nan", "above 0 and up to 1"), ("error,on=fsync", "on= names"), ("error,on=", "on= names"),
     ("corrupt,on=write", "what is read"), ("+".join(["late"] * 9), "up to 8"), ("error+", "a fault is"),
     (",on=read", "before it")])

@@ -592,7 +592,7 @@ def test_a_module_of_the_users(program: Start, source: Path, device: str) -> Non
     (["--device", "py:bad:Disk"], 1, "its module could not be imported: SyntaxError"),
     (["--device", "py:imports:Disk"], 1, "its module could not be imported: No module named 'nosuchthing'"),
     (["--device", "py:mydisk:Disk", "--timeout", "0"], 2, "--timeout, entry 0 '0': a timeout has 1 to 1200 seconds"),
-    (["--device", "py:mydisk:Disk", "--pool", "65"], 2, "--pool, entry 0 '65': a number of threads is a number from 1 to 64"),
+    (["--device", "py:mydisk:Disk", "--pool", "65"], 2, "--pool, entry 0 '65': a number of threads is"),
     (["--device", "ram:1M", "--pool", "2"], 2, "--pool, entry 0 '2': only a disk written in Python"),
     (["--device", "ram:1M", "--timeout", "2"], 2, "--timeout, entry 0 '2': only a disk written in Python"),
     (["--device", "py:mydisk:Disk", "--pool", "1,2"], 2, "--pool"),
@@ -612,7 +612,8 @@ def test_what_is_wrong_is_said(source: Path, tmp_path: Path, words: list[str], s
 def test_a_store_that_hangs_ends_in_seconds(program: Start, source: Path) -> None:
     """SIGTERM ends its server although a call does not come back."""
     req, resp = unique("a"), unique("c")
-    server = program("blk", "--req", req, "--resp", resp, "--device", "py:mydisk:Hangs", "--timeout", "1200", cwd=str(source))
+    server = program("blk", "--req", req, "--resp", resp, "--device", "py:mydisk:Hangs", "--timeout", "1200",
+                     cwd=str(source))
     with muenfast.BlockDevice(req, resp) as disk:
         reader = in_background(lambda: failing(lambda: disk.pread(BLOCK, 9 * BLOCK)))
         eventually(lambda: disk.status()["in_flight"])

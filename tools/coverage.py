@@ -102,7 +102,8 @@ def main() -> int:
         if total:
             print(f"{total:6} {reached / total:8.1%}  {name}")
     expected = {f"src/muenfast/{name}" for name in (
-        "_ring.pyx", "_target.pyx", "_store.pyx", "_engine.pyx", "_blk.pyx", "_buffer.pyx", "_client.pyx", "_bufclient.pyx",
+        "_ring.pyx", "_target.pyx", "_store.pyx", "_user.pyx", "_engine.pyx", "_blk.pyx", "_buffer.pyx",
+        "_client.pyx", "_bufclient.pyx",
         "_atomics.h", "_copy.h", "_guard.h")}
     missing = sorted(expected - set(figures))
     if missing and tests:

@@ -45,6 +45,8 @@ CLIENT = ("tests/test_blk_client.py",)
 BUFFER = ("tests/test_blk_buffer.py",)
 FILES = ("tests/test_files.py",)
 SLOW = ("tests/test_slow_disks.py",)
+USER = ("tests/test_user.py",)
+FAULTS = ("tests/test_faults.py",)
 SHARED = ("tests/test_buffer_client.py",)
 FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
 ATTACH = ("tests/test_attach.py",)
@@ -235,7 +237,17 @@ MUTATIONS = [
     Mutation("buffer: what waits is slept through", "buffer_take", "if k == 0:", "if False:", SLOW),
     Mutation("buffer: an overrun ends no life", "buffer_step", " and status != OVERRUN_DETECTED", "", SLOW),
     Mutation("files: a place that is taken is left out", "flights_room", "taken < AIO_MOST and ", "False and ", SLOW),
-    Mutation("files: one by one", "server_finish", "if op.error != 0 and n > 1:", "if False:", SLOW),
+    Mutation("files: one by one", "server_finish", "if op.error != 0 and n > 1 and not op.final:", "if False:", SLOW),
+    Mutation("faults: final", "server_finish", " and not op.final:", ":", FAULTS),
+    Mutation("faults: final, buffer", "buffer_finish", " and not final:", ":", FAULTS),
+    Mutation("faults: withheld", "aio_settle", "op->due != 0 && op->due > now_ns()", "false", FAULTS),
+    Mutation("jobs: what a late one may change", "jobs_put", " || (changes && jobs_meets_adrift(q, start, length))", "",
+             USER),
+    Mutation("jobs: late", "aio_tick", "if (op->work->deadline > now)", "if (true)", USER),
+    Mutation("jobs: a kept view keeps its stage", "stage_is_free", "if stage.views == 0:", "if True:", USER),
+    Mutation("jobs: largest call", "server_launch", " and (run + 1) * BLOCK_SIZE <= s.store.most", "", USER),
+    Mutation("jobs: largest call, buffer", "buffer_joined", " or next.length > together - length[0]", "", USER),
+    Mutation("jobs: another one at work", "jobs_next", " || stalled", "", USER),
     Mutation("files: threads for each", "aio_next", "a->working[op->file] == AIO_THREADS", "false", SLOW),
     # ------------------------------------------------------------ the client
     Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),

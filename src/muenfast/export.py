@@ -91,8 +91,8 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
         called.pool, i, text, least=1, most=MOST_POOL, what="a number of threads"))
     seconds = _of_all(timeouts, count, DEFAULT_TIMEOUT, lambda i, text: _seconds(called.timeout, i, text))
     planned = (faults or [()]) * (count if faults is None or len(faults) == 1 else 1)
-    configs = [ExportConfig(*entry[:3], pool=entry[3], timeout=entry[4], faults=entry[5])
-               for entry in zip(channels, parsed, flagged, threads, seconds, planned, strict=True)]
+    configs = [ExportConfig(*three, pool=workers, timeout=limit, faults=plan) for three, workers, limit, plan in zip(
+        zip(channels, parsed, flagged, strict=True), threads, seconds, planned, strict=True)]
     check_devices(configs)
     return configs
 

@@ -158,9 +158,9 @@ class FuseAttachment:
     def detach(self, timeout: float = 5.0, moving: Callable[[], bool] | None = None) -> list[str]:
         """Remove the device; returns within *timeout* and little more, whatever the target does.
 
-        Dirty data is written first, while the target still answers; the timeout counts anew while moving() says so. Returns sentences on what was still in
-        use or could not be finished; empty: nothing is left. A device in use loses its node, goes to
-        autoclear and has its FUSE connection aborted: its users get EIO, and the kernel frees the loop
+        Dirty data is written first, while the target still answers; the timeout counts anew while moving() says so.
+        Returns sentences on what was still in use or could not be finished; empty: nothing is left. A device in use loses
+        its node, goes to autoclear and has its FUSE connection aborted: its users get EIO, and the kernel frees the loop
         device with its last close. Idempotent.
         """
         if not self._attached:

@@ -22,6 +22,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from muenfast.attach import block, partitions, watchdog
@@ -173,9 +174,9 @@ class NbdAttachment:
     def detach(self, timeout: float = 5.0, moving: Callable[[], bool] | None = None) -> list[str]:
         """Remove the device; returns within *timeout* and little more, whatever the disk does.
 
-        Dirty data is written first, while the disk still answers; the timeout counts anew while moving() says so. Returns sentences on what was still in use or could
-        not be finished; empty: nothing is left. A device in use loses its node and its connection: its users get EIO,
-        and the kernel frees it with its last close. Idempotent.
+        Dirty data is written first, while the disk still answers; the timeout counts anew while moving() says so.
+        Returns sentences on what was still in use or could not be finished; empty: nothing is left. A device in use loses
+        its node and its connection: its users get EIO, and the kernel frees it with its last close. Idempotent.
         """
         if not self._attached:
             return []

@@ -41,7 +41,9 @@ class UserBacking(Backing):
     def __init__(self, device: Device, *, read_only: bool, pool: int, timeout: float) -> None:
         self._device = device
         self._said: set[tuple[str, type[BaseException], object]] = set()
-        self._object = _make(device) if device.made is None else device.made
+        self._object: Any = device.made
+        if self._object is None:
+            self._object = _make(device)
         if isinstance(self._object, type):
             raise UsageError("a store is an object, not its class", value=device.text, hint="call it first")
         for name in ("get_size", "pread"):
@@ -66,8 +68,7 @@ class UserBacking(Backing):
             raise StoreError(self._device.text, "get_size", f"returned {size!r}, no number of bytes below 2^63")
         least, most = self._blocks()
         can = {name: self._can(name) for name in _CALLBACKS}
-        calls: dict[str, Callable[..., Any] | None] = {
-            name: getattr(self._object, name) if can[name] else None for name in _CALLBACKS}
+        calls: dict[str, Any] = {name: getattr(self._object, name) if can[name] else None for name in _CALLBACKS}
         bare = [name for name, call in calls.items() if call is not None and not _takes(call, _CALLBACKS[name] + 1)]
         zeroes = can["zero"] if not can["trim"] else bool(self._ask("trims_to_zero", missing=False))
         read_only = read_only or not can["pwrite"]
