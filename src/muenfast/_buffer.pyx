@@ -727,8 +727,8 @@ cdef class BufferServer(ServerEngine):
             merged += load_relaxed64(&flow.merged)
         return {"reads": requests[FLOW_READ], "writes": requests[FLOW_WRITE], "discards": requests[FLOW_DISCARD],
                 "syncs": requests[FLOW_FLUSH], "queries": n.queries, "resets": n.resets,
-                "bytes_read": moved[FLOW_READ], "bytes_written": moved[FLOW_WRITE], "bytes_discarded": moved[FLOW_DISCARD],
-                "batches": n.batches, "merged": merged, "rejected": n.rejected, "failed": n.failed, "voided": n.voided,
+                "bytes_read": moved[FLOW_READ], "bytes_written": moved[FLOW_WRITE],
+                "bytes_discarded": moved[FLOW_DISCARD], "batches": n.batches, "merged": merged, "rejected": n.rejected, "failed": n.failed, "voided": n.voided,
                 "cancelled": n.cancelled, "connections": n.connections, "overruns": self.s.r.overruns,
                 "lost": self.s.r.lost_total, "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
 

@@ -1318,7 +1318,8 @@ cdef class ClientEngine:
     def counters(self):
         """All counters of this client's life, of all disks; readable while it runs."""
         cdef client_counters n = self.c.n
-        found = dict.fromkeys(("reads", "writes", "discards", "syncs", "bytes_read", "bytes_written", "errors", "reissued"), 0)
+        found = dict.fromkeys(("reads", "writes", "discards", "syncs", "bytes_read", "bytes_written", "errors",
+                               "reissued"), 0)
         for disk in self.disks:
             for name, value in disk.counters.items():
                 found[name] += value

@@ -37,11 +37,11 @@ cdef enum:                  # kinds of errors
 
 
 cdef enum:
-    LATENCIES = 32          # classes: the first below LATENCY_LEAST ns, each reaching twice as far, the last without an end
+    LATENCIES = 32          # classes: the first below LATENCY_LEAST ns, each reaches twice as far, the last without end
     LATENCY_BITS = 8
     LATENCY_LEAST = 256     # 1 << LATENCY_BITS
-    # Where requests follow each other faster than this, one batch of SAMPLED is measured: a look at the clock costs 25 to 60
-    # ns, and a batch takes two, or one for each four requests.
+    # Where requests follow each other faster than this, one batch of SAMPLED is measured: a look at the clock costs 25 to
+    # 60 ns, and a batch takes two, or one for each four requests.
     DENSE_NS = 10000
     SAMPLED = 16
 

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from muenfast.cli._serving import Stop
 from muenfast.errors import UsageError
 
 _LEAST, _MOST = 0.01, 86400.0  # seconds of an interval
+_LOOK = 0.2  # seconds between looks whether a signal has come
 _SHOWN = frozenset(("reads", "writes", "discards", "syncs", "bytes_read", "bytes_written", "bytes_discarded", "merged"))
 _TABLE = "{:<8}  {:<9}  {:>11}  {:>9}  {:>8}  {:>6}  {:>9}  {:>9}  {}"
 _HEAD = _TABLE.format("TIME", "DIRECTION", "REQUESTS/s", "MB/s", "ERRORS/s", "DEPTH", "p50 us", "p99 us", "DISK")
@@ -33,10 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one block per export or disk; status 1 when a process does not answer, or nothing has a name that was given.
-
-    --watch: 0 after Ctrl-C and when nobody reads any more.
-    """
+    """Prints one block per export or disk; status 1 when a process does not answer. --watch: 0 after a signal, and once
+    nobody reads any more."""
     names = list(arguments.names)
     if arguments.watch is None:
         return _once(names, arguments.json)
@@ -47,12 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
         seconds = 1.0
     if not _LEAST <= seconds <= _MOST:
         raise UsageError(f"an interval is {_LEAST:g} to {_MOST:g} seconds", option="--watch", value=arguments.watch)
+    # A flag, no KeyboardInterrupt: one that is raised in a destructor or a callback is lost.
+    with Stop() as stop:
+        return _watched(names, seconds, arguments.json, stop)
+
+
+def _watched(names: list[str], seconds: float, as_json: bool, stop: Stop) -> int:
     try:
-        _watch(names, seconds, arguments.json)
-    except KeyboardInterrupt:
-        pass
+        _watch(names, seconds, as_json, stop)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
     return 0
 
 
@@ -83,10 +87,13 @@ def _names(answer: dict[str, Any], entry: dict[str, Any]) -> set[str]:
 def _once(names: list[str], as_json: bool) -> int:
     answers = _answers(names)
     known = {word for answer in answers for entry in answer.get("entries", ()) for word in _names(answer, entry)}
-    missing = [name for name in names if name not in known.union(str(answer["pid"]) for answer in answers)]
+    for index, name in enumerate(names):
+        if name not in known.union(str(answer["pid"]) for answer in answers):
+            raise UsageError("nothing that this user serves or uses is called that", option="NAME", index=index, value=name,
+                             hint="`muenfast stat` shows what there is")
     if as_json:
         print(json.dumps(answers, indent=2))
-    elif not answers and not names:
+    elif not answers:
         print("nothing of this user is serving")
     else:
         for answer in answers:
@@ -94,10 +101,7 @@ def _once(names: list[str], as_json: bool) -> int:
                                                   else f"no answer: {answer.get('error')}"))
             for entry in answer.get("entries", ()):
                 _show(entry)
-    for name in missing:
-        print(f"muenfast: nothing that is called {name} is served or used by this user; `muenfast stat` shows what is",
-              file=sys.stderr)
-    return 0 if not missing and all(answer["ok"] for answer in answers) else 1
+    return 0 if all(answer["ok"] for answer in answers) else 1
 
 
 def _show(entry: dict[str, Any]) -> None:
@@ -144,8 +148,8 @@ def _words(counters: object) -> str:
 # ---- --watch
 
 
-def _watch(names: list[str], seconds: float, as_json: bool) -> None:
-    """Shows what each interval brought, until stdout has no reader. Processes come and go."""
+def _watch(names: list[str], seconds: float, as_json: bool, stop: Stop) -> None:
+    """Shows what each interval brought, until a signal comes or stdout has no reader. Processes come and go."""
     screen = not as_json and sys.stdout.isatty()
     if not as_json and not screen:
         print(_HEAD, flush=True)
@@ -153,7 +157,7 @@ def _watch(names: list[str], seconds: float, as_json: bool) -> None:
     due = time.monotonic()
     while True:
         due = max(due + seconds, time.monotonic())  # intervals that were missed are not made up for
-        if not _rest(due):
+        if not _rest(due, stop):
             return
         answers = _answers(names)
         after = dict(_disks(answers))
@@ -169,14 +173,17 @@ def _watch(names: list[str], seconds: float, as_json: bool) -> None:
         before = after
 
 
-def _rest(until: float) -> bool:
-    """Waits; False once nobody reads stdout any more."""
+def _rest(until: float, stop: Stop) -> bool:
+    """Waits; False after a signal, and once nobody reads stdout any more."""
     poll = select.poll()
     poll.register(sys.stdout, 0)    # errors and hang-ups are always told
-    while (left := until - time.monotonic()) > 0:
-        if poll.poll(left * 1e3):
+    while not stop.is_set():
+        left = until - time.monotonic()
+        if poll.poll(min(max(left, 0.0), _LOOK) * 1e3):
             return False
-    return True
+        if left <= 0:
+            return True
+    return False
 
 
 def _disks(answers: list[dict[str, Any]]) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -185,8 +192,8 @@ def _disks(answers: list[dict[str, Any]]) -> Iterator[tuple[Key, dict[str, Any]]
     for answer in answers:
         for entry in answer.get("entries", ()):
             for number, device in enumerate(entry.get("devices", ())):
-                disk = {"pid": answer["pid"], "at": answer.get("monotonic", now), "role": entry["role"], "req": entry["req"],
-                        "resp": entry["resp"], "device": device.get("device", entry.get("device", "-")),
+                disk = {"pid": answer["pid"], "at": answer.get("monotonic", now), "role": entry["role"],
+                        "req": entry["req"], "resp": entry["resp"], "device": device.get("device", entry.get("device", "-")),
                         "number": device.get("number", number), "state": entry.get("failure") or entry["state"],
                         "in_flight": entry.get("in_flight", 0), "directions": device["directions"]}
                 yield tuple(disk[name] for name in ("pid", "role", "req", "resp", "number")), disk
@@ -194,8 +201,7 @@ def _disks(answers: list[dict[str, Any]]) -> Iterator[tuple[Key, dict[str, Any]]
 
 def _rates(before: dict[Key, dict[str, Any]], after: dict[Key, dict[str, Any]],
            seconds: float) -> Iterator[dict[str, Any]]:
-    """Each disk that is there, with rates in its directions; of one that is new since its beginning, as of a whole interval.
-    """
+    """Each disk that is there, with rates in its directions; one that is new brought everything in this interval."""
     from muenfast.counts import rates, since
 
     for key, disk in after.items():
