@@ -263,7 +263,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
             e.priv = c.base + <uint32_t>c.head
             e.io = io
             if n == 0:
-                since = sampler_begin(&c.sampler, load_relaxed64(&c.r.sleeps))
+                since = sampler_begin(&c.sampler, c.slept)
             client_counts(q, e, shared_flow(e), since)
             shared_write(b, q, io, e, &requests[n], &c.giver)
             if e.kind == REQUEST_WRITE:

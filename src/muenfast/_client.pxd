@@ -103,7 +103,8 @@ cdef struct client_t:
     uint32_t depth          # most requests of one disk in flight, 1..WINDOW
     uint64_t flying         # requests written and not answered, of all
     copy_giver giver        # of written blocks
-    sampler_t sampler       # of what is issued
+    sampler_t sampler       # of what is issued ...
+    uint64_t slept          # ... and how often the reaper had slept by the last answer
     uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
     uint64_t pace           # answers per second at the settled depth, smoothed
     uint64_t measured       # answers of the current window while requests waited for room ...

@@ -112,7 +112,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
             io = io.next
         n = min(n, min(room, <uint64_t>(WRITE_BATCH if q.first.kind == IO_WRITE else BATCH)))
         writer_reserve(&c.w, n)
-        since = sampler_begin(&c.sampler, load_relaxed64(&c.r.sleeps))
+        since = sampler_begin(&c.sampler, c.slept)
         c.sampler.requests += n
         for k in range(n):
             io = q.first
@@ -340,6 +340,7 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
         tail += 1
     store_release64(&c.tail, tail)
     pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
+    c.slept = c.r.sleeps
     c.flying -= n
     for k in range(n):
         c.queues[devices[k]].flying -= 1

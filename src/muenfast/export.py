@@ -296,8 +296,8 @@ class Export:
         """What `muenfast stat` shows."""
         channels = self.config.channels
         devices: list[dict[str, Any]] = [
-            {"device": device.text, "size": size, "block_size": BLOCK if channels.buffer is None else backing.store.block_size,
-             "directions": directions}
+            {"device": device.text, "size": size, "directions": directions,
+             "block_size": BLOCK if channels.buffer is None else backing.store.block_size}
             for device, size, backing, directions in zip(self.config.devices, self.sizes, self.backings,
                                                          self.server.directions, strict=True)]
         waiting = self.server.waiting

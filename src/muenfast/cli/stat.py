@@ -108,7 +108,7 @@ def _show(entry: dict[str, Any]) -> None:
     flags = " read-only" if entry.get("read_only") else ""
     print(f"  {entry['role']} {entry['req']} {entry['resp']} {entry.get('device', '-')} {entry['size']} bytes{flags}: "
           f"{entry.get('failure') or entry['state']}")
-    devices = entry.get("devices", ())
+    devices = _counted(entry)
     for number, device in enumerate(devices):
         if len(devices) > 1:
             print(f"    disk {number}: {device['device']}")
@@ -123,6 +123,11 @@ def _show(entry: dict[str, Any]) -> None:
         print(f"    NBD {nbd['socket']}: {_words(nbd['counters'])}")
 
 
+def _counted(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its disks; of a process of a version that counted none, none."""
+    return [device for device in entry.get("devices", ()) if "directions" in device]
+
+
 def _line(direction: dict[str, Any]) -> str:
     from muenfast.counts import percentile
 
@@ -133,7 +138,7 @@ def _line(direction: dict[str, Any]) -> str:
         words.append(f"{direction['merged']} merged")
     half, most = (percentile(direction["latency"], share) for share in (0.5, 0.99))
     if half is not None and most is not None:
-        words.append(f"p50 {half:.3g} us, p99 {most:.3g} us")
+        words.append(f"p50 {_us(half)} us, p99 {_us(most)} us")
     if direction["depth"]:
         words.append(f"{direction['depth']} under way")
     words.append(f"at most {direction['deepest']} at a time")
@@ -191,9 +196,10 @@ def _disks(answers: list[dict[str, Any]]) -> Iterator[tuple[Key, dict[str, Any]]
     now = time.monotonic()
     for answer in answers:
         for entry in answer.get("entries", ()):
-            for number, device in enumerate(entry.get("devices", ())):
+            for number, device in enumerate(_counted(entry)):
                 disk = {"pid": answer["pid"], "at": answer.get("monotonic", now), "role": entry["role"],
-                        "req": entry["req"], "resp": entry["resp"], "device": device.get("device", entry.get("device", "-")),
+                        "req": entry["req"], "resp": entry["resp"],
+                        "device": device.get("device", entry.get("device", "-")),
                         "number": device.get("number", number), "state": entry.get("failure") or entry["state"],
                         "in_flight": entry.get("in_flight", 0), "directions": device["directions"]}
                 yield tuple(disk[name] for name in ("pid", "role", "req", "resp", "number")), disk
