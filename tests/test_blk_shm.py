@@ -132,7 +132,8 @@ def test_blk_serves_over_a_buffer(link: Link, tmp_path: Path, number: int) -> No
     (answer,) = [a for a in json.loads(run("stat", "--json").stdout) if a["pid"] == server.pid]
     (entry,) = answer["entries"]
     assert (entry["shm"], entry["state"], entry["size"]) == (link.buffer, "connected", MIB + 512)
-    assert entry["devices"] == [{"device": str(image), "size": MIB + 512, "block_size": 512}]
+    (disk,) = entry["devices"]
+    assert (disk["device"], disk["size"], disk["block_size"]) == (str(image), MIB + 512, 512)
     assert (entry["counters"]["writes"], entry["counters"]["discards"], entry["counters"]["syncs"]) == (1, 1, 1)
     client.disconnect()
     assert server.end(number) == (0, "")

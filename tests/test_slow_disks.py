@@ -336,7 +336,7 @@ def test_a_held_discard_of_a_device(held: Held, rig: Rig, stores: Callable[[Path
     client.send(BufferRequest(DISCARD, 0, 7, 32 * BLOCK, 0))
     rig.step()
     client.send(BufferRequest(BUFFER_READ, 1, 8, BLOCK, 0, 0))
-    assert statuses(client.answers(1)) == [(8, 0)] and server.counters["discards"] == 1
+    assert statuses(client.answers(1)) == [(8, 0)] and server.directions[0]["discard"]["depth"] == 1
     held.thaw()
     assert sorted(statuses(client.answers(2))) == [(6, 0), (7, 0)]
     assert client.read(0, 31 * BLOCK, 2 * BLOCK) == bytes(BLOCK) + b"h" * BLOCK

@@ -259,7 +259,7 @@ MUTATIONS = [
     Mutation("answer: intact", "client_reap", "if not reader_intact(&c.r):", "if False:", CLIENT),
     Mutation("answer: void, in flight again", "client_reap", "matched[k].state = ENTRY_ISSUED", "pass", CLIENT,
              spare="what follows is a new life, which issues whatever is not free; a batch that is void ends this one"),
-    Mutation("answer: an errno", "client_settle", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO", "errors[k]",
+    Mutation("answer: an errno", "client_settle", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] <= 0 else -EIO", "errors[k]",
              CLIENT),
     Mutation("issue: window", "client_room", "c.window - (c.head - load_acquire64(&c.tail))", "c.window", CLIENT),
     Mutation("issue: depth", "client_room", "most - c.flying if c.flying < most else 0", "c.window", CLIENT),

@@ -57,6 +57,7 @@ typedef struct aio_op {
     int kind;
     int error;    /* 0 or a negative errno, once it is done */
     bool final;   /* the error holds for all of it: no part is to be tried again */
+    bool late;    /* its time was over */
     bool corrupt; /* a bit of what it reads changes */
 } aio_op;
 
@@ -368,6 +369,7 @@ static inline bool aio_divert(aio *a, aio_op *op) {
         op->due = delay != 0 ? now_ns() + delay : 0;
         op->corrupt = plan.corrupt;
         if (plan.error != 0 || plan.late) {
+            op->late = plan.error == 0;
             aio_ended(a, op, plan.error != 0 ? plan.error : -EIO, true);
             return true;
         }
@@ -415,6 +417,7 @@ static inline void aio_tick(aio *a) {
             aio_due(a, op->work->deadline);
         else if (jobs_forget(a->sources[op->file].jobs, op->work, true)) {
             op->work = NULL;
+            op->late = true;
             aio_ended(a, op, -EIO, true);
         }
     }
@@ -531,7 +534,7 @@ static inline void aio_submit(aio *a, aio_op *op) {
     op->error = 0;
     op->due = 0;
     op->work = NULL;
-    op->final = op->corrupt = false;
+    op->final = op->late = op->corrupt = false;
     op->place = a->nflying;
     a->flying[a->nflying++] = op;
     if (a->special && aio_divert(a, op))

@@ -25,6 +25,7 @@ cdef extern from "_aio.h" nogil:
         int kind
         int error
         bint final
+        bint late
     ctypedef struct aio_source:
         int (*execute)(const void *context, const aio_op *op) noexcept nogil
         const void *context

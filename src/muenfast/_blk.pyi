@@ -1,4 +1,4 @@
-from typing import final
+from typing import Any, final
 
 from typing_extensions import Buffer, Self, disjoint_base
 
@@ -16,6 +16,8 @@ class Server(ServerEngine):
     def store(self) -> Store: ...
     @property
     def counters(self) -> dict[str, int]: ...
+    @property
+    def directions(self) -> tuple[dict[str, Any], ...]: ...
     def inherit(self, other: Server) -> None: ...
 
 @final

@@ -4,12 +4,13 @@ Runs without the GIL and allocates nothing per request. Trust: of every request 
 validated, and only the copy is used; payload is used in place and checked for being intact afterwards.
 """
 cimport cython
-from libc.errno cimport EINVAL, EIO, EROFS
+from libc.errno cimport EINVAL, EIO, EROFS, ETIMEDOUT
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._aio cimport *
+from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._store cimport *
@@ -39,15 +40,9 @@ cdef uint64_t LAND_NS = 100_000_000
 cdef uint64_t GRACE_NS = 10_000_000
 
 
-cdef struct server_counters:
-    uint64_t reads
-    uint64_t writes
-    uint64_t syncs
+cdef struct server_counters:    # of what belongs to no direction
     uint64_t sizes
-    uint64_t bytes_read
-    uint64_t bytes_written
     uint64_t batches
-    uint64_t merged
     uint64_t rejected       # requests that broke a rule, answered with an error
     uint64_t failed         # requests the store answered with an error
     uint64_t torn           # writes overwritten by the client while they were executed
@@ -69,6 +64,8 @@ cdef struct server_t:
     block_event_header last # the newest request taken from the ring, as it was ...
     bint has_last           # ... in this epoch, if there was one
     server_counters n
+    flow_t flows[FLOWS]
+    sampler_t sampler       # of a server without a file; with one every request is measured
     block_event_header heads[BATCH]
     copy_giver giver        # of blocks that are read
     int32_t errors[BATCH]
@@ -81,6 +78,7 @@ cdef struct files_t:
     # those of one that begins before the last place and ends behind the first follow the last.
     uint8_t *stage
     block_event_header heads[AIO_MOST]
+    uint64_t since[AIO_MOST]    # when each was taken
 
 
 cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcept nogil:
@@ -132,17 +130,45 @@ cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) 
     return -EIO if store_broken(s.store) else 0
 
 
-cdef void server_count(server_t *s, uint32_t kind, uint64_t n, int32_t error) noexcept nogil:
-    """n reads or writes that were one operation."""
+cdef uint32_t event_flow(const block_event_header *h) noexcept nogil:
+    """The direction, FLOWS where it has none. h is a private copy."""
+    if h.kind == EVENT_READ:
+        return FLOW_READ
+    if h.kind == EVENT_WRITE:
+        return FLOW_WRITE
+    return FLOW_FLUSH if h.kind == EVENT_COMMAND and h.id == COMMAND_SYNC else FLOWS
+
+
+cdef void server_count(server_t *s, uint32_t flow, uint64_t n, int32_t error) noexcept nogil:
+    """n requests of that direction were one operation of the store."""
+    flow_done(&s.flows[flow], n, n * BLOCK_SIZE if error == 0 and flow != FLOW_FLUSH else 0)
     if error != 0:
         count64(&s.n.failed, n)
-    count64(&s.n.merged, n - 1)
-    if kind == EVENT_WRITE:
-        count64(&s.n.writes, n)
-        count64(&s.n.bytes_written, n * BLOCK_SIZE)
-    else:
-        count64(&s.n.reads, n)
-        count64(&s.n.bytes_read, n * BLOCK_SIZE)
+        flow_failed(&s.flows[flow], n, error)
+
+
+cdef void server_refused(server_t *s, const block_event_header *h, int32_t error) noexcept nogil:
+    """A request broke a rule."""
+    cdef uint32_t flow = event_flow(h)
+    count64(&s.n.rejected, 1)
+    if flow != FLOWS:
+        flow_refused(&s.flows[flow], error)
+
+
+cdef void server_torn(server_t *s, uint64_t n) noexcept nogil:
+    """n writes were overwritten before the store had them."""
+    count64(&s.n.torn, n)
+    count64(&s.flows[FLOW_WRITE].errors[ERROR_TORN], n)
+
+
+cdef void server_measured(server_t *s, uint64_t n, uint64_t since) noexcept nogil:
+    """The batch's first n requests, which were taken then, are answered."""
+    cdef uint64_t k, ns = now_ns() - since
+    cdef uint32_t flow
+    for k in range(n):
+        flow = event_flow(&s.heads[k])
+        if flow != FLOWS:
+            flow_took(&s.flows[flow], ns, 1)
 
 
 cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
@@ -157,7 +183,7 @@ cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t ou
             s.errors[first + k] = error
             if s.heads[first].kind == EVENT_READ:   # no byte of an earlier answer goes out under an error
                 memset(writer_slot(&s.w, out + k) + sizeof(block_event_header), 0, BLOCK_SIZE)
-    server_count(s, s.heads[first].kind, n, error)
+    server_count(s, event_flow(&s.heads[first]), n, error)
 
 
 cdef bint server_life(server_t *s) noexcept nogil:
@@ -178,7 +204,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
         if h.kind == EVENT_WRITE and s.errors[first + k] == 0 and s.store.kind == STORE_MEMORY:
             if not server_intact(s, first + k):
                 s.errors[first + k] = -EIO
-                count64(&s.n.torn, 1)
+                server_torn(s, 1)
         h.error = s.errors[first + k]
         memcpy(writer_slot(&s.w, k), &h, sizeof(block_event_header))
     if server_life(s):
@@ -199,7 +225,7 @@ cdef bint server_forgotten(const server_t *s) noexcept nogil:
 
 cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     """One round on memory: copy the headers out, check the copies, execute, answer with one publish."""
-    cdef uint64_t n, k, run, sectors
+    cdef uint64_t n, k, run, sectors, since
     cdef uint8_t *slot
     cdef block_event_header *h
     n = min(available, <uint64_t>MEMORY_BATCH)
@@ -218,13 +244,15 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
             return SUCCESS
         n = 1
     count64(&s.n.batches, 1)
+    since = sampler_begin(&s.sampler, s.r.sleeps)
+    s.sampler.requests += n
     writer_reserve(&s.w, n)
     k = 0
     while k < n:
         h = &s.heads[k]
         s.errors[k] = check_event(s, h)
         if s.errors[k] != 0:
-            count64(&s.n.rejected, 1)
+            server_refused(s, h, s.errors[k])
             memset(writer_slot(&s.w, k) + sizeof(block_event_header), 0, BLOCK_SIZE)
             k += 1
         elif h.kind == EVENT_COMMAND:
@@ -235,10 +263,8 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
                 memcpy(slot, &sectors, sizeof(sectors))
                 count64(&s.n.sizes, 1)
             else:
-                count64(&s.n.syncs, 1)
                 s.errors[k] = store_flush(s.store)
-                if s.errors[k] != 0:
-                    count64(&s.n.failed, 1)
+                server_count(s, FLOW_FLUSH, 1, s.errors[k])
             k += 1
         else:
             run = 1
@@ -250,6 +276,8 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
             server_run_blocks(s, k, run, k)
             k += run
     server_answer(s, 0, n)
+    if since != 0:
+        server_measured(s, n, since)
     server_took(s, &s.heads[n - 1], n)
     return SUCCESS
 
@@ -286,6 +314,7 @@ cdef bint server_finish(server_t *s) noexcept nogil:
     cdef flight_t *t
     cdef aio_op op
     cdef uint64_t first, n, k
+    cdef uint32_t flow
     cdef bint worked = False
     cdef int i
     for i in range(FINISH_MOST):
@@ -302,12 +331,12 @@ cdef bint server_finish(server_t *s) noexcept nogil:
                 flights_add(&f.flights, first + k, 1, op.kind, op.file, op.start + k * BLOCK_SIZE, BLOCK_SIZE,
                             op.data + k * BLOCK_SIZE)
             continue
-        if op.kind != AIO_SYNC:
-            server_count(s, s.heads[0].kind, n, op.error)
-        elif op.error != 0:
-            count64(&s.n.failed, 1)
+        flow = event_flow(&s.heads[0])
+        flow_ended(&s.flows[flow], n)
+        server_count(s, flow, n, -ETIMEDOUT if op.late else op.error)
         if not f.flights.leaving:
             server_reply(s, s.heads, n, op.error, op.data if op.kind == AIO_READ and op.error == 0 else NULL)
+        flow_took(&s.flows[flow], now_ns() - f.since[first % AIO_MOST], n)
         flights_free(&f.flights, t)
     aio_begin(&f.flights.aio)           # what was done in part
     return worked
@@ -329,10 +358,13 @@ cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n
         for k in range(run):
             copy_taken(stage + k * BLOCK_SIZE, <uint8_t *>reader_slot(&s.r, k) + sizeof(block_event_header), BLOCK_SIZE)
         if not server_intact(s, 0):
-            count64(&s.n.torn, run)
-            server_count(s, EVENT_WRITE, run, -EIO)
+            server_torn(s, run)
+            count64(&s.n.failed, run)
+            flow_done(&s.flows[FLOW_WRITE], run, 0)
             server_reply(s, h, run, -EIO, NULL)
+            flow_took(&s.flows[FLOW_WRITE], now_ns() - f.since[f.flights.head % AIO_MOST], run)
             return run
+    flow_begun(&s.flows[event_flow(h)], run)
     flights_add(&f.flights, f.flights.head, <uint32_t>run, kind, 0, start, run * BLOCK_SIZE, stage)
     return run
 
@@ -344,12 +376,14 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
     """
     cdef files_t *f = s.files
     cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run, sectors
+    cdef uint64_t since = 0 if n == 0 else now_ns()
     cdef uint8_t data[BLOCK_SIZE]
     cdef const block_event_header *h
     cdef int32_t error
     for i in range(n):
         memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_event_header))
         f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
+        f.since[(f.flights.head + i) % AIO_MOST] = since
     if not reader_intact(&s.r):
         return reader_recover(&s.r)
     while k < n:
@@ -359,8 +393,10 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
         if <int64_t>(s.void_below - s.r.rc) > 0 and (h.kind != EVENT_COMMAND or h.id != COMMAND_SIZE):
             count64(&s.n.voided, 1)     # of a predecessor's life
         elif error != 0:
-            count64(&s.n.rejected, 1)
+            server_refused(s, h, error)
             server_reply(s, h, 1, error, NULL)
+            if event_flow(h) != FLOWS:
+                flow_took(&s.flows[event_flow(h)], now_ns() - since, 1)
         elif h.kind != EVENT_COMMAND:
             run = server_launch(s, h, n - k)
         elif h.id == COMMAND_SIZE:
@@ -372,10 +408,11 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
         elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
             run = 0
         elif s.store.read_only:
-            count64(&s.n.syncs, 1)
+            server_count(s, FLOW_FLUSH, 1, 0)
             server_reply(s, h, 1, 0, NULL)
+            flow_took(&s.flows[FLOW_FLUSH], now_ns() - since, 1)
         else:
-            count64(&s.n.syncs, 1)
+            flow_begun(&s.flows[FLOW_FLUSH], 1)
             flights_add(&f.flights, f.flights.head, 1, AIO_SYNC, 0, 0, 0, NULL)
         if run == 0:
             f.flights.blocked = True
@@ -598,15 +635,25 @@ cdef class Server(ServerEngine):
     def counters(self):
         """All counters of this server's life; readable while it runs."""
         cdef server_counters n = self.s.n
-        return {"reads": n.reads, "writes": n.writes, "syncs": n.syncs, "sizes": n.sizes,
-                "bytes_read": n.bytes_read, "bytes_written": n.bytes_written, "batches": n.batches,
-                "merged": n.merged, "rejected": n.rejected, "failed": n.failed, "torn": n.torn,
+        cdef const flow_t *read = &self.s.flows[FLOW_READ]
+        cdef const flow_t *write = &self.s.flows[FLOW_WRITE]
+        cdef const flow_t *flush = &self.s.flows[FLOW_FLUSH]
+        return {"reads": read.requests - read.refused, "writes": write.requests - write.refused,
+                "syncs": flush.requests - flush.refused, "sizes": n.sizes,
+                "bytes_read": read.bytes, "bytes_written": write.bytes, "batches": n.batches,
+                "merged": read.merged + write.merged, "rejected": n.rejected, "failed": n.failed, "torn": n.torn,
                 "voided": n.voided, "connections": n.connections, "overruns": self.s.r.overruns,
                 "lost": self.s.r.lost_total, "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
+
+    @property
+    def directions(self):
+        """Of each disk, that is of the only one, what stands behind `directions` in the output of `muenfast stat --json`."""
+        return (flows_words(self.s.flows, &self.s.sampler if self.s.files == NULL else NULL, True),)
 
     def inherit(self, Server other not None):
         """Goes on with another (closed) server's counters, after its channels were made anew."""
         self.s.n = other.s.n
+        memcpy(self.s.flows, other.s.flows, sizeof(self.s.flows))
         self.succeed(other)
 
     def __dealloc__(self):

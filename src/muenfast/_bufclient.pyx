@@ -14,6 +14,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._client cimport *
+from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, io_t
@@ -177,6 +178,12 @@ cdef uint32_t shared_kind(const queue_t *q, const io_t *io) noexcept nogil:
     return REQUEST_SYNC if io.kind == IO_SYNC else REQUEST_DISCARD
 
 
+cdef inline uint32_t shared_flow(const entry_t *e) noexcept nogil:
+    """The direction of a request."""
+    return (FLOW_READ if e.kind == REQUEST_READ else FLOW_WRITE if e.kind == REQUEST_WRITE else
+            FLOW_FLUSH if e.kind == REQUEST_SYNC else FLOW_DISCARD)
+
+
 cdef bint shared_next(shared_t *b, queue_t *q, const io_t *io, entry_t *e) noexcept nogil:
     """Plans the next request of io; False where the buffer has no room for it. Precondition: lock held.
 
@@ -232,7 +239,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
     the buffer is free: it always goes on.
     """
     cdef shared_t *b = <shared_t *>c.transport
-    cdef uint64_t room, n, k, bytes, most = c.depth
+    cdef uint64_t room, n, k, bytes, since = 0, most = c.depth
     cdef uint32_t idle = 0              # disks in a row that had nothing to issue
     cdef block_request requests[BATCH]
     cdef queue_t *q
@@ -255,6 +262,9 @@ cdef void shared_issue(client_t *c) noexcept nogil:
                 break
             e.priv = c.base + <uint32_t>c.head
             e.io = io
+            if n == 0:
+                since = sampler_begin(&c.sampler, c.slept)
+            client_counts(q, e, shared_flow(e), since)
             shared_write(b, q, io, e, &requests[n], &c.giver)
             if e.kind == REQUEST_WRITE:
                 bytes += requests[n].length
@@ -267,6 +277,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
             store_release32(&e.state, ENTRY_ISSUED)
             store_release64(&c.head, c.head + 1)
         c.flying += n
+        c.sampler.requests += n
         if n == 0:
             continue
         # Payload that went into zero pages is not offered: it is issued again once the buffer is back.

@@ -4,12 +4,13 @@ Runs without the GIL and allocates nothing per request. Trust: of every request 
 and only the copy is used. The buffer's contents may change at any time: that spoils the client's own data, and nothing
 else, for no decision rests on them.
 """
-from libc.errno cimport EINVAL, EIO, EROFS
+from libc.errno cimport EINVAL, EIO, EROFS, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._aio cimport *
+from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._store cimport *
@@ -38,18 +39,10 @@ cdef struct device_t:
     uint32_t file           # ... and this is its number in flights.aio
 
 
-cdef struct buffer_counters:
-    uint64_t reads
-    uint64_t writes
-    uint64_t discards
-    uint64_t syncs
+cdef struct buffer_counters:    # of what belongs to no direction of a device
     uint64_t queries        # everything that moves nothing: None, Get_SMART, geometry
     uint64_t resets
-    uint64_t bytes_read
-    uint64_t bytes_written
-    uint64_t bytes_discarded
     uint64_t batches
-    uint64_t merged
     uint64_t rejected       # requests that broke a rule, answered with an error
     uint64_t failed         # requests the store answered with an error
     uint64_t voided         # requests of an earlier life, not answered
@@ -64,6 +57,7 @@ cdef struct buffer_server_t:
     uint64_t length
     const uint32_t *broken  # 1: the buffer was taken away and zeros stand there
     device_t *devices
+    flow_t *flows           # FLOWS of each device
     uint64_t ndevices
     uint32_t stop
     bint connected          # a request epoch is synchronised with
@@ -75,6 +69,7 @@ cdef struct buffer_server_t:
     block_request last      # the newest request taken from the ring, as it was ...
     bint has_last           # ... in this epoch, if there was one
     buffer_counters n
+    sampler_t sampler       # of a server without a file; with one every request is measured
     block_request heads[BATCH]
     block_response answers[BATCH]
     uint8_t smart[512]      # SMART_SIZE
@@ -85,6 +80,7 @@ cdef struct buffer_server_t:
 cdef struct requests_t:
     flights_t flights
     block_request heads[AIO_MOST]
+    uint64_t since[AIO_MOST]    # when each was taken
 
 
 cdef bint moves(const block_request *h) noexcept nogil:
@@ -172,18 +168,35 @@ cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, ui
     return run
 
 
-cdef void buffer_count(buffer_server_t *s, const block_request *h, uint64_t n, uint64_t length) noexcept nogil:
-    """n requests of h's kind that were one operation."""
-    count64(&s.n.merged, n - 1)
-    if h.kind == REQUEST_READ:
-        count64(&s.n.reads, n)
-        count64(&s.n.bytes_read, length)
-    elif h.kind == REQUEST_WRITE:
-        count64(&s.n.writes, n)
-        count64(&s.n.bytes_written, length)
-    else:
-        count64(&s.n.discards, n)
-        count64(&s.n.bytes_discarded, length)
+cdef flow_t *buffer_flow(const buffer_server_t *s, uint32_t kind, uint64_t device) noexcept nogil:
+    """What counts such a request; NULL of one that has no direction, or no device."""
+    cdef uint32_t flow = (FLOW_READ if kind == REQUEST_READ else FLOW_WRITE if kind == REQUEST_WRITE else
+                          FLOW_DISCARD if kind == REQUEST_DISCARD else FLOW_FLUSH if kind == REQUEST_SYNC else FLOWS)
+    return NULL if flow == FLOWS or device >= s.ndevices else &s.flows[device * FLOWS + flow]
+
+
+cdef void buffer_failed(buffer_server_t *s, flow_t *flow, uint64_t n, int error) noexcept nogil:
+    """The store answered n requests with that error."""
+    count64(&s.n.failed, n)
+    flow_failed(flow, n, error)
+
+
+cdef void buffer_refused(buffer_server_t *s, const block_request *h, int error) noexcept nogil:
+    """A request broke a rule. error: a negative errno, what stands for it on the wire."""
+    cdef flow_t *flow = buffer_flow(s, h.kind, h.device)
+    count64(&s.n.rejected, 1)
+    if flow != NULL:
+        flow_refused(flow, error)
+
+
+cdef void buffer_measured(buffer_server_t *s, uint64_t n, uint64_t since) noexcept nogil:
+    """Requests that were taken then have the first n answers."""
+    cdef uint64_t k, ns = now_ns() - since
+    cdef flow_t *flow
+    for k in range(n):
+        flow = buffer_flow(s, s.answers[k].kind, s.answers[k].device)
+        if flow != NULL:
+            flow_took(flow, ns, 1)
 
 
 cdef uint64_t buffer_run(buffer_server_t *s, const block_request *h, uint64_t n, uint64_t *status) noexcept nogil:
@@ -194,14 +207,17 @@ cdef uint64_t buffer_run(buffer_server_t *s, const block_request *h, uint64_t n,
     """
     cdef uint64_t length, k, run = buffer_joined(s, h, n, &length)
     cdef int together, error
+    cdef flow_t *flow = buffer_flow(s, h.kind, h.device)
     together = buffer_move(s, h, length)
     for k in range(run):
         error = together
         if together != 0 and run > 1:
             error = buffer_move(s, &h[k], h[k].length)
         status[k] = <uint64_t>-error
-        count64(&s.n.failed, error != 0)
-    buffer_count(s, h, run, length)
+        if error != 0:
+            buffer_failed(s, flow, 1, error)
+            length -= h[k].length
+    flow_done(flow, run, length)
     return run
 
 
@@ -274,12 +290,15 @@ cdef bint buffer_answers(buffer_server_t *s, uint64_t first, uint64_t n) noexcep
 
 cdef uint64_t buffer_sync(buffer_server_t *s, const block_request *h) noexcept nogil:
     """The status that answers a sync: what was written before it is durable by then."""
-    count64(&s.n.syncs, 1)
-    if h.device >= s.ndevices:
+    cdef flow_t *flow = buffer_flow(s, REQUEST_SYNC, h.device)
+    cdef int error
+    if flow == NULL:
         count64(&s.n.rejected, 1)
         return REFUSED
-    if store_flush(s.devices[h.device].store) != 0:
-        count64(&s.n.failed, 1)
+    error = store_flush(s.devices[h.device].store)
+    flow_done(flow, 1, 0)
+    if error != 0:
+        buffer_failed(s, flow, 1, error)
         return REFUSED
     return 0
 
@@ -287,7 +306,7 @@ cdef uint64_t buffer_sync(buffer_server_t *s, const block_request *h) noexcept n
 cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept nogil:
     """One round without files: copy the requests out, check the copies, execute them in their order, answer."""
     cdef uint64_t n = min(min(available, <uint64_t>BATCH), s.w.elements)
-    cdef uint64_t k = 0, i, run, waiting = 0, moved = 0
+    cdef uint64_t k = 0, i, run, waiting = 0, moved = 0, since
     cdef uint64_t status[BATCH]
     cdef const block_request *h
     cdef bint alive = True, predecessors = <int64_t>(s.void_below - s.r.rc) > 0
@@ -298,6 +317,8 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
     if predecessors:
         n = min(n, s.void_below - s.r.rc)
     count64(&s.n.batches, 1)
+    since = sampler_begin(&s.sampler, s.r.sleeps)
+    s.sampler.requests += n
     while alive and k < n:
         h = &s.heads[k]
         if predecessors and not repeatable(h):
@@ -308,7 +329,7 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
         if moves(h):
             status[0] = check_request(s, h)
             if status[0] != 0:
-                count64(&s.n.rejected, 1)
+                buffer_refused(s, h, -<int>status[0])
             else:
                 run = buffer_run(s, h, n - k, status)
                 for i in range(run):
@@ -316,6 +337,8 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
         elif h.kind == REQUEST_SYNC:
             if waiting != 0:            # a slow flush holds nothing back
                 alive = buffer_answer(s, waiting)
+                if since != 0:
+                    buffer_measured(s, waiting, since)
                 waiting = moved = 0
                 if not alive:
                     break
@@ -331,9 +354,13 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
             k += 1
         if moved >= MEMORY_BYTES:
             alive = buffer_answer(s, waiting) and load_relaxed32(&s.stop) == 0
+            if since != 0:
+                buffer_measured(s, waiting, since)
             waiting = moved = 0
     if waiting != 0:
         buffer_answer(s, waiting)
+        if since != 0:
+            buffer_measured(s, waiting, since)
     count64(&s.n.cancelled, n - k)
     s.last = s.heads[n - 1]
     s.has_last = True
@@ -356,16 +383,18 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
     """Answers what is done; whether there was anything."""
     cdef requests_t *f = s.files
     cdef flight_t *t
-    cdef uint64_t k, n, first
+    cdef uint64_t k, n, first, length
     cdef const block_request *h
-    cdef bint worked = False, final
+    cdef flow_t *flow
+    cdef bint worked = False, final, late
     cdef int error, i
     for i in range(FINISH_MOST):
         t = flights_take(&f.flights)
         if t == NULL:
             break
         worked = True
-        first, n, error, final = t.first, t.n, t.op.error, t.op.final
+        first, n, error, length = t.first, t.n, t.op.error, t.op.length
+        final, late = t.op.final, t.op.late
         h = s.heads
         for k in range(n):
             s.heads[k] = f.heads[(first + k) % AIO_MOST]
@@ -376,7 +405,12 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
             continue
         if h.kind != REQUEST_SYNC and load_acquire32(s.broken) != 0:
             error = -EIO
-        count64(&s.n.failed, n if error != 0 else 0)
+        flow = buffer_flow(s, h.kind, h.device)
+        flow_ended(flow, n)
+        flow_done(flow, n, length if error == 0 else 0)
+        if error != 0:
+            buffer_failed(s, flow, n, -ETIMEDOUT if late else error)
+        flow_took(flow, now_ns() - f.since[first % AIO_MOST], n)
         if f.flights.leaving:           # they were executed, and counted as that
             continue
         for k in range(n):
@@ -412,8 +446,9 @@ cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, uint64_t
     cdef int kind
     status[0] = check_request(s, h)
     if status[0] != 0:
-        count64(&s.n.rejected, 1)
+        buffer_refused(s, h, -<int>status[0])
         buffer_reply(s, h, status[0])
+        buffer_measured(s, 1, f.since[f.flights.head % AIO_MOST])
         return 1
     d = &s.devices[h.device]
     run = buffer_joined(s, h, n, &length)
@@ -425,10 +460,11 @@ cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, uint64_t
         buffer_run(s, h, run, status)
         for k in range(run):
             buffer_reply(s, &h[k], status[k])
+            buffer_measured(s, 1, f.since[f.flights.head % AIO_MOST])
         return run
     if aio_conflicts(&f.flights.aio, d.file, kind, d.store.offset + h.device_offset, length, data):
         return 0
-    buffer_count(s, h, run, length)
+    flow_begun(buffer_flow(s, h.kind, h.device), run)
     buffer_fly(s, h, f.flights.head, run, length)
     return run
 
@@ -442,11 +478,13 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
     """
     cdef requests_t *f = s.files
     cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run
+    cdef uint64_t since = 0 if n == 0 else now_ns()
     cdef const block_request *h
     cdef const device_t *d
     for i in range(n):
         memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_request))
         f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
+        f.since[(f.flights.head + i) % AIO_MOST] = since
     if not reader_intact(&s.r):
         return reader_recover(&s.r)
     while k < n:
@@ -465,8 +503,9 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
             run = 0
         elif d == NULL or not d.flies or d.store.read_only:
             buffer_reply(s, h, buffer_sync(s, h))
+            buffer_measured(s, 1, since)
         else:
-            count64(&s.n.syncs, 1)
+            flow_begun(buffer_flow(s, REQUEST_SYNC, h.device), 1)
             buffer_fly(s, h, f.flights.head, 1, 0)
         if run == 0:
             f.flights.blocked = True
@@ -617,7 +656,8 @@ cdef class BufferServer(ServerEngine):
         if not 1 <= count <= MOST_DEVICES:
             raise UsageError(f"a connection has 1 to {MOST_DEVICES} devices", value=count)
         self.s.devices = <device_t *>calloc(count, sizeof(device_t))
-        if self.s.devices == NULL:
+        self.s.flows = <flow_t *>calloc(count * FLOWS, sizeof(flow_t))
+        if self.s.devices == NULL or self.s.flows == NULL:
             raise MemoryError()
         self.buffer = hold(buffer, True, BLOCK_SIZE)
         self.s.buffer = self.buffer.base
@@ -684,16 +724,34 @@ cdef class BufferServer(ServerEngine):
     def counters(self):
         """All counters of this server's life; readable while it runs."""
         cdef buffer_counters n = self.s.n
-        return {"reads": n.reads, "writes": n.writes, "discards": n.discards, "syncs": n.syncs, "queries": n.queries,
-                "resets": n.resets, "bytes_read": n.bytes_read, "bytes_written": n.bytes_written,
-                "bytes_discarded": n.bytes_discarded, "batches": n.batches, "merged": n.merged,
-                "rejected": n.rejected, "failed": n.failed, "voided": n.voided, "cancelled": n.cancelled,
-                "connections": n.connections, "overruns": self.s.r.overruns, "lost": self.s.r.lost_total,
-                "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
+        cdef uint64_t requests[FLOWS]
+        cdef uint64_t moved[FLOWS]
+        cdef uint64_t merged = 0, k
+        cdef const flow_t *flow
+        memset(requests, 0, sizeof(requests))
+        memset(moved, 0, sizeof(moved))
+        for k in range(self.s.ndevices * FLOWS):
+            flow = &self.s.flows[k]
+            requests[k % FLOWS] += load_relaxed64(&flow.requests) - load_relaxed64(&flow.refused)
+            moved[k % FLOWS] += load_relaxed64(&flow.bytes)
+            merged += load_relaxed64(&flow.merged)
+        return {"reads": requests[FLOW_READ], "writes": requests[FLOW_WRITE], "discards": requests[FLOW_DISCARD],
+                "syncs": requests[FLOW_FLUSH], "queries": n.queries, "resets": n.resets,
+                "bytes_read": moved[FLOW_READ], "bytes_written": moved[FLOW_WRITE],
+                "bytes_discarded": moved[FLOW_DISCARD], "batches": n.batches, "merged": merged, "rejected": n.rejected, "failed": n.failed, "voided": n.voided,
+                "cancelled": n.cancelled, "connections": n.connections, "overruns": self.s.r.overruns,
+                "lost": self.s.r.lost_total, "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
+
+    @property
+    def directions(self):
+        """Of each disk what stands behind `directions` in the output of `muenfast stat --json`."""
+        cdef const sampler_t *sampler = &self.s.sampler if self.s.files == NULL else NULL
+        return tuple([flows_words(&self.s.flows[k * FLOWS], sampler, True) for k in range(self.s.ndevices)])
 
     def inherit(self, BufferServer other not None):
-        """Goes on with another (closed) server's counters, after its channels were made anew."""
+        """Goes on with another (closed) server's counters, after its channels were made anew. Both have the same devices."""
         self.s.n = other.s.n
+        memcpy(self.s.flows, other.s.flows, min(self.s.ndevices, other.s.ndevices) * FLOWS * sizeof(flow_t))
         self.succeed(other)
 
     def __dealloc__(self):
@@ -704,6 +762,7 @@ cdef class BufferServer(ServerEngine):
                 self.s.files.flights.leaving = True
             self.land()
             free(self.s.devices)
+            free(self.s.flows)
             free(self.s)
             self.s = NULL
 

@@ -1,6 +1,7 @@
 """What block clients share: requests of several disks in flight over one connection, and the threads that wait."""
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
+from muenfast._count cimport FLOWS, flow_t, sampler_t
 from muenfast._ring cimport Mapping, Watch, reader_t, ring_status, writer_t
 from muenfast._target cimport IO_SYNC, Target, io_t
 from muenfast._thread cimport pthread_mutex_t
@@ -40,6 +41,19 @@ cdef struct entry_t:
     uint64_t id             # block of the device, or the command
     uint64_t place          # byte in the shared buffer
     io_t *io                # NULL: the caller has given up on it
+    uint64_t since          # when it was issued, where that is measured, else 0
+    uint32_t flow           # its direction
+
+
+cdef struct disk_counters:
+    uint64_t reads          # blocks
+    uint64_t writes         # blocks
+    uint64_t discards       # blocks
+    uint64_t syncs
+    uint64_t bytes_read
+    uint64_t bytes_written
+    uint64_t errors
+    uint64_t reissued
 
 
 cdef struct queue_t:        # of one disk; `ctx` of its Target
@@ -52,18 +66,12 @@ cdef struct queue_t:        # of one disk; `ctx` of its Target
     uint32_t block_size
     uint32_t device
     bint clears             # what was discarded was to read as zeros, and no longer does: zeros are written instead
+    disk_counters n
+    flow_t flows[FLOWS]
 
 
-cdef struct client_counters:
-    uint64_t reads          # blocks
-    uint64_t writes         # blocks
-    uint64_t discards       # blocks
-    uint64_t syncs
-    uint64_t bytes_read
-    uint64_t bytes_written
-    uint64_t errors
+cdef struct client_counters:    # of the connection
     uint64_t stale          # answers that match no request in flight
-    uint64_t reissued
     uint64_t lives          # connections made
     uint64_t batches
 
@@ -95,6 +103,8 @@ cdef struct client_t:
     uint32_t depth          # most requests of one disk in flight, 1..WINDOW
     uint64_t flying         # requests written and not answered, of all
     copy_giver giver        # of written blocks
+    sampler_t sampler       # of what is issued ...
+    uint64_t slept          # ... and how often the reaper had slept by the last answer
     uint32_t settled        # the automatic depth, which `depth` is unless it is being probed; 0: depth is fixed
     uint64_t pace           # answers per second at the settled depth, smoothed
     uint64_t measured       # answers of the current window while requests waited for room ...
@@ -138,6 +148,7 @@ cdef inline uint32_t units_of(const io_t *io) noexcept nogil:
 
 
 cdef uint64_t client_room(const client_t *c) noexcept nogil
+cdef void client_counts(queue_t *q, entry_t *e, uint32_t flow, uint64_t since) noexcept nogil
 cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil
 cdef void client_introduced(client_t *c) noexcept nogil
 cdef void client_submit(void *ctx, io_t *io) noexcept nogil

@@ -15,6 +15,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
 from muenfast._thread cimport *
@@ -73,10 +74,27 @@ cdef uint64_t client_room(const client_t *c) noexcept nogil:
 
 
 
+cdef inline uint32_t io_flow(const io_t *io) noexcept nogil:
+    """The direction: zeros are written."""
+    if io.kind == IO_READ:
+        return FLOW_READ
+    if io.kind == IO_SYNC:
+        return FLOW_FLUSH
+    return FLOW_DISCARD if io.kind == IO_DISCARD else FLOW_WRITE
+
+
+cdef void client_counts(queue_t *q, entry_t *e, uint32_t flow, uint64_t since) noexcept nogil:
+    """A request is about to be issued. Precondition: lock held. since: of its batch, as sampler_begin has it; what is rare
+    is measured in any case."""
+    e.flow = flow
+    e.since = now_ns() if since == 0 and flow >= FLOW_DISCARD else since
+    flow_begun(&q.flows[flow], 1)
+
+
 cdef void client_issue(client_t *c) noexcept nogil:
     """Writes queued requests into the ring as far as the window allows. Precondition: lock held, state READY."""
     cdef queue_t *q = &c.queues[0]
-    cdef uint64_t n, k, room
+    cdef uint64_t n, k, room, since
     cdef io_t *io
     cdef entry_t *e
     cdef block_event_header h
@@ -94,6 +112,8 @@ cdef void client_issue(client_t *c) noexcept nogil:
             io = io.next
         n = min(n, min(room, <uint64_t>(WRITE_BATCH if q.first.kind == IO_WRITE else BATCH)))
         writer_reserve(&c.w, n)
+        since = sampler_begin(&c.sampler, c.slept)
+        c.sampler.requests += n
         for k in range(n):
             io = q.first
             e = &c.entries[c.head % c.window]
@@ -110,6 +130,7 @@ cdef void client_issue(client_t *c) noexcept nogil:
             e.index = io.issued
             e.nblocks = 1
             e.io = io
+            client_counts(q, e, io_flow(io), since)
             io.issued += 1
             if io.issued == units_of(io):
                 q.first = io.next
@@ -166,6 +187,12 @@ cdef void client_adapt(client_t *c) noexcept nogil:
         c.depth = min(2 * c.settled, c.window) if c.larger else max(c.settled // 2, <uint32_t>DEPTH_LEAST)
 
 
+cdef void client_gave_up(queue_t *q, const io_t *io) noexcept nogil:
+    """Counts what fails without an answer; any thread."""
+    fetch_add_relaxed64(&q.n.errors, 1)
+    fetch_add_relaxed64(&q.flows[io_flow(io)].errors[ERROR_LOST], 1)
+
+
 cdef void client_submit(void *ctx, io_t *first) noexcept nogil:
     cdef queue_t *q = <queue_t *>ctx
     cdef client_t *c = q.client
@@ -195,29 +222,34 @@ cdef void client_submit(void *ctx, io_t *first) noexcept nogil:
         while io != NULL:
             following = io.next
             io.error = -EIO
-            fetch_add_relaxed64(&c.n.errors, 1)
+            client_gave_up(q, io)
             io.done(io)
             io = following
 
 
-cdef void client_finish(client_t *c, io_t *finished) noexcept nogil:
-    """Calls done of a list of finished requests, counting them. Of one without an error `issued` is its device."""
+cdef void client_finish(client_t *c, io_t *finished, bint given_up) noexcept nogil:
+    """Calls done of a list of finished requests, counting them; `issued` of each is its device. given_up: without an
+    answer."""
     cdef io_t *io
+    cdef queue_t *q
     while finished != NULL:
         io = finished
         finished = io.next
-        if io.error != 0:
-            fetch_add_relaxed64(&c.n.errors, 1)
+        q = &c.queues[io.issued]
+        if given_up:
+            client_gave_up(q, io)
+        elif io.error != 0:
+            fetch_add_relaxed64(&q.n.errors, 1)
         elif io.kind == IO_READ:
-            count64(&c.n.reads, io.nblocks)
-            count64(&c.n.bytes_read, <uint64_t>io.nblocks * c.queues[io.issued].block_size)
+            count64(&q.n.reads, io.nblocks)
+            count64(&q.n.bytes_read, <uint64_t>io.nblocks * q.block_size)
         elif io.kind == IO_WRITE:
-            count64(&c.n.writes, io.nblocks)
-            count64(&c.n.bytes_written, <uint64_t>io.nblocks * c.queues[io.issued].block_size)
+            count64(&q.n.writes, io.nblocks)
+            count64(&q.n.bytes_written, <uint64_t>io.nblocks * q.block_size)
         elif io.kind == IO_SYNC:
-            count64(&c.n.syncs, 1)
+            count64(&q.n.syncs, 1)
         else:
-            count64(&c.n.discards, io.nblocks)
+            count64(&q.n.discards, io.nblocks)
         io.done(io)
 
 
@@ -266,9 +298,12 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
 
     Precondition: reaping is ours. errors: 0 or what the server says; what is no negative errno becomes EIO.
     """
-    cdef uint64_t k, tail, head
+    cdef uint64_t k, tail, head, now = 0
     cdef uint32_t devices[BATCH]
+    cdef flow_t *flows[BATCH]
     cdef uint32_t device, nblocks
+    cdef int32_t error
+    cdef flow_t *f
     cdef io_t *io
     cdef io_t *finished = NULL
     cdef io_t **link = &finished
@@ -278,15 +313,24 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
         io = matched[k].io
         device = devices[k] = matched[k].device
         nblocks = matched[k].nblocks
+        f = flows[k] = &c.queues[device].flows[matched[k].flow]
+        count64(&f.requests, 1)
+        error = errors[k] if -LINUX_ERRNO_MAX <= errors[k] <= 0 else -EIO
+        if error != 0:
+            flow_failed(f, 1, error)
+        elif matched[k].flow != FLOW_FLUSH:
+            count64(&f.bytes, <uint64_t>nblocks * c.queues[device].block_size)
+        if matched[k].since != 0:
+            now = now_ns() if now == 0 else now
+            flow_took(f, now - matched[k].since, 1)
         store_release32(&matched[k].state, ENTRY_FREE)
         if io == NULL:
             continue
-        if errors[k] != 0:
-            io.error = errors[k] if -LINUX_ERRNO_MAX <= errors[k] < 0 else -EIO
+        if error != 0:
+            io.error = error
         io.pending -= nblocks
         if io.pending == 0:
-            if io.error == 0:
-                io.issued = device
+            io.issued = device
             io.next = NULL
             link[0] = io
             link = &io.next
@@ -296,15 +340,17 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
         tail += 1
     store_release64(&c.tail, tail)
     pthread_mutex_lock(&c.lock)         # always: an issuer that found the window full has queued under it
+    c.slept = c.r.sleeps
     c.flying -= n
     for k in range(n):
         c.queues[devices[k]].flying -= 1
+        flow_ended(flows[k], 1)
     if c.state == CLIENT_READY:
         if c.settled != 0:
             client_adapt(c)
         c.issue(c)
     pthread_mutex_unlock(&c.lock)
-    client_finish(c, finished)
+    client_finish(c, finished, False)
 
 
 cdef void client_lost(client_t *c) noexcept nogil:
@@ -514,6 +560,14 @@ cdef void client_forget(client_t *c, blocking_t *b) noexcept nogil:
     pthread_mutex_unlock(&c.lock)
 
 
+cdef void client_landed(queue_t *q) noexcept nogil:
+    """Nothing of this disk is in flight any more. Precondition: lock held."""
+    cdef uint32_t flow
+    q.flying = 0
+    for flow in range(FLOWS):
+        store_relaxed64(&q.flows[flow].depth, 0)
+
+
 cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
     """Answers everything outstanding with EIO. Precondition: reaping is ours. state: the new one."""
     cdef uint64_t k
@@ -528,12 +582,13 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
     for k in range(c.nqueues):
         io = c.queues[k].first
         c.queues[k].first = c.queues[k].last = NULL
-        c.queues[k].flying = 0
+        client_landed(&c.queues[k])
         while io != NULL:               # queued, perhaps partly issued: unissued blocks are answered here
             following = io.next
             io.error = -EIO
             io.pending -= units_of(io) - io.issued
             if io.pending == 0:
+                io.issued = <uint32_t>k
                 io.next = finished
                 finished = io
             io = following
@@ -548,12 +603,13 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
         io.error = -EIO
         io.pending -= e.nblocks
         if io.pending == 0:
+            io.issued = e.device
             io.next = finished
             finished = io
     store_release64(&c.tail, c.head)
     c.flying = 0
     pthread_mutex_unlock(&c.lock)
-    client_finish(c, finished)
+    client_finish(c, finished, True)
 
 
 cdef void client_requeue(client_t *c) noexcept nogil:
@@ -570,7 +626,7 @@ cdef void client_requeue(client_t *c) noexcept nogil:
     cdef uint64_t k, at
     for k in range(c.nqueues):
         q = &c.queues[k]
-        q.flying = 0
+        client_landed(q)
         first = last = NULL
         at = c.tail
         while at != c.head:
@@ -582,7 +638,7 @@ cdef void client_requeue(client_t *c) noexcept nogil:
             e.state = ENTRY_FREE
             if io == NULL:
                 continue
-            count64(&c.n.reissued, 1)
+            count64(&q.n.reissued, 1)
             if io.issued == 0:          # put back with an earlier part of it
                 continue
             io.issued = 0
@@ -809,6 +865,26 @@ cdef class Disk(Target):
         if at > size or length > size - at:
             raise UsageError(f"bytes {offset} to {offset + length} reach beyond the disk's {size}")
         return at
+
+    @property
+    def counters(self):
+        """What was asked of this disk in its client's life; readable while it runs. Raises UsageError without a client."""
+        cdef disk_counters n
+        self.engine()
+        n = self.queue.n
+        return {"reads": n.reads, "writes": n.writes, "discards": n.discards, "syncs": n.syncs,
+                "bytes_read": n.bytes_read, "bytes_written": n.bytes_written, "errors": n.errors, "reissued": n.reissued}
+
+    @property
+    def directions(self):
+        """What stands behind `directions` in the output of `muenfast stat --json`. Raises UsageError without a client."""
+        return flows_words(self.queue.flows, &self.engine().sampler, False)
+
+    @property
+    def in_flight(self):
+        """Requests written and not answered. Raises UsageError without a client."""
+        self.engine()
+        return load_relaxed64(&self.queue.flying)
 
     def move(self, bint write, offset, buffer):
         """Moves a buffer's bytes to the disk, or from it, at byte `offset`; how many. Raises OSError, UsageError.
@@ -1241,12 +1317,15 @@ cdef class ClientEngine:
 
     @property
     def counters(self):
-        """All counters of this client's life; readable while it runs."""
+        """All counters of this client's life, of all disks; readable while it runs."""
         cdef client_counters n = self.c.n
-        return {"reads": n.reads, "writes": n.writes, "discards": n.discards, "syncs": n.syncs,
-                "bytes_read": n.bytes_read, "bytes_written": n.bytes_written, "errors": n.errors, "stale": n.stale,
-                "reissued": n.reissued, "lives": n.lives, "batches": n.batches, "overruns": self.c.r.overruns,
-                "lost": self.c.r.lost_total, "wakes": self.c.w.wakes, "sleeps": self.c.r.sleeps}
+        found = dict.fromkeys(("reads", "writes", "discards", "syncs", "bytes_read", "bytes_written", "errors",
+                               "reissued"), 0)
+        for disk in self.disks:
+            for name, value in disk.counters.items():
+                found[name] += value
+        return found | {"stale": n.stale, "lives": n.lives, "batches": n.batches, "overruns": self.c.r.overruns,
+                        "lost": self.c.r.lost_total, "wakes": self.c.w.wakes, "sleeps": self.c.r.sleeps}
 
     def close(self):
         """Fails what is outstanding and deactivates the request channel. No front end may still submit."""

@@ -132,6 +132,18 @@ cdef class ServerEngine:
                 load_relaxed64(&self.r.hdr.elements))
 
     @property
+    def batches(self):
+        """Rounds in which requests came."""
+        return 0 if self.r == NULL else load_relaxed64(&self.r.batches)
+
+    @property
+    def waiting(self):
+        """Requests that the client has written and this side has not taken yet; 0 while none is connected."""
+        if not self.held() or self.r.epoch == 0:
+            return 0
+        return min(load_relaxed64(&self.r.hdr.wc) - load_relaxed64(&self.r.rc), self.r.elements)
+
+    @property
     def broken(self):
         """Name of what was taken away by its owner ("request", "response", "buffer"), or None."""
         return self.taken_away()

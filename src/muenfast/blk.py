@@ -385,7 +385,8 @@ class BlockClients(_Group):
         entries = []
         for disk in self.disks:
             entry = disk.device.status()
-            entry["device"] = disk.path
+            for each in (entry, *entry["devices"]):
+                each["device"] = disk.path
             if disk.front is not None:
                 entry["attach"], entry["front"] = self.attach, dict(disk.front.disk.counters)
                 if self.attach == "fuse":

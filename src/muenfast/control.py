@@ -96,7 +96,7 @@ class ControlServer:
         with connection.makefile("rwb") as stream:
             request = json.loads(stream.readline(_LINE))
             if isinstance(request, dict) and request.get("command") == "status":
-                answer = {"ok": True, "pid": os.getpid(), **self._status()}
+                answer = {"ok": True, "pid": os.getpid(), "monotonic": time.monotonic(), **self._status()}
             else:
                 answer = {"ok": False, "error": "the commands are: status"}
             stream.write(json.dumps(answer).encode() + b"\n")

@@ -554,13 +554,18 @@ class BlockDevice:
 
     def status(self) -> dict[str, Any]:
         """What `muenfast stat` shows."""
-        channels, known = self.channels, self.device < len(self.client.disks)
-        found = {"role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
-                 "state": self.connection.state, "read_only": known and self.read_only, "failure": self.failure,
-                 "in_flight": self.client.in_flight, "counters": self.client.counters}
+        channels, disks = self.channels, self.client.disks
+        disk = disks[self.device] if self.device < len(disks) else None
+        found: dict[str, Any] = {
+            "role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
+            "state": self.connection.state, "read_only": disk is not None and self.read_only, "failure": self.failure,
+            "in_flight": 0 if disk is None else disk.in_flight,
+            "counters": self.client.counters | (disk.counters if disk is not None else {}),
+            "devices": [] if disk is None else [
+                {"number": self.device, "size": self.size, "block_size": disk.block_size, "directions": disk.directions}]}
         if channels.buffer is not None:
             found |= {"shm": channels.buffer.text, "number": self.device,
-                      "block_size": self.block_size if known else None}
+                      "block_size": None if disk is None else disk.block_size}
         return found
 
     def fail(self, why: str) -> None:

@@ -316,7 +316,7 @@ class Export:
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
         by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
-        before, self._batches = self._batches, self.server.counters["batches"]
+        before, self._batches = self._batches, self.server.batches
         broken = self.server.broken
         if broken and not self._broken:
             self._broken = True
@@ -355,20 +355,24 @@ class Export:
     def status(self) -> dict[str, Any]:
         """What `muenfast stat` shows."""
         channels = self.config.channels
+        devices: list[dict[str, Any]] = [
+            {"device": device.text, "size": size, "directions": directions,
+             "block_size": BLOCK if channels.buffer is None else backing.store.block_size}
+            for device, size, backing, directions in zip(self.config.devices, self.sizes, self.backings,
+                                                         self.server.directions, strict=True)]
+        waiting = self.server.waiting
         found = {"role": "export", "req": channels.req.text, "resp": channels.resp.text,
                  "device": ",".join(device.text for device in self.config.devices), "size": self.size,
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
                  "read_only": self.read_only, "state": "connected" if self.server.connected else "waiting",
-                 "counters": self.server.counters}
+                 "counters": self.server.counters, "waiting": waiting, "devices": devices,
+                 "in_flight": waiting + sum(way["depth"] for each in devices for way in each["directions"].values())}
         for key, of in (("injected", "injected"), ("store", "counters")):
             if entries := [each for backing in self.backings if (each := getattr(backing.store, of, None))]:
                 found[key] = {name: sum(each[name] for each in entries) for name in entries[0]}
         if channels.buffer is not None:
             found["shm"] = channels.buffer.text
-            found["devices"] = [
-                {"device": device.text, "size": size, "block_size": backing.store.block_size}
-                for device, size, backing in zip(self.config.devices, self.sizes, self.backings, strict=True)]
         return found
 
     def stop(self) -> None:

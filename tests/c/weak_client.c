@@ -128,7 +128,7 @@ static void begin_issue(void) {
     CLIENT_BINDINGS
     weak_each(reset_issue);
     weak_share_plainly(&c, offsetof(CLIENT_TYPE(client_t), n)); /* not the counters */
-    weak_share_plainly(&q, sizeof q);
+    weak_share_plainly(&q, offsetof(CLIENT_TYPE(queue_t), n));
     weak_share_plainly(c.entries, 2 * sizeof c.entries[0]);
     weak_share_plainly(io, sizeof io);
     weak_explore(bodies, 2);

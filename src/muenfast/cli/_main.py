@@ -79,10 +79,11 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
         arguments, more = top.parse_known_args(argv)
         if more:
             # argparse takes no positionals behind an option that stands among them.
-            if arguments.command != "modprobe" or any(word.startswith("-") for word in more):
+            words = {"modprobe": "parameters", "stat": "names"}.get(arguments.command)
+            if words is None or any(word.startswith("-") for word in more):
                 help_of = "muenfast" if arguments.command is None else f"muenfast {arguments.command}"
                 top.exit(2, f"muenfast: unrecognized arguments: {' '.join(more)} ({help_of} --help tells more)\n")
-            arguments.parameters += more
+            getattr(arguments, words).extend(more)
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
         return int(end.code or 0)
     if arguments.command is None:
