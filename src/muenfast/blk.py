@@ -6,6 +6,8 @@ A server runs one Export per pair of channels; a client makes a BlockDevice of e
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import os
@@ -144,6 +146,7 @@ class AttachedDisk:
         self.claim: Any = None
         self.listener: Any = None
         self.nbd: Any = None
+        self.detached = False
 
     @property
     def path(self) -> str:
@@ -176,6 +179,12 @@ class BlockClients(_Group):
             fuseuring.check(fuse_uring)
         self.connections: list[Connection] = []
         self.disks: list[AttachedDisk] = []
+        self._books = threading.Lock()          # of what follows
+        self._attached = False
+        self._ended = False                     # close() detaches
+        self._grown: set[Connection] = set()    # whose disks have another size than their front ends may know
+        self._resizing: dict[Connection, threading.Thread] = {}
+        self._leaving: dict[Connection, threading.Thread] = {}     # whose server ended for good
         with ExitStack() as stack:
             one_each = all(each.buffer is None for each in channels)
             self._listeners = self._listen(stack, nbd, len(channels) if one_each else None)
@@ -183,6 +192,7 @@ class BlockClients(_Group):
             for entry in channels:
                 connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
                 stack.callback(connection.close)
+                connection.resized = functools.partial(self._resized, connection)
                 self.connections.append(connection)
                 self.disks.append(AttachedDisk(BlockDevice(connection=connection)))
             self._stack = stack.pop_all()
@@ -231,7 +241,58 @@ class BlockClients(_Group):
                 self._attach(disk)
             if disk.listener is not None:
                 self._nbd(disk).listen(disk.listener)
+        with self._books:
+            self._attached = True
+            self._start_resizing()
         return True
+
+    # -------------------------------------------------------------- other sizes, fewer disks
+
+    def _resized(self, connection: Connection) -> None:
+        """Its thread calls this, which takes answers: whoever waits for some is another."""
+        with self._books:
+            self._grown.add(connection)
+            self._start_resizing()
+
+    def _start_resizing(self) -> None:
+        """A thread for each of _grown that has none. Precondition: _books is held."""
+        if not self._attached or self._ended:
+            return
+        for connection in self._grown - self._resizing.keys():
+            try:
+                self._resizing[connection] = spawn(functools.partial(self._resize, connection),
+                                                   f"resize {connection.channels.name}")
+            except OSError as error:
+                log.error("disk %s: its front ends keep the old size: %s", connection.channels.name, error.strerror)
+
+    def _resize(self, connection: Connection) -> None:
+        while True:
+            with self._books:
+                if connection not in self._grown:
+                    del self._resizing[connection]
+                    return
+                self._grown.discard(connection)
+            for disk in self.disks:
+                if disk.device.connection is not connection:
+                    continue
+                for end in (disk.nbd, disk.front):
+                    try:
+                        if end is not None and not disk.detached:
+                            end.resized()
+                    except Exception as error:  # nobody else would hear of it
+                        if not disk.detached:
+                            log.error("disk %s: its front end keeps the old size: %s", connection.channels.name, error)
+
+    def _leave(self, connection: Connection) -> None:
+        """Takes away what stands on a connection whose server ended for good, while the others go on."""
+        try:
+            for disk in self.disks:
+                if disk.device.connection is connection:
+                    self._detach(disk)
+            connection.close()
+            log.info("disk %s: detached, the others go on", connection.channels.name)
+        except Exception as error:
+            log.error("disk %s: %s", connection.channels.name, error)
 
     @staticmethod
     def _nbd(disk: AttachedDisk) -> Any:
@@ -276,6 +337,11 @@ class BlockClients(_Group):
 
     def _detach_all(self) -> None:
         """Side by side: each may have to wait for its server, and for the kernel to write what is dirty."""
+        with self._books:
+            self._ended = True
+            leaving = list(self._leaving.values())
+        for thread in leaving:
+            thread.join()
         attached = [disk for disk in self.disks if disk.front is not None or disk.nbd is not None]
         if not attached:
             return
@@ -289,6 +355,7 @@ class BlockClients(_Group):
 
     def _detach(self, disk: AttachedDisk) -> None:
         # A server that does not answer must not hold up the end: its requests fail once the deadline is near.
+        front, nbd, disk.detached = disk.front, disk.nbd, True
         timer = threading.Timer(_DETACH_PATIENCE, disk.device.fail, ["no answer while detaching"])
         timer.start()
         with ExitStack() as stack:
@@ -296,9 +363,16 @@ class BlockClients(_Group):
                 stack.callback(disk.claim.release)
             stack.callback(timer.join)
             stack.callback(timer.cancel)
-            for end in (disk.nbd and disk.nbd.close, disk.front and disk.front.detach):  # the last one first
+            with self._books:
+                resizing = self._resizing.get(disk.device.connection)
+            if resizing is not None:    # it may wait for answers of a server that has gone: then the detach frees it
+                stack.callback(resizing.join)
+                resizing.join(_DETACH_PATIENCE)
+            for end in (nbd and nbd.close, front and front.detach):  # the last one first
                 if end is not None:
                     stack.callback(self._end, end)
+            if self._leaving.get(disk.device.connection) is not None:
+                disk.front = disk.nbd = disk.listener = None
 
     @staticmethod
     def _end(end: Callable[[float], list[str]]) -> None:
@@ -306,21 +380,35 @@ class BlockClients(_Group):
             log.warning("%s", complaint)
 
     def finished(self) -> bool:
-        """Whether every server ended its export for good."""
-        return all(connection.gone for connection in self.connections)
+        """Whether every server ended its export for good. What stood on one that did goes, sooner or later; to be asked
+        again and again."""
+        gone = [connection for connection in self.connections if connection.gone]
+        if len(gone) == len(self.connections):
+            return True
+        with self._books:
+            for connection in gone:
+                if connection not in self._leaving and not self._ended:
+                    with contextlib.suppress(OSError):      # no thread is to be had: asked again, it may be
+                        self._leaving[connection] = spawn(functools.partial(self._leave, connection),
+                                                          f"leave {connection.channels.name}")
+        return False
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per disk."""
         entries = []
         for disk in self.disks:
-            entry = disk.device.status()
-            entry["device"] = disk.path
-            if disk.front is not None:
-                entry["attach"], entry["front"] = self.attach, dict(disk.front.disk.counters)
-                if self.attach == "fuse":
-                    entry["fuse_uring"] = disk.front.disk.ring
-            if disk.listener is not None:
-                entry["nbd"] = {"socket": disk.socket, "counters": {} if disk.nbd is None else disk.nbd.counters}
+            entry, front, nbd, listener = disk.device.status(), disk.front, disk.nbd, disk.listener
+            entry["device"] = "-" if front is None else str(front.device)
+            try:
+                if front is not None:
+                    entry["attach"], entry["front"] = self.attach, dict(front.disk.counters)
+                    if self.attach == "fuse":
+                        entry["fuse_uring"] = front.disk.ring
+                if listener is not None:
+                    entry["nbd"] = {"socket": str(listener.path), "counters": {} if nbd is None else nbd.counters}
+            except ValueError:      # closed at this moment
+                if not disk.detached:
+                    raise
             entries.append(entry)
         return entries
 
