@@ -174,7 +174,7 @@ def test_what_cannot_be_created_leaves_nothing(server: Program, tmp_path: Path) 
             (["--device", "ram:5000"], 2, "--device, entry 0 'ram:5000': a size here is at least 4096 bytes"),
             (["--device", tmp_path / "missing"], 2, "it cannot be opened for reading and writing: No such file"),
             (["--device", "ram:1M,ram:1M"], 2, "--device, entry 1 'ram:1M': inline channels carry one disk"),
-            (["--device", taken], 1, f"disk {taken}"),
+            (["--device", taken], 1, f"{taken} is already held by process"),
             (["--req", f"{other}_req"], 2, f"export {other} has it"),
             (["--resp", f"{other}_req"], 2, f"export {other} has it"),
             (["--req", f"{name}_resp"], 2, "a channel carries one direction of one connection"),
@@ -511,30 +511,32 @@ def churn(server: Program, count: int, seconds: float, seed: int) -> int:
         threads = [threading.Thread(target=load, args=(disk,)), threading.Thread(target=look)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end or len(there) < count:
-            done += 1
-            if len(there) < count and dice.random() < 0.7:
-                name = short("c")
-                request = {"device": [dice.choice(["ram:1M", "null:1M", "ram:64M"])], "size": "64K"}
-                if dice.random() < 0.2:
-                    request |= {"shm": f"{name}_shm", "shm_size": "64K", "device": ["ram:1M", "ram:2M"]}
-                there[name] = request.get("shm")
-                answer = ask(server, command="create", name=name, **request)
-            else:
-                name = dice.choice(list(there))
-                force = dice.random() < 0.3
-                if force:
-                    with contextlib.suppress(OSError), client_of(name, shm=there[name]) as other:
-                        answer = ask(server, command="resize", name=name, size="3M", force=True)
-                        assert answer["ok"], answer
-                        other.pwrite(block(1), 0)
-                del there[name]
-                answer = ask(server, command="destroy", name=name, force=True)
-            assert answer["ok"], answer
-        over.set()
-        for thread in threads:
-            thread.join()
+        try:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end or len(there) < count:
+                done += 1
+                if not there or len(there) < count and dice.random() < 0.7:
+                    name = short("c")
+                    request = {"device": [dice.choice(["ram:1M", "null:1M", "ram:64M"])], "size": "64K"}
+                    if dice.random() < 0.2:
+                        request |= {"shm": f"{name}_shm", "shm_size": "64K", "device": ["ram:1M", "ram:2M"]}
+                    there[name] = request.get("shm")
+                    answer = ask(server, command="create", name=name, **request)
+                else:
+                    name = dice.choice(list(there))
+                    force = dice.random() < 0.3
+                    if force:
+                        with contextlib.suppress(OSError), client_of(name, shm=there[name]) as other:
+                            answer = ask(server, command="resize", name=name, size="3M", force=True)
+                            assert answer["ok"], answer
+                            other.pwrite(block(1), 0)
+                    del there[name]
+                    answer = ask(server, command="destroy", name=name, force=True)
+                assert answer["ok"], answer
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
     assert not failures, failures[:3]
     assert ask(server, command="destroy", every=True, force=True)["ok"]
     return done
