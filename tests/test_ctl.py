@@ -51,8 +51,8 @@ def short(word: str = "x") -> str:
     return name
 
 
-@pytest.fixture
-def program(program: Start) -> Iterator[Start]:
+@pytest.fixture(name="program")
+def ending(program: Start) -> Iterator[Start]:
     """As conftest's, but what still runs at the end is told to end, and has to do so cleanly."""
     started: list[Program] = []
 
@@ -135,9 +135,11 @@ def test_over_a_buffer_one_export_has_several_disks(server: Program, tmp_path: P
     """--device takes a list there; a path is meant from where ctl was called."""
     name, buffer = short(), unique("shm")
     (tmp_path / "image").write_bytes(bytes(2 * MIB))
-    done = subprocess.run([sys.executable, "-m", "muenfast", "ctl", "create", name, "--shm", buffer, "--shm-size", "1M", "--device", "ram:4M,image"],
+    done = subprocess.run([sys.executable, "-m", "muenfast", "ctl", "create", name, "--shm", buffer, "--shm-size", "1M",
+                           "--device", "ram:4M,image"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == (f"export {name}_req {name}_resp 4194304 ram:4M 2097152 {tmp_path}/image shm {buffer}\n"), done.stderr
+    assert (done.stdout, done.stderr) == (
+        f"export {name}_req {name}_resp 4194304 ram:4M 2097152 {tmp_path}/image shm {buffer}\n", "")
     with client_of(name, shm=buffer, device=1) as disk:
         disk.pwrite(block(3), 4096)
         disk.flush()
@@ -320,7 +322,7 @@ def test_one_of_two_connections_goes(server: Program, program: Start, tmp_path: 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["inline", "buffer"])
 def test_a_ram_disk_grows_and_shrinks(server: Program, shared: bool) -> None:
-    """Data stays, what is new reads as zeros, the client goes on; a shrink is to be forced, and what is beyond is refused."""
+    """Data stays, what is new reads as zeros, the client goes on; a shrink is to be forced, and what is beyond is gone."""
     name, buffer = short(), unique("shm")
     ctl("create", name, "--device", "ram:4M", *(["--shm", buffer] if shared else []))
     with client_of(name, shm=buffer if shared else None) as disk:

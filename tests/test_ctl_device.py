@@ -14,7 +14,7 @@ import pytest
 from conftest import Program, run, unique
 from helpers import eventually
 from nbd_client import Connection, connect
-from test_ctl import program  # noqa: F401
+from test_ctl import ending  # noqa: F401
 from test_device import clean, command, digests_of, mounted, unmounted  # noqa: F401
 
 from muenfast import control

@@ -20,7 +20,7 @@ from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, Backing, Device, open_device, resized_text
 from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, Options, blame, channels_from_lists, place
-from muenfast.errors import BrokenChannelError, PeerLog
+from muenfast.errors import BrokenChannelError, PeerLog, UsageError
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
@@ -306,7 +306,8 @@ class Export:
         return not self.server.connected or any(os.path.exists(end.locator.path) for end in stale)
 
     def _follow(self) -> None:
-        """Leaves the channels' old memory for the new one, as soon as that can be had; does what change() wants meanwhile."""
+        """Leaves the channels' old memory for the new one, as soon as that can be had; does what change() wants meanwhile.
+        """
         complaint = ""
         while not self._stop.is_set():
             try:

@@ -26,7 +26,8 @@ _TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protoc
 def check_name(name: str, option: str = "NAME") -> str:
     """The name of an export. Raises UsageError."""
     if not 1 <= len(name) <= MOST_NAME:
-        raise UsageError(f"an export's name has 1 to {MOST_NAME} characters, this has {len(name)}", option=option, value=name)
+        raise UsageError(f"an export's name has 1 to {MOST_NAME} characters, this has {len(name)}", option=option,
+                         value=name)
     if not name.isprintable() or " " in name:
         raise UsageError("an export's name has no blanks or control characters", option=option, value=name)
     if name.isdecimal():
@@ -42,11 +43,12 @@ def config_of(*, device: Sequence[str] | None = None, read_only: bool = False, p
     for name in _TEXTS:
         if (text := lists.get(name)) is not None and "," in text:
             raise UsageError("one export has one entry here", option="--" + name.replace("_", "-"), value=text)
-    shared = lists.pop("shm", None)
-    req, resp = lists.pop("req", None), lists.pop("resp", None)
+    req, resp = lists.get("req"), lists.get("resp")
     assert req is not None and resp is not None
-    [channels] = channels_from_lists(req, resp, buffer=shared, buffer_size=lists.pop("shm_size", None), poll=poll,
-                                     bells=not strict_oneway, options=called, **lists)
+    [channels] = channels_from_lists(
+        req, resp, buffer=lists.get("shm"), buffer_size=lists.get("shm_size"), size=lists.get("size"), poll=poll,
+        req_protocol=lists.get("req_protocol"), resp_protocol=lists.get("resp_protocol"), bells=not strict_oneway,
+        options=called)
     texts = list(device or [DEFAULT_DEVICE])
     if len(texts) > 1 and channels.buffer is None:
         raise UsageError("inline channels carry one disk", option=called.device, index=1, value=texts[1],
@@ -232,7 +234,8 @@ class ControlledServer(BlockServer):
         return {
             "list": Command(lambda: {"exports": [self.entry(*each) for each in self._all()]}),
             "show": Command(self._show, {"name": "text"}),
-            "create": Command(lambda **fields: {"export": self.create(**fields)}, create, frozenset(("name",)), quick=False),
+            "create": Command(lambda **fields: {"export": self.create(**fields)}, create, frozenset(("name",)),
+                              quick=False),
             "destroy": Command(self._destroy, {"name": "text", "every": "flag", "force": "flag"}, quick=False),
             "resize": Command(lambda name, **fields: {"export": self.resize(name, **fields)},
                               {"name": "text", "size": "text", "disk": "number", "force": "flag"}, frozenset(("name",)),

@@ -169,8 +169,8 @@ def _sockets(arguments: argparse.Namespace) -> list[str] | None:
 
 def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], stop: Stop) -> int:
     """The client, with the options CLIENT_ONLY; until stop, or all servers ended."""
-    from muenfast.blk import BlockClients, OnPeerLoss
     from muenfast import __version__
+    from muenfast.blk import BlockClients, OnPeerLoss
     from muenfast.control import Command, ControlServer
 
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")

@@ -20,8 +20,8 @@ _TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protoc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommands and their options."""
-    parser.epilog = ("NAME has 1 to 31 characters, no blanks, and is no number; ID is what `muenfast ctl list` shows first. "
-                     "Without --pid the only `muenfast blk` of this user is asked, for an export by NAME the one that has "
+    parser.epilog = ("NAME has 1 to 31 characters, no blanks, and is no number; ID is what `ctl list` shows first. Without "
+                     " --pid the only `muenfast blk` of this user is asked, for an export by NAME the one that has "
                      "it. Status: 0 done, 1 it failed, 2 a wrong call.")
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
 
@@ -147,7 +147,7 @@ def _process(arguments: argparse.Namespace) -> int:
     answers = [answer for answer in ask_all({"command": "list"}) if answer.get("ok") or answer.get("status") != 2]
     servers = [answer for answer in answers if answer.get("ok")]
     if not servers and answers:
-        raise MuenfastError("; ".join(f"process {answer['pid']} gave no answer: {answer.get('error')}" for answer in answers))
+        raise MuenfastError("; ".join(f"process {each['pid']} gave no answer: {each.get('error')}" for each in answers))
     if not servers:
         raise MuenfastError("no `muenfast blk` of this user is serving (muenfast blk --control begins without exports)")
     which = getattr(arguments, "which", None)
