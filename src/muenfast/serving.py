@@ -193,8 +193,8 @@ class ControlledServer(BlockServer):
             self._begin()
             chosen = self._all() if which is None else [self.find(which)]
             for _, name, export in chosen:
-                if export.server.connected and not force:
-                    raise MuenfastError(f"export {name} has {_client_of(export)} attached (--force ends it all the same)")
+                if not force and (client := _client_of(export)) is not None:
+                    raise MuenfastError(f"export {name} has {client} attached (--force ends it all the same)")
             entries = [self.entry(*each) for each in chosen]
             for _, _, export in chosen:     # all, before the first is waited for
                 export.stop()
@@ -266,7 +266,9 @@ class ControlledServer(BlockServer):
             export.close()
 
 
-def _client_of(export: Export) -> str:
-    """Who is attached, as far as is known."""
+def _client_of(export: Export) -> str | None:
+    """Who is attached, None: nobody. A muenfast client is from its claim on, also while it connects, or does so anew."""
     found = shm.writer_holder(export._ends[0].region)
-    return "a client" if found is None else f"its client, process {found.get('pid', '?')},"
+    if found is not None:
+        return f"its client, process {found['pid']},"
+    return "a client" if export.server.connected else None
