@@ -1,4 +1,5 @@
-"""`muenfast ctl resize` under a mounted ext4 in Debian's kernel: resize2fs takes the new size online."""
+"""`muenfast ctl resize` under a mounted ext4 in Debian's kernel: resize2fs takes the new size online;
+and `ctl destroy`, which ends the client."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import run
 from helpers import eventually
-from inside import MIB, Start, clean, command, digests_of, disk, fill, mounted, pair
+from inside import MIB, Start, attachments_gone, clean, command, digests_of, disk, fill, mounted, pair
 
 __all__ = ["pair"]     # a fixture
 
@@ -36,6 +37,10 @@ def test_mounted_file_system_grows(program: Start, pair: list[str], tmp_path: Pa
             digests |= fill(directory, seed)
         assert digests_of(directory) == digests
     clean(device)
+    done = run("ctl", "destroy", pair[1], "--force", timeout=300)
+    assert done.returncode == 0, done.stderr
+    client.process.wait(300)
     assert client.end()[0] == 0
+    attachments_gone(tmp_path)
     assert server.end() == (0, "")
     clean(str(image))
