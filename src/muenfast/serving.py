@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from muenfast.control import Command
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.export import Export, ExportConfig, check_devices
 from muenfast.threads import spawn
+
+log = logging.getLogger("muenfast")
 
 MOST_NAME = 31  # characters: kmod-dblock's limit
 
@@ -72,6 +75,7 @@ class ControlledServer(BlockServer):
         self._doing = threading.Lock()      # one operation at a time
         self._books = threading.Lock()      # of what follows, and `exports`; held for moments only
         self._named: dict[int, tuple[str, Export]] = {}
+        self._regions: dict[int, list[tuple[str, int, str, str, int, float]]] = {}     # as place() tells them
         self._last = 0
         self._over = False
         self._created: list[Export] = []
@@ -101,9 +105,11 @@ class ControlledServer(BlockServer):
         return name
 
     def _enter(self, name: str, export: Export) -> int:
+        regions = [place(option, 0, locator) for option, locator in export.config.channels.regions]
         with self._books:
             self._last += 1
             self._named[self._last] = (name, export)
+            self._regions[self._last] = regions
             return self._last
 
     def _all(self) -> list[tuple[int, str, Export]]:
@@ -163,16 +169,17 @@ class ControlledServer(BlockServer):
             with self._books:
                 self._created.append(export)
                 self.exports.append(export)
+            log.info("export %s: created as %s", export.name, name)
             return self.entry(self._enter(name, export), name, export)
 
     def _check_regions(self, config: ExportConfig) -> None:
         """Raises UsageError where another export has one of the regions. Other processes' are seen by their claims."""
-        channels = config.channels
-        for _, name, other in self._all():
-            taken = [place(option, 0, locator) for option, locator in other.config.channels.regions]
-            for option, locator in channels.regions:
-                *_, path, start, end = place(option, 0, locator)
-                if any(path == place_ and start < last and first < end for *_, place_, first, last in taken):
+        with self._books:
+            taken = [(self._named[number][0], each) for number, regions in self._regions.items() for each in regions]
+        for option, locator in config.channels.regions:
+            *_, path, start, end = place(option, 0, locator)
+            for name, (*_, other, first, last) in taken:
+                if path == other and start < last and first < end:
                     raise UsageError(f"a region is one channel or the buffer of one connection; export {name} has it",
                                      option=option, index=0, value=locator.text)
 
@@ -196,6 +203,8 @@ class ControlledServer(BlockServer):
                 if not force and (client := _client_of(export)) is not None:
                     raise MuenfastError(f"export {name} has {client} attached (--force ends it all the same)")
             entries = [self.entry(*each) for each in chosen]
+            for _, name, export in chosen:
+                log.info("export %s: %s is destroyed", export.name, name)
             for _, _, export in chosen:     # all, before the first is waited for
                 export.stop()
             with ExitStack() as stack:
@@ -206,7 +215,7 @@ class ControlledServer(BlockServer):
 
     def _forget(self, number: int, export: Export) -> None:
         with self._books:
-            del self._named[number]
+            del self._named[number], self._regions[number]
             self.exports.remove(export)
             if export in self._created:
                 self._created.remove(export)
@@ -223,6 +232,8 @@ class ControlledServer(BlockServer):
             block = export.backings[disk].store.block_size
             wanted = None if size is None else params.size("SIZE", None, size, multiple=block, least=BLOCK)
             changed = export.resize(disk, wanted, force=force)
+            if changed:
+                log.info("export %s: disk %d has %d bytes now", export.name, disk, export.sizes[disk])
             return {**self.entry(number, name, export), "changed": changed}
 
     # -------------------------------------------------------------- what may be asked
