@@ -91,10 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
     lists_given = [name for name in LISTS if getattr(arguments, name) is not None]
-    for name in ("req", "resp"):
-        if getattr(arguments, name) is None and (lists_given or not arguments.control):
-            raise UsageError("is required: the channels of each connection", option=f"--{name}",
-                             hint=None if arguments.client else "muenfast blk --control begins without any")
+    missing = [f"--{name}" for name in ("req", "resp") if getattr(arguments, name) is None]
+    if missing and (lists_given or not arguments.control):
+        without = "" if arguments.client else "muenfast blk --control begins without channels, "
+        raise UsageError("required: the channels of each connection", option=", ".join(missing),
+                         hint=f"{without}muenfast blk --help tells more")
     from muenfast.blk import channels_from_lists, exports_from_lists
 
     with Stop() as stop:
