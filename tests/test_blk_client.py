@@ -578,6 +578,36 @@ def test_the_engine_issues_nothing_to_a_server_that_was_not_checked(link: Link, 
         client.close()
 
 
+def test_the_engine_takes_another_size_only_where_it_is_told_to(link: Link, hand: Hand) -> None:
+    """resume() refuses it, resume(resized=True) takes it, and one that cannot be never."""
+    from muenfast import shm
+    from muenfast._client import Client
+
+    with (shm.Region.open(shm.Locator.parse(link.req), writable=True) as req,
+          shm.Region.open(shm.Locator.parse(link.resp), writable=False) as resp):
+        client = Client(req.view, resp.view, poll=100)
+
+        def answered(blocks: int) -> None:
+            hand.writer.activate()
+            eventually(lambda: client.run(0.05) in ("lost", "connecting"))
+            welcome = Worker(lambda: hand.welcome(blocks))
+            eventually(lambda: client.run(0.05) == "answered")
+            welcome.result()
+
+        answered(BLOCKS)
+        assert client.resume()
+        answered(2 * BLOCKS)
+        with pytest.raises(UsageError, match="another geometry"):
+            client.resume()
+        assert client.disks[0].nblocks == BLOCKS
+        assert client.resume(resized=True) and client.disks[0].nblocks == 2 * BLOCKS
+        answered(0)
+        with pytest.raises(UsageError, match="another geometry"):
+            client.resume(resized=True)
+        assert client.disks[0].nblocks == 2 * BLOCKS
+        client.close()
+
+
 def test_the_engine_does_not_resume_with_another_server_than_answered(link: Link, hand: Hand) -> None:
     """What is in flight is not issued to one that has taken over since the answer to `size`."""
     from muenfast import shm

@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "aio": {"errors", "_target", "_client", "_bufclient", "connection", "disk"},
     "blk": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "attach._fuse",
             "attach", "control", "connection", "export", "disk", "threads"},
+    "serving": {"errors", "params", "shm", "_ring", "backing", "control", "connection", "export", "blk", "threads"},
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection",
                  "export", "disk", "aio", "blk"},
     "_bench": {"errors", "_wire", "_ring"},
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
                "attach._nbd", "attach", "control"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
             "attach._fuse", "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk",
-            "_bench", "measure", "doctor", "counts"},
+            "serving", "_bench", "measure", "doctor", "counts"},
     "__main__": {"cli"},
 }
 

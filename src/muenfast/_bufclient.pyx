@@ -594,7 +594,10 @@ cdef class BufferClient(ClientEngine):
         cdef uint64_t k
         if not 1 <= b.ndevices <= MOST_DEVICES:
             return False
-        if not first and tuple([(one.nblocks, one.block_size) for one in self.disks]) != self.geometry:
+        if not first and tuple([one.block_size for one in self.disks]) != tuple([length for _, length in self.geometry]):
+            return False
+        if not first and not self.resizing and \
+                tuple([one.nblocks for one in self.disks]) != tuple([blocks for blocks, _ in self.geometry]):
             return False
         for k in range(b.ndevices):
             if not can_be(&b.geometry[k]):
@@ -604,8 +607,8 @@ cdef class BufferClient(ClientEngine):
         for k in range(b.ndevices):
             disk = self.disks[k]
             zeroes = k < STORE_FLAGS and self.c.zeroes >> k & 1 != 0
+            disk.nblocks = b.geometry[k].blocks
             if first:
-                disk.nblocks = b.geometry[k].blocks
                 disk.block_size = disk.queue.block_size = <uint32_t>b.geometry[k].length
                 disk.discards = True
                 disk.zeroes = zeroes

@@ -176,6 +176,7 @@ cdef class ClientEngine:
     cdef tuple sizes        # bytes of an element of the request and of the response channel ...
     cdef tuple protocols    # ... and their protocols
     cdef uint32_t busy
+    cdef bint resizing      # resume() takes other numbers of blocks than before
     cdef readonly tuple disks
 
     cdef int prepare(self, tuple memory, object poll, bint fail_fast, Watch watch) except -1

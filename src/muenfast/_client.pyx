@@ -1192,17 +1192,21 @@ cdef class ClientEngine:
         if self.c.r.bell != NULL:
             bell_kick(self.c.r.bell)
 
-    def resume(self):
+    def resume(self, *, resized=False):
         """After "answered": takes the geometry and (re-)issues everything not answered.
 
+        resized: the disks may have more or fewer blocks than before, of the same length; what then reaches beyond the end
+        is the server's to refuse.
+
         False when the server that answered has gone meanwhile: run() again. Raises UsageError for a geometry that cannot
-        be, or another than the first one taken.
+        be, or another than the one taken before.
         """
         with nogil:
             client_take(self.c)
         try:
             if not client_answered(self.c):
                 return False
+            self.resizing = resized
             if not self.admit():
                 raise UsageError("the disks have another geometry than before, or one that cannot be")
             with nogil:
@@ -1394,7 +1398,7 @@ cdef class Client(ClientEngine):
     cdef bint admit(self) except -1:
         cdef Disk disk = self.disks[0]
         cdef uint64_t nblocks = self.c.sectors // (BLOCK_SIZE // SECTOR_SIZE)
-        if disk.nblocks != 0 and disk.nblocks != nblocks:
+        if disk.nblocks != 0 and (disk.nblocks != nblocks and not self.resizing or nblocks == 0):
             return False
         disk.nblocks = nblocks
         disk.read_only = self.c.flags & STORE_READ_ONLY != 0

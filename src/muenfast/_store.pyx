@@ -102,6 +102,12 @@ cdef class Store:
             each.delay_ns = <uint64_t>(delay * 1e9)
         f.n = len(plan)
 
+    def inherit(self, Store other not None):
+        """Takes over what another store, in whose place this one is, was to show. No engine may use either."""
+        if other is not self and self.s.faults == NULL:
+            self.s.faults = other.s.faults
+            other.s.faults = NULL
+
     @property
     def injected(self):
         """How often each of FAULTS was met; empty without inject()."""

@@ -84,6 +84,10 @@ cdef class UserStore(Store):
         self.s.zeroes = zeroes
         self.finish(size, block_size, read_only, identity)
 
+    def resize(self, size):
+        """Gives the disk another size, of at least a block. No engine may use it."""
+        self.finish(size, self.s.block_size, self.s.read_only, self.identity)
+
     @property
     def counters(self):
         """calls: executed; late: answered with EIO at the end of their time; returned: of those, what has ended since."""

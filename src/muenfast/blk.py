@@ -6,6 +6,8 @@ A server runs one Export per pair of channels; a client makes a BlockDevice of e
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import os
@@ -20,11 +22,10 @@ from typing import Any
 from muenfast import shm
 from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_POOL, DEFAULT_TIMEOUT, Device
-from muenfast.backing.faults import faults_from_list
 from muenfast.connection import MOST_POLL, Channels, Options, blame, channels_from_lists
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import ClaimError, UsageError
-from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists
+from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
 from muenfast.threads import spawn
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
@@ -149,11 +150,9 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
     if not LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT:
         raise UsageError(f"a timeout has {LEAST_TIMEOUT} to {MOST_TIMEOUT} seconds", option="timeout", value=timeout)
     devices = [Device(f"py:{type(each).__module__}:{type(each).__qualname__}", "py", made=each) for each in stores]
-    faults = [()] if inject is None else faults_from_list("inject", inject)
-    if len(faults) != 1:
-        raise UsageError("one export has one list of faults, joined by +", option="inject", value=inject)
+    _, _, faults = of_store(devices, called, inject=inject)
     return BlockServer([ExportConfig(found[0], devices[0], read_only, tuple(devices[1:]), pool=pool, timeout=timeout,
-                                     faults=faults[0])])
+                                     faults=faults)])
 
 
 def _front_end(attach: str) -> str:
@@ -191,6 +190,7 @@ class AttachedDisk:
         self.claim: Any = None
         self.listener: Any = None
         self.nbd: Any = None
+        self.detached = False
 
     @property
     def path(self) -> str:
@@ -235,6 +235,12 @@ class BlockClients(_Group):
             fuseuring.check(fuse_uring)
         self.connections: list[Connection] = []
         self.disks: list[AttachedDisk] = []
+        self._books = threading.Lock()          # of what follows
+        self._attached = False
+        self._ended = False                     # close() detaches
+        self._grown: set[Connection] = set()    # whose disks have another size than their front ends may know
+        self._resizing: dict[Connection, threading.Thread] = {}
+        self._leaving: dict[Connection, threading.Thread] = {}     # whose server ended for good
         with ExitStack() as stack:
             one_each = all(each.buffer is None for each in channels)
             self._listeners = self._listen(stack, nbd, len(channels) if one_each else None)
@@ -242,6 +248,7 @@ class BlockClients(_Group):
             for entry in channels:
                 connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
                 stack.callback(connection.close)
+                connection.resized = functools.partial(self._resized, connection)
                 self.connections.append(connection)
                 self.disks.append(AttachedDisk(BlockDevice(connection=connection)))
             self._stack = stack.pop_all()
@@ -290,7 +297,58 @@ class BlockClients(_Group):
                 self._attach(disk)
             if disk.listener is not None:
                 self._nbd(disk).listen(disk.listener)
+        with self._books:
+            self._attached = True
+            self._start_resizing()
         return True
+
+    # -------------------------------------------------------------- other sizes, fewer disks
+
+    def _resized(self, connection: Connection) -> None:
+        """Its thread calls this, which takes answers: whoever waits for some is another."""
+        with self._books:
+            self._grown.add(connection)
+            self._start_resizing()
+
+    def _start_resizing(self) -> None:
+        """A thread for each of _grown that has none. Precondition: _books is held."""
+        if not self._attached or self._ended:
+            return
+        for connection in self._grown - self._resizing.keys():
+            try:
+                self._resizing[connection] = spawn(functools.partial(self._resize, connection),
+                                                   f"resize {connection.channels.name}")
+            except OSError as error:
+                log.error("disk %s: its front ends keep the old size: %s", connection.channels.name, error.strerror)
+
+    def _resize(self, connection: Connection) -> None:
+        while True:
+            with self._books:
+                if connection not in self._grown:
+                    del self._resizing[connection]
+                    return
+                self._grown.discard(connection)
+            for disk in self.disks:
+                if disk.device.connection is not connection:
+                    continue
+                for end in (disk.nbd, disk.front):
+                    try:
+                        if end is not None and not disk.detached:
+                            end.resized()
+                    except Exception as error:  # nobody else would hear of it
+                        if not disk.detached:
+                            log.error("disk %s: its front end keeps the old size: %s", connection.channels.name, error)
+
+    def _leave(self, connection: Connection) -> None:
+        """Takes away what stands on a connection whose server ended for good, while the others go on."""
+        try:
+            for disk in self.disks:
+                if disk.device.connection is connection:
+                    self._detach(disk)
+            connection.close()
+            log.info("disk %s: detached, the others go on", connection.channels.name)
+        except Exception as error:
+            log.error("disk %s: %s", connection.channels.name, error)
 
     @staticmethod
     def _nbd(disk: AttachedDisk) -> Any:
@@ -335,6 +393,11 @@ class BlockClients(_Group):
 
     def _detach_all(self) -> None:
         """Side by side: each may have to wait for its server, and for the kernel to write what is dirty."""
+        with self._books:
+            self._ended = True
+            leaving = list(self._leaving.values())
+        for thread in leaving:
+            thread.join()
         attached = [disk for disk in self.disks if disk.front is not None or disk.nbd is not None]
         if not attached:
             return
@@ -348,17 +411,25 @@ class BlockClients(_Group):
 
     def _detach(self, disk: AttachedDisk) -> None:
         # A server that does not answer must not hold up the end; one that does is given what is dirty, however slow it is.
-        detached = threading.Event()
+        front, nbd, disk.detached = disk.front, disk.nbd, True
+        moving, detached = _moving(disk.device.connection), threading.Event()
         thread = spawn(lambda: self._give_up(disk, detached), "detach")
         with ExitStack() as stack:
             if disk.claim is not None:
                 stack.callback(disk.claim.release)
             stack.callback(thread.join)
             stack.callback(detached.set)
-            if disk.nbd is not None:    # the last one first
-                stack.callback(lambda: self._complain(disk.nbd.close(_DETACH_LIMIT)))
-            if disk.front is not None:
-                stack.callback(lambda: self._complain(disk.front.detach(_DETACH_LIMIT, _moving(disk.device.connection))))
+            with self._books:
+                resizing = self._resizing.get(disk.device.connection)
+            if resizing is not None:    # it may wait for answers of a server that has gone: then the detach frees it
+                stack.callback(resizing.join)
+                resizing.join(_DETACH_PATIENCE)
+            if nbd is not None:         # the last one first
+                stack.callback(lambda: self._complain(nbd.close(_DETACH_LIMIT)))
+            if front is not None:
+                stack.callback(lambda: self._complain(front.detach(_DETACH_LIMIT, moving)))
+            if self._leaving.get(disk.device.connection) is not None:
+                disk.front = disk.nbd = disk.listener = None
 
     @staticmethod
     def _give_up(disk: AttachedDisk, detached: threading.Event) -> None:
@@ -377,22 +448,36 @@ class BlockClients(_Group):
             log.warning("%s", complaint)
 
     def finished(self) -> bool:
-        """Whether every server ended its export for good."""
-        return all(connection.gone for connection in self.connections)
+        """Whether every server ended its export for good. What stood on one that did goes, sooner or later; to be asked
+        again and again."""
+        gone = [connection for connection in self.connections if connection.gone]
+        if len(gone) == len(self.connections):
+            return True
+        with self._books:
+            for connection in gone:
+                if connection not in self._leaving and not self._ended:
+                    with contextlib.suppress(OSError):      # no thread is to be had: asked again, it may be
+                        self._leaving[connection] = spawn(functools.partial(self._leave, connection),
+                                                          f"leave {connection.channels.name}")
+        return False
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per disk."""
         entries = []
         for disk in self.disks:
-            entry = disk.device.status()
+            entry, front, nbd, listener = disk.device.status(), disk.front, disk.nbd, disk.listener
             for each in (entry, *entry["devices"]):
-                each["device"] = disk.path
-            if disk.front is not None:
-                entry["attach"], entry["front"] = self.attach, dict(disk.front.disk.counters)
-                if self.attach == "fuse":
-                    entry["fuse_uring"] = disk.front.disk.ring
-            if disk.listener is not None:
-                entry["nbd"] = {"socket": disk.socket, "counters": {} if disk.nbd is None else disk.nbd.counters}
+                each["device"] = "-" if front is None else str(front.device)
+            try:
+                if front is not None:
+                    entry["attach"], entry["front"] = self.attach, dict(front.disk.counters)
+                    if self.attach == "fuse":
+                        entry["fuse_uring"] = front.disk.ring
+                if listener is not None:
+                    entry["nbd"] = {"socket": str(listener.path), "counters": {} if nbd is None else nbd.counters}
+            except ValueError:      # closed at this moment
+                if not disk.detached:
+                    raise
             entries.append(entry)
         return entries
 

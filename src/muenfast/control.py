@@ -14,16 +14,20 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from muenfast import shm
+from muenfast.errors import MuenfastError, UsageError, describe
 
 log = logging.getLogger("muenfast")
 
 _PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _LINE = 1 << 16  # bytes of a request
+_TEXT, _TEXTS = 4096, 256  # characters of a field; texts in a list
 _ANSWER_TIMEOUT = 2.0  # seconds
+MOST_SLOW = 16  # operations under way in one process
 
 
 def _directory() -> str:
@@ -46,11 +50,61 @@ class _At:
         os.close(self._fd)
 
 
-class ControlServer:
-    """Answers {"command": "status"} with what `status()` returns (JSON-able); open until close()."""
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One thing that may be asked for.
 
-    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
-        self._status = status
+    run: called with the request's fields by name; what it returns (JSON-able) is the answer. fields: kind of each, one of
+    KINDS; required: those that must be there. quick: it waits for nothing; of the others MOST_SLOW may be under way.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    quick: bool = True
+
+    def take(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The request's fields, checked; null is the same as none. Raises UsageError."""
+        found = {name: value for name, value in request.items() if name != "command" and value is not None}
+        for name, value in found.items():
+            if name not in self.fields:
+                raise UsageError(f"this command has no such field, but {', '.join(self.fields) or 'none'}", option="field",
+                                 value=name)
+            what, good = KINDS[self.fields[name]]
+            if not good(value):
+                raise UsageError(f"the field {name} is {what}", value=json.dumps(value)[:80])
+        for name in self.required:
+            if name not in found:
+                raise UsageError("the field is missing", option="field", value=name)
+        return found
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str and len(value) <= _TEXT and "\0" not in value
+
+
+# What a field may hold, for messages and as a test.
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": (f"a string of at most {_TEXT} characters", _is_text),
+    "texts": (f"a list of 1 to {_TEXTS} such strings",
+              lambda value: type(value) is list and 0 < len(value) <= _TEXTS and all(map(_is_text, value))),
+    "number": ("a whole number from 0 to 2^62", lambda value: type(value) is int and 0 <= value <= 1 << 62),
+    "flag": ("true or false", lambda value: type(value) is bool),
+}
+
+
+class ControlServer:
+    """Answers {"command": NAME, FIELD: VALUE, ...} with what that command returns; open until close().
+
+    commands: all there are. The answer has "ok"; where that is false "error", one line, and "status", as the command line
+    ends with it: 2 for what nobody could have done, 1 for what failed.
+    """
+
+    def __init__(self, commands: Mapping[str, Command]) -> None:
+        self._commands = dict(commands)
+        self._slow = threading.BoundedSemaphore(MOST_SLOW)
+        self._answering: set[threading.Thread] = set()
+        self._books = threading.Lock()  # of _answering
         self._path = os.path.join(_directory(), f"{os.getpid()}.sock")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -65,7 +119,7 @@ class ControlServer:
                     os.unlink(self._path)
                     self._socket.bind(at)
             os.chmod(self._path, 0o600)
-            self._socket.listen(8)
+            self._socket.listen(64)
         except BaseException:
             self._socket.close()
             raise
@@ -82,29 +136,73 @@ class ControlServer:
                 log.warning("control: %s", error.strerror)  # out of descriptors, say: that may pass
                 time.sleep(1.0)
                 continue
+            # One thread each: who sends nothing, or asks for what takes long, keeps nobody waiting.
+            thread = threading.Thread(target=self._attend, args=(connection,), name="control of one", daemon=True)
+            with self._books:
+                self._answering.add(thread)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads are to be had
+                with self._books:
+                    self._answering.discard(thread)
+                self._attend(connection)
+
+    def _attend(self, connection: socket.socket) -> None:
+        try:
             with connection:
                 connection.settimeout(_ANSWER_TIMEOUT)
                 try:
                     self._answer(connection)
-                except (OSError, ValueError, RecursionError) as error:  # of the last: JSON nested too deep
+                except (OSError, ValueError) as error:
                     log.warning("control: a request was not answered: %s", error)
+        finally:
+            with self._books:
+                self._answering.discard(threading.current_thread())
 
     def _answer(self, connection: socket.socket) -> None:
         _, uid, _ = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
         if uid not in (0, os.geteuid()):
             raise PermissionError(errno.EPERM, f"user {uid} may not ask")
         with connection.makefile("rwb") as stream:
-            request = json.loads(stream.readline(_LINE))
-            if isinstance(request, dict) and request.get("command") == "status":
-                answer = {"ok": True, "pid": os.getpid(), "monotonic": time.monotonic(), **self._status()}
-            else:
-                answer = {"ok": False, "error": "the commands are: status"}
+            answer = self._execute(stream.readline(_LINE))
             stream.write(json.dumps(answer).encode() + b"\n")
 
+    def _execute(self, line: bytes) -> dict[str, Any]:
+        try:
+            try:
+                request = json.loads(line)
+            except (ValueError, RecursionError) as error:  # of the last: JSON nested too deep
+                raise UsageError(f"a request is one line of JSON of at most {_LINE} bytes") from error
+            name = request.get("command") if isinstance(request, dict) else None
+            command = self._commands.get(name) if isinstance(name, str) else None
+            if command is None:
+                raise UsageError(f"the commands are: {', '.join(sorted(self._commands))}")
+            fields = command.take(request)
+            if not command.quick and not self._slow.acquire(blocking=False):
+                raise BlockingIOError(errno.EAGAIN, f"{MOST_SLOW} operations are under way: try again later")
+            try:
+                return {"ok": True, "pid": os.getpid(), "monotonic": time.monotonic(), **command.run(**fields)}
+            finally:
+                if not command.quick:
+                    self._slow.release()
+        except UsageError as error:
+            return {"ok": False, "pid": os.getpid(), "error": str(error), "status": 2}
+        except (MuenfastError, OSError) as error:
+            return {"ok": False, "pid": os.getpid(), "error": describe(error), "status": 1}
+        except Exception as error:
+            log.exception("control: a request failed")
+            return {"ok": False, "pid": os.getpid(), "error": f"{type(error).__name__}: {error}", "status": 1}
+
     def close(self) -> None:
-        """Stops answering and removes the socket."""
+        """Stops answering, once what is under way is done, and removes the socket."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
+        while True:
+            with self._books:
+                if not self._answering:
+                    break
+                thread = next(iter(self._answering))
+            thread.join()
         self._socket.close()
         try:
             os.unlink(self._path)
@@ -112,10 +210,11 @@ class ControlServer:
             log.warning("control: %s had been removed", self._path)
 
 
-def ask(pid: int, request: dict[str, Any]) -> dict[str, Any]:
-    """One request to the serving process `pid`. Raises OSError, ValueError."""
+def ask(pid: int, request: dict[str, Any], *, timeout: float | None = _ANSWER_TIMEOUT) -> dict[str, Any]:
+    """One request to the serving process `pid`. timeout: seconds to wait for its answer, None: no end. Raises OSError,
+    ValueError."""
     with _At(f"{pid}.sock") as at, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as s:
-        s.settimeout(_ANSWER_TIMEOUT)
+        s.settimeout(timeout)
         s.connect(at)
         with s.makefile("rwb") as stream:
             stream.write(json.dumps(request).encode() + b"\n")

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import index
@@ -55,6 +55,7 @@ class Connection:
     """The using side of one connection, and the thread that looks after it. Its disks are BlockDevices.
 
     channels: where. wants: number of a disk that must be there. The rest: as BlockDevice, which most programs need only.
+    resized: called by its thread once disks have another size; must not wait.
     """
 
     client: Client | BufferClient
@@ -68,6 +69,7 @@ class Connection:
         self._watch = watch
         self._depth = depth
         self._wants = wants
+        self.resized: Callable[[], None] | None = None
         self._geometry: tuple[tuple[int, int], ...] = ()
         self._store: bytes | None = None
         self._ready = threading.Event()
@@ -266,8 +268,10 @@ class Connection:
             log.info("disk %s: connected, %s bytes", self.channels.name,
                      ", ".join(str(blocks * length) for blocks, length in geometry))
             return True
-        same = self._same_store or (store is not None and store == self._store)
-        if geometry != self._geometry:
+        proven = store is not None and store == self._store
+        same = self._same_store or proven
+        resized = geometry != self._geometry
+        if resized and not (proven and self._grown(geometry)):
             self._give_up(f"the server returned with {_described(geometry)} instead of {_described(self._geometry)}")
         elif self._foreign():
             self._give_up("the server returned with another buffer: name the same one on both sides")
@@ -276,11 +280,21 @@ class Connection:
                           "the server that returned does not say which store it has (--same-store trusts it)")
         else:
             before = self.client.counters["reissued"]
-            if not self.client.resume():
+            if not self.client.resume(resized=resized):
                 return False
-            self._returns.warning("the server is back, %d requests issued again",
-                                  self.client.counters["reissued"] - before)
+            again, self._geometry = self.client.counters["reissued"] - before, geometry
+            if resized:
+                self._returns.warning("the server is back with %s, %d requests issued again", _described(geometry), again)
+                if self.resized is not None:
+                    self.resized()
+            else:
+                self._returns.warning("the server is back, %d requests issued again", again)
         return True
+
+    def _grown(self, geometry: tuple[tuple[int, int], ...]) -> bool:
+        """Whether that can be the same disks with other numbers of blocks."""
+        return (self._misshapen() is None
+                and [length for _, length in geometry] == [length for _, length in self._geometry])
 
     def _give_up(self, why: str) -> None:
         self._failure = why

@@ -6,6 +6,7 @@ Results of a ring operation (no data, overrun, ...) are not errors: see muenfast
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 log = logging.getLogger("muenfast")
@@ -79,6 +80,16 @@ class BrokenChannelError(MuenfastError):
         self.channel = channel
         super().__init__(f"channel {channel}: its memory was taken away (the region was truncated); "
                          f"make it anew and start again")
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line; of an OSError what the kernel refused and the path, once, without the number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    path = error.filename
+    if path is None or os.fsdecode(path) in error.strerror:
+        return error.strerror
+    return f"{os.fsdecode(path)}: {error.strerror}"
 
 
 class PeerLog:

@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from muenfast import params, shm
 from muenfast._blk import Group, Server
 from muenfast._buffer import BufferServer
 from muenfast._ring import Watch
-from muenfast.backing import DEFAULT_DEVICE, DEFAULT_POOL, DEFAULT_TIMEOUT, Backing, Device, open_device
+from muenfast.backing import DEFAULT_DEVICE, DEFAULT_POOL, DEFAULT_TIMEOUT, Backing, Device, open_device, resized_text
 from muenfast.backing.faults import Fault, faults_from_list
 from muenfast.channel import End
 from muenfast.connection import BLOCK, Channels, Options, blame, channels_from_lists, place
@@ -87,14 +87,25 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
     for option, texts in ((called.pool, pools), (called.timeout, timeouts)):
         _check_user(option, texts, parsed, faults if option == called.timeout else None)
     count = len(channels)
-    threads = _of_all(pools, count, DEFAULT_POOL, lambda i, text: params.number(
-        called.pool, i, text, least=1, most=MOST_POOL, what="a number of threads"))
+    threads = _of_all(pools, count, DEFAULT_POOL, lambda i, text: _threads(called.pool, i, text))
     seconds = _of_all(timeouts, count, DEFAULT_TIMEOUT, lambda i, text: _seconds(called.timeout, i, text))
     planned = (faults or [()]) * (count if faults is None or len(faults) == 1 else 1)
     configs = [ExportConfig(*three, pool=workers, timeout=limit, faults=plan) for three, workers, limit, plan in zip(
         zip(channels, parsed, flagged, strict=True), threads, seconds, planned, strict=True)]
     check_devices(configs)
     return configs
+
+
+def of_store(devices: Sequence[Device], called: Options, *, pool: str | None = None, timeout: str | None = None,
+             inject: str | None = None) -> tuple[int, float, tuple[Fault, ...]]:
+    """What one export has for all its disks: threads, seconds and faults. Raises UsageError."""
+    faults = [()] if inject is None else faults_from_list(called.inject, inject)
+    if len(faults) != 1:
+        raise UsageError("one export has one list of faults, joined by +", option=called.inject, value=inject)
+    for option, text in ((called.pool, pool), (called.timeout, timeout)):
+        _check_user(option, [text or ""], devices, faults if option == called.timeout else None)
+    return (_threads(called.pool, 0, pool) if pool else DEFAULT_POOL,
+            _seconds(called.timeout, 0, timeout) if timeout else DEFAULT_TIMEOUT, faults[0])
 
 
 def _of_all(texts: list[str] | None, count: int, default: _T, parse: Callable[[int, str], _T]) -> list[_T]:
@@ -112,6 +123,11 @@ def _check_user(option: str, texts: list[str] | None, devices: Sequence[Device],
                                           for fault in (faults[each] if len(faults) > 1 else faults[0]))
         if text and not late and not any(devices[each].kind == "py" for each in meant):
             raise UsageError("only a disk written in Python (py:MODULE:CLASS) has one", option=option, index=i, value=text)
+
+
+def _threads(option: str, index: int, text: str) -> int:
+    """The size of a pool. Raises UsageError."""
+    return params.number(option, index, text, least=1, most=MOST_POOL, what="a number of threads")
 
 
 def _seconds(option: str, index: int, text: str) -> float:
@@ -146,6 +162,22 @@ def check_devices(configs: Sequence[ExportConfig]) -> None:
                 params.apart([place(option, config.channels.index, locator), store], "a disk is no channel")
 
 
+class _Change:
+    """Something to be done while an export's engine is closed. done: it was, or failed with `error`, and the engine is open
+    again, or waits for its channels."""
+
+    def __init__(self, what: Callable[[], None]) -> None:
+        self.what = what
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self.what()
+        except BaseException as error:
+            self.error = error
+
+
 class Export:
     """What is served over one pair of channels: a disk, or with a buffer any number; open from construction to close().
 
@@ -166,6 +198,7 @@ class Export:
                         timeout=config.timeout)))
                     if config.faults:
                         self.backings[-1].store.inject([fault.plan for fault in config.faults], timeout=config.timeout)
+            self._sizes = self._measured()
             self._open()
             stack.callback(self._leave)
             self._stack = stack.pop_all()
@@ -173,13 +206,15 @@ class Export:
         self._ended = threading.Event()
         self._ended.set()
         self._broken = False
+        self._gone = False              # close() is for good
+        self._closed = False            # the engine is, until _reopened()
+        self._changing = threading.Lock()   # `_change`, and stopping the engine for it
+        self._change: _Change | None = None
         self._batches = -1
         self._peer = PeerLog(f"export {self.name}")
         self._comings = PeerLog(f"export {self.name}", most=20)
-        for device, backing, size in zip(config.devices, self.backings, self.sizes, strict=True):
-            if (tail := backing.store.size + backing.left_over - size) > 0:
-                log.warning("export %s: the last %d bytes of %s are no whole block of %d, and are not exported", self.name,
-                            tail, device.text, BLOCK if config.channels.buffer is None else 512)
+        for number in range(len(self.backings)):
+            self._say_tail(number)
 
     @property
     def name(self) -> str:
@@ -198,8 +233,18 @@ class Export:
     @property
     def sizes(self) -> list[int]:
         """Bytes a client can use on each disk. Inline events know blocks of 4096 bytes only."""
+        return self._sizes
+
+    def _measured(self) -> list[int]:
         stores = [backing.store for backing in self.backings]
         return [store.nblocks * BLOCK if self.config.channels.buffer is None else store.size for store in stores]
+
+    def _say_tail(self, number: int) -> None:
+        backing = self.backings[number]
+        if (tail := backing.store.size + backing.left_over - self.sizes[number]) > 0:
+            unit = BLOCK if self.config.channels.buffer is None else backing.store.block_size
+            log.warning("export %s: the last %d bytes of %s are no whole block of %d, and are not exported", self.name,
+                        tail, self.config.devices[number].text, unit)
 
     @property
     def shares(self) -> bool:
@@ -279,13 +324,19 @@ class Export:
 
     def _leave(self) -> None:
         with self._waiting():
-            self.server.close()
+            self.server.close(gone=self._gone)
         self._close_ends()
 
     def _serve(self) -> None:
         try:
             while not self._stop.is_set():
+                if self._closed:
+                    self._follow()
+                    continue
                 event = self.server.run(_TICK)
+                if event == "stopped":
+                    self._follow()      # unless it ends
+                    continue
                 if event != "tick":
                     self._happened(event)
                     continue
@@ -297,6 +348,7 @@ class Export:
                     self._stop.wait(_TICK)
         finally:
             self._ended.set()
+            self._refuse()
 
     def _happened(self, event: str) -> None:
         if event == "connected":
@@ -330,27 +382,97 @@ class Export:
         return not self.server.connected or any(os.path.exists(end.locator.path) for end in stale)
 
     def _follow(self) -> None:
-        """Leaves the channels' old memory for the new one, as soon as that can be had."""
-        # An end whose name is as it was is kept, for a plain peer that is in nobody's books would be left alone there.
-        old = self.server
-        with self._waiting():
-            old.close()
+        """Leaves the channels' old memory for the new one, as soon as that can be had; does what change() wants meanwhile.
+        """
         complaint = ""
         while not self._stop.is_set():
             try:
-                if self._broken and not all(end.replaced() or end.remap() for end in self._ends):
-                    self._stop.wait(_TICK)
-                    continue
-                self._open(self._ends)
-                self.server.inherit(old)  # type: ignore[arg-type]  # an export has engines of one kind
-                self._broken = False
-                log.info("export %s: channels were made anew", self.name)
-                return
+                if self._reopened():
+                    return
             except Exception as error:
                 if str(error) != complaint:
                     complaint = str(error)
                     log.warning("export %s: waiting for its channels: %s", self.name, error)
-                self._stop.wait(_TICK)
+            self._stop.wait(_TICK)
+
+    def _reopened(self) -> bool:
+        """Closes the engine, does what change() wants, and opens another one, in the channels' memory of now; False where
+        that cannot be had yet. Raises OSError, UsageError, ClaimError, PeerError likewise. The serving thread's."""
+        # An end whose name is as it was is kept, for a plain peer that is in nobody's books would be left alone there.
+        old = self.server
+        with self._changing:            # nobody stops another engine on its account
+            change, self._change = self._change, None
+        if not self._closed:
+            with self._waiting():
+                old.close()
+            self._closed = True
+        if change is not None:
+            change.run()
+        try:
+            if self._broken and not all(end.replaced() or end.remap() for end in self._ends):
+                return False
+            before, anew = self._ends, self._broken
+            self._open(self._ends)
+            self.server.inherit(old)  # type: ignore[arg-type]  # an export has engines of one kind
+            self._broken = self._closed = False
+            if anew or self._ends != before:
+                log.info("export %s: channels were made anew", self.name)
+            return True
+        finally:
+            if change is not None:
+                change.done.set()
+
+    def _refuse(self) -> None:
+        """Ends a change that nobody will make any more."""
+        with self._changing:
+            change, self._change = self._change, None
+        if change is not None:
+            change.error = UsageError("the export has ended")
+            change.done.set()
+
+    def change(self, what: Callable[[], None]) -> None:
+        """Runs what() while no engine uses the stores, and goes on serving: to the client that is a restart. Raises what
+        what() does; UsageError where the export is not served any more. One at a time."""
+        change = _Change(what)
+        self._change = change
+        while not change.done.is_set():
+            with self._changing:
+                if self._change is change:
+                    self.server.stop()
+            if self._ended.is_set():
+                self._refuse()
+            change.done.wait(0.05)
+        if change.error is not None:
+            raise change.error
+
+    def resize(self, number: int, size: int | None, *, force: bool = False) -> bool:
+        """Gives disk `number` another size, None: the one that what is behind it has by now; whether that is another.
+
+        The client keeps the disk. Raises UsageError, OSError; the disk is as it was then.
+        """
+        backing = self.backings[number]
+        if not backing.check_resize(size, force):
+            return False
+        before = self.sizes
+
+        def resize() -> None:
+            old = backing.store
+            try:
+                backing.resize(size, force)
+            finally:
+                backing.store.inherit(old)
+            device = self.config.devices[number]
+            if device.kind in ("ram", "null"):
+                size_now = backing.store.size
+                device = replace(device, text=resized_text(device.kind, size_now), size=size_now)
+            devices = [*self.config.devices]
+            devices[number] = device
+            self.config = replace(self.config, device=devices[0], further=tuple(devices[1:]))
+            self._sizes = self._measured()
+
+        self.change(resize)
+        self._say_tail(number)
+        return self.sizes != before
 
     def status(self) -> dict[str, Any]:
         """What `muenfast stat` shows."""
@@ -380,8 +502,10 @@ class Export:
         self._stop.set()
         self.server.stop()
 
-    def close(self) -> None:
-        """Finishes what is executing, tells the client "back later", leaves the channels, frees the device."""
+    def close(self, *, gone: bool = False) -> None:
+        """Finishes what is executing, tells the client "back later", or (gone) that this was for good, leaves the channels,
+        frees the device."""
+        self._gone = self._gone or gone
         self.stop()
         while not self._ended.wait(0.05):
             self.server.stop()
@@ -460,12 +584,32 @@ class Crew:
     def _happened(self, export: Export, event: str) -> None:
         if event == "stopped":
             self._part(export)
-            export._ended.set()
+            if export._stop.is_set():
+                export._ended.set()
+                export._refuse()
+            else:
+                self._change(export)
             return
         export._happened(event)
         self._starts[export] += event in ("connected", "incompatible")
         if event in ("overrun", "unruly") or self._starts[export] > self.MOST_STARTS:
             self._alone(export, "its client makes others wait")
+
+    def _change(self, export: Export) -> None:
+        """Does what Export.change() wants of one that has parted."""
+        try:
+            if export._reopened():
+                assert isinstance(export.server, Server)
+                self._group.add(export.server)
+                self._exports[export.server] = export
+                return
+        except Exception as error:
+            log.warning("export %s: waiting for its channels: %s", export.name, error)
+        try:
+            export._spawn()     # which waits for them
+        except OSError as error:
+            export._ended.set()
+            log.error("export %s is not served any more: %s", export.name, error.strerror)
 
     def _look(self, export: Export) -> None:
         self._starts[export] = 0

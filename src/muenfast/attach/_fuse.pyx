@@ -37,7 +37,7 @@ from muenfast._target cimport (
     COLLECT_OVER, COLLECT_SOME, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, attendance_t, io_t, submit_fn,
 )
 from muenfast._thread cimport *
-from muenfast._wire cimport load_relaxed32, now_ns, online_cpus
+from muenfast._wire cimport load_relaxed32, load_relaxed64, now_ns, online_cpus, store_relaxed64
 
 cdef extern from *:
     """
@@ -77,6 +77,16 @@ cdef extern from *:
     }
     enum { CUSTOM_IO = 0 };
     #endif
+
+    /* Has the kernel ask for a file's attributes again; 0 or -1 with errno. Waits for nobody. */
+    static int forget_attributes(int fd, uint64_t ino)
+    {
+        struct {
+            struct fuse_out_header header;
+            struct fuse_notify_inval_inode_out inode;
+        } notice = {{sizeof(notice), FUSE_NOTIFY_INVAL_INODE, 0}, {ino, -1, 0}};   /* off -1: no page of it */
+        return write(fd, &notice, sizeof(notice)) == (ssize_t)sizeof(notice) ? 0 : -1;
+    }
 
     /* What the kernel puts before the payload of a FUSE_WRITE. */
     enum { WRITE_HEADER = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in) };
@@ -118,7 +128,9 @@ cdef extern from *:
         ssize_t (*writev)(int fd, iovec_t *parts, int n, void *userdata) noexcept nogil
         ssize_t (*read)(int fd, void *buf, size_t n, void *userdata) noexcept nogil
     int session_over(fuse_session *se, const custom_io_t *io, int fd)
+    int forget_attributes(int fd, uint64_t ino)
     enum: WRITE_HEADER
+    enum: FUSE_SET_ATTR_SIZE
     enum: FOPEN_DIRECT_IO
     enum: FOPEN_NOFLUSH
     enum: FOPEN_PARALLEL_DIRECT_WRITES
@@ -370,7 +382,7 @@ cdef struct disk_t:
     submit_fn submit
     const attendance_t *attendance
     void *ctx
-    uint64_t size               # bytes
+    uint64_t size               # bytes; atomic: resized()
     uint32_t block              # bytes of a block
     bint read_only
     bint discards               # the target takes IO_DISCARD and IO_ZERO ...
@@ -733,15 +745,16 @@ cdef void submit(disk_t *d, fuse_req_t req, uint32_t kind, uint64_t block, uint3
 
 cdef int move(disk_t *d, request_t *r, uint32_t kind, uint64_t start, uint32_t size) noexcept nogil:
     """Makes the io of a read or write; 0, or the negative errno that answers it. Nothing to move: 1."""
+    cdef uint64_t end = load_relaxed64(&d.size)
     if (start | size) % d.block != 0 or size > FUSE_MAX_WRITE:
         return -EINVAL
     if kind == IO_READ:
-        if start >= d.size or size == 0:
+        if start >= end or size == 0:
             return 1
-        size = <uint32_t>min(<uint64_t>size, d.size - start)
+        size = <uint32_t>min(<uint64_t>size, end - start)
     elif d.read_only:
         return -EROFS
-    elif start > d.size or size > d.size - start:
+    elif start > end or size > end - start:
         return -EIO
     elif size == 0:
         return 1
@@ -805,8 +818,8 @@ cdef void fill_attr(disk_t *d, fuse_ino_t ino, stat_t *st) noexcept nogil:
     else:
         st.st_mode = S_IFREG | (0o400 if d.read_only else 0o600)
         st.st_nlink = 1
-        st.st_size = <long>d.size
-        st.st_blocks = <long>(d.size // 512)
+        st.st_size = <long>load_relaxed64(&d.size)
+        st.st_blocks = st.st_size // 512
 
 
 cdef void op_init(void *userdata, fuse_conn_info *conn) noexcept nogil:
@@ -841,7 +854,14 @@ cdef void op_getattr(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi) noexcep
 
 
 cdef void op_setattr(fuse_req_t req, fuse_ino_t ino, stat_t *attr, int to_set, fuse_file_info *fi) noexcept nogil:
-    fuse_reply_err(req, EPERM)
+    """Only to the size that the disk has by now: so the kernel learns of it. What it merely asks for, attributes, it takes
+    for old where a write ended meanwhile."""
+    cdef stat_t st
+    fill_attr(<disk_t *>fuse_req_userdata(req), ino, &st)
+    if to_set & FUSE_SET_ATTR_SIZE and ino == INO_DISK and attr.st_size == st.st_size:
+        fuse_reply_attr(req, &st, FOREVER)
+    else:
+        fuse_reply_err(req, EPERM)
 
 
 cdef void op_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, fuse_file_info *fi) noexcept nogil:
@@ -897,7 +917,7 @@ cdef void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_
     asked for and the blocks may be freed (drivers/block/loop.c, REQ_OP_WRITE_ZEROES). So where what is discarded may read
     as anything there are none: else every discard, of which nobody wants the zeros, would write them."""
     cdef disk_t *d = <disk_t *>fuse_req_userdata(req)
-    cdef uint64_t start = <uint64_t>off, size = <uint64_t>length
+    cdef uint64_t start = <uint64_t>off, size = <uint64_t>length, end = load_relaxed64(&d.size)
     if not d.discards:
         fuse_reply_err(req, ENOSYS)     # which the kernel remembers
     elif d.read_only:
@@ -907,7 +927,7 @@ cdef void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_
         fuse_reply_err(req, EOPNOTSUPP)
     elif off < 0 or length <= 0 or (start | size) % d.block != 0:
         fuse_reply_err(req, EINVAL)
-    elif start > d.size or size > d.size - start:
+    elif start > end or size > end - start:
         fuse_reply_err(req, EIO)
     elif size // d.block > MOST_BLOCKS:
         fuse_reply_err(req, EFBIG)
@@ -921,7 +941,7 @@ cdef void op_statfs(fuse_req_t req, fuse_ino_t ino) noexcept nogil:
     cdef statvfs_t st
     memset(&st, 0, sizeof(st))
     st.f_bsize = st.f_frsize = BLOCK
-    st.f_blocks = d.size // BLOCK
+    st.f_blocks = load_relaxed64(&d.size) // BLOCK
     st.f_files = 1
     st.f_namemax = 255
     fuse_reply_statfs(req, &st)
@@ -1535,6 +1555,23 @@ cdef class FuseDisk:
         d.watched, d.n_watched = new, n
         pthread_mutex_unlock(&d.lock)
         free(old)
+
+    def resized(self):
+        """Takes over the target's size, and has the kernel take it over; not from a thread that is in run().
+
+        What the kernel knows of a file that is written it takes from nobody but who sets it, which may wait for writes
+        under way. Raises OSError (filename set).
+        """
+        cdef disk_t *d = self._open()
+        cdef uint64_t size = self.target.nblocks * self.target.block_size
+        path = os.path.join(self.mountpoint, "disk")
+        store_relaxed64(&d.size, size)
+        if not d.read_only:
+            os.truncate(path, size)
+        elif forget_attributes(d.fuse_fd, INO_DISK) != 0:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, path)
+        else:
+            os.stat(path)
 
     def exit(self):
         """End the session now: abort the connection, so that whoever waits for it gets an error.

@@ -27,7 +27,9 @@ import os
 from muenfast._system cimport *
 from muenfast._target cimport IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, Target, io_t, submit_fn
 from muenfast._thread cimport *
-from muenfast._wire cimport fetch_add_acqrel32, load_acquire32, load_relaxed32, store_relaxed32, store_release32
+from muenfast._wire cimport (
+    fetch_add_acqrel32, load_acquire32, load_relaxed32, load_relaxed64, store_relaxed32, store_relaxed64, store_release32,
+)
 
 from muenfast.errors import UsageError
 
@@ -283,7 +285,7 @@ cdef struct noted_t:
 cdef struct disk_t:
     submit_fn submit
     void *ctx
-    uint64_t size               # bytes
+    uint64_t size               # bytes; atomic: resized()
     uint32_t block              # bytes
     bint read_only
     bint discards
@@ -878,6 +880,7 @@ cdef const char *refuse(conn_t *c, nbd_request *q, int *error) noexcept nogil:
     """What is wrong with a request, NULL if nothing is: a text, and the errno that goes with it."""
     cdef disk_t *d = c.disk
     cdef uint32_t allowed = CMD_FLAG_FUA
+    cdef uint64_t size
     error[0] = -EINVAL
     if q.type == CMD_READ:
         if c.structured:
@@ -899,7 +902,8 @@ cdef const char *refuse(conn_t *c, nbd_request *q, int *error) noexcept nogil:
         return "this disk does not take trims"
     if (q.type == CMD_READ or q.type == CMD_WRITE) and q.length > MAX_LENGTH:
         return "longer than the maximum block size"
-    if q.offset > d.size or q.length > d.size - q.offset:
+    size = load_relaxed64(&d.size)
+    if q.offset > size or q.length > size - q.offset:
         if q.type == CMD_WRITE or q.type == CMD_WRITE_ZEROES:
             error[0] = -ENOSPC
         return "beyond the end of the disk"
@@ -1297,6 +1301,10 @@ cdef class NbdDisk:
         if self.d == NULL:
             raise ValueError("operation on a closed NbdDisk")
         return self.d
+
+    def resized(self):
+        """Takes over the target's size: what reaches beyond it is refused from now on."""
+        store_relaxed64(&self._open().size, self.target.nblocks * self.target.block_size)
 
     def add(self, int fd, bint structured):
         """Serve a connected stream socket whose negotiation has ended; it is ours from then on, and closed by us.

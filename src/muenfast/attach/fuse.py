@@ -150,6 +150,13 @@ class FuseAttachment:
         return {"pid": os.getpid(), "name": self.name, "device": self.device, "mountpoint": self.mountpoint,
                 "loop": self.loop, "connection": self.disk.connection, "watchdog": self._leash.pid}
 
+    def resized(self) -> None:
+        """Gives the device the target's size, whoever uses it. May wait for the target. Raises OSError (filename set)."""
+        self.disk.resized()
+        if self._owns_loop():
+            loop.resized(self.loop, self.disk.target.nblocks * self.disk.target.block_size)
+        self.partitions.look()
+
     @property
     def failed(self) -> bool:
         """Whether the session ended by itself (somebody aborted it): the device only fails from then on."""

@@ -25,6 +25,7 @@ LOOP_MAJOR = 7
 _RENEWALS = 16                  # most devices that are made anew for one that discards: then it does without
 LOOP_CLR_FD = 0x4C01
 LOOP_GET_STATUS64 = 0x4C05
+LOOP_SET_CAPACITY = 0x4C07
 LOOP_CONFIGURE = 0x4C0A         # Linux 5.8
 LOOP_CTL_REMOVE = 0x4C81
 LOOP_CTL_GET_FREE = 0x4C82
@@ -216,6 +217,23 @@ def _tune(number: int, max_io: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:     # EINVAL: built without that scheduler's switch
             raise
+
+
+def resized(number: int, size: int) -> None:
+    """The device takes over its file's size, which is `size` bytes by now; whoever has it open keeps it.
+
+    May wait for the device's outstanding writes. Raises OSError (filename set).
+    """
+    device = os.open(path_of(number), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(device, LOOP_SET_CAPACITY)
+        if (has := os.lseek(device, 0, os.SEEK_END)) != size:
+            raise OSError(errno.EAGAIN, f"the kernel gives the device {has} bytes instead of {size}", path_of(number))
+    except OSError as error:
+        error.filename = path_of(number)
+        raise
+    finally:
+        os.close(device)
 
 
 def detach(number: int, timeout: float = 1.0) -> bool:

@@ -182,6 +182,10 @@ class NbdServer:
             return flags | READ_ONLY
         return flags | SEND_WRITE_ZEROES | SEND_FAST_ZERO | (SEND_TRIM if self.target.discards else 0)
 
+    def resized(self) -> None:
+        """Takes over the target's size. Clients that are there do not learn of it; those to come do."""
+        self.disk.resized()
+
     @property
     def size(self) -> int:
         """Bytes of the export."""

@@ -151,6 +151,16 @@ class NbdAttachment:
             watchdog.attribute(_SOCKETS, watchdog.attribute(_SOCK_ITEM, fd)))))
         self.number, = struct.unpack("=I", reply[watchdog.NBD_ATTR_INDEX])
 
+    def resized(self) -> None:
+        """Gives the device the target's size, whoever uses it. Raises OSError."""
+        self.disk.resized()
+        if self._is_ours():
+            watchdog.nbd_call(watchdog.NBD_CMD_RECONFIGURE, b"".join((
+                watchdog.attribute(watchdog.NBD_ATTR_INDEX, struct.pack("=I", self.number)),
+                watchdog.attribute(_SIZE_BYTES, struct.pack("=Q", self.disk.size)),
+                watchdog.attribute(_BACKEND_IDENTIFIER, self.identifier.encode("utf-8", "surrogateescape") + b"\0"))))
+        self.partitions.look()
+
     def _tune(self) -> None:
         """No scheduler: the far side merges."""
         try:

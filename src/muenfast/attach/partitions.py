@@ -153,6 +153,11 @@ class Partitions:
         self._wake, self._event = (-1, -1), -1
         return True
 
+    def look(self) -> None:
+        """Has the thread look again, soon: the disk has another size, say."""
+        if not self._stopping and self._wake[1] >= 0:
+            os.write(self._wake[1], b"l")
+
     def open_all(self) -> list[int]:
         """Descriptors of all partitions, by our nodes, for whoever has to flush them."""
         found = []
@@ -204,7 +209,7 @@ class Partitions:
                 news |= self._drain()
             else:
                 news = True
-                if fd == self._event:
+                if not self._stopping:      # what stop() wrote stays: there is nothing more to wait for
                     with contextlib.suppress(BlockingIOError):
                         os.read(fd, 8)
         return news

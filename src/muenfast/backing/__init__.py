@@ -86,6 +86,21 @@ class Backing:
     disk = 0
     left_over = 0
 
+    def check_resize(self, size: int | None, force: bool) -> bool:
+        """Whether resize() would change anything, or may. Raises what it would, as far as that is known before; engines may
+        run."""
+        if type(self).resize is Backing.resize:
+            self.resize(size, force)
+        return True
+
+    def resize(self, size: int | None, force: bool) -> None:
+        """Gives the disk another size, and `store` anew with the same identity and blocks; no engine may use the old one.
+
+        size: bytes, a multiple of the store's block_size and at least BLOCK; None: what is behind the disk has by now.
+        force: it may become smaller. Raises UsageError, OSError; `store` then holds what it did before.
+        """
+        raise UsageError("this kind of disk keeps its size", hint="destroy the export, and create it with another one")
+
     def keep(self) -> None:
         """What opening made stays; without this call close() takes it away again."""
 
@@ -98,6 +113,19 @@ class Backing:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def check_shrink(old: int, new: int, force: bool) -> None:
+    """Raises UsageError where a disk of `old` bytes would lose some without force."""
+    if new < old and not force:
+        raise UsageError(f"the disk has {old} bytes: what is beyond the new end would be lost", value=new,
+                         hint="--force cuts it off")
+
+
+def resized_text(kind: str, size: int) -> str:
+    """ram:SIZE or null:SIZE of a disk whose size has changed."""
+    power = next(power for power in (30, 20, 10, 0) if size % (1 << power) == 0)
+    return f"{kind}:{size >> power}{ {30: 'G', 20: 'M', 10: 'K', 0: ''}[power]}"
 
 
 def open_device(device: Device, *, read_only: bool = False, option: str | None = None, index: int | None = None,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from muenfast import partition, shm
 from muenfast._store import Store
-from muenfast.backing import BLOCK, SECTOR, Backing, Device
+from muenfast.backing import BLOCK, SECTOR, Backing, Device, check_shrink
 from muenfast.errors import ClaimError, UsageError
 
 log = logging.getLogger("muenfast")
@@ -54,14 +54,48 @@ class FileBacking(Backing):
             if size < BLOCK:
                 raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}",
                                  option=option, index=index, value=device.text)
+            self._fd, self._direct, self._device = fd, direct, device
             if direct is not None and not _takes(direct, offset, SECTOR if size % BLOCK else BLOCK):
                 direct = None
             info = os.fstat(fd)
             self.disk = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
             self.store = Store.in_file(fd, size, direct=direct, offset=offset, read_only=read_only, identity=identity)
             self.left_over = size - self.store.size
-            stack.callback(self.store.close)
+            stack.callback(lambda: self.store.close())
             self._stack = stack.pop_all()
+
+    def check_resize(self, size: int | None, force: bool) -> bool:
+        if self._device.partition:
+            raise UsageError("a partition that is exported by its number is its bytes: they are its identity",
+                             hint="destroy the export, change the table, and create it anew")
+        now = os.lseek(self._fd, 0, os.SEEK_END)
+        if size is None:
+            if now < BLOCK:
+                raise UsageError(f"a disk has at least {BLOCK} bytes, this has {now}", value=self._device.text)
+            return now // self.store.block_size * self.store.block_size != self.store.size
+        if stat.S_ISBLK(os.fstat(self._fd).st_mode):
+            raise UsageError("a block device or partition has the size that it has",
+                             hint="change that; without a SIZE the export takes it over")
+        if self.store.read_only:
+            raise UsageError("the export is read-only, and so is its file", hint="without a SIZE the export takes over the "
+                             "file's present size")
+        check_shrink(max(self.store.size, now), size, force)    # the file may have changed since
+        return size != self.store.size or size != now
+
+    def resize(self, size: int | None, force: bool) -> None:
+        """A file grows by a hole. Without a size nothing is cut off: that has happened."""
+        self.check_resize(size, force)
+        old = self.store
+        if size is not None:
+            os.ftruncate(self._fd, size)
+        now = os.lseek(self._fd, 0, os.SEEK_END)
+        direct = self._direct
+        if direct is not None and not _takes(direct, 0, old.block_size):
+            direct = None
+        self.store = Store.in_file(self._fd, now, direct=direct, block_size=old.block_size, read_only=old.read_only,
+                                   identity=old.identity)
+        self.left_over = now - self.store.size
+        old.close()
 
     def close(self) -> None:
         self._stack.close()

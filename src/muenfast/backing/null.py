@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from muenfast._store import Store
-from muenfast.backing import Backing, Device
+from muenfast.backing import Backing, Device, check_shrink
+from muenfast.errors import UsageError
 
 
 class NullBacking(Backing):
@@ -11,6 +12,18 @@ class NullBacking(Backing):
 
     def __init__(self, device: Device) -> None:
         self.store = Store.null(device.size)
+
+    def check_resize(self, size: int | None, force: bool) -> bool:
+        if size is None:
+            raise UsageError("nothing is behind a null disk whose size it could take over", hint="name a SIZE")
+        check_shrink(self.store.size, size, force)
+        return size != self.store.size
+
+    def resize(self, size: int | None, force: bool) -> None:
+        self.check_resize(size, force)
+        assert size is not None
+        old, self.store = self.store, Store.null(size, identity=self.store.identity)
+        old.close()
 
     def close(self) -> None:
         self.store.close()

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from muenfast import shm
 from muenfast._store import Store
-from muenfast.backing import Backing, Device
+from muenfast.backing import Backing, Device, check_shrink
 from muenfast.errors import ClaimError, UsageError
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module names it from Python 3.13 on
@@ -21,11 +21,14 @@ class RamBacking(Backing):
 
     def __init__(self, device: Device, *, read_only: bool) -> None:
         self._made: shm.Locator | None = None
+        self._name = device.name
+        self._memory: mmap.mmap | None = None
         with ExitStack() as stack:
             if device.name is None:
                 # Private and not reserved: pages come with the first write to them.
                 memory = mmap.mmap(-1, device.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
                 stack.callback(memory.close)
+                self._memory = memory
                 self.store = Store.in_memory(memory, read_only=read_only, anonymous=True)
             else:
                 locator = shm.Locator.parse(device.name)
@@ -43,8 +46,27 @@ class RamBacking(Backing):
                 stack.enter_context(shm.claim(f"ram-{region.device}-{region.inode}", f"RAM disk {device.name}"))
                 identity = hashlib.blake2b(f"ram:{region.device}:{region.inode}:{_boot()}".encode(), digest_size=16)
                 self.store = Store.in_memory(region.view, read_only=read_only, identity=identity.digest())
-            stack.callback(self.store.close)
+            stack.callback(lambda: self.store.close())
             self._stack = stack.pop_all()
+
+    def check_resize(self, size: int | None, force: bool) -> bool:
+        if self._name is not None:
+            raise UsageError(f"the region {self._name} is never resized: other processes may have it mapped",
+                             hint="destroy the export, `muenfast chan rm` the region, and create it anew")
+        if size is None:
+            raise UsageError("nothing is behind a RAM disk whose size it could take over", hint="name a SIZE")
+        check_shrink(self.store.size, size, force)
+        return size != self.store.size
+
+    def resize(self, size: int | None, force: bool) -> None:
+        self.check_resize(size, force)
+        assert size is not None and self._memory is not None
+        old = self.store
+        old.close()     # mremap(2) moves what nobody holds: data stays, and is not copied
+        try:
+            self._memory.resize(size)
+        finally:
+            self.store = Store.in_memory(self._memory, read_only=old.read_only, identity=old.identity, anonymous=True)
 
     def keep(self) -> None:
         self._made = None

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from muenfast._user import LARGEST, MOST_WORKERS, UserStore
-from muenfast.backing import BLOCK, SECTOR, Backing, Device
+from muenfast.backing import BLOCK, SECTOR, Backing, Device, check_shrink
 from muenfast.errors import StoreError, UsageError
 from muenfast.threads import spawn
 
@@ -62,18 +62,22 @@ class UserBacking(Backing):
             self._end()
             raise
 
-    def _opened(self, read_only: bool, timeout: float) -> UserStore:
+    def _size(self) -> int:
         size = self._ask("get_size")
         if not isinstance(size, int) or not 0 <= size < 1 << 63:
-            raise StoreError(self._device.text, "get_size", f"returned {size!r}, no number of bytes below 2^63")
+            raise StoreError(self._device.text, "get_size()", f"returned {size!r}, no number of bytes below 2^63")
+        if size < BLOCK:
+            raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}", value=self._device.text)
+        return size
+
+    def _opened(self, read_only: bool, timeout: float) -> UserStore:
+        size = self._size()
         least, most = self._blocks()
         can = {name: self._can(name) for name in _CALLBACKS}
         calls: dict[str, Any] = {name: getattr(self._object, name) if can[name] else None for name in _CALLBACKS}
         bare = [name for name, call in calls.items() if call is not None and not _takes(call, _CALLBACKS[name] + 1)]
         zeroes = can["zero"] if not can["trim"] else bool(self._ask("trims_to_zero", missing=False))
         read_only = read_only or not can["pwrite"]
-        if size < BLOCK:
-            raise UsageError(f"a disk has at least {BLOCK} bytes, this has {size}", value=self._device.text)
         store = UserStore(size, **calls, bare=bare, failed=self._failed, most=most, timeout=timeout, zeroes=zeroes,
                           block_size=BLOCK if size % BLOCK == 0 or least > SECTOR else SECTOR, read_only=read_only,
                           identity=self._identity())
@@ -147,6 +151,22 @@ class UserBacking(Backing):
             self._ask("close")
         except StoreError as error:
             log.error("%s", error, exc_info=error.__cause__)
+
+    def check_resize(self, size: int | None, force: bool) -> bool:
+        if size is None:
+            return self._size() // self.store.block_size * self.store.block_size != self.store.size
+        if not callable(getattr(self._object, "resize", None)):
+            raise UsageError("its class has no method resize", value=self._device.text,
+                             hint="without a SIZE the export takes over what get_size() returns by now")
+        check_shrink(self.store.size, size, force)
+        return size != self.store.size
+
+    def resize(self, size: int | None, force: bool) -> None:
+        if size is not None:
+            self._ask("resize", size)
+        now = self._size()
+        self.store.resize(now)
+        self.left_over = now - self.store.size
 
     def close(self) -> None:
         self._end()

@@ -20,6 +20,7 @@ COMMANDS = {
     "modprobe": "serve as a kernel module of Muen's would: MODULE KEY=VALUE...",
     "modinfo": "the parameters of such a module",
     "chan": "list, show, create, remove and dump channels",
+    "ctl": "create, destroy, list and resize exports of a running `muenfast blk`",
     "stat": "what the serving processes of this user do",
     "doctor": "what this machine offers, and what dead processes left (--fix removes that)",
     "demo": "the whole way once: export, attach, ext4, real files, checksums",

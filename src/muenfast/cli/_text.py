@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+
+from muenfast.errors import describe
+
+__all__ = ["describe", "export_line", "word"]
 
 
 def word(text: str) -> str:
@@ -11,11 +16,7 @@ def word(text: str) -> str:
                    "".join(f"\\{byte:03o}" for byte in os.fsencode(each)) for each in text)
 
 
-def describe(error: Exception) -> str:
-    """An error in one line; of an OSError what the kernel refused and the path, once, without the number."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    path = error.filename
-    if path is None or os.fsdecode(path) in error.strerror:
-        return error.strerror
-    return f"{os.fsdecode(path)}: {error.strerror}"
+def export_line(req: str, resp: str, disks: Iterable[tuple[int, str]], *, read_only: bool, buffer: str | None) -> str:
+    """`export REQ RESP SIZE DEVICE [SIZE DEVICE ...] [read-only] [shm BUFFER]`."""
+    return " ".join(["export", word(req), word(resp), *(f"{size} {word(device)}" for size, device in disks),
+                     *(["read-only"] if read_only else []), *(["shm", word(buffer)] if buffer is not None else [])])

@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._serving import Stop, notify, say_ready
-from muenfast.cli._text import word
+from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
     from muenfast.blk import Channels, Export, ExportConfig
 
-SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads")
+SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads", "control")
+LISTS = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "pool",
+         "timeout", "inject")
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of both roles."""
     add = parser.add_argument
-    add("--req", metavar="L", required=True, help="request channels: NAME (POSIX shared memory), /path, "
+    add("--req", metavar="L", help="request channels: NAME (POSIX shared memory), /path, "
                                                   "/path@OFFSET+SIZE; client to server")
-    add("--resp", metavar="L", required=True, help="response channels, server to client")
+    add("--resp", metavar="L", help="response channels, server to client")
+    add("--control", action="store_true", default=None,
+        help="server: without --req and --resp begin with no export and serve what `muenfast ctl create` makes, until "
+             "SIGINT or SIGTERM; with them it changes nothing, since every server takes `muenfast ctl`")
     add("--client", action="store_true", help="attach the disks as /dev/muendiska, /dev/muendiskb, ...")
     add("--device", metavar="L", help="server: what to export: ram:SIZE[:NAME], null:SIZE, the PATH of a file, disk or "
                                       "partition, PATH#N: partition N of PATH, by its MBR or GPT, unless a file has "
@@ -93,6 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, SERVER_ONLY, "leave out --client, or give it to the server")
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
+    lists_given = [name for name in LISTS if getattr(arguments, name) is not None]
+    missing = [f"--{name}" for name in ("req", "resp") if getattr(arguments, name) is None]
+    if missing and (lists_given or not arguments.control):
+        without = "" if arguments.client else "muenfast blk --control begins without channels, "
+        raise UsageError("required: the channels of each connection", option=", ".join(missing),
+                         hint=f"{without}muenfast blk --help tells more")
     from muenfast.blk import channels_from_lists, exports_from_lists
 
     with Stop() as stop:
@@ -106,6 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
         threads = arguments.threads
         if threads is not None:
             threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
+        if not lists_given:
+            waiting(arguments)
+            return export_disks([], stop, threads)
         lists |= {name: getattr(arguments, name) for name in ("device", "read_only", "pool", "timeout", "inject")}
         return export_disks(exports_from_lists(**lists), stop, threads)
 
@@ -122,12 +136,17 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None) -> int:
     """The server; until stop. threads: see BlockServer."""
-    from muenfast.blk import BlockServer
-    from muenfast.control import ControlServer
+    from muenfast import __version__
+    from muenfast.control import Command, ControlServer
+    from muenfast.serving import ControlledServer
 
     with ExitStack() as stack:
-        server = stack.enter_context(BlockServer(configs, threads=threads))
-        control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
+        server = stack.enter_context(ControlledServer(configs, threads=threads))
+        control = ControlServer({
+            "status": Command(lambda: {"command": "blk", "entries": server.status()}),
+            "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
+                                     "exports": len(server.exports)}),
+            **server.commands()})
         stack.callback(control.close)
         say_ready([_line(export) for export in server.exports])
         stop.wait()
@@ -136,11 +155,10 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
 
 
 def _line(export: Export) -> str:
-    """`export REQ RESP SIZE DEVICE [SIZE DEVICE ...] [read-only] [shm BUFFER]`."""
     channels = export.config.channels
-    disks = [f"{size} {word(device.text)}" for size, device in zip(export.sizes, export.config.devices, strict=True)]
-    return " ".join(["export", word(channels.req.text), word(channels.resp.text), *disks,
-                     *(["read-only"] if export.read_only else [])]) + _buffer(channels)
+    return export_line(channels.req.text, channels.resp.text,
+                       [(size, device.text) for size, device in zip(export.sizes, export.config.devices, strict=True)],
+                       read_only=export.read_only, buffer=None if channels.buffer is None else channels.buffer.text)
 
 
 def _buffer(channels: Channels) -> str:
@@ -159,8 +177,9 @@ def _sockets(arguments: argparse.Namespace) -> list[str] | None:
 
 def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], stop: Stop) -> int:
     """The client, with the options CLIENT_ONLY; until stop, or all servers ended."""
+    from muenfast import __version__
     from muenfast.blk import BlockClients, OnPeerLoss
-    from muenfast.control import ControlServer
+    from muenfast.control import Command, ControlServer
 
     policy = OnPeerLoss.parse(arguments.on_peer_loss or "queue")
     sockets = _sockets(arguments)
@@ -169,7 +188,9 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
         clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
                                                    same_store=bool(arguments.same_store),
                                                    fuse_uring=arguments.fuse_uring or "auto"))
-        control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
+        control = ControlServer({
+            "status": Command(lambda: {"command": "blk --client", "entries": clients.status()}),
+            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
         stack.callback(control.close)
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
