@@ -86,9 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, SERVER_ONLY, "leave out --client, or give it to the server")
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
-    from muenfast.blk import channels_from_lists, exports_from_lists
+    with Stop() as stop:    # before modules are imported: an interrupt would be lost there
+        from muenfast.blk import channels_from_lists, exports_from_lists
 
-    with Stop() as stop:
         lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
                                                                  "size")},
                  "buffer": arguments.shm, "buffer_size": arguments.shm_size, **waiting(arguments)}
@@ -120,12 +120,20 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
 
     with ExitStack() as stack:
         server = stack.enter_context(BlockServer(configs, threads=threads))
+        _sweep()
         control = ControlServer(lambda: {"command": "blk", "entries": server.status()})
         stack.callback(control.close)
         say_ready([_line(export) for export in server.exports])
         stop.wait()
         notify("STOPPING=1")
         return 0
+
+
+def _sweep() -> None:
+    """Takes away what dead processes left, whatever its names; clients are served, or servers asked, meanwhile."""
+    from muenfast import doctor  # now: to load it takes longer than to begin to serve
+
+    doctor.sweep()
 
 
 def _line(export: Export) -> str:
@@ -164,6 +172,7 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
                                                    fuse_uring=arguments.fuse_uring or "auto"))
         control = ControlServer(lambda: {"command": "blk --client", "entries": clients.status()})
         stack.callback(control.close)
+        _sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
                        f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}{_buffer(d.device.channels)}"
