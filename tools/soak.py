@@ -732,6 +732,7 @@ class FioRig(DeviceRig):
         self.fio = Program(["fio", "--name=soak", f"--filename={self.node}", "--rw=randrw", "--verify=crc32c", "--direct=1",
                             "--ioengine=libaio", "--iodepth=16", "--bs=4k", "--runtime=3600", "--time_based",
                             "--verify_fatal=1", "--verify_backlog=512", "--fsync=64", "--verify_state_save=0", "--thread",
+                            "--allow_mounted_write=1",      # a dead client's mount may be listed with the same name
                             "--output-format=json", f"--output={self.json}", f"--aux-path={self.place}",
                             f"--randseed={self.dice.randrange(1 << 30)}"], self.place / "fio.log")
         self.programs.append(self.fio)
@@ -835,6 +836,7 @@ class Tally:
         self.start = time.monotonic()
         self.episodes = 0
         self.rig = ""
+        self.worst = (0.0, "")
 
     def kill(self, what: str) -> None:
         self.kills[what] += 1
@@ -845,12 +847,12 @@ class Tally:
 
     def resumed(self, kind: str, seconds: float) -> None:
         self.resumes.setdefault(kind, []).append(seconds)
+        self.worst = max(self.worst, (seconds, f"{kind} {self.kills.total()}, {self.rig}"))
 
     def show(self) -> None:
         if sys.stderr.isatty():
-            worst = max((max(each) for each in self.resumes.values()), default=0.0)
             print(f"\r\033[K{self.kills.total()} kills, {self.episodes} episodes, {time.monotonic() - self.start:.0f} s, "
-                  f"worst resume {worst * 1000:.0f} ms: {self.rig}", end="", file=sys.stderr, flush=True)
+                  f"worst resume {self.worst[0] * 1000:.0f} ms: {self.rig}", end="", file=sys.stderr, flush=True)
 
     def report(self, seed: int) -> None:
         kills = ", ".join(f"{what} {n}" for what, n in self.kills.items())
@@ -1054,9 +1056,9 @@ def main() -> int:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     tally.report(options.seed)
-    worst = 1000 * max((max(each) for each in tally.resumes.values()), default=0.0)
+    worst, where = 1000 * tally.worst[0], tally.worst[1]
     if options.within and worst > options.within:
-        print(f"soak: FAILED: service took {worst:.0f} ms to resume, not {options.within:g}")
+        print(f"soak: FAILED: service took {worst:.0f} ms to resume, not {options.within:g}: after {where}")
         status = 1
     if status == 0:
         print("soak: everything held, nothing was left behind")
