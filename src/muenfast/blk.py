@@ -37,6 +37,7 @@ ATTACHMENTS = ("auto", "fuse", "nbd", "none")
 _THREADS_PER_CPU = 4  # docs/decisions/006
 _WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
 _DETACH_PATIENCE = 2.0  # seconds without an answer until what is still dirty is given up
+_CLEANING = 5.0  # seconds for a process that cleans up after a dead client to give its name back
 _DETACH_LIMIT = 4.0  # seconds a device has to go away, once its disk stands still
 _DETACH_LOOK = 0.1  # seconds between looks whether it does
 
@@ -176,6 +177,19 @@ def _front_end(attach: str) -> str:
 def _check_sockets(paths: list[str], count: int | None) -> None:
     if count is not None and len(paths) != count:
         raise UsageError(f"there is one socket for each disk: {count}", option="--nbd", value=",".join(paths))
+
+
+def _claim_name(name: str) -> shm.Claim | None:
+    """The claim on a disk's name; None where it is somebody's. One who only cleans up after a dead client is waited for."""
+    end = time.monotonic() + _CLEANING
+    while True:
+        try:
+            return shm.claim(f"name-{name}", f"/dev/{name}")
+        except ClaimError:
+            holder = shm.holder(f"name-{name}")
+            if holder is not None and not holder.get("cleaning") or time.monotonic() > end:
+                return None
+        time.sleep(0.01)
 
 
 class AttachedDisk:
@@ -370,9 +384,8 @@ class BlockClients(_Group):
         directory = shm.runtime_dir()
         for name in loop.device_names():
             # A name is free when nobody alive claims it; what a dead client left under it goes first.
-            try:
-                claim = shm.claim(f"name-{name}", f"/dev/{name}")
-            except ClaimError:
+            claim = _claim_name(name)
+            if claim is None:
                 continue
             try:
                 for complaint in fuse.reclaim_name(directory, name) + nbdkernel.reclaim_name(directory, name):

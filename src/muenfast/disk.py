@@ -25,6 +25,7 @@ log = logging.getLogger("muenfast")
 
 _TICK = 0.2  # seconds between looks at names, claims and policies
 _PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
+_SILENCE = 5.0  # seconds without an answer before that is said, where no policy names another time
 _ENDS = ("request", "response", "buffer")  # what Channels.open returns, and engines call them
 
 
@@ -79,11 +80,13 @@ class Connection:
         self._complaint = ""
         self._peer = PeerLog(f"disk {self.channels.name}")
         self._returns = PeerLog(f"disk {self.channels.name}")   # a loss just before does not keep one of them back
+        self._silence = PeerLog(f"disk {self.channels.name}")
         self._broken = False
         self._closing = threading.RLock()
         self._closed = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
+        self._stuck = False  # whether a server that lives gives no answer
         self._open()
         self._thread = threading.Thread(target=self._run, name=f"disk {channels.name}", daemon=True)
         try:
@@ -159,11 +162,13 @@ class Connection:
             now = time.monotonic()
             if state == "answered":
                 if self._answered():
-                    lost_since, self._dead = 0.0, False
+                    lost_since, self._dead, self._stuck = 0.0, False, False
             elif state == "lost":
+                if self._stuck and (self._server_died() or not self._known and not self.client.server_active):
+                    self._stuck, lost_since = False, 0.0
                 if not lost_since:
                     lost_since = now
-                    if not self._dead:
+                    if not self._dead and not self._stuck:
                         self._peer.warning("the server is gone%s", self._meanwhile())
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
@@ -176,33 +181,36 @@ class Connection:
             elif state == "ready":
                 before, progress = progress, self.client.progress
                 if progress != before:
-                    stuck_since, self._dead = 0.0, False
+                    if self._stuck:
+                        self._returns.warning("the server answers again")
+                    stuck_since, self._dead, self._stuck = 0.0, False, False
                     continue
                 self._look(gone=False)
                 ticks += 1
                 if self.client.state != "ready" or (ticks % _PER_LOOK and not self.client.in_flight):
                     continue
+                if self.client.in_flight:
+                    stuck_since = stuck_since or now
+                else:
+                    stuck_since, self._stuck = 0.0, False
                 if self._server_died():
                     if not self._dead:
-                        self._dead = True
+                        self._dead, self._stuck = True, False
                         self._peer.warning("the server is gone%s", self._meanwhile())
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
-                    elif self._policy.mode == "timeout":
-                        stuck_since = (stuck_since or now) if self.client.in_flight else 0.0
-                        if stuck_since and now - stuck_since > self._policy.seconds:
-                            self.client.fail(forever=False)
-                            stuck_since = 0.0
-                elif self._policy.mode == "queue":
-                    continue
-                elif self._policy.mode == "timeout" and self.client.in_flight:
-                    stuck_since = stuck_since or now
-                    if now - stuck_since > self._policy.seconds:
-                        self._peer.warning("no answer for %g s", self._policy.seconds)
+                silent = now - stuck_since if stuck_since else 0.0
+                if self._policy.mode == "timeout":
+                    if silent > self._policy.seconds:
+                        if not self._dead:
+                            self._stuck = True
+                            self._silence.warning("no answer for %g s: requests fail until the server answers",
+                                                  self._policy.seconds)
                         self.client.fail(forever=False)
                         stuck_since = 0.0
-                else:
-                    stuck_since = 0.0
+                elif silent > _SILENCE and not self._stuck and not self._dead:
+                    self._stuck = True
+                    self._silence.warning("no answer for %g s, requests wait: the server lives", _SILENCE)
             if state in ("connecting", "lost") or self.client.broken:
                 if (wrong := self._incompatible()) is not None:
                     self._complain(str(wrong))
@@ -368,8 +376,14 @@ class Connection:
 
     @property
     def state(self) -> str:
-        """The engine's, and "lost" for one whose server is known to be dead."""
-        return "lost" if self._dead and self.client.state == "ready" else self.client.state
+        """"connecting", "ready", "lost" (the server is gone, or dead by its claim), "stuck" (it lives and does not answer),
+        "failed" or "gone" (for good), "closed"."""
+        state = self.client.state
+        if state == "failed" and self._gone:
+            return "gone"
+        if state in ("ready", "lost") and (self._dead or self._stuck):
+            return "lost" if self._dead else "stuck"
+        return state
 
     def fail(self, why: str) -> None:
         """Ends the disks for good: everything outstanding and to come fails with EIO (a front end must go)."""

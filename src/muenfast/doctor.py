@@ -12,12 +12,14 @@ import ctypes
 import errno
 import glob
 import importlib
+import logging
 import os
 import platform
 import re
 import resource
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,11 @@ from muenfast import __version__, control, shm
 from muenfast.attach import block, fuse, fuseuring, loop, nbdkernel, sockets, watchdog
 from muenfast.errors import ClaimError
 
+log = logging.getLogger("muenfast")
+
 OK, LIMITED, MISSING = "ok", "limited", "missing"
+
+SWEEP_LIMIT = 2.0  # seconds that a start waits for the kernel to take away what dead processes left
 
 DEV = "/dev"  # where the nodes are
 
@@ -473,6 +479,29 @@ def leftovers() -> list[Leftover]:
     return found
 
 
+def sweep(seconds: float = SWEEP_LIMIT) -> None:
+    """Removes all left-overs, whoever's they were, as a serving command does when it starts; each is a line of the log.
+
+    Returns after that time at the latest: a thread goes on then with what the kernel takes its time for.
+    """
+    def work() -> None:
+        try:
+            for left in leftovers():
+                problem = remove(left)
+                log.info("left over: %s %s (%s): %s", left.kind, left.path, left.text, problem or "removed")
+        except Exception as error:  # whatever it is: serving is what was asked for, and `muenfast doctor` tells
+            log.warning("cannot remove what dead processes left: %s", error)
+
+    thread = threading.Thread(target=work, name="sweep", daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _cleaning(name: str) -> shm.Claim:
+    """The claim on a disk's name; who wants a name waits for this one."""
+    return shm.claim(f"name-{name}", f"/dev/{name}", {"cleaning": True})
+
+
 def remove(left: Leftover) -> str | None:
     """Removes a left-over; None, or one sentence on why it is still there. Once more does no harm."""
     try:
@@ -551,7 +580,7 @@ class _Mount:
     path: str
 
     def __call__(self) -> str | None:
-        with shm.claim(f"name-{self.name}", f"/dev/{self.name}"):
+        with _cleaning(self.name):
             complaints = fuse.reclaim_name(self.base, self.name)
         return "; ".join(complaints) or None
 
@@ -570,7 +599,7 @@ class _Device:
     name: str
 
     def __call__(self) -> str | None:
-        with shm.claim(f"name-{self.name}", f"/dev/{self.name}"):
+        with _cleaning(self.name):
             return "; ".join(nbdkernel.reclaim_name(self.base, self.name)) or None
 
 
@@ -643,7 +672,7 @@ class _Node:
     orphans: frozenset[int]
 
     def __call__(self) -> str | None:
-        with shm.claim(f"name-{self.disk}", self.path):
+        with _cleaning(self.disk):
             still = {number for number in self.orphans if loop.backing_file(number) == "/disk"}
             if _dead(self.path, self.disk, still) is None:
                 return "its device is in use again" if os.path.lexists(self.path) else None

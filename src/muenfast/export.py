@@ -210,6 +210,8 @@ class Export:
         self._closed = False            # the engine is, until _reopened()
         self._changing = threading.Lock()   # `_change`, and stopping the engine for it
         self._change: _Change | None = None
+        self._client = 0    # its process, while it is connected and lives, where it keeps books that we see
+        self._died = False  # whether that ended without a word
         self._batches = -1
         self._peer = PeerLog(f"export {self.name}")
         self._comings = PeerLog(f"export {self.name}", most=20)
@@ -352,9 +354,12 @@ class Export:
 
     def _happened(self, event: str) -> None:
         if event == "connected":
+            self._client, self._died = shm.writer_process(self._ends[0].region), False
             self._comings.info("client connected")
         elif event == "disconnected":
-            self._comings.info("client left")
+            if not self._died:      # else the next one begins, and takes the dead one's epoch back
+                self._comings.info("client left")
+            self._client, self._died = 0, False
         elif event == "overrun":
             self._peer.warning("the client wrote more than the ring holds: %d requests lost so far, %s",
                                self.server.counters["lost"], "reconnecting" if self.config.channels.buffer is None
@@ -368,6 +373,9 @@ class Export:
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
         by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
+        if self._client and not os.path.exists(f"/proc/{self._client}"):
+            self._client, self._died = 0, True
+            self._comings.info("client died")
         before, self._batches = self._batches, self.server.batches
         broken = self.server.broken
         if broken and not self._broken:
@@ -474,6 +482,11 @@ class Export:
         self._say_tail(number)
         return self.sizes != before
 
+    @property
+    def state(self) -> str:
+        """"waiting" (for a client), "connected", or "client died": without a word, and none has come since."""
+        return "waiting" if not self.server.connected else "client died" if self._died else "connected"
+
     def status(self) -> dict[str, Any]:
         """What `muenfast stat` shows."""
         channels = self.config.channels
@@ -487,7 +500,7 @@ class Export:
                  "device": ",".join(device.text for device in self.config.devices), "size": self.size,
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
-                 "read_only": self.read_only, "state": "connected" if self.server.connected else "waiting",
+                 "read_only": self.read_only, "state": self.state,
                  "counters": self.server.counters, "waiting": waiting, "devices": devices,
                  "in_flight": waiting + sum(way["depth"] for each in devices for way in each["directions"].values())}
         for key, of in (("injected", "injected"), ("store", "counters")):

@@ -137,7 +137,7 @@ class ControlledServer(BlockServer):
         return {"id": number, "name": name, "req": channels.req.text, "resp": channels.resp.text,
                 "shm": None if channels.buffer is None else channels.buffer.text, "read_only": export.read_only,
                 "size": sum(size for size in export.sizes), "device": ",".join(device.text for device in config.devices),
-                "disks": disks, "state": "connected" if export.server.connected else "waiting"}
+                "disks": disks, "state": export.state}
 
     def status(self) -> list[dict[str, Any]]:
         """One entry per export."""

@@ -846,6 +846,21 @@ def writer_holder(region: Region) -> dict[str, Any] | None:
     return holder(_writer_key(region))
 
 
+def writer_process(region: Region) -> int:
+    """Number of the process that claimed the writer's side of a channel and seems to live; 0: nobody's.
+
+    No lock is taken or waited for, so that an engine's thread may ask: a hint, of a process that we see.
+    """
+    try:
+        with open(os.path.join(runtime_dir(), "claims", _file_name(_writer_key(region))), "rb") as file:
+            info = _read(file.fileno())
+        pid = int(info["pid"])
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
+            return pid if file.read().strip() == info["comm"] else 0
+    except (OSError, KeyError, TypeError, ValueError):  # no record, not yet written, or of one that has ended
+        return 0
+
+
 def _writer_key(region: Region) -> str:
     return f"writer-{region.device}-{region.inode}-{region.locator.offset}"
 

@@ -104,9 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
         without = "" if arguments.client else "muenfast blk --control begins without channels, "
         raise UsageError("required: the channels of each connection", option=", ".join(missing),
                          hint=f"{without}muenfast blk --help tells more")
-    from muenfast.blk import channels_from_lists, exports_from_lists
+    with Stop() as stop:    # before modules are imported: an interrupt would be lost there
+        from muenfast.blk import channels_from_lists, exports_from_lists
 
-    with Stop() as stop:
         lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
                                                                  "size")},
                  "buffer": arguments.shm, "buffer_size": arguments.shm_size, **waiting(arguments)}
@@ -142,6 +142,7 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
 
     with ExitStack() as stack:
         server = stack.enter_context(ControlledServer(configs, threads=threads))
+        _sweep()
         control = ControlServer({
             "status": Command(lambda: {"command": "blk", "entries": server.status()}),
             "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
@@ -152,6 +153,13 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
         stop.wait()
         notify("STOPPING=1")
         return 0
+
+
+def _sweep() -> None:
+    """Takes away what dead processes left, whatever its names; clients are served, or servers asked, meanwhile."""
+    from muenfast import doctor  # now: to load it takes longer than to begin to serve
+
+    doctor.sweep()
 
 
 def _line(export: Export) -> str:
@@ -192,6 +200,7 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
             "status": Command(lambda: {"command": "blk --client", "entries": clients.status()}),
             "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
         stack.callback(control.close)
+        _sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
                        f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}{_buffer(d.device.channels)}"
