@@ -1,12 +1,12 @@
 """muenfast beside its peers, in one run: nbdkit's memory plugin driven by fio and libnbd, fio's io_uring engine on the same
-file, the kernel's loop device on tmpfs, nbdfuse with a loop device over nbdkit.
+file, the kernel's loop device on tmpfs, nbdfuse with a loop device over nbdkit, nbdkit's Python plugin.
 
-    python bench/peers.py [nbd file device] [--rounds N] [--seconds S] [--directory DIR] [--json FILE]
+    python bench/peers.py [nbd python file device] [--rounds N] [--seconds S] [--directory DIR] [--json FILE]
 
-Needs nbdkit, fio with its nbd engine, nbdcopy and nbdfuse (libnbd-bin), losetup; `device` needs root. DIR, where the file
-is made, has to be on a disk: a file system without O_DIRECT is refused. Two CPUs: the load, or the client engine, on the
-first, the server on the second; of a block device the front end has the second one to itself and the server is beside the
-load. Everything that is made goes with the run.
+Needs nbdkit (for `python` its plugin, nbdkit-plugin-python), fio with its nbd engine, nbdcopy and nbdfuse (libnbd-bin),
+losetup; `device` needs root. DIR, where the file is made, has to be on a disk: a file system without O_DIRECT is refused.
+Two CPUs: the load, or the client engine, on the first, the server on the second; of a block device the front end has the
+second one to itself and the server is beside the load. Everything that is made goes with the run.
 """
 
 from __future__ import annotations
@@ -115,21 +115,22 @@ class Bench:
                     at = at + pieces if at + pieces < len(places) else 0
         return done / passed
 
-    def served(self, stack: ExitStack, name: str, device: str, shared: bool, cpu: int) -> tuple[str, str, str | None]:
+    def served(self, stack: ExitStack, name: str, device: str, shared: bool, cpu: int,
+               **more: str) -> tuple[str, str, str | None]:
         """A muenfast server in a process of its own, until the stack's end; request channel, response channel, buffer."""
         lists = (f"{self.prefix}-{name}-a", f"{self.prefix}-{name}-c", f"{self.prefix}-{name}-b" if shared else None)
 
         def serve(inside: ExitStack) -> str:
-            inside.enter_context(BlockServer(exports_from_lists(*lists[:2], device=device, buffer=lists[2])))
+            inside.enter_context(BlockServer(exports_from_lists(*lists[:2], device=device, buffer=lists[2], **more)))
             return "serving"
 
         child = _Child(cpu, serve)
         stack.callback(child.close)
         return lists
 
-    def disk(self, stack: ExitStack, name: str, device: str, shared: bool) -> BlockDevice:
-        """The client's side of a server of its own."""
-        req, resp, buffer = self.served(stack, name, device, shared, self.pair.far)
+    def disk(self, stack: ExitStack, name: str, device: str, shared: bool, **more: str) -> BlockDevice:
+        """The client's side of a server of its own. more: as exports_from_lists."""
+        req, resp, buffer = self.served(stack, name, device, shared, self.pair.far, **more)
         return stack.enter_context(BlockDevice(req, resp, shm=buffer))
 
 
@@ -213,6 +214,57 @@ def nbd_rows(bench: Bench) -> Iterator[Row]:
     yield Row("nbdkit memory, nbdcopy to null (libnbd), start included: 128 KiB", "operations/s", nbdcopy)
     for load in LOADS[:2]:
         yield bench.row("what fio itself costs: its null engine", ["--ioengine=null"], load, f"--size={SIZE}")
+
+
+# The same disk for both. A pool of two threads; nbdkit's are as many as fio's requests.
+PYTHON_STORE = """
+class Disk:
+    def __init__(self):
+        self.data = bytearray({size})
+    def get_size(self):
+        return len(self.data)
+    def pread(self, buf, offset):
+        buf[:] = self.data[offset:offset + len(buf)]
+    def pwrite(self, buf, offset):
+        self.data[offset:offset + len(buf)] = buf
+    def flush(self):
+        pass
+"""
+PYTHON_PLUGIN = """
+import nbdkit
+API_VERSION = 2
+data = bytearray({size})
+def thread_model():
+    return nbdkit.THREAD_MODEL_PARALLEL
+def open(readonly):
+    return 1
+def get_size(h):
+    return len(data)
+def pread(h, buf, offset, flags):
+    buf[:] = data[offset:offset + len(buf)]
+def pwrite(h, buf, offset, flags):
+    data[offset:offset + len(buf)] = buf
+def flush(h, flags):
+    pass
+"""
+
+
+def python_rows(bench: Bench) -> Iterator[Row]:
+    """A disk written in Python, in memory: the client engine over a buffer and inline beside nbdkit's Python plugin."""
+    for name, text in (("store.py", PYTHON_STORE), ("plugin.py", PYTHON_PLUGIN)):
+        with open(f"{bench.place}/{name}", "w", encoding="utf-8") as file:
+            file.write(text.format(size=SIZE))
+    path = f"{bench.place}/python"
+    bench.start(bench.pair.far, "nbdkit", "-f", "-U", path, "python", f"{bench.place}/plugin.py")
+    wait_for(path, os.path.exists)
+    device = f"py:{bench.place}/store.py:Disk"
+    disks = [(f"muenfast {name}", bench.disk(bench.stack, f"python-{name}", device, name == "shm", pool="2"))
+             for name in ("shm", "inline")]
+    for load in LOADS:
+        yield bench.row("nbdkit python, fio nbd", nbd(path), load, f"--size={SIZE}")
+        for name, disk in disks:
+            yield Row(f"{name}, Python store: {load[0]}", "operations/s", partial(bench.moves, disk, load),
+                      limit=f"nbdkit python, fio nbd: {load[0]}")
 
 
 def file_rows(bench: Bench, directory: str) -> Iterator[Row]:
@@ -301,14 +353,15 @@ def device_rows(bench: Bench) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="peers.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", nargs="*", help="nbd, file, device (default: all)")
+    parser.add_argument("subject", nargs="*", help="nbd, python, file, device (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each sample (default: 1)")
     parser.add_argument("--directory", default=".", help="where the file is made (default: here)")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     subjects: dict[str, Callable[[Bench], Iterator[Row]]] = {
-        "nbd": nbd_rows, "file": partial(file_rows, directory=arguments.directory), "device": device_rows}
+        "nbd": nbd_rows, "python": python_rows, "file": partial(file_rows, directory=arguments.directory),
+        "device": device_rows}
     for subject in arguments.subject:
         if subject not in subjects:
             parser.error(f"a subject is one of {', '.join(subjects)}, not {subject}")
