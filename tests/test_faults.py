@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Program, run, unique
+from helpers import eventually
 from test_cli import one_line
 from test_user import BLOCK, Ram, failing
 
@@ -188,13 +189,31 @@ def test_the_end_does_not_wait_for_what_is_withheld(program: Start) -> None:
     server = program("blk", "--req", where["req"], "--resp", where["resp"], "--inject", "delay=3600s,on=write")
     with muenfast.BlockDevice(**where, on_peer_loss="fail") as disk:
         start = time.monotonic()
-        writer = threading.Thread(target=lambda: failing(lambda: disk.pwrite(bytes(BLOCK), 0)))
+        ended: list[object] = []
+
+        def write() -> None:
+            try:
+                ended.append(disk.pwrite(bytes(BLOCK), 0))
+            except OSError as error:    # its server was gone before
+                ended.append(error)
+
+        writer = threading.Thread(target=write)
         writer.start()
-        while not disk.status()["in_flight"]:
-            time.sleep(0.001)
+        eventually(lambda: disk.status()["in_flight"])
         assert server.end()[0] == 0
         writer.join()
-        assert time.monotonic() - start < 60
+        assert ended and time.monotonic() - start < 60
+
+
+def test_a_new_size_keeps_the_faults() -> None:
+    where = {"req": unique("a"), "resp": unique("c")}
+    with muenfast.BlockServer(muenfast.exports_from_lists(**where, device="ram:1M", inject="error,on=write")) as server, \
+            muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pwrite(bytes(BLOCK), 0)) == errno.EIO
+        assert server.exports[0].resize(0, 2 << 20)
+        eventually(lambda: disk.size == 2 << 20)
+        assert failing(lambda: disk.pwrite(bytes(BLOCK), 0)) == errno.EIO
+        assert injected(server)["error"] == 2
 
 
 def test_only_the_export_that_is_named(tmp_path: Path) -> None:

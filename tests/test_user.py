@@ -427,6 +427,37 @@ def test_the_end_waits_a_while(where: dict[str, Any], caplog: pytest.LogCaptureF
     eventually(lambda: not any(thread.name.startswith("py:") for thread in threading.enumerate()))
 
 
+def test_a_new_size_waits_for_calls(where: dict[str, Any]) -> None:
+    """A store that grows: what is under way ends before, however long it takes; the client goes on with the new size."""
+    class Grows(Stuck):
+        def resize(self, size: int) -> None:
+            self.data.extend(bytes(size - len(self.data)))
+
+    store = Grows()
+    with muenfast.serve(store, **where) as server, muenfast.BlockDevice(**where) as disk:
+        writer = in_background(lambda: disk.pwrite(b"1" * BLOCK, BLOCK))
+        assert store.inside.acquire(timeout=20)
+        resizer = in_background(lambda: server.exports[0].resize(0, 128 * BLOCK))
+        resizer.join(4.5)       # longer than the end of a server waits for calls
+        assert resizer.is_alive() and writer.is_alive()
+        store.go.set()
+        resizer.join()
+        writer.join()
+        eventually(lambda: disk.size == 128 * BLOCK)
+        assert disk.pread(BLOCK, BLOCK) == b"1" * BLOCK
+        disk.pwrite(b"2" * BLOCK, 127 * BLOCK)
+        store.data.extend(bytes(BLOCK))
+        assert server.exports[0].resize(0, None)
+        eventually(lambda: disk.size == 129 * BLOCK)
+
+
+def test_a_disk_without_resize_keeps_its_size(where: dict[str, Any]) -> None:
+    with muenfast.serve(Ram(), **where) as server:
+        with pytest.raises(UsageError, match="no method resize"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        assert not server.exports[0].resize(0, None)
+
+
 # ------------------------------------------------------------------ errors
 
 def test_exceptions_are_errors(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -536,6 +567,7 @@ class Disk:
 class Hangs(Disk):
     def pread(self, buf, offset):
         if offset == 4096 * 9:
+            open("inside", "w").close()
             time.sleep(600)
         super().pread(buf, offset)
 
@@ -616,7 +648,7 @@ def test_a_store_that_hangs_ends_in_seconds(program: Start, source: Path) -> Non
                      cwd=str(source))
     with muenfast.BlockDevice(req, resp) as disk:
         reader = in_background(lambda: failing(lambda: disk.pread(BLOCK, 9 * BLOCK)))
-        eventually(lambda: disk.status()["in_flight"])
+        eventually((source / "inside").exists)
         status, errors = server.end(signal.SIGTERM)
         assert status == 0 and "have not returned" in errors
         disk.fail("the end of the test")

@@ -385,8 +385,11 @@ static inline bool aio_divert(aio *a, aio_op *op) {
     op->work = jobs_put(s->jobs, op, op->kind, changes, op->start, op->length, op->kind == AIO_WRITE ? op->data : NULL);
     if (op->work == NULL)
         aio_ended(a, op, -EIO, true);
-    else
+    else {
+        uint64_t until = a->hastened ? now_ns() + AIO_END_NS : UINT64_MAX;
+        op->work->deadline = op->work->deadline < until ? op->work->deadline : until;
         aio_due(a, op->work->deadline);
+    }
     return true;
 }
 

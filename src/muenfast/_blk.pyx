@@ -334,7 +334,7 @@ cdef bint server_finish(server_t *s) noexcept nogil:
         flow = event_flow(&s.heads[0])
         flow_ended(&s.flows[flow], n)
         server_count(s, flow, n, -ETIMEDOUT if op.late else op.error)
-        if not f.flights.leaving:
+        if not f.flights.leaving and not (op.late and load_relaxed32(&s.stop) == STOP_NOW):
             server_reply(s, s.heads, n, op.error, op.data if op.kind == AIO_READ and op.error == 0 else NULL)
         flow_took(&s.flows[flow], now_ns() - f.since[first % AIO_MOST], n)
         flights_free(&f.flights, t)
@@ -429,8 +429,9 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
 
 cdef void server_land(server_t *s) noexcept nogil:
     """Waits until nothing is under way, however long: the kernel may yet read and write the memory of what is."""
-    aio_hasten(&s.files.flights.aio)
     while aio_flies(&s.files.flights.aio):
+        if load_relaxed32(&s.stop) == STOP_NOW:
+            aio_hasten(&s.files.flights.aio)
         if not server_finish(s):
             aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
 
@@ -448,7 +449,7 @@ cdef int server_step(server_t *s) noexcept nogil:
     if f != NULL and server_finish(s):
         idle = STEP_WORKED
     if load_relaxed32(&s.stop) != 0:
-        if f != NULL:
+        if f != NULL and load_relaxed32(&s.stop) == STOP_NOW:
             aio_hasten(&f.aio)
         return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else idle
     if s.grace_until != 0:
@@ -660,6 +661,7 @@ cdef class Server(ServerEngine):
         if self.s != NULL:
             if self.held():
                 writer_stop(&self.s.w)
+            self.s.stop = STOP_NOW
             if self.s.files != NULL:
                 self.s.files.flights.leaving = True
             self.land()

@@ -411,7 +411,8 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
         if error != 0:
             buffer_failed(s, flow, n, -ETIMEDOUT if late else error)
         flow_took(flow, now_ns() - f.since[first % AIO_MOST], n)
-        if f.flights.leaving:           # they were executed, and counted as that
+        # They were executed, and counted as that; or are to be executed by a successor.
+        if f.flights.leaving or late and load_relaxed32(&s.stop) == STOP_NOW:
             continue
         for k in range(n):
             s.answers[k].kind = h[k].kind
@@ -524,8 +525,9 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
 
 cdef void buffer_land(buffer_server_t *s) noexcept nogil:
     """Waits until nothing is under way, however long: the kernel may yet read and write the buffer's part of what is."""
-    aio_hasten(&s.files.flights.aio)
     while aio_flies(&s.files.flights.aio):
+        if load_relaxed32(&s.stop) == STOP_NOW:
+            aio_hasten(&s.files.flights.aio)
         if not buffer_finish(s):
             aio_wait(&s.files.flights.aio, NULL, 0, LAND_NS)
 
@@ -558,7 +560,7 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
     if f != NULL and buffer_finish(s):
         event = STEP_WORKED
     if load_relaxed32(&s.stop) != 0:
-        if f != NULL:
+        if f != NULL and load_relaxed32(&s.stop) == STOP_NOW:
             aio_hasten(&f.aio)
         return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else event
     if s.grace_until != 0:
@@ -758,6 +760,7 @@ cdef class BufferServer(ServerEngine):
         if self.s != NULL:
             if self.held():
                 writer_stop(&self.s.w)
+            self.s.stop = STOP_NOW
             if self.s.files != NULL:
                 self.s.files.flights.leaving = True
             self.land()

@@ -75,6 +75,11 @@ cdef enum server_event:
     SERVER_UNRULY = 6       # of a group: this one made the others wait; after another event or alone
 
 
+cdef enum:
+    STOP_SOON = 1
+    STOP_NOW = 2            # what a user-space store does not end soon is left alone, and not answered: that is for its successor
+
+
 cdef enum:                  # what step() returns when nothing happened that the caller logs
     STEP_WORKED = -1
     STEP_IDLE = -2
@@ -84,7 +89,7 @@ cdef class ServerEngine:
     """Two channels and their bells, and the life of the engine that serves over them; the subclass serves."""
     cdef reader_t *r        # all four: the subclass's, set by its __cinit__
     cdef writer_t *w
-    cdef uint32_t *ending   # stop() was called
+    cdef uint32_t *ending   # stop() was called: STOP_SOON, STOP_NOW
     cdef Mapping request, response, request_bell, response_bell
     cdef Watch watch
     cdef uint32_t busy

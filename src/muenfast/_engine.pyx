@@ -115,11 +115,13 @@ cdef class ServerEngine:
             self.connected = False
         return self.EVENTS[event]
 
-    def stop(self):
-        """Makes run() return "stopped" soon; from any thread."""
+    def stop(self, *, now=False):
+        """Makes run() return "stopped" once nothing is under way; from any thread. now: a user-space store's calls are
+        waited for AIO_END_NS at most; what they were about gets no answer then."""
         if self.ending == NULL:         # no engine: of the base class
             return
-        store_release32(self.ending, 1)
+        if now or load_relaxed32(self.ending) == 0:
+            store_release32(self.ending, STOP_NOW if now else STOP_SOON)
         if self.r.bell != NULL:
             bell_kick(self.r.bell)
 

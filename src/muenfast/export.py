@@ -513,7 +513,7 @@ class Export:
     def stop(self) -> None:
         """Makes it end soon; close() waits for that."""
         self._stop.set()
-        self.server.stop()
+        self.server.stop(now=True)
 
     def close(self, *, gone: bool = False) -> None:
         """Finishes what is executing, tells the client "back later", or (gone) that this was for good, leaves the channels,
@@ -521,7 +521,7 @@ class Export:
         self._gone = self._gone or gone
         self.stop()
         while not self._ended.wait(0.05):
-            self.server.stop()
+            self.server.stop(now=True)
         self._stack.close()
 
 
