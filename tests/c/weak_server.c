@@ -50,12 +50,13 @@ static void scene(int kind) {
     store.fd = -1;
     store.memory = (uint8_t *)disk;
     store.nblocks = BLOCKS;
+    store.most = (uint64_t)-1;
     s.store = &store;
     if (kind == SERVER_CONSTANT(STORE_FILE)) {
         memset(&files, 0, sizeof files);
         files.stage = (uint8_t *)stage;
         aio_open(&files.flights.aio, 1, NULL, 0);
-        aio_add(&files.flights.aio, -1, 0);
+        aio_add(&files.flights.aio, -1, 0, (aio_source){0});
         files.flights.aio.idle = AIO_MOST; /* no thread is made: operations are done at once */
         s.files = &files;
     }
