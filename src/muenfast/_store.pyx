@@ -143,11 +143,11 @@ cdef class Store:
         return self.finish(size, block_size, read_only, identity)
 
     @staticmethod
-    def null(size, *, identity=None):
-        """Reads zeros, forgets writes."""
+    def null(size, *, read_only=False, identity=None):
+        """Reads zeros, forgets writes, or refuses them."""
         cdef Store self = Store.__new__(Store)
         self.s.kind = STORE_NULL
-        return self.finish(size, None, False, identity)
+        return self.finish(size, None, read_only, identity)
 
     cdef Store finish(self, object size, object block_size, bint read_only, object identity):
         if identity is None:

@@ -139,7 +139,7 @@ def open_device(device: Device, *, read_only: bool = False, option: str | None =
     if device.kind == "null":
         from muenfast.backing.null import NullBacking
 
-        return NullBacking(device)
+        return NullBacking(device, read_only=read_only)
     if device.kind == "py":
         from muenfast.backing.user import UserBacking
 

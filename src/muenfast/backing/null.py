@@ -10,8 +10,8 @@ from muenfast.errors import UsageError
 class NullBacking(Backing):
     """A disk for measuring everything but the disk."""
 
-    def __init__(self, device: Device) -> None:
-        self.store = Store.null(device.size)
+    def __init__(self, device: Device, *, read_only: bool) -> None:
+        self.store = Store.null(device.size, read_only=read_only)
 
     def check_resize(self, size: int | None, force: bool) -> bool:
         if size is None:
@@ -22,7 +22,8 @@ class NullBacking(Backing):
     def resize(self, size: int | None, force: bool) -> None:
         self.check_resize(size, force)
         assert size is not None
-        old, self.store = self.store, Store.null(size, identity=self.store.identity)
+        old = self.store
+        self.store = Store.null(size, read_only=old.read_only, identity=old.identity)
         old.close()
 
     def close(self) -> None:

@@ -16,7 +16,8 @@ log = logging.getLogger("muenfast")
 class Stop:
     """SIGINT, SIGTERM and SIGHUP (a closed terminal) as a flag one can wait on; install before anything is opened.
 
-    SIGINT counts even where a shell's & had it ignored; SIGHUP does not under nohup. Context manager.
+    SIGINT counts even where a shell's & had it ignored; SIGHUP does not under nohup. After one of them all are ignored: the
+    process is ending, and a second one would only change its status. Context manager.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Stop:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if self._set_by_signal else handler)  # type: ignore[arg-type]
         os.close(self._read)
         os.close(self._write)
 
