@@ -440,8 +440,8 @@ def test_stat_json(served: Served) -> None:
         mine = disk.status()
     assert set(answer) == {"ok", "pid", "command", "monotonic", "entries"}
     entry, other = answer["entries"]
-    assert {"role", "req", "resp", "device", "size", "disks", "read_only", "state", "counters", "waiting", "in_flight",
-            "devices"} == set(entry) == set(other)
+    assert {"id", "name", "role", "req", "resp", "device", "size", "disks", "read_only", "state", "counters", "waiting",
+            "in_flight", "devices"} == set(entry) == set(other)
     for each, merged in ((entry, {"merged"}), (mine, set())):
         (device,) = each["devices"]
         assert (device["size"], device["block_size"]) == (1 << 20, BLOCK)
