@@ -24,6 +24,11 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Tests that look at what the whole machine has (names in /dev, loop devices, mounts), in one worker where there are several.
+MACHINE = {"test_apart", "test_attach", "test_blk_shm", "test_buffer_device", "test_cli", "test_ctl", "test_ctl_device",
+           "test_device", "test_doctor", "test_durable", "test_fuse_uring", "test_modprobe", "test_nbd", "test_partitioned",
+           "test_pump", "test_recovery", "test_soak", "test_user"}
+
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()
 
@@ -31,6 +36,14 @@ _numbers = itertools.count()
 def unique(word: str = "x") -> str:
     """A name for shared memory that nobody else uses."""
     return f"{PREFIX}{next(_numbers)}-{word}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each file's tests stay together, and those of MACHINE do (pytest-xdist's --dist loadgroup)."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("machine" if name in MACHINE else name))
 
 
 @pytest.fixture

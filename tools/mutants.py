@@ -310,7 +310,7 @@ MUTATIONS = [
              BUFFER),
     Mutation("buffer: a run in the buffer", "buffer_joined",
              "if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length[0]:", "if False:", BUFFER),
-    Mutation("buffer: a run is checked", "buffer_joined", "if check_request(s, next) != 0:", "if False:", BUFFER),
+    Mutation("buffer: a run is checked", "buffer_joined", "check_request(s, next) != 0 or ", "", BUFFER),
     Mutation("buffer: what fails together", "buffer_run", "if together != 0 and run > 1:", "if False:", BUFFER),
     Mutation("buffer: an ended life", "buffer_answers", "load_acquire64(&s.r.hdr.epoch) != s.r.epoch or ", "",
              ("tests/test_blk_shm.py",)),

@@ -168,11 +168,19 @@ cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, ui
     return run
 
 
+cdef flow_t *checked_flow(const buffer_server_t *s, uint32_t kind, uint64_t device) noexcept nogil:
+    """What counts such a request. Precondition: it is a read, write, discard or sync, and there is that device."""
+    cdef uint32_t flow = (FLOW_READ if kind == REQUEST_READ else FLOW_WRITE if kind == REQUEST_WRITE else
+                          FLOW_DISCARD if kind == REQUEST_DISCARD else FLOW_FLUSH)
+    return &s.flows[device * FLOWS + flow]
+
+
 cdef flow_t *buffer_flow(const buffer_server_t *s, uint32_t kind, uint64_t device) noexcept nogil:
     """What counts such a request; NULL of one that has no direction, or no device."""
-    cdef uint32_t flow = (FLOW_READ if kind == REQUEST_READ else FLOW_WRITE if kind == REQUEST_WRITE else
-                          FLOW_DISCARD if kind == REQUEST_DISCARD else FLOW_FLUSH if kind == REQUEST_SYNC else FLOWS)
-    return NULL if flow == FLOWS or device >= s.ndevices else &s.flows[device * FLOWS + flow]
+    if device >= s.ndevices or (kind != REQUEST_READ and kind != REQUEST_WRITE and kind != REQUEST_DISCARD
+                                and kind != REQUEST_SYNC):
+        return NULL
+    return checked_flow(s, kind, device)
 
 
 cdef void buffer_failed(buffer_server_t *s, flow_t *flow, uint64_t n, int error) noexcept nogil:
@@ -405,7 +413,7 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
             continue
         if h.kind != REQUEST_SYNC and load_acquire32(s.broken) != 0:
             error = -EIO
-        flow = buffer_flow(s, h.kind, h.device)
+        flow = checked_flow(s, h.kind, h.device)
         flow_ended(flow, n)
         flow_done(flow, n, length if error == 0 else 0)
         if error != 0:
@@ -465,7 +473,7 @@ cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, uint64_t
         return run
     if aio_conflicts(&f.flights.aio, d.file, kind, d.store.offset + h.device_offset, length, data):
         return 0
-    flow_begun(buffer_flow(s, h.kind, h.device), run)
+    flow_begun(checked_flow(s, h.kind, h.device), run)
     buffer_fly(s, h, f.flights.head, run, length)
     return run
 
@@ -506,7 +514,7 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
             buffer_reply(s, h, buffer_sync(s, h))
             buffer_measured(s, 1, since)
         else:
-            flow_begun(buffer_flow(s, REQUEST_SYNC, h.device), 1)
+            flow_begun(checked_flow(s, REQUEST_SYNC, h.device), 1)
             buffer_fly(s, h, f.flights.head, 1, 0)
         if run == 0:
             f.flights.blocked = True
