@@ -562,7 +562,7 @@ cdef void client_forget(client_t *c, blocking_t *b) noexcept nogil:
 
 cdef void client_landed(queue_t *q) noexcept nogil:
     """Nothing of this disk is in flight any more. Precondition: lock held."""
-    cdef uint32_t flow
+    cdef int flow
     q.flying = 0
     for flow in range(FLOWS):
         store_relaxed64(&q.flows[flow].depth, 0)
