@@ -527,6 +527,21 @@ def test_stores_that_cannot_be_served(attributes: dict[str, Any], kind: type[Exc
         muenfast.serve(store, unique("a"), unique("c"))
 
 
+@pytest.mark.parametrize("method", ["open", "get_size", "close"])
+def test_what_hangs_at_either_end_is_left_alone(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    go, store = threading.Event(), Ram()
+    setattr(store, method, lambda *_: go.wait(60))
+    try:
+        if method == "close":
+            muenfast.serve(store, unique("a"), unique("c"), timeout=1.0).close()
+            assert "close() did not return within 1 s" in caplog.text
+        else:
+            with pytest.raises(StoreError, match=rf"{method}\(\) did not return within 1 s"):
+                muenfast.serve(store, unique("a"), unique("c"), timeout=1.0)
+    finally:
+        go.set()
+
+
 @pytest.mark.parametrize(("more", "words"), [
     ({"pool": 0}, "1 to 64 threads"), ({"pool": 65}, "1 to 64 threads"), ({"timeout": 0.5}, "1 to 1200 seconds"),
     ({"timeout": 1201}, "1 to 1200 seconds"), ({"inject": "error,error"}, "one list of faults"),

@@ -39,11 +39,11 @@ class UserBacking(Backing):
     store: UserStore
 
     def __init__(self, device: Device, *, read_only: bool, pool: int, timeout: float) -> None:
-        self._device = device
+        self._device, self._timeout = device, timeout
         self._said: set[tuple[str, type[BaseException], object]] = set()
         self._object: Any = device.made
         if self._object is None:
-            self._object = _make(device)
+            self._object = _make(device, timeout)
         if isinstance(self._object, type):
             raise UsageError("a store is an object, not its class", value=device.text, hint="call it first")
         for name in ("get_size", "pread"):
@@ -87,13 +87,7 @@ class UserBacking(Backing):
     def _ask(self, name: str, *arguments: object, missing: object = None) -> Any:
         """What the callback returns; `missing` where there is none."""
         call = getattr(self._object, name, None)
-        if call is None:
-            return missing
-        try:
-            return call(*arguments)
-        except Exception as error:
-            log.debug("store %s", self._device.text, exc_info=error)
-            raise StoreError(self._device.text, f"{name}()", f"raised {type(error).__name__}: {error}") from error
+        return missing if call is None else _within(self._timeout, self._device.text, name, call, *arguments)
 
     def _can(self, name: str) -> bool:
         there = callable(getattr(self._object, name, None))
@@ -173,7 +167,27 @@ class UserBacking(Backing):
         self.store.close()
 
 
-def _make(device: Device) -> Any:
+def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *arguments: object) -> Any:
+    """What a user's code returns, in a thread of its own: what hangs must not keep a server from ending. Raises StoreError."""
+    ends: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            ends.append((call(*arguments), None))
+        except BaseException as error:
+            ends.append((None, error))
+
+    spawn(run, f"{store} {name}").join(timeout)
+    if not ends:
+        raise StoreError(store, f"{name}()", f"did not return within {timeout:g} s")
+    found, error = ends[0]
+    if error is not None:
+        log.debug("store %s", store, exc_info=error)
+        raise StoreError(store, f"{name}()", f"raised {type(error).__name__}: {error}") from error
+    return found
+
+
+def _make(device: Device, timeout: float) -> Any:
     """The object that py:MODULE:CLASS[:ARG] names."""
     module = _module(device)
     found: Any = module
@@ -189,11 +203,7 @@ def _make(device: Device) -> Any:
         raise UsageError(f"{device.attribute} {wants}", value=device.text) from None
     except ValueError:  # of what is written in C, nothing may be known
         pass
-    try:
-        return found(*arguments)
-    except Exception as error:
-        log.debug("store %s", device.text, exc_info=error)
-        raise StoreError(device.text, f"{device.attribute}()", f"raised {type(error).__name__}: {error}") from error
+    return _within(timeout, device.text, device.attribute, found, *arguments)
 
 
 def _module(device: Device) -> ModuleType:
