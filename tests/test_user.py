@@ -21,7 +21,10 @@ from helpers import eventually
 from test_cli import one_line
 
 import muenfast
+from muenfast.backing import Device
+from muenfast.blk import channels_from_lists
 from muenfast.errors import StoreError, UsageError
+from muenfast.export import ExportConfig
 
 BLOCK = 4096
 Start = Callable[..., Program]
@@ -270,6 +273,37 @@ def test_several_disks_of_one_connection(tmp_path: Path) -> None:
         slow.go.set()
         writer.join()
         assert first.pread(BLOCK, BLOCK) == b"1" * BLOCK and second.pread(BLOCK, BLOCK) == b"2" * BLOCK
+
+
+def test_beside_other_kinds_on_one_connection(tmp_path: Path) -> None:
+    """A disk in Python, a file, RAM and RAM with faults: each has its own data, whatever the others are at."""
+    (tmp_path / "disk").write_bytes(bytes(64 * BLOCK))
+    lists = {"req": unique("a"), "resp": unique("c")}
+    [channels] = channels_from_lists(**lists, buffer=unique("e"))
+    store, dice = Stuck(), random.Random(3)
+    devices = [Device("py:test:Stuck", "py", made=store),
+               *(Device.parse(text) for text in (str(tmp_path / "disk"), "ram:256K", "null:256K"))]
+    with muenfast.BlockServer([ExportConfig(channels, devices[0], further=tuple(devices[1:]))]), \
+            muenfast.BlockDevice(channels=channels) as first:
+        disks = [first, *(muenfast.BlockDevice(connection=first.connection, device=number) for number in (1, 2, 3))]
+        writer = in_background(lambda: first.pwrite(b"1" * BLOCK, BLOCK))
+        assert store.inside.acquire(timeout=20)
+        models = [bytearray(disk.size) for disk in disks]
+        for _ in range(400):
+            number = dice.randrange(4)
+            at = dice.randrange(2, 64) * BLOCK
+            if dice.random() < 0.6:
+                data = dice.randbytes(BLOCK)
+                disks[number].pwrite(data, at)
+                models[number][at:at + BLOCK] = data if number < 3 else bytes(BLOCK)
+            else:
+                assert disks[number].pread(BLOCK, at) == models[number][at:at + BLOCK]
+            if dice.random() < 0.05:
+                disks[number].flush() if number else None    # of the first one, the stuck write would have to end first
+        store.go.set()
+        writer.join()
+        models[0][BLOCK:2 * BLOCK] = b"1" * BLOCK
+        assert [disk.pread(disk.size, 0) for disk in disks] == models
 
 
 # ------------------------------------------------------------------ memory

@@ -168,7 +168,7 @@ class UserBacking(Backing):
 
 
 def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *arguments: object) -> Any:
-    """What a user's code returns, in a thread of its own: what hangs must not keep a server from ending. Raises StoreError."""
+    """What a user's code returns, in a thread of its own: what hangs keeps no server from ending. Raises StoreError."""
     ends: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
