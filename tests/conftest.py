@@ -25,9 +25,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests that look at what the whole machine has (names in /dev, loop devices, mounts), in one worker where there are more.
-MACHINE = {"test_apart", "test_attach", "test_blk_shm", "test_buffer_device", "test_cli", "test_ctl", "test_ctl_device",
-           "test_device", "test_doctor", "test_durable", "test_fuse_uring", "test_modprobe", "test_nbd", "test_partitioned",
-           "test_pump", "test_recovery", "test_soak", "test_user"}
+MACHINE = {"test_apart", "test_attach", "test_bench", "test_blk_shm", "test_buffer_device", "test_cli", "test_ctl",
+           "test_ctl_device", "test_device", "test_doctor", "test_durable", "test_fuse_uring", "test_modprobe", "test_nbd",
+           "test_partitioned", "test_pump", "test_recovery", "test_soak", "test_user"}
 
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()

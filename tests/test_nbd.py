@@ -717,7 +717,7 @@ def test_hostile_requests(attacked: Export, pieces: list[bytes], structured: boo
 # ---- the sockets' files
 
 
-def test_the_file_is_ours_alone_from_the_start(tmp_path: Path, runtime: Path) -> None:
+def test_its_file(tmp_path: Path, runtime: Path) -> None:
     """Mode 0600 whatever the umask; its record and itself go with close(); clients are refused before listen()."""
     path = tmp_path / "s"
     old = os.umask(0)
