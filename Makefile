@@ -36,7 +36,7 @@ demo: $(V)/.installed ## install what is missing, build, and show a disk crossin
 
 # Two at a time, but of those that look at the whole machine one (tests/conftest.py); JOBS=0: all in one process.
 test: $(V)/.installed $(V)/.test-group ## install what is missing, build, and run the tests on the installed package
-	@$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # A virtual environment's python by its path: a shim costs seconds in software emulation.
 test-guest: $(V)/.installed $(V)/.test-group ## device tests in a kernel with device-mapper and nbd, under QEMU: tools/guest

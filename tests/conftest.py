@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,12 +39,17 @@ def unique(word: str = "x") -> str:
     return f"{PREFIX}{next(_numbers)}-{word}"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each file's tests stay together, and those of MACHINE do (pytest-xdist's --dist loadgroup)."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("machine" if name in MACHINE else name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests go to one worker, and those of MACHINE to the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.partition("::")[0]).stem
+            return "machine" if name in MACHINE else name
+
+    return ByFile(config, log)
 
 
 @pytest.fixture
