@@ -523,6 +523,49 @@ def test_exceptions_are_errors(where: dict[str, Any], caplog: pytest.LogCaptureF
     assert len(told) == 6 and all(record.exc_info for record in told)
 
 
+def test_a_failure_that_cannot_be_told_is_one_all_the_same(where: dict[str, Any]) -> None:
+    """A handler of the program's that raises makes no success of it."""
+    class Raises(Ram):
+        def pwrite(self, buf: memoryview, offset: int) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        def flush(self) -> None:
+            raise ValueError("never mind")
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("no place for it")
+
+    handler, log = Handler(level=logging.ERROR), logging.getLogger("muenfast")
+    log.addHandler(handler)
+    try:
+        with muenfast.serve(Raises(), **where), muenfast.BlockDevice(**where) as disk:
+            assert failing(lambda: disk.pwrite(b"x" * BLOCK, 0)) == errno.EIO
+            assert failing(disk.flush) == errno.EIO
+    finally:
+        log.removeHandler(handler)
+
+
+def test_what_a_store_does_not_fill_is_zeros(where: dict[str, Any]) -> None:
+    """And never what another request had there."""
+    class Short(Ram):
+        def pread(self, buf: memoryview, offset: int) -> bytes:
+            return bytes(len(buf)) if offset else super().pread(buf, 0) or b""
+
+    with muenfast.serve(Short(), pool=1, **where), muenfast.BlockDevice(**where) as disk:
+        for number in range(64):
+            disk.pwrite(b"secret" * 682 + b"....", number * BLOCK)
+        assert disk.pread(BLOCK, 0).startswith(b"secret")
+        assert disk.pread(BLOCK, 5 * BLOCK) == bytes(BLOCK)
+
+
+def test_a_module_that_hangs_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(60)\n")
+    done = run("blk", "--req", unique("a"), "--resp", unique("c"), "--device", f"py:{tmp_path}/hangs.py:X",
+               "--timeout", "1")
+    assert done.returncode == 1 and "its module did not return within 1 s" in one_line(done.stderr)
+
+
 def test_one_bad_block_fails_alone(where: dict[str, Any]) -> None:
     """Of neighbours that were one call."""
     class Bad(Ram):

@@ -366,6 +366,8 @@ static inline bool aio_divert(aio *a, aio_op *op) {
     if (s->faults != NULL) {
         fault_plan plan = faults_plan(s->faults, op->kind);
         uint64_t delay = plan.late ? s->faults->timeout_ns : plan.delay_ns;
+        if (a->hastened && delay > AIO_END_NS)
+            delay = AIO_END_NS;
         op->due = delay != 0 ? now_ns() + delay : 0;
         op->corrupt = plan.corrupt;
         if (plan.error != 0 || plan.late) {

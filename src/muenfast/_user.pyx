@@ -4,7 +4,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo
 from libc.errno cimport EIO, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from muenfast._aio cimport AIO_DISCARD, AIO_READ, AIO_SYNC, AIO_WRITE
 from muenfast._jobs cimport *
@@ -144,7 +144,10 @@ cdef class UserStore(Store):
                 else:
                     self.flush()
         except BaseException as error:      # SystemExit, too: it ends no thread of a server's
-            return -<int>self.failed(name, error)
+            try:
+                return -<int>self.failed(name, error)
+            except BaseException:           # a log handler of the program's: the request has failed all the same
+                return -EIO
         return 0
 
     cdef int move(self, job *j, object call, bint flags, bint read_only) except -1:
@@ -152,6 +155,8 @@ cdef class UserStore(Store):
         cdef _Stage stage = self.stages[j.place]
         stage.length = j.length
         stage.read_only = read_only
+        if not read_only:           # what a store leaves out is zeros, and nothing of an earlier request's
+            memset(stage.base, 0, j.length)
         view = memoryview(stage)
         try:
             if flags:

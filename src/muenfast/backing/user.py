@@ -179,18 +179,23 @@ def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *ar
 
     spawn(run, f"{store} {name}").join(timeout)
     if not ends:
-        raise StoreError(store, f"{name}()", f"did not return within {timeout:g} s")
+        raise StoreError(store, _called(name), f"did not return within {timeout:g} s")
     found, error = ends[0]
+    if isinstance(error, (UsageError, StoreError)):
+        raise error
     if error is not None:
         log.debug("store %s", store, exc_info=error)
-        raise StoreError(store, f"{name}()", f"raised {type(error).__name__}: {error}") from error
+        raise StoreError(store, _called(name), f"raised {type(error).__name__}: {error}") from error
     return found
+
+
+def _called(name: str) -> str:
+    return name if " " in name else f"{name}()"
 
 
 def _make(device: Device, timeout: float) -> Any:
     """The object that py:MODULE:CLASS[:ARG] names."""
-    module = _module(device)
-    found: Any = module
+    found: Any = _within(timeout, device.text, "its module", _module, device)
     for name in device.attribute.split("."):
         found = getattr(found, name, None)
     if not callable(found):
