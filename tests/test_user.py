@@ -350,6 +350,22 @@ def test_a_part_that_is_kept_is_nobody_elses(where: dict[str, Any]) -> None:
     kept.clear()
 
 
+def test_what_a_view_is_made_of_gives_no_other_view(where: dict[str, Any]) -> None:
+    kept: list[Any] = []
+
+    class Keeps(Ram):
+        def pread(self, buf: memoryview, offset: int) -> None:
+            super().pread(buf, offset)
+            kept.append(buf.obj)
+
+    with muenfast.serve(Keeps(), pool=1, **where), muenfast.BlockDevice(**where) as disk:
+        for number in range(8):
+            assert disk.pread(BLOCK, number * BLOCK) == bytes(BLOCK)
+            for each in kept:
+                with pytest.raises(BufferError, match="beyond its call"):
+                    memoryview(each)
+
+
 # ------------------------------------------------------------------ order and time
 
 def test_answers_come_as_they_are_ready(where: dict[str, Any]) -> None:
@@ -443,6 +459,58 @@ def test_what_waits_for_a_thread_is_late_too(where: dict[str, Any]) -> None:
         store.go.set()
         assert eventually(lambda: disk.pread(BLOCK, 5 * BLOCK)) == bytes(BLOCK)
     assert not any(call[0] == "pwrite" for call in store.called)
+
+
+def test_what_is_late_is_said(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    store = Stuck()
+    with muenfast.serve(store, pool=1, timeout=1.0, **where), muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pwrite(b"x" * BLOCK, BLOCK)) == errno.EIO
+        eventually(lambda: f"pwrite() of {BLOCK} bytes at {BLOCK} has not answered within 1 s: I/O error; writes there "
+                           "fail until it returns" in caplog.text)
+        assert failing(lambda: disk.pread(BLOCK, 5 * BLOCK)) == errno.EIO
+        eventually(lambda: f"no thread of its pool was free for pread() of {BLOCK} bytes at {5 * BLOCK} within 1 s" in
+                           caplog.text)
+        store.go.set()
+
+
+def test_no_new_size_beside_a_late_call(where: dict[str, Any]) -> None:
+    class Grows(Stuck):
+        def resize(self, size: int) -> None:
+            self.data.extend(bytes(size - len(self.data)))
+
+    store = Grows()
+    with muenfast.serve(store, pool=2, timeout=1.0, **where) as server, muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pread(BLOCK, BLOCK)) == errno.EIO
+        with pytest.raises(UsageError, match="1 of its calls were late and have not returned"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        disk.pwrite(b"x" * BLOCK, 2 * BLOCK)
+        store.go.set()
+        eventually(lambda: server.status()[0]["store"]["returned"] == 1)
+        assert server.exports[0].resize(0, 128 * BLOCK)
+        eventually(lambda: disk.size == 128 * BLOCK)
+        assert disk.pread(BLOCK, 2 * BLOCK) == b"x" * BLOCK
+
+
+def test_one_server_for_one_object(where: dict[str, Any]) -> None:
+    """Unless nothing writes; and none where a late call of an earlier server's could undo what the next one answers."""
+    store = Stuck()
+    other = {key: unique(key[0]) for key in where}
+    with muenfast.serve(store, pool=1, timeout=1.0, **where):
+        for more in ({}, {"read_only": True}):
+            with pytest.raises(UsageError, match="served already"):
+                muenfast.serve(store, **more, **other)
+    with muenfast.serve(store, read_only=True, **where), muenfast.serve(store, read_only=True, **other), \
+            muenfast.BlockDevice(**other) as disk:
+        assert disk.pread(BLOCK, 0) == bytes(BLOCK)
+    with muenfast.serve(store, pool=1, timeout=1.0, **where), muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pwrite(b"x" * BLOCK, BLOCK)) == errno.EIO
+    with pytest.raises(UsageError, match="have not returned"):
+        muenfast.serve(store, **where)
+    store.go.set()
+    eventually(lambda: not any(thread.name.startswith("py:") for thread in threading.enumerate()))
+    with muenfast.serve(store, **where), muenfast.BlockDevice(**where) as disk:
+        disk.pwrite(b"y" * BLOCK, BLOCK)
+        assert disk.pread(BLOCK, BLOCK) == b"y" * BLOCK
 
 
 def test_the_end_waits_a_while(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -549,8 +617,9 @@ def test_a_failure_that_cannot_be_told_is_one_all_the_same(where: dict[str, Any]
 def test_what_a_store_does_not_fill_is_zeros(where: dict[str, Any]) -> None:
     """And never what another request had there."""
     class Short(Ram):
-        def pread(self, buf: memoryview, offset: int) -> bytes:
-            return bytes(len(buf)) if offset else super().pread(buf, 0) or b""
+        def pread(self, buf: memoryview, offset: int) -> None:
+            if offset == 0:
+                super().pread(buf, 0)
 
     with muenfast.serve(Short(), pool=1, **where), muenfast.BlockDevice(**where) as disk:
         for number in range(64):
@@ -564,6 +633,72 @@ def test_a_module_that_hangs_is_left_alone(tmp_path: Path) -> None:
     done = run("blk", "--req", unique("a"), "--resp", unique("c"), "--device", f"py:{tmp_path}/hangs.py:X",
                "--timeout", "1")
     assert done.returncode == 1 and "its module did not return within 1 s" in one_line(done.stderr)
+
+
+def test_an_open_that_hangs_ends_with_the_process(program: Start, tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(
+        "import pathlib, time\n"
+        "class X:\n"
+        "    def open(self):\n"
+        "        (pathlib.Path(__file__).parent / 'inside').touch()\n"
+        "        time.sleep(60)\n"
+        "    def get_size(self):\n"
+        "        return 1 << 20\n"
+        "    pread = None.__init__\n")
+    server = program("blk", "--req", unique("a"), "--resp", unique("c"), "--device", f"py:{tmp_path}/hangs.py:X",
+                     "--timeout", "1200", ready=False)
+    eventually((tmp_path / "inside").exists)
+    status, errors = server.end(signal.SIGTERM)
+    assert status == 1 and "open() had not returned when the process was told to end" in one_line(errors)
+
+
+def test_bytes_that_are_returned_are_an_error(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """As of nbdkit's first API version: the buffer was not filled."""
+    class First(Ram):
+        def pread(self, count: Any, offset: int) -> bytes:  # type: ignore[override]
+            return bytes(self.data[offset:offset + len(count)])
+
+    with muenfast.serve(First(), **where), muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pread(BLOCK, 0)) == errno.EIO
+    assert "pread() returned bytes: it is to fill buf instead" in caplog.text
+
+
+def test_misspelt_methods_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Misspelt(Ram):
+        def flsh(self) -> None:
+            pass
+
+        def discard(self, count: int, offset: int) -> None:
+            pass
+
+        def write(self, data: bytes) -> None:   # a helper of pwrite's
+            pass
+
+    Misspelt.flush = None   # type: ignore[assignment, method-assign]
+    muenfast.serve(Misspelt(), unique("a"), unique("c")).close()
+    told = [record.getMessage() for record in caplog.records if "nothing calls" in record.getMessage()]
+    assert len(told) == 2 and "discard(); is it meant to be trim()" in told[0] and "flsh()" in told[1]
+
+
+def test_a_child_that_a_store_forks_is_no_server(where: dict[str, Any]) -> None:
+    """Whether it returns or raises."""
+    class Forks(Ram):
+        def pread(self, buf: memoryview, offset: int) -> None:
+            super().pread(buf, offset)
+            child = os.fork()
+            if child == 0:
+                if offset == 0:
+                    return
+                sys.exit(3) if offset == BLOCK else os.close(-1)
+            children.append((offset, child))
+
+    children: list[tuple[int, int]] = []
+    with muenfast.serve(Forks(), pool=2, **where), muenfast.BlockDevice(**where) as disk:
+        for number in range(3):
+            assert disk.pread(BLOCK, number * BLOCK) == bytes(BLOCK)
+        assert disk.pread(BLOCK, 0) == bytes(BLOCK)
+    statuses = {(offset, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for offset, child in children}
+    assert statuses == {(0, 0), (BLOCK, 3), (2 * BLOCK, 1)}
 
 
 def test_one_bad_block_fails_alone(where: dict[str, Any]) -> None:
@@ -612,6 +747,10 @@ def test_what_hangs_at_either_end_is_left_alone(method: str, caplog: pytest.LogC
         if method == "close":
             muenfast.serve(store, unique("a"), unique("c"), timeout=1.0).close()
             assert "close() did not return within 1 s" in caplog.text
+            store = Ram()
+            store.close = lambda: go.wait(60)       # type: ignore[method-assign, assignment, return-value]
+            muenfast.serve(store, unique("a"), unique("c"), timeout=1200.0).close()
+            assert "close() did not return within 4 s" in caplog.text
         else:
             with pytest.raises(StoreError, match=rf"{method}\(\) did not return within 1 s"):
                 muenfast.serve(store, unique("a"), unique("c"), timeout=1.0)

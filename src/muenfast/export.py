@@ -74,6 +74,9 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
     pools, timeouts = (None if text is None else params.split(option, text, empty=True)
                        for option, text in ((called.pool, pool), (called.timeout, timeout)))
     faults = None if inject is None else faults_from_list(called.inject, inject)
+    if faults is not None and len(faults) not in (1, len(params.split(called.req, req))):
+        raise UsageError(f"it has {len(faults)} entries, one for each export: several faults of one are joined by +",
+                         option=called.inject, value=inject)
     more = {called.device: devices}
     more |= {option: [""] * len(entries) for option, entries in
              ((called.read_only, flags), (called.pool, pools), (called.timeout, timeouts), (called.inject, faults))
@@ -373,6 +376,8 @@ class Export:
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
         by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
+        for backing in self.backings:
+            backing.tell()
         if self._client and not os.path.exists(f"/proc/{self._client}"):
             self._client, self._died = 0, True
             self._comings.info("client died")

@@ -104,6 +104,9 @@ class Backing:
     def keep(self) -> None:
         """What opening made stays; without this call close() takes it away again."""
 
+    def tell(self) -> None:
+        """Logs what has gone wrong behind the disk and no request could say; asked a few times a second."""
+
     def close(self) -> None:
         """Gives the device back. No engine may still use the store."""
         raise NotImplementedError
