@@ -35,6 +35,7 @@ from peer import (
     RESPONSE_PROTOCOL,
     TRANSPORT_ID,
     WRITE,
+    WSC,
     ChannelReader,
     ChannelWriter,
     Event,
@@ -443,6 +444,35 @@ def test_requests_of_an_earlier_life_are_void(link: Link) -> None:
     client.send(Event(WRITE, 0, 0, 1, 7, block(7)), Event(READ, 0, 0, 1, 8))
     assert client.answers(2)[1].data == block(7)
     assert counters(server)["voided"] == 3
+
+
+def test_a_ring_that_went_round_before_the_server_came_is_no_overrun(link: Link) -> None:
+    """What a predecessor answered is void, however much it was, and also where its client is just writing the next one:
+    neither an overrun nor lost."""
+    client = link.raw()
+    client.writer.activate()
+    for number in range(3 * ELEMENTS):
+        client.send(Event(READ, 0, 0, 1, number))
+    server = link.serve("ram:64K")
+    eventually(lambda: counters(server)["connections"])
+    client.send(Event(WRITE, 0, 3, 1, 7, block(7)), Event(READ, 0, 3, 1, 8))
+    assert [(a.priv, a.error) for a in client.answers(2)] == [(7, 0), (8, 0)]
+    n = counters(server)
+    assert (n["overruns"], n["lost"], n["voided"], n["reads"], n["writes"]) == (0, 0, 3 * ELEMENTS, 1, 1)
+
+
+def test_void_requests_that_are_being_overwritten_are_no_overrun(link: Link) -> None:
+    """The first synchronisation misses them, and nobody waits for them."""
+    client = link.raw()
+    client.writer.activate()
+    client.send(*(Event(READ, 0, 0, 1, number) for number in range(3)))
+    client.writer._words[WSC] = 3 + ELEMENTS
+    server = link.serve("ram:64K")
+    eventually(lambda: counters(server)["voided"])
+    client.send(Event(READ, 0, 3, 1, 8))
+    assert [(a.priv, a.error) for a in client.answers(1)] == [(8, 0)]
+    n = counters(server)
+    assert (n["overruns"], n["lost"], n["voided"], n["reads"]) == (0, 0, 3, 1)
 
 
 def test_a_client_that_connected_before_its_server(link: Link) -> None:
