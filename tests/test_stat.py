@@ -488,8 +488,8 @@ def test_watch_json(served: Served, watch: Callable[..., subprocess.Popen[str]])
             found = json.loads(seen.stdout.readline())
             assert set(found) == {"time", "disks", "silent"} and found["silent"] == []
             (one,) = found["disks"]
-            assert set(one) == {"pid", "role", "req", "resp", "device", "number", "state", "in_flight", "seconds",
-                                "directions"}
+            assert set(one) == {"pid", "role", "req", "resp", "device", "number", "state", "failure", "in_flight",
+                                "seconds", "directions"}
             assert (one["pid"], one["req"], one["device"]) == (served.server.pid, served.req[0], "ram:1M")
             assert set(one["directions"]) == DIRECTIONS and one["seconds"] > 0
             for rate in one["directions"].values():
