@@ -21,7 +21,7 @@ import pytest
 from conftest import PREFIX, Program, run, unique
 from helpers import block, eventually
 
-from muenfast import BlockDevice, control, exports_from_lists
+from muenfast import BlockDevice, BlockServer, control, exports_from_lists
 from muenfast.errors import UsageError
 from muenfast.serving import check_name
 
@@ -118,6 +118,27 @@ def test_answers_as_json(server: Program) -> None:
     assert json.loads(ctl("destroy", "--all", "--json"))["exports"][0]["name"] == name
     done = run("ctl", "destroy", name, "--json")
     assert done.returncode == 2 and json.loads(done.stdout)["ok"] is False and "no export of that name" in done.stderr
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (["destroy"], "NAME|ID: name the export, or give --all"),
+    (["resize", "x", "1M", "--disk", "y"], "--disk 'y': a disk's number is a number from 0"),
+    (["create", "x", "--poll", "0"], "--poll '0': a pause in microseconds is a number"),
+    (["create", "x", "--device", "rom:1M"], "--device, entry 0 'rom:1M': there is no kind of device"),
+    (["list", "--pid", "x"], "--pid 'x': a process' number"),
+    (["resize"], "the following arguments are required: NAME|ID (muenfast ctl resize --help tells more)"),
+    (["list", "--foo"], "unrecognized arguments: --foo (muenfast ctl list --help tells more)"),
+    (["list"], "no `muenfast blk` of this user is serving")])
+def test_errors_as_json(words: list[str], text: str) -> None:
+    """Whoever finds it, an error is an object on standard output, and a line on standard error; the same without --json but
+    for the object."""
+    done = run("ctl", *words, "--json")
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"ok", "error", "status"} and answer["ok"] is False
+    assert text in answer["error"] and answer["status"] == done.returncode == (1 if words == ["list"] else 2)
+    assert done.stderr == f"muenfast: {answer['error']}\n"
+    plain = run("ctl", *words)
+    assert (plain.stdout, plain.stderr, plain.returncode) == ("", done.stderr, done.returncode)
 
 
 def test_exports_of_the_command_line_have_names_too(program: Start) -> None:
@@ -480,6 +501,69 @@ def test_a_ram_disk_grows_and_shrinks(server: Program, shared: bool) -> None:
         assert disk.failure is None
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "buffer"])
+def test_a_new_size_is_one_line(server: Program, program: Start, shared: bool) -> None:
+    """On either side, each of several in a row; nobody is called gone, and a destroyed export is one line as well."""
+    name, buffer = short(), unique("shm")
+    lists = ["--req", f"{name}_req", "--resp", f"{name}_resp", *(["--shm", buffer] if shared else [])]
+    ctl("create", name, "--device", "ram:4M,ram:1M" if shared else "ram:4M", *lists[4:])
+    client = program("blk", "--client", "--attach", "none", *lists)
+    for size in (5, 6, 7):
+        assert ask(server, command="resize", name=name, size=f"{size}M")["ok"]
+        eventually(lambda size=size: control.ask(client.pid, {"command": "status"})["entries"][0]["size"] == size * MIB)
+    channels, which = f"{name}_req/{name}_resp", ", number 0" if shared else ""
+    ctl("destroy", name, "--force")
+    client.process.wait(20)
+    assert client.end() == (0, "".join(f"muenfast: disk {channels}{which}: new size {size * MIB} bytes\n" for size in (5, 6, 7))
+                            + f"muenfast: disk {channels}: the server destroyed the export: every request fails from now on\n")
+    assert server.end() == (0, "".join(f"muenfast: export {channels}{which}: new size {size * MIB} bytes\n" for size in (5, 6, 7))
+                            + f"muenfast: export {channels}: {name} is destroyed, though it has its client, process {client.pid}, "
+                              "attached\n")
+
+
+def test_a_server_killed_amid_a_resize_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """It said that it would be back at once; the client does not believe that for long."""
+    req, resp = unique(), unique()
+    with BlockServer(exports_from_lists(req, resp, device="ram:1M")) as server, BlockDevice(req, resp) as disk:
+        export = server.exports[0]
+        export.stop()
+        assert export._ended.wait(20)
+        export.server.close(resizing=True)
+        eventually(lambda: disk.connection.state == "lost")
+        assert "gone" not in caplog.text
+        eventually(lambda: "the server is gone, requests wait for its return" in caplog.text)
+
+
+@pytest.mark.parametrize("kind", ["ram", "file"])
+def test_a_size_that_is_not_to_be_had(server: Program, tmp_path: Path, kind: str) -> None:
+    """What is wrong with which SIZE; the disk goes on as it was."""
+    name, path = short(), tmp_path / "image"
+    path.write_bytes(bytes(MIB))
+    ctl("create", name, "--device", path if kind == "file" else "ram:1M")
+    with client_of(name) as disk:
+        disk.pwrite(block(1), 0)
+        said = ctl("resize", name, "99999T", status=2)
+        assert re.fullmatch(r"muenfast: SIZE '99999T': no (file|memory) of that size is to be had: .+\n", said), said
+        assert "SIZE '8K': the disk has 1048576 bytes" in ctl("resize", name, "8K", status=2)
+        disk.pwrite(block(2), 4096)
+        assert (disk.pread(4096, 0), disk.pread(4096, 4096), disk.size) == (block(1), block(2), MIB)
+    assert path.stat().st_size == MIB
+
+
+def test_a_file_that_became_shorter(server: Program, tmp_path: Path) -> None:
+    """Without SIZE the export takes that over where it is forced to."""
+    name, path = short(), tmp_path / "image"
+    path.write_bytes(bytes(4 * MIB))
+    ctl("create", name, "--device", path)
+    os.truncate(path, MIB)
+    assert ctl("resize", name, status=2) == (
+        f"muenfast: NAME '{name}': what is behind the disk has become shorter: {MIB} bytes, not {4 * MIB} "
+        "(--force takes that over)\n")
+    assert ctl("list").split()[4] == str(4 * MIB)
+    ctl("resize", name, "--force")
+    assert ctl("list").split()[4] == str(MIB) and path.stat().st_size == MIB
+
+
 def test_a_file_grows_and_shrinks(server: Program, tmp_path: Path) -> None:
     """By ftruncate, sparse; without SIZE the file's own; both ends of it in the data of the file."""
     name, path = short(), tmp_path / "image"
@@ -541,8 +625,9 @@ def test_one_disk_of_several(server: Program, tmp_path: Path) -> None:
         assert ctl("list").split()[5] == f"ram:4M,{path},null:2M"
 
 
-def test_requests_in_flight_meet_another_size(server: Program) -> None:
-    """What is outstanding is issued again; nothing fails and nothing is lost while a disk grows under load."""
+def test_requests_in_flight_meet_another_size(server: Program, caplog: pytest.LogCaptureFixture) -> None:
+    """What is outstanding is issued again; nothing fails, is lost or counted so while a disk grows under load, and the new
+    sizes are all that is said."""
     name, count = short(), 40
     ctl("create", name, "--device", "ram:4M")
     failures: list[str] = []
@@ -573,6 +658,10 @@ def test_requests_in_flight_meet_another_size(server: Program) -> None:
             thread.join()
         assert not failures and disk.failure is None
         assert disk.client.counters["lives"] > 1
+        [found] = ask(server, command="show")["exports"]
+        assert (found["counters"]["overruns"], found["counters"]["lost"]) == (0, 0)
+    said = [record.getMessage() for record in caplog.records]
+    assert said and all(re.search(r": new size \d+ bytes$", line) for line in said), said
 
 
 def test_a_disk_that_shares_its_thread(program: Start) -> None:

@@ -311,7 +311,7 @@ class BlockClients(_Group):
         for connection in self.connections:
             said = ""
             while not connection.wait_ready(0.1):
-                if time.monotonic() > patience:
+                if time.monotonic() > patience and connection.client.incompatible is None:  # else that is said
                     patience = time.monotonic() + _WAIT_SILENTLY
                     text = connection.unanswered(_WAIT_SILENTLY)
                     if text != said:

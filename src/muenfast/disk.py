@@ -91,7 +91,8 @@ class Connection:
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
         self._stuck = False  # whether a server that lives gives no answer
-        self._untold = False  # whether it is lost for a reason that it tells itself, soon
+        self._untold = ""  # what a lost server says of itself, while that is believed and not said
+        self._told = False  # whether it was said that the server is gone
         self._open()
         self._thread = threading.Thread(target=self._run, name=f"disk {channels.name}", daemon=True)
         try:
@@ -178,13 +179,13 @@ class Connection:
                     if not self._dead and not self._stuck:
                         self._untold = self._tells()
                         if not self._untold:
-                            self._peer.warning("the server is gone%s", self._meanwhile())
+                            self._warn_gone()
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
                 elif self._untold and (now - lost_since > _BACK_AT_ONCE or self._server_died()):
                     self._say_gone()
                 if self.client.server_state == "gone":
-                    self._gone, self._untold = True, False
+                    self._gone, self._untold = True, ""
                     self._give_up("the server destroyed the export")
                 elif self._policy.mode == "timeout" and now - lost_since > self._policy.seconds:
                     self.client.fail(forever=False)
@@ -207,7 +208,7 @@ class Connection:
                 if self._server_died():
                     if not self._dead:
                         self._dead, self._stuck = True, False
-                        self._peer.warning("the server is gone%s", self._meanwhile())
+                        self._warn_gone()
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
                 silent = now - stuck_since if stuck_since else 0.0
@@ -306,12 +307,11 @@ class Connection:
         if not self.client.resume(resized=resized):
             return False
         again, old, self._geometry = self.client.counters["reissued"] - before, self._geometry, geometry
-        quiet = self._untold and resized
-        if not resized:
+        if not resized and self._untold != "resizing":
             self._say_gone()
-        self._untold = False
-        if not quiet:
+        if self._told or self._stuck or not resized and self._untold != "resizing":     # else it was away for the size only
             self._returns.warning("the server is back, %d requests issued again", again)
+        self._told, self._untold = False, ""
         if resized:
             self._say_sizes(old)
             if self.resized is not None:
@@ -328,16 +328,21 @@ class Connection:
         log.error("disk %s: %s: every request fails from now on", self.channels.name, why)
         self.client.fail(forever=True)
 
-    def _tells(self) -> bool:
-        """Whether a server that has left says that it is back at once, or for good away; or is there again already. It lives."""
+    def _tells(self) -> str:
+        """What a server that has left says of itself, where it lives and is back at once ("resizing"), is there again already
+        ("serving"), or is away for good ("gone"); else ""."""
         state = self.client.server_state
-        return state == "gone" or state in ("serving", "resizing") and not self._server_died()
+        return state if state == "gone" or state in ("serving", "resizing") and not self._server_died() else ""
 
     def _say_gone(self) -> None:
         """Says what was kept back, for nothing else tells it."""
         if self._untold:
-            self._untold = False
-            self._peer.warning("the server is gone%s", self._meanwhile())
+            self._untold = ""
+            self._warn_gone()
+
+    def _warn_gone(self) -> None:
+        self._told = True
+        self._peer.warning("the server is gone%s", self._meanwhile())
 
     def _say_sizes(self, before: tuple[tuple[int, int], ...]) -> None:
         """Says each new size: somebody wanted it, and it is not limited as what a peer provokes."""

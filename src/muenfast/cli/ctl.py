@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._text import describe, export_line, word
+from muenfast.cli._text import describe, export_line, user_lines, word
 from muenfast.errors import MuenfastError, UsageError
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _lines(what: str, answer: dict[str, Any]) -> list[str]:
         if what == "status":
             counters = ", ".join(f"{name} {value}" for name, value in export["counters"].items()
                                  if value and isinstance(value, int))
-            lines.append(f"    {counters or 'no traffic'}")
+            lines += [f"    {counters or 'no traffic'}", *user_lines(export)]
     return lines
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from muenfast.cli._serving import Stop
+from muenfast.cli._text import user_lines
 from muenfast.errors import UsageError
 
 _LEAST, _MOST = 0.01, 86400.0  # seconds of an interval
@@ -118,9 +119,8 @@ def _show(entry: dict[str, Any]) -> None:
     counters = {name: value for name, value in entry["counters"].items() if not devices or name not in _SHOWN}
     waiting = {"in flight": entry["in_flight"]} if entry.get("in_flight") else {}
     print(f"    {_words(waiting | counters)}")
-    for key, text in (("store", "its calls"), ("injected", "injected")):   # of disks written in Python, of faults
-        if isinstance(entry.get(key), dict):
-            print(f"    {text}: {', '.join(f'{name} {value}' for name, value in entry[key].items())}")
+    for line in user_lines(entry):
+        print(line)
     nbd = entry.get("nbd")
     if isinstance(nbd, dict):
         print(f"    NBD {nbd['socket']}: {_words(nbd['counters'])}")
@@ -155,7 +155,7 @@ def _words(counters: object) -> str:
 
 def _state(entry: dict[str, Any]) -> str:
     """The state, and why where all fails."""
-    return entry["state"] + (f": {entry['failure']}" if entry.get("failure") else "")
+    return str(entry["state"]) + (f": {entry['failure']}" if entry.get("failure") else "")
 
 
 # ---- --watch
