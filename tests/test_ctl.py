@@ -389,8 +389,8 @@ def test_one_process_is_meant(program: Start, tmp_path: Path) -> None:
     for server, name in ((first, "one"), (second, "two")):
         ctl("create", name, "--pid", server.pid, "--req", unique(), "--resp", unique(), "--device", "null:1M")
     error = ctl("list", status=2)
-    assert error == (f"muenfast: --pid: several processes serve, of which one is meant (type `muenfast ctl list --pid PID`, where "
-                     f"PID is {first.pid} (one) or {second.pid} (two))\n")
+    assert error == ("muenfast: --pid: several processes serve, of which one is meant (type `muenfast ctl list --pid PID`, "
+                     f"where PID is {first.pid} (one) or {second.pid} (two))\n")
     assert "several processes serve" in (error := ctl("create", "three", status=2)) and "ctl create NAME --pid PID" in error
     assert "type `muenfast ctl resize three --pid PID`" in ctl("resize", "three", "1M", status=2)
     assert ctl("status", "two").split()[1] == "two"
@@ -413,8 +413,8 @@ def test_control_goes_with_the_server_only() -> None:
     assert "--req, --resp: required" in run("blk").stderr and "--control" in run("blk").stderr
     assert "--resp: required" in run("blk", "--control", "--req", "x").stderr
     assert run("blk", "--control", "--read-only", "--device", "ram:1M").stderr == (
-        "muenfast: --device: belongs to an export, and with --control, but without --req and --resp, there is none to begin with "
-        "(give --req and --resp, too, or later `muenfast ctl create NAME --device ...`)\n")
+        "muenfast: --device: belongs to an export, and with --control, but without --req and --resp, there is none to "
+        "begin with (give --req and --resp, too, or later `muenfast ctl create NAME --device ...`)\n")
     assert "begins without" not in run("blk", "--control", "--req", "x").stderr
     assert "--control: is an option of the server" in run("blk", "--client", "--control").stderr
 
@@ -514,11 +514,15 @@ def test_a_new_size_is_one_line(server: Program, program: Start, shared: bool) -
     channels, which = f"{name}_req/{name}_resp", ", number 0" if shared else ""
     ctl("destroy", name, "--force")
     client.process.wait(20)
-    assert client.end() == (0, "".join(f"muenfast: disk {channels}{which}: new size {size * MIB} bytes\n" for size in (5, 6, 7))
-                            + f"muenfast: disk {channels}: the server destroyed the export: every request fails from now on\n")
-    assert server.end() == (0, "".join(f"muenfast: export {channels}{which}: new size {size * MIB} bytes\n" for size in (5, 6, 7))
-                            + f"muenfast: export {channels}: {name} is destroyed, though it has its client, process {client.pid}, "
-                              "attached\n")
+    sizes = [f"{channels}{which}: new size {size * MIB} bytes" for size in (5, 6, 7)]
+    status, said = client.end()
+    assert status == 0 and said.splitlines() == [
+        *(f"muenfast: disk {line}" for line in sizes),
+        f"muenfast: disk {channels}: the server destroyed the export: every request fails from now on"]
+    status, said = server.end()
+    assert status == 0 and said.splitlines() == [
+        *(f"muenfast: export {line}" for line in sizes),
+        f"muenfast: export {channels}: {name} is destroyed, though it has its client, process {client.pid}, attached"]
 
 
 def test_a_server_killed_amid_a_resize_is_gone(caplog: pytest.LogCaptureFixture) -> None:

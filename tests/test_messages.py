@@ -47,7 +47,7 @@ def test_errors_name_parameters() -> None:
     """No option of the command line, for there is none."""
     req, resp, buffer = unique("a"), unique("c"), unique("e")
     calls: list[tuple[Callable[[], Any], type[Exception], str]] = [
-        (lambda: BlockDevice(req, resp), ClaimError, f"req, entry 0 '{req}': the writer's side of channel {req} is already"),
+        (lambda: BlockDevice(req, resp), ClaimError, f"req, entry 0 '{req}': the writer's side of channel {req} is"),
         (lambda: muenfast.serve(Store(), req, resp), ClaimError, f"resp, entry 0 '{resp}': "),
         (lambda: BlockServer(exports_from_lists(req, resp)), ClaimError, f"resp, entry 0 '{resp}': "),
         (lambda: BlockDevice("x/y", resp), UsageError, "req, entry 0 'x/y'"),
@@ -58,7 +58,8 @@ def test_errors_name_parameters() -> None:
         (lambda: muenfast.serve(Store(), req, resp, timeout=0), UsageError, "timeout '0': a timeout has 1 to 1200 seconds"),
         (lambda: muenfast.serve(Store(), req, resp, inject="x"), UsageError, "inject, entry 0 'x'"),
         (lambda: exports_from_lists(req, resp, device="rom:1M"), UsageError, "device, entry 0 'rom:1M'"),
-        (lambda: exports_from_lists(req, resp, timeout="2"), UsageError, "timeout, entry 0 '2': only a disk .* or one with inject")]
+        (lambda: exports_from_lists(req, resp, timeout="2"), UsageError,
+         "timeout, entry 0 '2': only a disk .* or one with inject")]
     with BlockServer(exports_from_lists(req, resp, device="ram:1M")), BlockDevice(req, resp):
         for call, kind, text in calls:
             with pytest.raises(kind, match=text) as caught:
@@ -70,8 +71,8 @@ def test_errors_name_parameters() -> None:
 def test_a_wait_for_nobody(shared: bool) -> None:
     with pytest.raises(TimeoutError) as caught:
         BlockDevice(req := unique(), resp := unique(), shm=unique() if shared else None, timeout=0.1)
-    assert caught.value.strerror == (f"disk {req}/{resp}: no server answered within 0.1 s: is `muenfast blk` running there, "
-                                     f"{'with the same' if shared else 'without'} shm?")
+    assert caught.value.strerror == (f"disk {req}/{resp}: no server answered within 0.1 s: is `muenfast blk` running "
+                                     f"there, {'with the same' if shared else 'without'} shm?")
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["inline", "buffer"])
@@ -132,7 +133,8 @@ def test_who_has_a_timeout(words: list[str]) -> None:
     lists = ["blk", "--req", unique(), "--resp", unique(), "--device", "ram:1M"]
     done = run(*lists, *words)
     assert (done.returncode, done.stderr) == (
-        2, "muenfast: --timeout, entry 0 '1': only a disk written in Python (py:MODULE:CLASS), or one with --inject late, has one\n")
+        2, "muenfast: --timeout, entry 0 '1': only a disk written in Python (py:MODULE:CLASS), or one with --inject late, "
+           "has one\n")
     for zero in (["--timeout", "0"], ["--inject", "late", "--timeout", "0"]):
         assert "--timeout, entry 0 '0': a timeout has 1 to 1200 seconds" in run(*lists, *zero).stderr
     assert len(exports_from_lists("a", "c", inject="late", timeout="1")) == 1

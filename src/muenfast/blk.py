@@ -136,8 +136,8 @@ class BlockServer(_Group):
 
 def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_only: bool = False, pool: int = DEFAULT_POOL,
           timeout: float = DEFAULT_TIMEOUT, inject: str | None = None, req_protocol: str | None = None,
-          resp_protocol: str | None = None, size: str | None = None, buffer_size: str | None = None, poll: int | None = None,
-          bells: bool = True) -> BlockServer:
+          resp_protocol: str | None = None, size: str | None = None, buffer_size: str | None = None,
+          poll: int | None = None, bells: bool = True) -> BlockServer:
     """Exports a disk whose data Python code keeps (docs/stores.md) over two channels, until close().
 
         with muenfast.serve(MyStore(), req="a", resp="c") as server:
@@ -160,8 +160,8 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
             raise UsageError("a store is an object with the methods get_size and pread: there is no method "
                              f"{' and no method '.join(lacking)}", option="store", index=index, value=repr(each)[:80],
                              hint="docs/stores.md shows one; exports_from_lists and BlockServer serve files and RAM")
-    found = channels_from_lists(req, resp, buffer=shm, options=called, req_protocol=req_protocol, resp_protocol=resp_protocol,
-                                size=size, buffer_size=buffer_size, poll=poll, bells=bells)
+    found = channels_from_lists(req, resp, buffer=shm, options=called, req_protocol=req_protocol,
+                                resp_protocol=resp_protocol, size=size, buffer_size=buffer_size, poll=poll, bells=bells)
     if len(found) != 1:
         raise UsageError("one store has one connection", option="req", value=req)
     if not stores or len(stores) > 1 and shm is None:

@@ -55,9 +55,9 @@ class End:
     """The end of one channel; a context manager.
 
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
-    name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write, of one connection: "server" or "client"
-    claims that side of it. create: bytes of the region when a POSIX name is missing, None: it must exist. least: bytes it
-    must have. bell: False: none is made or used (strict one-way).
+    name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write,
+    of one connection: "server" or "client" claims that side of it. create: bytes of the region when a POSIX name is
+    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way).
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """

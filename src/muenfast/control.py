@@ -256,8 +256,8 @@ def _line(connection: socket.socket, until: float) -> bytes:
 
 
 def ask(pid: int, request: dict[str, Any], *, timeout: float | None = _ANSWER_TIMEOUT) -> dict[str, Any]:
-    """One request to the serving process `pid`. timeout: seconds to wait for its answer, None: no end, unless the process is
-    stopped. Raises OSError, ValueError."""
+    """One request to the serving process `pid`. timeout: seconds to wait for its answer, None: no end, unless the process
+    is stopped. Raises OSError, ValueError."""
     with _At(f"{pid}.sock") as at, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as s:
         s.settimeout(_ANSWER_TIMEOUT if timeout is None else timeout)
         found = bytearray()

@@ -329,8 +329,8 @@ class Connection:
         self.client.fail(forever=True)
 
     def _tells(self) -> str:
-        """What a server that has left says of itself, where it lives and is back at once ("resizing"), is there again already
-        ("serving"), or is away for good ("gone"); else ""."""
+        """What a server that has left says of itself, where it lives and is back at once ("resizing"), is there again
+        already ("serving"), or is away for good ("gone"); else ""."""
         state = self.client.server_state
         return state if state == "gone" or state in ("serving", "resizing") and not self._server_died() else ""
 
@@ -418,8 +418,8 @@ class Connection:
 
     @property
     def state(self) -> str:
-        """One of STATES. "lost": the server is gone, or dead by its claim; "stuck": it lives and does not answer; "failed" or
-        "gone": for good."""
+        """One of STATES. "lost": the server is gone, or dead by its claim; "stuck": it lives and does not answer; "failed"
+        or "gone": for good."""
         state = self.client.state
         if state == "failed" and self._gone:
             return "gone"

@@ -123,12 +123,13 @@ class Backing:
 
 
 def check_shrink(old: int, new: int, force: bool, *, found: bool = False) -> None:
-    """Raises UsageError where a disk of `old` bytes would lose some without force. found: what is behind it has the new size
-    already."""
+    """Raises UsageError where a disk of `old` bytes would lose some without force. found: what is behind it has the new
+    size already."""
     if new >= old or force:
         return
     if found:
-        raise UsageError(f"what is behind the disk has become shorter: {new} bytes, not {old}", hint="--force takes that over")
+        raise UsageError(f"what is behind the disk has become shorter: {new} bytes, not {old}",
+                         hint="--force takes that over")
     raise UsageError(f"the disk has {old} bytes: what is beyond the new end would be lost", value=new,
                      hint="--force cuts it off")
 

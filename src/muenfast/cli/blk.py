@@ -102,8 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [f"--{name}" for name in ("req", "resp") if getattr(arguments, name) is None]
     if arguments.control and len(missing) == 2 and lists_given:
         option = "--" + lists_given[0].replace("_", "-")
-        raise UsageError("belongs to an export, and with --control, but without --req and --resp, there is none to begin with",
-                         option=option, hint=f"give --req and --resp, too, or later `muenfast ctl create NAME {option} ...`")
+        raise UsageError("belongs to an export, and with --control, but without --req and --resp, there is none to begin "
+                         "with", option=option,
+                         hint=f"give --req and --resp, too, or later `muenfast ctl create NAME {option} ...`")
     if missing and (lists_given or not arguments.control):
         without = "" if arguments.client or arguments.control else "muenfast blk --control begins without channels, "
         raise UsageError("required: the channels of each connection", option=", ".join(missing),

@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "disk's get_size) is measured again, and the disk becomes as long as that is by now")
     resize.add_argument("--disk", metavar="N", default="0", help="its number on the connection (default: 0)")
     resize.add_argument("--force", action="store_true",
-                        help="also where the disk becomes smaller: what is beyond its new end is lost to the client, and with "
-                             "SIZE it is cut off")
+                        help="also where the disk becomes smaller: what is beyond its new end is lost to the client, and "
+                             "with SIZE it is cut off")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -183,8 +183,8 @@ def _server(pid: int, *, client: bool) -> int:
     """pid, where it is that of a server, or (client) of a client. Raises UsageError, MuenfastError."""
     ping = _ask(pid, {"command": "ping"}, timeout=_PATIENCE)
     if ping.get("command") == "blk --client" and not client:
-        raise UsageError("that process is a client (`muenfast blk --client`), and exports nothing", option="--pid", value=pid,
-                         hint=f"`muenfast stat {pid}` shows its disks; PID is that of a `muenfast blk`")
+        raise UsageError("that process is a client (`muenfast blk --client`), and exports nothing", option="--pid",
+                         value=pid, hint=f"`muenfast stat {pid}` shows its disks; PID is that of a `muenfast blk`")
     return pid
 
 
