@@ -538,6 +538,20 @@ def test_a_server_killed_amid_a_resize_is_gone(caplog: pytest.LogCaptureFixture)
         eventually(lambda: "the server is gone, requests wait for its return" in caplog.text)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "buffer"])
+def test_an_engine_that_is_opened_anew_is_no_loss(shared: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that stayed, and has the size that it had (two resizes, of which a client sees one), was never gone."""
+    req, resp, buffer = unique(), unique(), unique() if shared else None
+    with BlockServer(exports_from_lists(req, resp, device="ram:1M", buffer=buffer)) as server, \
+            BlockDevice(req, resp, shm=buffer) as disk:
+        for number in range(20):
+            server.exports[0].change(lambda: None)
+            disk.pwrite(block(number), 0)
+            assert disk.pread(4096, 0) == block(number)
+        assert disk.client.counters["lives"] > 1
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kind", ["ram", "file"])
 def test_a_size_that_is_not_to_be_had(server: Program, tmp_path: Path, kind: str) -> None:
     """What is wrong with which SIZE; the disk goes on as it was."""

@@ -90,6 +90,8 @@ class Connection:
         self._closed = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
+        self._holder: tuple[Any, Any] | None = None  # by whom it was when last looked at: process, and since when
+        self._answerer: tuple[Any, Any] | None = None  # and when it answered last
         self._stuck = False  # whether a server that lives gives no answer
         self._untold = ""  # what a lost server says of itself, while that is believed and not said
         self._told = False  # whether it was said that the server is gone
@@ -282,7 +284,8 @@ class Connection:
                 return True
             if not self.client.resume():
                 return False
-            self._server_died()  # sees that its claim is held, if it is one that claims
+            self._server_died()  # sees who holds its claim, if it is one that claims
+            self._answerer = self._holder
             self._store, self._geometry = store, geometry
             self._ready.set()
             log.info("disk %s: connected, %s bytes", self.channels.name,
@@ -307,9 +310,12 @@ class Connection:
         if not self.client.resume(resized=resized):
             return False
         again, old, self._geometry = self.client.counters["reissued"] - before, self._geometry, geometry
-        if not resized and self._untold != "resizing":
+        self._server_died()
+        stayed = self._holder is not None and self._holder == self._answerer    # it was away for a size only, or two
+        self._answerer = self._holder
+        if not resized and not stayed:
             self._say_gone()
-        if self._told or self._stuck or not resized and self._untold != "resizing":     # else it was away for the size only
+        if self._told or self._stuck or not resized and not stayed:
             self._returns.warning("the server is back, %d requests issued again", again)
         self._told, self._untold = False, ""
         if resized:
@@ -358,12 +364,13 @@ class Connection:
     def _server_died(self) -> bool:
         """Whether the writer's claim on the response channel is free although it once was held."""
         try:
-            held = shm.writer_holder(self._ends[1].region) is not None
+            holder = shm.writer_holder(self._ends[1].region)
         except OSError as error:
             self._complain(f"cannot see whether its server lives: {error}")
             return False
-        self._known = self._known or held
-        return self._known and not held
+        self._holder = None if holder is None else (holder["pid"], holder["since"])
+        self._known = self._known or holder is not None
+        return self._known and holder is None
 
     def _look(self, gone: bool) -> None:
         """Follows the channels' memory, as Export._look does. gone: whether no server is there; an active response
