@@ -461,6 +461,27 @@ def test_a_ring_that_went_round_before_the_server_came_is_no_overrun(link: Link)
     assert (n["overruns"], n["lost"], n["voided"], n["reads"], n["writes"]) == (0, 0, 3 * ELEMENTS, 1, 1)
 
 
+def test_a_ring_that_goes_round_as_the_server_comes_is_no_overrun(tmp_path: Path) -> None:
+    """What is written behind what a predecessor answered is executed, and the client did not overrun anybody."""
+    from muenfast._blk import Server
+    from muenfast._store import Store
+
+    writer = ChannelWriter(str(tmp_path / "req"), EVENT_BYTES, REQUEST_PROTOCOL, REGION)
+    with (tmp_path / "req").open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        writer.activate()
+        for number in range(2 * ELEMENTS):
+            writer.write(Event(WRITE, 0, 0, 1, number).pack())
+        server = Server(memory, bytearray(REGION), Store.null(1 << 20))
+        assert server.run(0) == "connected"
+        for number in range(10):
+            writer.write(Event(READ, 0, 0, 1, number).pack())
+        assert server.run(0.01) == "tick"
+        n = server.counters
+        assert (n["overruns"], n["lost"], n["voided"], n["reads"], n["writes"]) == (0, 0, 2 * ELEMENTS, 10, 0)
+        server.close()
+        writer.close()
+
+
 def test_void_requests_that_are_being_overwritten_are_no_overrun(link: Link) -> None:
     """The first synchronisation misses them, and nobody waits for them."""
     client = link.raw()
