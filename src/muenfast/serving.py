@@ -207,7 +207,11 @@ class ControlledServer(BlockServer):
                     raise MuenfastError(f"export {name} has {client} attached (--force ends it all the same)")
             entries = [self.entry(*each) for each in chosen]
             for _, name, export in chosen:
-                log.info("export %s: %s is destroyed", export.name, name)
+                client = _client_of(export)
+                if client is None:
+                    log.info("export %s: %s is destroyed", export.name, name)
+                else:
+                    log.warning("export %s: %s is destroyed, though it has %s attached", export.name, name, client)
             for _, _, export in chosen:     # all, before the first is waited for
                 export.stop()
             with ExitStack() as stack:
@@ -234,9 +238,16 @@ class ControlledServer(BlockServer):
                                  option="--disk", value=disk)
             block = export.backings[disk].store.block_size
             wanted = None if size is None else params.size("SIZE", None, size, multiple=block, least=BLOCK)
-            changed = export.resize(disk, wanted, force=force)
-            if changed:
-                log.info("export %s: disk %d has %d bytes now", export.name, disk, export.sizes[disk])
+            try:
+                changed = export.resize(disk, wanted, force=force)
+            except UsageError as error:
+                if error.option is not None:
+                    raise
+                what, value = ("NAME", which) if size is None else ("SIZE", size)
+                raise UsageError(error.rule, option=what, value=value, hint=error.hint) from error
+            except OSError as error:
+                what = f"NAME {which!r}" if size is None else f"SIZE {size!r}"
+                raise OSError(error.errno, f"{what}: {error.strerror}", error.filename) from error
             return {**self.entry(number, name, export), "changed": changed}
 
     # -------------------------------------------------------------- what may be asked
