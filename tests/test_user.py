@@ -551,6 +551,11 @@ def test_a_new_size_waits_for_calls(where: dict[str, Any]) -> None:
         store.data.extend(bytes(BLOCK))
         assert server.exports[0].resize(0, None)
         eventually(lambda: disk.size == 129 * BLOCK)
+        del store.data[-BLOCK:]
+        with pytest.raises(UsageError, match="has become shorter"):
+            server.exports[0].resize(0, None)
+        assert server.exports[0].resize(0, None, force=True)
+        eventually(lambda: disk.size == 128 * BLOCK)
 
 
 def test_a_disk_without_resize_keeps_its_size(where: dict[str, Any]) -> None:

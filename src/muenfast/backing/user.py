@@ -195,7 +195,9 @@ class UserBacking(Backing):
 
     def check_resize(self, size: int | None, force: bool) -> bool:
         if size is None:
-            return self._size() // self.store.block_size * self.store.block_size != self.store.size
+            whole = self._size() // self.store.block_size * self.store.block_size
+            check_shrink(self.store.size, whole, force, found=True)
+            return whole != self.store.size
         if not callable(getattr(self._object, "resize", None)):
             raise UsageError("its class has no method resize", value=self._device.text,
                              hint="without a SIZE the export takes over what get_size() returns by now")
