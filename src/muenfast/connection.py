@@ -126,7 +126,6 @@ class Channels:
             return f"; the other side has no shared buffer: leave it out ({self.options.buffer})"
         return ""
 
-
     def unanswered(self, seconds: float, server: dict[str, Any] | None) -> str:
         """What to say of a server that has not answered a client for so long. server: who claims to write responses."""
         called = self.options.buffer
