@@ -558,11 +558,107 @@ def test_a_new_size_waits_for_calls(where: dict[str, Any]) -> None:
         eventually(lambda: disk.size == 128 * BLOCK)
 
 
+def test_a_resize_that_hangs_is_the_only_one(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """It fails, the disk goes on as it was; no other one begins beside it; and it holds no end up."""
+    class Hangs(Ram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.go, self.begun = threading.Event(), 0
+
+        def resize(self, size: int) -> None:
+            self.begun += 1
+            self.go.wait(60)
+
+    store = Hangs()
+    with muenfast.serve(store, timeout=1.0, **where) as server, muenfast.BlockDevice(**where) as disk:
+        with pytest.raises(StoreError, match=r"resize\(\) did not return within 1 s"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        with pytest.raises(UsageError, match="1 of its calls were late and have not returned"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        disk.pwrite(b"x" * BLOCK, 0)
+        assert disk.pread(BLOCK, 0) == b"x" * BLOCK and disk.size == 64 * BLOCK
+        store.go.set()
+    assert store.begun == 1
+    store = Hangs()
+    server = muenfast.serve(store, timeout=1200.0, **where)
+    errors: list[Exception] = []
+
+    def resize() -> None:
+        try:
+            server.exports[0].resize(0, 128 * BLOCK)
+        except StoreError as error:
+            errors.append(error)
+
+    resizer = in_background(resize)
+    eventually(lambda: store.begun == 1)
+    server.close()
+    resizer.join()
+    assert "resize() had not returned when the server was told to end" in str(errors[0])
+    assert "1 calls have not returned, so its close() is not called" in caplog.text and ("close",) not in store.called
+    store.go.set()
+
+
+def test_another_size_than_was_asked_for_is_refused(where: dict[str, Any]) -> None:
+    """What a smaller one cuts off, nobody has agreed to."""
+    class Shrinks(Ram):
+        def resize(self, size: int) -> None:
+            del self.data[4 * BLOCK:]
+
+    with muenfast.serve(Shrinks(), **where) as server, muenfast.BlockDevice(**where) as disk:
+        with pytest.raises(StoreError, match=rf"get_size\(\) returned {4 * BLOCK} after resize\({128 * BLOCK}\)"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        disk.pwrite(b"x" * BLOCK, 3 * BLOCK)
+        assert disk.size == server.exports[0].size == 64 * BLOCK
+        assert server.exports[0].resize(0, None)
+        eventually(lambda: disk.size == 4 * BLOCK)
+
+
+def test_a_call_that_ends_its_own_server(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """It is waited for as any other, and by nobody in vain; then the object can be served again."""
+    class Ends(Ram):
+        server: muenfast.BlockServer | None = None
+
+        def flush(self) -> None:
+            if self.server is not None:
+                self.server.close()
+
+    store = Ends()
+    store.server = server = muenfast.serve(store, timeout=1.0, **where)
+    disk = muenfast.BlockDevice(on_peer_loss="fail", **where)
+    assert failing(disk.flush) == errno.EIO
+    disk.close()
+    eventually(lambda: "1 calls have not returned, so its close() is not called" in caplog.text)
+    server.close()
+    store.server = None
+    eventually(lambda: not any(thread.name.startswith("py:") and thread.is_alive() for thread in threading.enumerate()))
+    with muenfast.serve(store, **where), muenfast.BlockDevice(**where) as disk:
+        disk.flush()
+
+
 def test_a_disk_without_resize_keeps_its_size(where: dict[str, Any]) -> None:
     with muenfast.serve(Ram(), **where) as server:
         with pytest.raises(UsageError, match="no method resize"):
             server.exports[0].resize(0, 128 * BLOCK)
         assert not server.exports[0].resize(0, None)
+
+
+@pytest.mark.parametrize("which", ["req", "resp", "shm"])
+def test_a_channel_that_is_cut_off_fails_requests(where: dict[str, Any], which: str) -> None:
+    """on_peer_loss "fail" holds for a server that lives and cannot be reached, too; channels made anew are followed."""
+    if where[which] is None:
+        pytest.skip("inline channels have no buffer")
+    with muenfast.serve(Ram(), **where), muenfast.BlockDevice(on_peer_loss="fail", **where) as disk:
+        disk.pwrite(b"x" * BLOCK, 0)
+        os.truncate(f"/dev/shm/{where[which]}", 0)
+        assert failing(lambda: disk.pread(BLOCK, 0)) == errno.EIO
+        os.unlink(f"/dev/shm/{where[which]}")
+
+        def reads() -> bool:
+            try:
+                return disk.pread(BLOCK, 0) == b"x" * BLOCK
+            except OSError:
+                return False
+        eventually(reads)
 
 
 # ------------------------------------------------------------------ errors

@@ -213,6 +213,8 @@ class Connection:
                         self._warn_gone()
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
+                elif self._policy.mode == "fail" and self.client.broken:    # it lives, and cannot hear us, or we it
+                    self.client.fail(forever=False)
                 silent = now - stuck_since if stuck_since else 0.0
                 if self._policy.mode == "timeout":
                     if silent > self._policy.seconds:

@@ -542,6 +542,8 @@ class Export:
     def stop(self) -> None:
         """Makes it end soon; close() waits for that."""
         self._stop.set()
+        for backing in self.backings:
+            backing.hasten()
         self.server.stop(now=True)
 
     def close(self, *, gone: bool = False) -> None:

@@ -114,6 +114,9 @@ class Backing:
     def tell(self) -> None:
         """Logs what has gone wrong behind the disk and no request could say; asked a few times a second."""
 
+    def hasten(self) -> None:
+        """The export ends: what is waited for without an engine, in resize(), is not any longer. By any thread."""
+
     def close(self) -> None:
         """Gives the device back. No engine may still use the store."""
         raise NotImplementedError

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from muenfast._user import LARGEST, MOST_WORKERS, UserStore
 from muenfast.backing import BLOCK, SECTOR, Backing, Device, check_shrink
 from muenfast.errors import StoreError, UsageError
-from muenfast.threads import ending, leave_child, spawn
+from muenfast.threads import Ending, ending, leave_child, spawn
 
 log = logging.getLogger("muenfast")
 
@@ -64,6 +64,7 @@ class UserBacking(Backing):
         self._warn()
         self._threads: list[threading.Thread] = []
         self._asked: list[threading.Thread] = []    # calls of _ask() that have not returned in time
+        self._over = Ending()
         self._claim = _Claim(self._object, not read_only and callable(getattr(self._object, "pwrite", None)), device.text)
         try:
             if callable(getattr(self._object, "open", None)):
@@ -117,7 +118,7 @@ class UserBacking(Backing):
         """What the callback returns; `missing` where there is none."""
         call = getattr(self._object, name, None)
         return missing if call is None else _within(self._timeout, self._device.text, name, call, *arguments,
-                                                    left=self._asked)
+                                                    left=self._asked, over=self._over)
 
     def _can(self, name: str) -> bool:
         there = callable(getattr(self._object, name, None))
@@ -165,9 +166,10 @@ class UserBacking(Backing):
         until = time.monotonic() + _CLOSE_PATIENCE
         if self._threads:
             self.store.end()
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
         threads = self._threads + self._asked
+        for thread in threads if self._over.told else self._threads:
+            if thread is not threading.current_thread():    # a call that ends its own server
+                thread.join(max(0.0, until - time.monotonic()))
         stuck = sum(thread.is_alive() for thread in threads)
         if stuck:
             log.warning("store %s: %d calls have not returned, so its close() is not called", self._device.text, stuck)
@@ -205,14 +207,21 @@ class UserBacking(Backing):
         return size != self.store.size
 
     def resize(self, size: int | None, force: bool) -> None:
+        self._asked[:] = [thread for thread in self._asked if thread.is_alive()]
+        if size is not None and (left := self.store.abandoned + len(self._asked)):
+            raise UsageError(f"{left} of its calls were late and have not returned: resize() runs beside no other",
+                             value=self._device.text, hint="try again once they have, see `muenfast stat`")
         if size is not None:
-            if left := self.store.abandoned:
-                raise UsageError(f"{left} of its calls were late and have not returned: resize() runs beside no other",
-                                 value=self._device.text, hint="try again once they have, see `muenfast stat`")
             self._ask("resize", size)
         now = self._size()
+        if size is not None and now != size:    # what a smaller one cuts off, nobody has agreed to
+            raise StoreError(self._device.text, "get_size()", f"returned {now} after resize({size}); without a SIZE the "
+                                                              "export takes that over")
         self.store.resize(now)
         self.left_over = now - self.store.size
+
+    def hasten(self) -> None:
+        self._over.told = True
 
     def close(self) -> None:
         self._end()
@@ -251,11 +260,11 @@ class _Claim:
 
 
 def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *arguments: object,
-            left: list[threading.Thread] | None = None, ended: bool = False) -> Any:
+            left: list[threading.Thread] | None = None, ended: bool = False, over: Ending = ending) -> Any:
     """What a user's code returns, in a thread of its own: what hangs keeps no server from ending.
 
-    left: gets that thread where it was not waited for any longer. ended: wait for it though the process is to end. Raises
-    StoreError.
+    left: gets that thread where it was not waited for any longer. ended: wait for it though the process is to end. over:
+    whether the server is. Raises StoreError.
     """
     ends: list[tuple[Any, BaseException | None]] = []
     process, until = os.getpid(), time.monotonic() + timeout
@@ -269,7 +278,7 @@ def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *ar
             leave_child(ends[0][1])
 
     thread = spawn(run, f"{store} {name}")
-    while not ends and (rest := until - time.monotonic()) > 0 and (ended or not ending.told):
+    while not ends and (rest := until - time.monotonic()) > 0 and (ended or not (ending.told or over.told)):
         thread.join(min(rest, _LOOK))
         if not thread.is_alive():
             break
@@ -277,7 +286,7 @@ def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *ar
         if left is not None:
             left.append(thread)
         raise StoreError(store, _called(name), f"did not return within {timeout:g} s" if time.monotonic() >= until else
-                         "had not returned when the process was told to end")
+                         f"had not returned when the {'process' if ending.told else 'server'} was told to end")
     found, error = ends[0]
     if isinstance(error, (UsageError, StoreError)):
         raise error
