@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,48 @@ def test_over_a_buffer_one_export_has_several_disks(server: Program, tmp_path: P
         disk.flush()
     assert (tmp_path / "image").read_bytes()[4096:8192] == block(3)
     assert ctl("list").split()[4:6] == [str(6 * MIB), f"ram:4M,{tmp_path}/image"]
+
+
+def test_a_store_that_hangs_holds_up_no_other(program: Start, tmp_path: Path) -> None:
+    """Neither where it is opened, nor where it is given another size; --force ends the latter."""
+    (tmp_path / "hangs.py").write_text(
+        "import pathlib, time\n"
+        "HERE = pathlib.Path(__file__).parent\n"
+        "class X:\n"
+        "    def __init__(self, what):\n"
+        "        self.what = what\n"
+        "    def wait(self, where):\n"
+        "        if where == self.what:\n"
+        "            (HERE / where).touch()\n"
+        "            while not (HERE / 'go').exists():\n"
+        "                time.sleep(0.01)\n"
+        "    def open(self):\n"
+        "        self.wait('open')\n"
+        "    def resize(self, size):\n"
+        "        self.wait('resize')\n"
+        "    def get_size(self):\n"
+        "        return 1 << 20\n"
+        "    def pread(self, buf, offset):\n"
+        "        pass\n")
+    server = program("blk", "--control")
+    store = f"py:{tmp_path}/hangs.py:X"
+    opened, sized, other = short("o"), short("s"), short("x")
+    with ThreadPoolExecutor(2) as pool:
+        opening = pool.submit(ask, server, command="create", name=opened, device=[f"{store}:open"], timeout="1200")
+        eventually((tmp_path / "open").exists)
+        ctl("create", sized, "--device", f"{store}:resize", "--timeout", 1200, "--pid", server.pid)
+        assert "there is an export of that name" in ctl("create", opened, "--pid", server.pid, status=2)
+        resizing = pool.submit(ask, server, command="resize", name=sized, size="2M")
+        eventually((tmp_path / "resize").exists)
+        ctl("create", other, "--device", "ram:1M", "--pid", server.pid)
+        ctl("resize", other, "2M", "--pid", server.pid)
+        ctl("destroy", other, "--pid", server.pid)
+        ctl("destroy", sized, "--force", "--pid", server.pid)
+        assert "resize() had not returned" in resizing.result()["error"]
+        assert not opening.done()
+        (tmp_path / "go").touch()
+        assert opening.result()["ok"]
+    assert ctl("list", "--pid", server.pid).split()[1] == opened
 
 
 @pytest.mark.parametrize(("name", "rule"), [
