@@ -71,8 +71,8 @@ class ControlledServer(BlockServer):
     """A BlockServer whose exports have a name and a number each; more of them may be created, and any destroyed.
 
     The exports of `configs` are named after their request channels where that is a name and free, else exportN. Numbers
-    begin with 1 and are not used again. create(), destroy() and resize() may be called by any thread; one at a time is under
-    way for each export, and for none of the others does anybody wait. close() waits for all.
+    begin with 1 and are not used again. create(), destroy() and resize() may be called by any thread; one at a time is
+    under way for each export, and none of them waits for another export's. close() waits for all.
     """
 
     def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None) -> None:
