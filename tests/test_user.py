@@ -1099,7 +1099,9 @@ def test_parts_under_ext4(program: Start, tmp_path: Path) -> None:
     image.write_bytes(bytes(32 << 20))
     command("mkfs.ext4", "-q", "-b", "4096", "-d", _directory(tmp_path / "tree", data), image)
     parts.mkdir()
-    command("split", "-d", "-a", "3", "-b", "5M", image, parts / "part.")
+    whole = image.read_bytes()
+    for number, at in enumerate(range(0, len(whole), 5 << 20)):     # as split(1) does, which AddressSanitizer stops
+        (parts / f"part.{number:03}").write_bytes(whole[at:at + (5 << 20)])
     lists = ["--req", unique("a"), "--resp", unique("c")]
     server = program("blk", *lists, "--device", f"py:muenfast.stores:Parts:{parts}")
     assert server.lines[0].endswith(" read-only")
