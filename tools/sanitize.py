@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = {"address": "libasan.so", "undefined": "libubsan.so"}
 TESTS = [f"tests/test_{name}.py" for name in (
     "wire", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group", "blk_life", "aio",
-    "blk_buffer", "buffer_client", "files", "user", "faults", "nbd", "attach", "pump")]
+    "blk_buffer", "buffer_client", "files", "user", "faults", "nbd", "attach", "pump", "packets")]
 # The address sanitizer, which every program of a test inherits, does not know qemu's coroutines.
 FOREIGN = [f"--deselect=tests/test_nbd.py::{name}" for name in ("test_nbdcopy_and_qemu_img", "test_qemu_io")]
 OPTIONS = {
