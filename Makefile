@@ -55,7 +55,7 @@ check: $(V)/.installed $(V)/.check-group ## style, types, stubs, Cython's hints 
 	@$(PY) tools/check_hints.py
 	@$(PY) -m pytest -q tests/test_packaging.py
 
-asan: $(V)/.installed $(V)/.test-group ## ring and block tests with AddressSanitizer; ARGS="-k name" some of them
+asan: $(V)/.installed $(V)/.test-group ## ring, block and packet tests with AddressSanitizer; ARGS="-k name" some of them
 	@$(PY) tools/sanitize.py address $(ARGS)
 
 ubsan: $(V)/.installed $(V)/.test-group ## the same with UndefinedBehaviorSanitizer

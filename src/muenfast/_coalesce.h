@@ -1,7 +1,7 @@
 /* Packets of one flow, as they come from a peer, into super-packets for a TUN device; no Python.h.
  *
- * Elements may change while they are read: each byte is loaded once, into memory of our own, and only what stands there
- * decides. A packet that becomes part of a super-packet has had its IP header's checksum and its own verified; any other
+ * Elements may change while they are read: what decides about a packet, and what goes on, is loaded once, into memory of our
+ * own. A packet that becomes part of a super-packet has had its IP header's checksum and its own verified; any other
  * leaves as it came, and the kernel looks at its checksum itself. Nobody's bad checksum becomes a good one.
  *
  * The rules are those of the kernel's GRO (tcp_gro_receive, udp_gro_receive_segment, inet_gro_flush, ipv6_gro_flush), or
@@ -34,14 +34,13 @@ enum coalesce_status {
     COALESCE_FULL = -3    /* what was ready was not taken */
 };
 
-/* What packets of one flow have in common. All of it counts: nothing is left unset. */
+/* What packets of one flow have in common. */
 typedef struct {
     uint64_t key;
-    uint8_t addresses[32];
-    uint32_t ports; /* as they stand there */
-    uint8_t version, protocol, unused[2];
+    uint8_t addresses[32]; /* of IPv4 8 bytes, and zeros */
+    uint32_t ports;        /* as they stand there */
+    uint8_t version, protocol;
 } coalesce_name;
-MF_SIZE(coalesce_name, 48);
 
 typedef struct {
     uint8_t *packet; /* COALESCE_FRONT bytes behind its buffer */
@@ -63,17 +62,16 @@ typedef struct {
 typedef struct {
     coalesce_name name;
     uint32_t length;
-    uint32_t header;    /* bytes before the payload; where that is not known, what stands in `head` */
+    uint32_t header;    /* bytes before the payload; where it is not fit, all that stand in `head` */
     uint32_t transport;
     uint32_t payload;
-    bool ip;            /* the addresses are known ... */
-    bool named;         /* ... and ports as well */
+    bool named;         /* its flow can be told: ports and all */
     bool fit;           /* its headers may be a super-packet's */
     bool last;          /* of one: PSH */
     bool good;          /* fit, and its checksums are right */
     coalesce_flow *flow;   /* the one it goes to the end of, ... */
     coalesce_flow *before; /* ... or that has to leave before it */
-    uint8_t *packet;       /* where it is, or its payload */
+    uint8_t *packet;       /* a spare buffer, where it stands unless it is at the end of a flow */
 } coalesce_packet;
 
 typedef struct coalescer {
@@ -175,8 +173,11 @@ static inline int coalesce_parse(coalescer *c, uint32_t n, uint32_t limit, uint6
     coalesce_packet *p = &c->p;
     const uint8_t *h = c->head, *upper;
     uint32_t rest;
-    memset(p, 0, sizeof *p);
+    memset(&p->name, 0, sizeof p->name);
     p->name.key = key;
+    p->named = p->fit = p->last = p->good = false;
+    p->flow = p->before = NULL;
+    p->packet = NULL;
     if (n == 0)
         return COALESCE_FRAME;
     p->name.version = h[0] >> 4;
@@ -190,10 +191,9 @@ static inline int coalesce_parse(coalescer *c, uint32_t n, uint32_t limit, uint6
         memcpy(p->name.addresses, h + IP4_SOURCE, 8);
         p->name.protocol = h[IP4_PROTOCOL];
         p->transport = IP4_SIZE;
-        p->ip = true;
         /* of the fragment word DF alone; with options the ports stand elsewhere, and it is no flow that is held */
         p->named = size == IP4_SIZE && (net16(h + IP4_FRAGMENT) & ~(uint32_t)IP4_DF) == 0;
-        p->fit = p->named && sum_fold(sum_plain(h, IP4_SIZE)) == 0xffff;
+        p->fit = p->named && sum_fold(sum_header(h, IP4_SIZE)) == 0xffff;
     } else if (p->name.version == 6) {
         if (n < IP6_SIZE)
             return COALESCE_FRAME;
@@ -203,7 +203,7 @@ static inline int coalesce_parse(coalescer *c, uint32_t n, uint32_t limit, uint6
         memcpy(p->name.addresses, h + IP6_SOURCE, 32);
         p->name.protocol = h[IP6_NEXT];
         p->transport = IP6_SIZE;
-        p->ip = p->named = p->fit = true;
+        p->named = p->fit = true;
     } else
         return COALESCE_NOT_IP;
     n = n < p->length ? n : p->length;
@@ -231,6 +231,18 @@ static inline int coalesce_parse(coalescer *c, uint32_t n, uint32_t limit, uint6
     return 0;
 }
 
+/* n: a multiple of 4. */
+static inline bool coalesce_alike(const uint8_t *a, const uint8_t *b, uint32_t n) {
+    uint32_t at, v, w;
+    for (at = 0; at < n; at += 4) {
+        memcpy(&v, a + at, 4);
+        memcpy(&w, b + at, 4);
+        if (v != w)
+            return false;
+    }
+    return true;
+}
+
 /* Whether the packet in c->head goes to the end of a flow, but for its checksum. */
 static inline bool coalesce_continues(const coalescer *c, coalesce_flow *f) {
     const coalesce_packet *p = &c->p;
@@ -253,13 +265,15 @@ static inline bool coalesce_continues(const coalescer *c, coalesce_flow *f) {
     return f->segments < COALESCE_SEGMENTS && net32(ub + TCP_SEQUENCE) == net32(ua + TCP_SEQUENCE) + done &&
            memcmp(ua + TCP_ACK, ub + TCP_ACK, 4) == 0 && memcmp(ua + TCP_WINDOW, ub + TCP_WINDOW, 2) == 0 &&
            memcmp(ua + TCP_URGENT, ub + TCP_URGENT, 2) == 0 && ua[TCP_OFFSET] == ub[TCP_OFFSET] &&
-           memcmp(ua + TCP_SIZE, ub + TCP_SIZE, p->header - p->transport - TCP_SIZE) == 0;
+           coalesce_alike(ua + TCP_SIZE, ub + TCP_SIZE, p->header - p->transport - TCP_SIZE);
 }
 
 static inline coalesce_flow *coalesce_find(coalescer *c) {
+    const coalesce_name *a = &c->p.name;
     coalesce_flow *f;
     for (f = c->flows; f < c->flows + COALESCE_FLOWS; f++)
-        if (f->held && f->name.ports == c->p.name.ports && memcmp(&f->name, &c->p.name, sizeof f->name) == 0)
+        if (f->held && f->name.ports == a->ports && f->name.protocol == a->protocol && f->name.version == a->version &&
+            f->name.key == a->key && coalesce_alike(f->name.addresses, a->addresses, sizeof a->addresses))
             return f;
     return NULL;
 }
@@ -269,7 +283,7 @@ static inline coalesce_flow *coalesce_find(coalescer *c) {
  * nothing to do with each other. */
 static inline int coalesce_place(coalescer *c, const uint8_t *element, uint32_t limit, uint64_t key) {
     coalesce_packet *p = &c->p;
-    uint32_t n = limit < COALESCE_HEAD ? limit : COALESCE_HEAD, had;
+    uint32_t n = limit < COALESCE_HEAD ? limit : COALESCE_HEAD;
     uint8_t *to;
     uint64_t sum;
     int status;
@@ -279,11 +293,8 @@ static inline int coalesce_place(coalescer *c, const uint8_t *element, uint32_t 
     memcpy(c->head, element, n);
     __asm__("" : : : "memory"); /* what follows reads no element but behind that */
     status = coalesce_parse(c, n, limit, key);
-    if (status != 0) {
-        p->packet = NULL;
+    if (status != 0)
         return status;
-    }
-    n = n < p->length ? n : p->length;
     if (p->named) {
         coalesce_flow *f = coalesce_find(c);
         if (f != NULL && coalesce_continues(c, f))
@@ -292,21 +303,20 @@ static inline int coalesce_place(coalescer *c, const uint8_t *element, uint32_t 
             p->before = f;
     }
     to = c->spares[c->spare - 1];
-    if (p->flow != NULL) {
-        to = p->flow->packet + p->flow->length;
-        had = n - p->header;
-    } else
-        had = n;
     p->packet = to;
-    memcpy(to, c->head + (n - had), had);
+    if (p->flow != NULL)
+        to = p->flow->packet + p->flow->length;
+    else {
+        memcpy(to, c->head, p->header);
+        to += p->header;
+    }
     if (!p->fit) {
-        copy_taken(to + had, element + n, p->length - n);
+        copy_taken(to, element + p->header, p->length - p->header);
         return 0;
     }
     sum = p->name.version == 4 ? sum_pseudo4(c->head, p->name.protocol, p->length - p->transport)
                                : sum_pseudo6(c->head, p->name.protocol, p->length - p->transport);
-    sum += sum_plain(c->head + p->transport, n - p->transport); /* an even number of bytes, or all of them */
-    sum += sum_taken(to + had, element + n, p->length - n);
+    sum += sum_header(c->head + p->transport, p->header - p->transport) + sum_taken(to, element + p->header, p->payload);
     p->good = sum_fold(sum) == 0xffff;
     return 0;
 }
@@ -370,7 +380,6 @@ static inline uint32_t coalesce_commit(coalescer *c) {
         }
         /* as any other that does not fit: with its own headers, from where it is now */
         p->before = f;
-        p->packet = c->spares[c->spare - 1];
         memcpy(p->packet, c->head, p->header);
         memcpy(p->packet + p->header, f->packet + f->length, p->payload);
     }

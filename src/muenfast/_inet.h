@@ -78,16 +78,16 @@ static inline void put_udp_checksum(uint8_t *p, uint64_t sum) {
 /* IPv4's own checksum, anew. header: bytes. */
 static inline void put_ip4_checksum(uint8_t *packet, uint32_t header) {
     put_net16(packet + IP4_CHECK, 0);
-    put_checksum(packet + IP4_CHECK, sum_plain(packet, header));
+    put_checksum(packet + IP4_CHECK, sum_header(packet, header));
 }
 
 /* Of addresses, protocol, and the length of what they carry. */
 static inline uint64_t sum_pseudo4(const uint8_t *packet, uint32_t protocol, uint32_t length) {
-    return sum_plain(packet + IP4_SOURCE, 8) + sum_number(protocol) + sum_number(length);
+    return sum_header(packet + IP4_SOURCE, 8) + sum_number(protocol) + sum_number(length);
 }
 
 static inline uint64_t sum_pseudo6(const uint8_t *packet, uint32_t protocol, uint32_t length) {
-    return sum_plain(packet + IP6_SOURCE, 32) + sum_number(protocol) + sum_number(length);
+    return sum_header(packet + IP6_SOURCE, 32) + sum_number(protocol) + sum_number(length);
 }
 
 /* Where the extension headers of an IPv6 packet end, and with what: *next is the header there, *fragment the offset of a

@@ -132,7 +132,7 @@ static inline int segment_begin(segmenter *s, const vnet_header *v, const uint8_
         put_net16(s->first + IP4_LENGTH, 0);
         put_net16(s->first + IP4_ID, 0);
         put_net16(s->first + IP4_CHECK, 0);
-        s->ip_sum = sum_plain(s->first, ip);
+        s->ip_sum = sum_header(s->first, ip);
     }
     if (s->tcp) {
         s->sequence = net32(packet + upper + TCP_SEQUENCE);
@@ -142,7 +142,7 @@ static inline int segment_begin(segmenter *s, const vnet_header *v, const uint8_
         s->first[upper + TCP_FLAGS] = 0;
     } else
         put_net16(s->first + upper + UDP_LENGTH, 0);
-    s->sum += sum_plain(s->first + upper, s->header - upper);
+    s->sum += sum_header(s->first + upper, s->header - upper);
     s->left = (payload + s->size - 1) / s->size;
     return (int)s->left;
 }
@@ -184,7 +184,6 @@ static inline uint32_t segment_next(segmenter *s, uint8_t *to) {
     } else
         put_net16(h + IP6_LENGTH, whole - IP6_SIZE);
     sum += sum_number(whole - t);
-    sum += sum_given(to + s->header, s->packet + s->header + done, n);
     if (s->tcp) {
         uint8_t flags = s->flags, word[2];
         if (!last)
@@ -195,12 +194,17 @@ static inline uint32_t segment_next(segmenter *s, uint8_t *to) {
         h[t + TCP_FLAGS] = flags;
         word[0] = 0; /* the byte before the flags is summed already */
         word[1] = flags;
-        put_checksum(h + t + TCP_CHECK, sum + sum_plain(h + t + TCP_SEQUENCE, 4) + sum_word(word));
+        sum += sum_number(net16(h + t + TCP_SEQUENCE)) + sum_number(net16(h + t + TCP_SEQUENCE + 2)) + sum_word(word);
     } else {
         put_net16(h + t + UDP_LENGTH, whole - t);
-        put_udp_checksum(h + t + UDP_CHECK, sum + sum_number(whole - t));
+        sum += sum_number(whole - t);
     }
-    memcpy(to, h, s->header);
+    sum += sum_given(to + s->header, s->packet + s->header + done, n);
+    memcpy(to, h, s->header); /* now that what was stored there in pieces has long arrived */
+    if (s->tcp)
+        put_checksum(to + s->check, sum);
+    else
+        put_udp_checksum(to + s->check, sum);
     return whole;
 }
 
