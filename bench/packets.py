@@ -1,5 +1,5 @@
-"""What a packet costs where super-packets are split into packets of 1500 bytes and made of them, in one thread's memory, held
-against memcpy of the same bytes between the same places; a checksum of 64 KiB.
+"""What a packet costs where super-packets are split into packets of 1500 bytes and made of them, in one thread's memory,
+held against memcpy of the same bytes between the same places; a checksum of 64 KiB.
 
     python bench/packets.py [--json FILE]
 
@@ -53,7 +53,8 @@ def main() -> None:
     reports = []
     with tempfile.TemporaryDirectory(prefix="muenfast-packets-") as place:
         program = f"{place}/packets"
-        subprocess.run([*compiler, *FLAGS, f"-I{HERE.parent / 'src/muenfast'}", "-o", program, HERE / "packets.c"], check=True)
+        subprocess.run([*compiler, *FLAGS, f"-I{HERE.parent / 'src/muenfast'}", "-o", program, HERE / "packets.c"],
+                       check=True)
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         for kind in ("tcp", "udp"):
             reports.append(measure.report(f"packets {kind}", rows(program, kind)))

@@ -41,7 +41,8 @@ class Packet:
     ports: tuple[int, int] = (4000, 5000)
     sequence: int = 1000
     ack: int = 77
-    flags: int = ACK
+    flags: int = ACK        # and above them the four bits that are reserved
+    offset: int | None = None   # of TCP's payload in words, where it is not the right one
     window: int = 500
     urgent: int = 0
     options: bytes = b""
@@ -63,7 +64,8 @@ class Packet:
         """Header and payload. partial: with the pseudo-header's sum for a checksum."""
         if self.protocol == socket.IPPROTO_TCP:
             made = struct.pack("!HHIIBBHHH", *self.ports, self.sequence & 0xffffffff, self.ack,
-                               (5 + len(self.options) // 4) << 4, self.flags, self.window, 0, self.urgent) + self.options
+                               (self.offset or 5 + len(self.options) // 4) << 4 | self.flags >> 8, self.flags & 0xff,
+                               self.window, 0, self.urgent) + self.options
             at = 16
         elif self.protocol == socket.IPPROTO_UDP:
             made, at = struct.pack("!HHHH", *self.ports, 8 + len(self.payload), 0), 6
@@ -85,8 +87,8 @@ class Packet:
             return struct.pack("!IHBB", 6 << 28 | self.tos << 20 | self.label, len(more) + length, kinds[0],
                                self.ttl) + self.addresses() + more
         size = 20 + len(self.ip_options)
-        made = struct.pack("!BBHHHBBH", 0x40 | size // 4, self.tos, size + length, self.id & 0xffff, self.fragment, self.ttl,
-                           self.protocol, 0) + self.addresses() + self.ip_options
+        made = struct.pack("!BBHHHBBH", 0x40 | size // 4, self.tos, size + length, self.id & 0xffff, self.fragment,
+                           self.ttl, self.protocol, 0) + self.addresses() + self.ip_options
         return made[:10] + checksum(made).to_bytes(2, "big") + made[12:]
 
     def pack(self, partial: bool = False) -> bytes:

@@ -18,8 +18,31 @@ import packets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packets import (ACCECN, ACK, CWR, DF, ECE, ECN, FIN, MF, NEEDS_CHECKSUM, NONE, PSH, RST, SYN, TCP4, TCP6, UDP, UFO, URG,
-                     Packet, expand, right, vnet, without_id)
+from packets import (
+    ACCECN,
+    ACK,
+    CWR,
+    DF,
+    ECE,
+    ECN,
+    FIN,
+    MF,
+    NEEDS_CHECKSUM,
+    NONE,
+    PSH,
+    RST,
+    SYN,
+    TCP4,
+    TCP6,
+    UDP,
+    UFO,
+    URG,
+    Packet,
+    expand,
+    right,
+    vnet,
+    without_id,
+)
 
 from muenfast import UsageError
 from muenfast._packets import BURST, FLOWS, RATE, Bucket, Coalescer, checksum, copy_checksum, pmtu, split
@@ -260,7 +283,8 @@ def pair(**first: Any) -> tuple[Packet, Packet]:
 TCP_FIELDS: dict[str, dict[str, Any]] = {
     "source": {"source": "10.7.0.3"}, "target": {"target": "10.7.0.3"}, "ports": {"ports": (4000, 5001)},
     "another port": {"ports": (4001, 5000)}, "tos": {"tos": 4}, "ECN": {"tos": 1}, "ttl": {"ttl": 63},
-    "id skips": {"id": 2}, "id goes back": {"id": 0xffff}, "DF": {"fragment": 0}, "a reserved flag": {"fragment": 0x8000 | DF},
+    "id skips": {"id": 2}, "id goes back": {"id": 0xffff}, "DF": {"fragment": 0},
+    "a reserved flag": {"fragment": 0x8000 | DF},
     "MF": {"fragment": MF | DF}, "an offset": {"fragment": DF | 1}, "IP options": {"ip_options": bytes([1, 1, 1, 0])},
     "sequence skips": {"sequence": 1101}, "sequence again": {"sequence": 1000}, "ack": {"ack": 78},
     "window": {"window": 501}, "urgent": {"urgent": 1}, "options": {"options": TIMES[:-1] + b"\xff"},
@@ -283,7 +307,8 @@ def test_tcp_that_differs_is_not_merged(name: str) -> None:
 
 V6_FIELDS: dict[str, dict[str, Any]] = {
     "source": {"source": "fd00::3"}, "target": {"target": "fd00::3"}, "traffic class": {"tos": 4}, "ECN": {"tos": 1},
-    "label": {"label": 1}, "hop limit": {"ttl": 63}, "an extension header": {"extension": ((60, bytes([0, 1, 4, 0, 0, 0, 0])),)},
+    "label": {"label": 1}, "hop limit": {"ttl": 63},
+    "an extension header": {"extension": ((60, bytes([0, 1, 4, 0, 0, 0, 0])),)},
 }
 
 
@@ -310,18 +335,63 @@ def test_udp_that_differs_is_not_merged(name: str) -> None:
     assert sorted(made) == sorted([(0, vnet(), a.pack()), (0, vnet(), other.pack())])
 
 
+@pytest.mark.parametrize("whole", [
+    *(pytest.param(Packet(payload=DATA[:200], flags=flags), id=f"flags {flags:#x}") for flags in (
+        0, ACK | FIN, ACK | SYN, ACK | RST, ACK | URG, ACK | ECE, ACK | CWR, *(ACK | 0x100 << k for k in range(4)))),
+    pytest.param(Packet(payload=DATA[:200], offset=4), id="a TCP header of 16 bytes"),
+    pytest.param(Packet(payload=DATA[:200], offset=15), id="TCP options of 40 bytes that are payload"),
+    pytest.param(Packet(payload=DATA[:200], ip_options=bytes([1, 1, 1, 0])), id="IP options"),
+    pytest.param(Packet(payload=DATA[:200], fragment=0x8000 | DF), id="a reserved flag of IP"),
+    pytest.param(Packet(payload=DATA[:200], fragment=MF), id="MF"),
+    pytest.param(Packet(**V6, payload=DATA[:200], extension=((60, bytes([0, 1, 4, 0, 0, 0, 0])),)), id="a header between"),
+])
+def test_alike_and_still_not_merged(whole: Packet) -> None:
+    ones = [one.pack() for one in whole.segments(100)]
+    found = coalesce([(one, 0) for one in ones])
+    if whole.offset == 15:          # a header like any other
+        assert len(ones[0]) == 140 and len(found) == 2
+    assert found == [(0, vnet(), one) for one in ones]
+
+
+def test_flows_that_have_something_in_common() -> None:
+    """The same addresses and ports in TCP and UDP; the same bytes as addresses of IPv4 and IPv6."""
+    address = "a07:1:a07:2::"
+    for other in (Packet(protocol=socket.IPPROTO_UDP, payload=DATA[:9]),
+                  Packet(source=address, target="::", payload=DATA[:9]),
+                  Packet(source=address, target="::", protocol=58, payload=DATA[:9]),
+                  Packet(source=address, target="::", protocol=58, flags=0)):
+        assert (b"\n\x07\0\1\n\x07\0\2" + bytes(24)).startswith(other.addresses())
+        a, b = pair()
+        c = Coalescer()
+        found = [out for one in (a, other, b) for out in c.add(one.pack())] + c.flush()
+        assert sorted(len(expand(header, packet)) for _, header, packet in found) == [1, 2]
+
+
 def test_udp_without_a_checksum_is_not_merged() -> None:
     for at, whole in (26, Packet(payload=DATA[:200], protocol=socket.IPPROTO_UDP)), (46, replace(
             SUPERS["udp6"], payload=DATA[:200])):
         made = [changed(one.pack(), at, 0, 0) for one in whole.segments(100)]
         assert coalesce([(one, 0) for one in made]) == [(0, vnet(), one) for one in made]
+    one = Packet(protocol=socket.IPPROTO_UDP, payload=bytes(4))     # where none and the right one are the same number
+    one = replace(one, payload=(packets.ones(one.pseudo(12) + one.transport()[:6] + bytes(2)) ^ 0xffff).to_bytes(2, "big") +
+                  bytes(2))
+    none = changed(one.pack(), 26, 0, 0)
+    assert one.pack()[26:28] == b"\xff\xff"
+    assert coalesce([(none, 0), (none, 0)]) == [(0, vnet(), none)] * 2
+    assert len(coalesce([(one.pack(), 0), (one.pack(), 0)])) == 1
 
 
 def test_udp_whose_length_is_another() -> None:
-    """Bytes behind the datagram, inside IP: nobody's business."""
+    """Bytes behind the datagram, inside IP: nobody's business, whichever of them the checksum is right for."""
     a, b = Packet(payload=DATA[:200], protocol=socket.IPPROTO_UDP).segments(100)
     odd = b.header(110) + b.transport() + b"xx"
-    assert coalesce([(a.pack(), 0), (odd, 0)]) == [(0, vnet(), a.pack()), (0, vnet(), odd)]
+    longer = replace(b, payload=b.payload + b"xx")
+    carried = bytearray(longer.transport())
+    carried[4:8] = (108).to_bytes(2, "big") + bytes(2)
+    carried[6:8] = packets.checksum(longer.pseudo(110) + carried).to_bytes(2, "big")
+    for packet in odd, b.header(110) + bytes(carried):
+        assert coalesce([(a.pack(), 0), (packet, 0)]) == [(0, vnet(), a.pack()), (0, vnet(), packet)]
+        assert coalesce([(packet, 0), (packet, 0)]) == [(0, vnet(), packet)] * 2
 
 
 def test_keys_are_never_merged() -> None:
@@ -360,6 +430,10 @@ def test_the_last_one_may_be_shorter() -> None:
     assert [len(packet) for _, _, packet in found] == [40 + 500, 40 + 350]
     assert [packet[33] for _, _, packet in found] == [ACK | PSH, ACK]
     assert [one for _, one in expanded(found)] == [one.pack() for one in ones]
+    a, b = (replace(one, flags=ACK | PSH) for one in ones[:2])
+    c = Coalescer()
+    assert c.add(a.pack()) == [(0, vnet(), a.pack())]
+    assert c.add(b.pack()) == [(0, vnet(), b.pack())]
 
 
 @pytest.mark.parametrize(("protocol", "size", "counts"), [
@@ -496,7 +570,8 @@ def test_what_is_no_packet(element: bytes, rule: str) -> None:
 @pytest.mark.parametrize("size", [20, 24, 28, 39, 40, 59, 60])
 def test_headers_that_are_cut_short(size: int) -> None:
     """A transport's header that its packet has no room for passes as it is."""
-    for packet in (Packet(protocol=socket.IPPROTO_TCP), Packet(protocol=socket.IPPROTO_UDP, payload=bytes(50)), Packet(**V6)):
+    for packet in (Packet(protocol=socket.IPPROTO_TCP), Packet(protocol=socket.IPPROTO_UDP, payload=bytes(50)),
+                   Packet(**V6)):
         one = packet.header(size - 20) + bytes(max(size - 20, 0))
         assert coalesce([(one, 0)]) == [(0, vnet(), one)]
 
@@ -638,9 +713,9 @@ def test_options_of_fragments() -> None:
     assert made[0][20:36] == options
     assert {one[20:36] for one in made[1:]} == {bytes([0x94, 4, 0, 0]) + b"\x01" * 8 + bytes([0x82, 3, 9, 0])}
     assert reassembled(made) == packet.pack()[36:]
-    for cut in (bytes([7, 0, 0, 0]), bytes([7, 9, 0, 0]), bytes([1, 1, 1, 7]), bytes([7, 1, 0, 0])):
+    for cut in (bytes([7, 0, 0, 0]), bytes([7, 9, 0, 0]), bytes([1, 1, 1, 7]), bytes([7, 1, 0, 0]), b"\1" * 39 + b"\7"):
         _, made = pmtu(replace(packet, ip_options=cut).pack(), 120)
-        assert {one[20:24] for one in made} == {cut}
+        assert {one[20:20 + len(cut)] for one in made} == {cut}
 
 
 @pytest.mark.parametrize(("entry", "length", "v6", "limit"), [
@@ -694,7 +769,9 @@ LONG = DATA[:2000]
     pytest.param(Packet(payload=LONG, target="239.1.2.3"), id="to a group"),
     pytest.param(Packet(payload=LONG, target="255.255.255.255"), id="to all"),
     pytest.param(Packet(payload=LONG, fragment=DF | 10), id="a later fragment"),
-    *(pytest.param(Packet(payload=bytes([kind]) + LONG, protocol=ICMP), id=f"ICMP {kind}") for kind in (3, 4, 5, 11, 12, 40)),
+    *(pytest.param(Packet(payload=bytes([kind]) + LONG, protocol=ICMP), id=f"ICMP {kind}") for kind in (
+        3, 4, 5, 11, 12, 40)),
+    pytest.param(Packet(**V6, payload=LONG, extension=((0, bytes([255]) + bytes(6)),)), id="IPv6 headers that do not end"),
     pytest.param(Packet(**V6 | {"source": "::"}, payload=LONG), id="IPv6 from nobody"),
     pytest.param(Packet(**V6 | {"source": "ff02::1"}, payload=LONG), id="IPv6 from a group"),
     pytest.param(Packet(**V6 | {"target": "ff02::1"}, payload=LONG), id="IPv6 to a group"),
@@ -721,7 +798,8 @@ def test_who_is_told(packet: Packet) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([Packet(payload=LONG), Packet(**V6, payload=LONG), Packet(payload=LONG, fragment=0, ip_options=bytes(40)),
+@given(st.sampled_from([Packet(payload=LONG), Packet(**V6, payload=LONG),
+                        Packet(payload=LONG, fragment=0, ip_options=bytes(40)),
                         Packet(**V6, payload=LONG, extension=((0, bytes(7)), (60, bytes(7))))]),
        st.lists(st.tuples(st.integers(0, 70), st.integers(0, 255)), max_size=5), st.integers(0, 2000), st.integers(0, 2100))
 def test_any_bytes_have_a_path(packet: Packet, marks: list[tuple[int, int]], entry: int, cut: int) -> None:

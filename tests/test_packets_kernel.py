@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from packets import ACK, CWR, DF, ECE, ECN, FIN, NEEDS_CHECKSUM, NONE, PSH, TCP4, Packet, right, vnet, without_id
+from packets import ACK, CWR, ECE, ECN, FIN, NEEDS_CHECKSUM, NONE, PSH, TCP4, Packet, right, vnet, without_id
 from spaces import CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6, Space, Tun, why_not
 
 from muenfast._packets import Coalescer, pmtu, split

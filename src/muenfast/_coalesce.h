@@ -264,7 +264,7 @@ static inline bool coalesce_continues(const coalescer *c, coalesce_flow *f) {
         return f->segments < COALESCE_DATAGRAMS;
     return f->segments < COALESCE_SEGMENTS && net32(ub + TCP_SEQUENCE) == net32(ua + TCP_SEQUENCE) + done &&
            memcmp(ua + TCP_ACK, ub + TCP_ACK, 4) == 0 && memcmp(ua + TCP_WINDOW, ub + TCP_WINDOW, 2) == 0 &&
-           memcmp(ua + TCP_URGENT, ub + TCP_URGENT, 2) == 0 && ua[TCP_OFFSET] == ub[TCP_OFFSET] &&
+           memcmp(ua + TCP_URGENT, ub + TCP_URGENT, 2) == 0 &&
            coalesce_alike(ua + TCP_SIZE, ub + TCP_SIZE, p->header - p->transport - TCP_SIZE);
 }
 
