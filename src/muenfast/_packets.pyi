@@ -1,7 +1,7 @@
 from collections.abc import Iterable
 from typing import Literal, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, Self
 
 FLOWS: int
 RATE: int
@@ -13,7 +13,7 @@ def split(packet: Buffer, header: Buffer, mtu: int) -> list[bytes]: ...
 
 @final
 class Coalescer:
-    def __init__(self, kinds: Iterable[Literal["tcp4", "tcp6", "udp"]] = ("tcp4", "tcp6", "udp")) -> None: ...
+    def __new__(cls, kinds: Iterable[Literal["tcp4", "tcp6", "udp"]] = ("tcp4", "tcp6", "udp")) -> Self: ...
     def add(self, element: Buffer, key: int = 0) -> list[tuple[int, bytes, bytes]]: ...
     def flush(self) -> list[tuple[int, bytes, bytes]]: ...
     @property
