@@ -202,6 +202,7 @@ def changed(packet: bytes, at: int, *values: int) -> bytes:
     pytest.param(changed(replace(SIX, payload=b"").pack(True)[:48], 4, 0, 8), SIX.vnet(1000), "ends before", id="half TCP"),
     pytest.param(changed(changed(SIX.pack(True)[:48], 4, 0, 8, 0), 40, 6, 1), SIX.vnet(1000), "ends before",
                  id="half an extension header"),
+    pytest.param(changed(SIX.pack(True)[:40], 4, 0, 0, 0), SIX.vnet(1000), "ends before", id="no extension header"),
     pytest.param(Packet(payload=b"abc").pack(), vnet(1, 0, 0, 0, 16, 16), "no checksum", id="begins inside IP"),
     pytest.param(Packet(payload=b"abc").pack(), vnet(1, 0, 0, 0, 20, 22), "no checksum", id="stands half outside"),
     pytest.param(Packet(payload=b"abc").pack(), vnet(1, 0, 0, 0, 20, 3), "no checksum", id="stands at an odd place"),
