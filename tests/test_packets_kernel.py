@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import select
@@ -42,6 +43,14 @@ class Router:
                   "addr add fd07::fe/64 dev in nodad", "addr add fd08::fe/64 dev out nodad")
         space.sysctl("ipv4/ip_forward", 1)
         space.sysctl("ipv6/conf/all/forwarding", 1)
+        for one in Packet(**V4, protocol=UDP), Packet(**V6, protocol=UDP):      # links and addresses take their time
+            for _ in range(100):
+                self.inside.write(vnet(), one.pack())
+                if self.outside.packets(1, lambda found: one.addresses() in (found[12:20], found[8:40]), 0.2):
+                    break
+            else:
+                raise AssertionError("nothing is forwarded")
+        self.outside.packets(100, lambda found: True, 0.3)
 
     def forward(self, ones: list[tuple[bytes, bytes]], count: int) -> list[bytes]:
         """What comes of (header, packet): count packets, and not more; one hop more than they have then."""
@@ -314,8 +323,17 @@ def test_udp_in_super_packets(pair: tuple[Space, Space], family: socket.AddressF
           pair[1].do(socket.socket, family, socket.SOCK_DGRAM) as taker):
         taker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         taker.bind((target, 5002))
+        taker.settimeout(0.2)
+        for _ in range(100):        # links and addresses take their time
+            giver.connect((target, 5002))
+            giver.send(b"ready?")
+            with contextlib.suppress(TimeoutError):
+                taker.recv(2000)
+                break
+        with contextlib.suppress(TimeoutError):
+            while taker.recv(2000) == b"ready?":
+                pass
         taker.settimeout(20)
-        giver.connect((target, 5002))
         for k in range(20):
             giver.setsockopt(UDP, UDP_SEGMENT, 1200)
             giver.send(DATA[k:k + 24000 + k])
