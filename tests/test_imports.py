@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "_thread": set(),
     "_system": set(),
     "_jobs": set(),
+    "_packets": {"errors", "_wire"},
     "_ring": {"errors", "_wire", "_thread", "_guard"},
     "channel": {"errors", "shm", "_ring", "partition"},
     "_aio": {"_wire", "_ring", "_jobs"},

@@ -1,7 +1,7 @@
 """usage: tools/sanitize.py address|undefined [pytest's options and tests]
 
 Builds the extensions with that sanitizer into build/SANITIZER, which is where the tests then find muenfast (the
-installed package is not touched), and runs the tests of ring and block engines. Exit status 1 where a test fails
+installed package is not touched), and runs the tests of ring, block engines and packets. Exit status 1 where a test fails
 or a sanitizer, in whatever process, has something to report.
 """
 
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = {"address": "libasan.so", "undefined": "libubsan.so"}
 TESTS = [f"tests/test_{name}.py" for name in (
     "wire", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group", "blk_life", "aio",
-    "blk_buffer", "buffer_client", "files", "user", "faults", "nbd", "attach", "pump")]
+    "blk_buffer", "buffer_client", "files", "user", "faults", "nbd", "attach", "pump", "packets",
+    "packets_kernel")]
 # The address sanitizer, which every program of a test inherits, does not know qemu's coroutines.
 FOREIGN = [f"--deselect=tests/test_nbd.py::{name}" for name in ("test_nbdcopy_and_qemu_img", "test_qemu_io")]
 OPTIONS = {
