@@ -1,9 +1,9 @@
 """Netfilter marks of a TUN interface's packets, by two small eBPF programs, assembled here and loaded with bpf(2).
 
-Out: read(2) on the TUN device returns net_hdr (docs/protocol.md: mark, length, protocol, qos) and the packet. What is neither IPv4
-nor IPv6 is dropped and counted. The kernel may cut what it calls one packet into several after the program ran, so that
-net_hdr.length is what the reader makes it: bytes read less 8. Offsets in a struct virtio_net_hdr count net_hdr, too
-(_marks.h: marks_vnet_out).
+Out: read(2) on the TUN device returns net_hdr (mark, length, protocol, qos: docs/protocol.md) and the packet. What is
+neither IPv4 nor IPv6 is dropped and counted. The kernel may cut what it calls one packet into several after the program
+ran, so that net_hdr.length is what the reader makes it: bytes read less 8. Offsets in a struct virtio_net_hdr count
+net_hdr, too (_marks.h: marks_vnet_out).
 
 In: a packet with a mark is written with a prefix of 8 bytes in front (_marks.h; in a copy of an element: where its net_hdr
 was); the program takes the prefix off and gives the packet its mark. A packet without mark is written as it is. The
@@ -321,9 +321,11 @@ def _link(program: int, interface: int, kind: int, flags: int) -> int:
 
 
 class Attached:
-    """The marks of one interface, until close(). way: which of the three. tap: the packet socket of Way.TAP, or None:
-    recvmsg(2) on it, which does not block, gives a packet and its mark (SO_MARK), and once ENETDOWN after the interface went
-    down."""
+    """The marks of one interface, until close(). way: which of the three.
+
+    tap: the packet socket of Way.TAP, or None. recvmsg(2) on it, which does not block, gives a packet and its mark
+    (SO_MARK), and once ENETDOWN after the interface went down.
+    """
 
     def __init__(self, way: Way, stack: contextlib.ExitStack, counters: mmap.mmap | None,
                  tap: socket.socket | None = None) -> None:
@@ -434,8 +436,8 @@ class _Netlink:
     """Traffic control by netlink, in the calling thread's namespace; errors of the kernel are OSError."""
 
     def __init__(self) -> None:
-        from pyroute2 import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
+        from pyroute2 import IPRoute  # type: ignore[import-untyped]
+        from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
         self._error, self._netlink = NetlinkError, IPRoute()
 
@@ -499,7 +501,8 @@ def _attach_tap(interface: int, vnet: bool) -> Attached:
             tap.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
         # What comes in is seen by it, too: ld [pkttype]; jeq #PACKET_OUTGOING, 0, 1; ret #-1; ret #0
         only = ctypes.create_string_buffer(struct.pack(
-            "=HBBIHBBIHBBIHBBI", 0x28, 0, 0, _SKF_AD_PKTTYPE, 0x15, 0, 1, _PACKET_OUTGOING, 0x06, 0, 0, 0xFFFFFFFF, 0x06, 0, 0, 0))
+            "=HBBIHBBIHBBIHBBI", 0x28, 0, 0, _SKF_AD_PKTTYPE, 0x15, 0, 1, _PACKET_OUTGOING, 0x06, 0, 0, 0xFFFFFFFF,
+            0x06, 0, 0, 0))
         tap.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(only)))
         tap.bind((socket.if_indextoname(interface), _ETH_P_ALL))
         tap.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # that the interface is down is no news

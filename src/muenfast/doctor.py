@@ -394,7 +394,7 @@ def _marks() -> Iterator[Check]:
     else:
         step = "boot Linux 6.6 or later, with CONFIG_BPF_SYSCALL and CONFIG_NET_XGRESS"
     if way is None:
-        yield Check("netfilter marks", MISSING, text, "network interfaces with net_hdr have no marks and no children.", step)
+        yield Check("netfilter marks", MISSING, text, "network interfaces have no marks and no children.", step)
     else:
         yield Check("netfilter marks", LIMITED, f"{way.value}; {text}", bpf.LOST[way], step)
 

@@ -16,24 +16,23 @@ LEAST_MARKS = 100   # marks there are where the path-MTU region has no more entr
 MOST_CHILDREN = 255  # of one parent
 NAME_BYTES = 16     # IFNAMSIZ of linux/if.h: a name and its NUL
 
-# What may be asked of a parent or child, and of which of the two.
-OPERATIONS = ("add_child", "del_child", "add_mark", "del_mark")
-
 
 def check_name(name: str, option: str) -> str:
-    """An interface's name as the kernel takes it (dev_valid_name). Raises UsageError."""
+    """An interface's name as the kernel takes it (dev_valid_name; of a % it would make a number). Raises UsageError."""
     encoded = name.encode(errors="surrogateescape")
-    if not 0 < len(encoded) < NAME_BYTES or name in (".", "..") or re.search(r"[\s/:\0\x0b]", name):
-        raise UsageError(f"an interface's name has 1 to {NAME_BYTES - 1} bytes, no white space, `/` or `:`, and is not `.` "
-                         "or `..`", option=option, value=name)
+    if not 0 < len(encoded) < NAME_BYTES or name in (".", "..") or re.search(r"[\s/:%\0]", name):
+        raise UsageError(f"an interface's name has 1 to {NAME_BYTES - 1} bytes, no white space, `/`, `:` or `%`, and is "
+                         "not `.` or `..`", option=option, value=name)
     return name
 
 
 def check_mark(text: str) -> int:
     """A mark as it stands on a command line, decimal or hexadecimal with 0x, 32 bits. Raises UsageError."""
-    if not re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}", text) or int(text, 0 if text[:2] in ("0x", "0X") else 10) >> 32:
+    found = re.fullmatch(r"0[xX](?P<hex>[0-9a-fA-F]{1,16})|(?P<decimal>[0-9]{1,20})", text)
+    mark = None if found is None else int(found["hex"], 16) if found["hex"] else int(found["decimal"])
+    if mark is None or mark >> 32:
         raise UsageError("a mark is a number of 32 bits, decimal or hexadecimal with 0x", option="MARK", value=text)
-    return int(text, 0 if text[:2] in ("0x", "0X") else 10)
+    return mark
 
 
 @dataclass(slots=True)
@@ -119,7 +118,8 @@ class Family:
         return new
 
     def del_child(self, child: str) -> Child:
-        """Takes it away; its marks are the parent's again. Raises UsageError."""
+        """Takes it away; its marks are the parent's again. Its number may be the next child's: first MarkTable.settle().
+        Raises UsageError."""
         gone = self._child(child)
         parent = self._parents[gone.parent]
         for mark in gone.marks:

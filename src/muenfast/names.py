@@ -118,8 +118,8 @@ def ask(interface: str, request: dict[str, Any], *, timeout: float = _ANSWER_TIM
         raise MuenfastError(f"the process that serves {interface} is not to be reached: {error}") from error
     with connection:
         if uid not in (0, os.geteuid()):
-            raise MuenfastError(f"process {pid}, which answers for {interface}, is user {uid}'s, neither root's nor yours: it is "
-                                "not asked")
+            raise MuenfastError(f"process {pid}, which answers for {interface}, is user {uid}'s, neither root's nor yours: "
+                                "it is not asked")
         if os.geteuid() not in (0, uid):
             raise MuenfastError(f"{interface} is served by process {pid} of user {uid}, who answers only root and itself")
         try:
@@ -153,7 +153,7 @@ class Operations(Protocol):
 
 
 def commands(interface: str, operations: Operations) -> dict[str, Command]:
-    """What a NameSocket of that interface answers: marks.OPERATIONS, with the interface it was reached by as PARENT or CHILD."""
+    """What a NameSocket of that interface answers: it is the PARENT or CHILD of what is asked for."""
     def nothing(call: Callable[..., None]) -> Callable[..., dict[str, Any]]:
         def run(**fields: Any) -> dict[str, Any]:
             call(interface, **fields)

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from muenfast.cli._text import describe
 from muenfast.errors import MuenfastError, UsageError
 
-# command -> what `muenfast --help` says of it; each is a module here, dashes left out, with add_arguments(parser) and run(arguments).
+# command -> what `muenfast --help` says of it; each is a module here (without dashes) with add_arguments(parser) and
+# run(arguments).
 COMMANDS = {
     "blk": "export disks over channels, or attach exported ones (--client)",
     "modprobe": "serve as a kernel module of Muen's would: MODULE KEY=VALUE...",

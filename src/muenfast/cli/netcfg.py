@@ -23,7 +23,7 @@ _REFUSED = "Command failed"  # what scripts that call muennet_cfg know
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The operation and its words."""
-    parser.epilog = ("It asks the `muenfast net` that serves the interface of that name in this network namespace. Outgoing "
+    parser.epilog = ("It asks the process that serves the interface of that name in this network namespace. Outgoing "
                      "packets carry the mark that netfilter gave them, whatever interface they leave by. Status: 0 done, "
                      "1 refused or failed, 2 a wrong call.")
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
