@@ -1,7 +1,7 @@
 """A small process that serves one net_hdr interface, for tests of what such a process is asked for: NAME DESCRIPTOR WAY.
 
-Elements go as datagrams over the socket DESCRIPTOR; the interface and its children, which are real, are made in the process'
-own network namespace. Prints `ready`; ends when the other end of the socket is closed, or by SIGTERM.
+Elements go as datagrams over the socket DESCRIPTOR; the interface and its children, which are real, are made in the
+process' own network namespace. Prints `ready`; ends when the other end of the socket is closed, or by SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""muennet_cfg and `muenfast net-cfg` against processes that serve interfaces of the same names in two network namespaces."""
+"""muennet_cfg and `muenfast net-cfg`, against processes that serve interfaces of the same names in two namespaces."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(
 
 SERVER = Path(__file__).with_name("small_net.py")
 PROGRAM = f"{sysconfig.get_path('scripts')}/muennet_cfg"
-NOBODY = 65534
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+def program(namespace: Namespace, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(namespace.words(PROGRAM, *words), capture_output=True, text=True, timeout=30, check=False)
 
 
 class End:
@@ -51,7 +55,7 @@ class End:
             raise AssertionError(self.process.communicate(timeout=10)[1])
 
     def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.namespace.words(PROGRAM, *words), capture_output=True, text=True, timeout=30, check=False)
+        return program(self.namespace, *words)
 
     def done(self, *words: str) -> None:
         answer = self.ask(*words)
@@ -171,7 +175,8 @@ def test_what_is_refused(ends: tuple[End, End]) -> None:
     assert "child1 does not have it" in end.refused("del_mark", "child1", "24")
     assert "it is no child, but has channels" in end.refused("del_child", "net0")
     assert "it is no child, but has channels" in end.refused("add_mark", "net0", "5")
-    for words in (("add_child", "net9", "x"), ("del_child", "child9"), ("add_mark", "child9", "1"), ("del_mark", "lo", "1")):
+    for words in (("add_child", "net9", "x"), ("del_child", "child9"), ("add_mark", "child9", "1"),
+                  ("del_mark", "lo", "1")):
         assert "no muenfast process serves an interface" in end.refused(*words)
     for name in ("sixteen-bytes-xx", "a b", "a/b", "", ".."):
         assert "an interface's name has 1 to 15 bytes" in end.refused("add_child", "net0", name)
@@ -195,7 +200,7 @@ def test_equal_names_in_two_namespaces_are_two_interfaces(ends: tuple[End, End])
     ends[0].done("del_mark", "child1", "24")
     third = Namespace()
     try:
-        run = subprocess.run(third.words(PROGRAM, "add_child", "net0", "x"), capture_output=True, text=True, check=False)
+        run = program(third, "add_child", "net0", "x")
         assert run.returncode == 1 and "no muenfast process serves an interface net0" in run.stderr
     finally:
         third.close()
@@ -315,7 +320,8 @@ def test_who_sends_nothing_or_too_much_keeps_nobody_waiting(namespace: Namespace
             except OSError:
                 answer = {"ok": False, "error": "at most 65536 bytes"}
             assert not answer["ok"] and "at most 65536 bytes" in answer["error"]
-        for line in (b"\n", b"[]\n", b"\xff\xfe\n", b"{}\n", b'{"command": 1}\n', b'{"command": "ping", "x": 1}\n', b"[" * 60000):
+        for line in (b"\n", b"[]\n", b"\xff\xfe\n", b"{}\n", b'{"command": 1}\n', b'{"command": "ping", "x": 1}\n',
+                     b"[" * 60000):
             with connect(namespace) as odd:
                 odd.sendall(line)
                 odd.shutdown(socket.SHUT_WR)
@@ -334,10 +340,9 @@ def test_another_user_is_not_answered(namespace: Namespace, serve: Callable[...,
     code = ("import socket; s = socket.socket(socket.AF_UNIX); s.connect(b'\\0muenfast/interface/net0')\n"
             "try:\n    s.sendall(b'{\"command\": \"add_child\", \"child\": \"x\"}\\n'); print(s.recv(100))\n"
             "except OSError as error: print(b'')")
-    for words in (["/usr/bin/python3", "-c", code],):
-        run = subprocess.run(namespace.words("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *words),
-                             capture_output=True, text=True, timeout=30, check=False)
-        assert run.stdout == "b''\n", run.stderr
+    run = subprocess.run(namespace.words(*AS_NOBODY, "/usr/bin/python3", "-c", code), capture_output=True, text=True,
+                         timeout=30, check=False)
+    assert run.stdout == "b''\n", run.stderr
     assert not calls
     assert ask(namespace, {"command": "add_child", "child": "y"})["ok"] and calls == ["y"]
 
@@ -347,11 +352,10 @@ def test_a_server_of_another_user_is_not_asked(namespace: Namespace, monkeypatch
     code = ("import socket; s = socket.socket(socket.AF_UNIX); s.bind(b'\\0muenfast/interface/net0'); s.listen()\n"
             "print('ready', flush=True); c, _ = s.accept(); print(c.recv(100))")
     squatter = subprocess.Popen(
-        namespace.words("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/python3", "-c", code),
-        stdout=subprocess.PIPE, text=True)
+        namespace.words(*AS_NOBODY, "/usr/bin/python3", "-c", code), stdout=subprocess.PIPE, text=True)
     try:
         assert squatter.stdout is not None and squatter.stdout.readline() == "ready\n"
-        run = subprocess.run(namespace.words(PROGRAM, "add_child", "net0", "x"), capture_output=True, text=True, check=False)
+        run = program(namespace, "add_child", "net0", "x")
         assert run.returncode == 1 and "neither root's nor yours: it is not asked\nCommand failed\n" in run.stderr
         assert squatter.communicate(timeout=10)[0] == "b''\n"
     finally:
@@ -366,8 +370,8 @@ def test_a_server_of_another_user_is_not_asked(namespace: Namespace, monkeypatch
 
 
 @pytest.mark.parametrize(("answer", "message"), [
-    (b"", "gave no answer"), (b"nonsense\n", "gave no answer"), (b"[1]\n", r"answered \[1\]"), (b"x" * (1 << 17), "gave no answer"),
-    (None, "gave no answer: timed out")])
+    (b"", "gave no answer"), (b"nonsense\n", "gave no answer"), (b"[1]\n", r"answered \[1\]"),
+    (b"x" * (1 << 17), "gave no answer"), (None, "gave no answer: timed out")])
 def test_a_server_that_talks_nonsense(namespace: Namespace, answer: bytes | None, message: str) -> None:
     with namespace.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.bind(names.address("net0"))
