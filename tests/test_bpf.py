@@ -374,6 +374,40 @@ def test_iptables_sees_the_mark(marked: Callable[..., tuple[Tun, Attached]], nam
     assert "counter packets 2 " in namespace.run("nft list table ip t")
 
 
+# ---- packets whose first bytes the kernel does not have in one piece
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("linear", [1, 2, 7, 8, 9, 27])
+def test_a_prefix_in_pieces(marked: Callable[..., tuple[Tun, Attached]], namespace: Namespace, version: int,
+                            linear: int) -> None:
+    tun, attached = marked(Way.TCX, mtu=9000, vnet=True)
+    inbound, port = receiver(namespace, version)
+    with inbound:
+        payload = os.urandom(8000)      # more than a page, or hdr_len decides nothing
+        packet = udp(THERE[version], HERE[version], port, payload)
+        for mark in MARKS:
+            tun.write(struct.pack("=BB4H", 0, 0, linear, 0, 0, 0) + prefix(packet[0], mark) + packet)
+            assert received(inbound) == (payload, mark)
+        tun.write(struct.pack("=BB4H", 0, 0, linear, 0, 0, 0) + packet)
+        assert received(inbound) == (payload, 0)
+    assert not any(attached.dropped().values())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("linear", [0, 1, 2, 19])
+def test_an_outgoing_header_in_pieces(marked: Callable[..., tuple[Tun, Attached]], namespace: Namespace, version: int,
+                                      linear: int) -> None:
+    tun, attached = marked(Way.TCX, mtu=9000)
+    packet = udp(HERE[version], THERE[version], 7, os.urandom(8000), tos=0xB8)
+    with namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, mark=5) as out:
+        out.setsockopt(263, 15, 1)      # SOL_PACKET, PACKET_VNET_HDR
+        out.sendto(struct.pack("=BB4H", 0, 0, linear, 0, 0, 0) + packet,
+                   (tun.name, {4: 0x0800, 6: 0x86DD}[version], 0, 0))
+    [data] = tun.read()
+    assert header(data) == (5, len(packet), {4: 4, 6: 41}[version], 46) and data[8:] == packet
+    assert not any(attached.dropped().values())
+
+
 # ---- life
 
 @pytest.mark.parametrize("way", BPF)

@@ -47,7 +47,7 @@ _BEFORE = 1 << 3
 _LOAD_BYTES, _STORE_BYTES, _CHANGE_PROTO, _CHANGE_HEAD, _ADJUST_ROOM = 26, 9, 31, 43, 50    # helpers
 _ADJ_ROOM_MAC, _FIXED_GSO, _NO_CSUM_RESET, _DECAP_L3_IPV4 = 1, 1 << 0, 1 << 5, 1 << 7
 _NEXT, _SHOT = -1, 2  # the same for tcx and for a filter with direct action
-_LEN, _MARK, _PROTOCOL = 0, 8, 16  # offsets in struct __sk_buff
+_LEN, _MARK, _PROTOCOL, _DATA, _DATA_END = 0, 8, 16, 76, 80  # offsets in struct __sk_buff
 _LOG_BYTES = 1 << 18
 
 _LOOPBACK, _NO_INTERFACE = 1, 0x7FFFFFFF  # its number in every namespace; that of none
@@ -101,7 +101,7 @@ class VerifierError(MuenfastError):
 _R0, _R1, _R2, _R3, _R4, _R5, _R6, _R7, _R8, _R9, _FP = range(11)
 _BYTE, _HALF, _WORD = 0x10, 0x08, 0x00
 _ALU = {"add": 0x07, "or": 0x47, "and": 0x57, "lsh": 0x67, "rsh": 0x77, "mov": 0xB7}
-_JUMP = {"always": 0x05, "eq": 0x15, "ne": 0x55, "lt": 0xA5}
+_JUMP = {"always": 0x05, "eq": 0x15, "ne": 0x55, "lt": 0xA5, "above": 0x2D}     # the last one: of two registers
 
 
 class _Code:
@@ -155,6 +155,25 @@ class _Code:
             self.alu("mov", register, value)
         self.put(0x85, 0, 0, helper)
 
+    def first_bytes(self, length: int, missing: str, *loads: tuple[int, int, int]) -> None:
+        """Loads (size, register from R5 on, offset) from the packet's first bytes, at most 8: from where they lie, which
+        costs nothing, or, where not all of them are in one piece, by way of the stack at -8. To `missing` if there are not
+        so many."""
+        self.load(_WORD, _R2, _R6, _DATA)
+        self.load(_WORD, _R3, _R6, _DATA_END)
+        self.move(_R4, _R2)
+        self.alu("add", _R4, length)
+        self.jump("in pieces", "above", _R4 | _R3 << 4)
+        for size, register, offset in loads:
+            self.load(size, register, _R2, offset)
+        self.jump("loaded")
+        self.label("in pieces")
+        self.bytes_of(_LOAD_BYTES, 0, -8, length)
+        self.jump(missing, "ne", _R0, 0)
+        for size, register, offset in loads:
+            self.load(size, register, _FP, offset - 8)
+        self.label("loaded")
+
     def drop(self, label: str, counter: int) -> None:
         self.label(label)
         self.put(0x18, _R1 | 2 << 4, 0, self._counters)     # BPF_PSEUDO_MAP_VALUE: its address ...
@@ -179,15 +198,12 @@ def egress(counters: int) -> bytes:
 
     Longer than about 16 KiB (SKB_MAX_ALLOC) a packet may not become by bpf_skb_change_head, unless it is one that the
     kernel is to cut. It is made 12 bytes shorter then and, as if IPv4 became IPv6, 20 bytes longer, for which there is no
-    such limit; for IPv6 that takes a kernel with BPF_F_ADJ_ROOM_DECAP_L3_IPV4 (Linux 6.5). The stack has net_hdr at -24 and
+    such limit; for IPv6 that takes a kernel with BPF_F_ADJ_ROOM_DECAP_L3_IPV4 (Linux 6.5). The stack has net_hdr at -28 and
     those 12 bytes behind it.
     """
     code = _Code(counters)
     code.move(_R6, _R1)
-    code.bytes_of(_LOAD_BYTES, 0, -24, 2)
-    code.jump("not ip", "ne", _R0, 0)
-    code.load(_BYTE, _R7, _FP, -24)
-    code.load(_BYTE, _R9, _FP, -23)
+    code.first_bytes(2, "not ip", (_BYTE, _R7, 0), (_BYTE, _R9, 1))
     code.load(_WORD, _R2, _R6, _PROTOCOL)
     code.load(_WORD, _R3, _R6, _LEN)
     code.jump("ipv6", "eq", _R2, socket.htons(_ETH_P_IPV6))
@@ -210,17 +226,17 @@ def egress(counters: int) -> bytes:
     code.alu("mov", _R8, 41)
     code.label("header")
     code.load(_WORD, _R2, _R6, _MARK)
-    code.store(_WORD, _FP, -24, _R2)
-    code.store(_HALF, _FP, -20, _R3)
-    code.store(_BYTE, _FP, -18, _R8)
-    code.store(_BYTE, _FP, -17, _R9)
+    code.store(_WORD, _FP, -28, _R2)
+    code.store(_HALF, _FP, -24, _R3)
+    code.store(_BYTE, _FP, -22, _R8)
+    code.store(_BYTE, _FP, -21, _R9)
     code.call(_CHANGE_HEAD, HEADER, 0)
     code.jump("long", "ne", _R0, 0)
-    code.bytes_of(_STORE_BYTES, 0, -24, HEADER, 0)
+    code.bytes_of(_STORE_BYTES, 0, -28, HEADER, 0)
     code.jump("no room", "ne", _R0, 0)
     code.end(_NEXT)
     code.label("long")
-    code.bytes_of(_LOAD_BYTES, 0, -16, 12)
+    code.bytes_of(_LOAD_BYTES, 0, -20, 12)
     code.jump("no room", "ne", _R0, 0)
     code.jump("long ipv6", "eq", _R7, 6)
     code.call(_ADJUST_ROOM, -12, _ADJ_ROOM_MAC, _NO_CSUM_RESET)
@@ -231,7 +247,7 @@ def egress(counters: int) -> bytes:
     code.jump("no room", "ne", _R0, 0)
     code.call(_CHANGE_PROTO, socket.htons(_ETH_P_IPV6), 0)
     code.jump("no room", "ne", _R0, 0)
-    code.bytes_of(_STORE_BYTES, 0, -24, HEADER + 12, 0)
+    code.bytes_of(_STORE_BYTES, 0, -28, HEADER + 12, 0)
     code.jump("no room", "ne", _R0, 0)
     code.end(_NEXT)
     code.drop("not ip", _NOT_IP)
@@ -244,20 +260,15 @@ def ingress(counters: int) -> bytes:
     """The mark out of a prefix, which _marks.h describes: 0x40 or 0x60, 0, mark's lower half, 0xffff, upper half."""
     code = _Code(counters)
     code.move(_R6, _R1)
-    code.bytes_of(_LOAD_BYTES, 0, -8, HEADER)
-    code.jump("plain", "ne", _R0, 0)
-    code.load(_HALF, _R2, _FP, -8)
-    code.alu("and", _R2, 0xFFDF if struct.pack("=H", 1)[0] else 0xDFFF)
-    code.jump("plain", "ne", _R2, struct.unpack("=H", b"\x40\0")[0])
-    code.load(_HALF, _R2, _FP, -4)
-    code.jump("plain", "ne", _R2, 0xFFFF)
+    code.first_bytes(HEADER, "plain", (_HALF, _R7, 0), (_HALF, _R8, 2), (_HALF, _R9, 4), (_HALF, _R5, 6))
+    code.alu("and", _R7, struct.unpack("=H", b"\xdf\xff")[0])
+    code.jump("plain", "ne", _R7, struct.unpack("=H", b"\x40\0")[0])
+    code.jump("plain", "ne", _R9, 0xFFFF)
+    code.alu("lsh", _R5, 16)
+    code.merge(_R8, _R5)
+    code.store(_WORD, _R6, _MARK, _R8)
     code.call(_ADJUST_ROOM, -HEADER, _ADJ_ROOM_MAC, _FIXED_GSO | _NO_CSUM_RESET)
     code.jump("unmarked", "ne", _R0, 0)
-    code.load(_HALF, _R2, _FP, -6)
-    code.load(_HALF, _R3, _FP, -2)
-    code.alu("lsh", _R3, 16)
-    code.merge(_R2, _R3)
-    code.store(_WORD, _R6, _MARK, _R2)
     code.label("plain")
     code.end(_NEXT)
     code.drop("unmarked", _UNMARKED)
