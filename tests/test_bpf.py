@@ -125,6 +125,17 @@ def test_packets_of_any_length_get_it(marked: Callable[..., tuple[Tun, Attached]
     assert not any(attached.dropped().values())
 
 
+def test_where_the_kernel_lacks_the_detour_for_ipv6_its_packets_are_counted(
+        marked: Callable[..., tuple[Tun, Attached]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 6.5, which has clsact only."""
+    monkeypatch.setattr(bpf, "_DECAP_L3_IPV4", 1 << 20)     # a flag that no kernel knows
+    tun, attached = marked(Way.CLSACT, mtu=65000)
+    for version, number in ((4, 1), (6, 0)):
+        assert len(sent(tun, version, bytes(40000))) == number
+        assert len(sent(tun, version, bytes(1000))) == 1
+    assert attached.dropped() == {"not_ip": 0, "malformed": 0, "no_room": 1, "unmarked": 0, "tap": 0}
+
+
 @pytest.mark.parametrize("way", BPF)
 def test_marks_of_iptables_go_out(marked: Callable[..., tuple[Tun, Attached]], namespace: Namespace, way: Way) -> None:
     tun, _ = marked(way)
@@ -459,6 +470,29 @@ def test_an_interface_that_is_not_in_the_callers_namespace(namespace: Namespace,
         tun.close()
     finally:
         other.close()
+
+
+@pytest.mark.parametrize("way", Way)
+def test_down_and_up_change_nothing(marked: Callable[..., tuple[Tun, Attached]], namespace: Namespace, way: Way) -> None:
+    tun, attached = marked(way, addresses=ADDRESSES[:1])
+    inbound, port = receiver(namespace, 4)
+    with inbound:
+        packet = udp(THERE[4], HERE[4], port, b"x")
+        for number in range(1, 20):
+            namespace.run("ip link set net0 down; ip link set net0 up")
+            tun.read()
+            if attached.tap is not None:
+                with pytest.raises(OSError, match="Network is down"):   # once
+                    attached.tap.recv(1)
+                with pytest.raises(BlockingIOError):
+                    attached.tap.recv(1)
+            [data] = sent(tun, 4, b"x", mark=number)
+            if attached.tap is None:
+                assert header(data)[0] == number
+                tun.write(prefix(packet[0], number) + packet)
+                assert received(inbound) == (b"x", number)
+            else:
+                assert struct.unpack("=I", attached.tap.recvmsg(100, 64)[1][0][2])[0] == number
 
 
 def test_the_first_way_that_is_to_be_had(namespace: Namespace, monkeypatch: pytest.MonkeyPatch,

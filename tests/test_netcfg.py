@@ -30,7 +30,9 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(
 
 SERVER = Path(__file__).with_name("small_net.py")
 PROGRAM = f"{sysconfig.get_path('scripts')}/muennet_cfg"
-AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+# The interpreter may lie where that user may not look: reading is all that is added.
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,+dac_read_search",
+             "--ambient-caps=-all,+dac_read_search", "--bounding-set=-all,+dac_read_search")
 
 
 def program(namespace: Namespace, *words: str) -> subprocess.CompletedProcess[str]:
@@ -340,7 +342,7 @@ def test_another_user_is_not_answered(namespace: Namespace, serve: Callable[...,
     code = ("import socket; s = socket.socket(socket.AF_UNIX); s.connect(b'\\0muenfast/interface/net0')\n"
             "try:\n    s.sendall(b'{\"command\": \"add_child\", \"child\": \"x\"}\\n'); print(s.recv(100))\n"
             "except OSError as error: print(b'')")
-    run = subprocess.run(namespace.words(*AS_NOBODY, "/usr/bin/python3", "-c", code), capture_output=True, text=True,
+    run = subprocess.run(namespace.words(*AS_NOBODY, sys.executable, "-c", code), capture_output=True, text=True,
                          timeout=30, check=False)
     assert run.stdout == "b''\n", run.stderr
     assert not calls
@@ -352,7 +354,7 @@ def test_a_server_of_another_user_is_not_asked(namespace: Namespace, monkeypatch
     code = ("import socket; s = socket.socket(socket.AF_UNIX); s.bind(b'\\0muenfast/interface/net0'); s.listen()\n"
             "print('ready', flush=True); c, _ = s.accept(); print(c.recv(100))")
     squatter = subprocess.Popen(
-        namespace.words(*AS_NOBODY, "/usr/bin/python3", "-c", code), stdout=subprocess.PIPE, text=True)
+        namespace.words(*AS_NOBODY, sys.executable, "-c", code), stdout=subprocess.PIPE, text=True)
     try:
         assert squatter.stdout is not None and squatter.stdout.readline() == "ready\n"
         run = program(namespace, "add_child", "net0", "x")
