@@ -472,6 +472,27 @@ def test_an_interface_that_is_not_in_the_callers_namespace(namespace: Namespace,
         other.close()
 
 
+@pytest.mark.parametrize("way", BPF)
+def test_an_interface_that_goes_to_another_namespace(namespace: Namespace, way: Way) -> None:
+    """The program stays with it, a filter does not."""
+    other = Namespace()
+    tun = Tun(namespace)
+    try:
+        attached = namespace.do(lambda: bpf.attach(tun.index, ways=(way,)))
+        namespace.run(f"ip link set net0 netns /proc/{os.getpid()}/fd/{other.fd}")
+        tun.namespace = other
+        tun.up(*ADDRESSES[:1])
+        tun.read()
+        [data] = sent(tun, 4, b"x", mark=7)
+        assert (header(data)[0] == 7) == (way is Way.TCX) == (data[0] != 0x45)
+        attached.close()
+        [data] = sent(tun, 4, b"x", mark=7)
+        assert data[0] == 0x45
+    finally:
+        tun.close()
+        other.close()
+
+
 @pytest.mark.parametrize("way", Way)
 def test_down_and_up_change_nothing(marked: Callable[..., tuple[Tun, Attached]], namespace: Namespace, way: Way) -> None:
     tun, attached = marked(way, addresses=ADDRESSES[:1])

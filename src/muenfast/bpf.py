@@ -80,7 +80,8 @@ class Way(str, Enum):
 # What one does without in each way, one sentence.
 LOST = {
     Way.TCX: "",
-    Way.CLSACT: "who takes filters from an interface (`tc filter del`, `tc qdisc del`) takes its marks, too.",
+    Way.CLSACT: "who takes filters from an interface (`tc filter del`, `tc qdisc del`), or moves it to another network "
+                "namespace, takes its marks, too.",
     Way.TAP: "incoming packets get no mark (children get theirs all the same), outgoing ones are copied once more, and are "
              "lost, not held back, while the other side is behind.",
 }
