@@ -351,7 +351,7 @@ class Attached:
         return self.way is not Way.TAP
 
     def dropped(self) -> dict[str, int]:
-        """Packets by DROPPED, and `tap`: those that the packet socket had no room for. Since attach()."""
+        """Packets by DROPPED, and `tap`: those that the packet socket had no room for. From attach() to close()."""
         values = struct.unpack_from(f"={len(DROPPED)}Q", self._counters) if self._counters else (0,) * len(DROPPED)
         if self.tap is not None:
             _, lost = struct.unpack("=2I", self.tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))  # since last asked
@@ -460,14 +460,19 @@ class _Netlink:
         self._netlink.close()
 
     def tc(self, *what: Any, **fields: Any) -> None:
-        try:
+        with self._os_errors(f"tc {' '.join(map(str, what))}"):
             self._netlink.tc(*what, **fields)
-        except self._error as error:
-            raise OSError(error.code, f"netlink: tc {' '.join(map(str, what))}: {os.strerror(error.code)}") from error
 
-    def priorities(self, interface: int, parent: int) -> set[int]:
-        """Of the filters there."""
-        return {each["info"] >> 16 for each in self._netlink.get_filters(interface, parent=parent)}
+    def has_filters(self, interface: int, parent: int) -> bool:
+        with self._os_errors("tc filters"):
+            return any(True for _ in self._netlink.get_filters(interface, parent=parent))
+
+    @contextlib.contextmanager
+    def _os_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self._error as error:
+            raise OSError(error.code, f"netlink: {what}: {os.strerror(error.code)}") from error
 
 
 def _attach_clsact(interface: int, vnet: bool) -> Attached:
@@ -491,16 +496,20 @@ def _detach_clsact(interface: int, made: bool) -> None:
     """Takes our filters away, and the qdisc if we made it and nobody else has filters there. Gone already: so be it."""
     with _Netlink() as netlink:
         for parent, priority in ((_EGRESS, _LAST), (_INGRESS, _FIRST)):
-            _unless_gone(netlink.tc, "del-filter", "bpf", interface, 1, parent=parent, prio=priority, protocol=_ETH_P_ALL)
-        if made and not netlink.priorities(interface, _EGRESS) and not netlink.priorities(interface, _INGRESS):
-            _unless_gone(netlink.tc, "del", "clsact", interface)
+            with _gone():
+                netlink.tc("del-filter", "bpf", interface, 1, parent=parent, prio=priority, protocol=_ETH_P_ALL)
+        with _gone():
+            if made and not netlink.has_filters(interface, _EGRESS) and not netlink.has_filters(interface, _INGRESS):
+                netlink.tc("del", "clsact", interface)
 
 
-def _unless_gone(call: Callable[..., None], *what: Any, **fields: Any) -> None:
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
+    """No error where the filter, the interface or the qdisc is not there any more."""
     try:
-        call(*what, **fields)
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):   # the filter, the interface, the qdisc
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
             raise
 
 
