@@ -75,9 +75,10 @@ static inline uint32_t marks_child(const mark_table_t *t, uint32_t mark) {
     return mark <= t->highest ? load_relaxed32(&t->child[mark]) : 0;
 }
 
-/* pairs with: marks_settled (either the receiver sees the table as it is after the change, or the other one its turn) */
+/* The fence pairs with that of marks_turn: either the receiver sees the table as it is after the change, or the other one its
+ * turn. Release: who sees this turn, and not the end of the last one, knows of that end all the same (marks_settled). */
 static inline void marks_enter(mark_table_t *t) {
-    store_relaxed32(&t->turn, t->turn + 1);
+    store_release32(&t->turn, t->turn + 1);
     fence_seq_cst();
 }
 
@@ -91,7 +92,8 @@ static inline uint32_t marks_turn(const mark_table_t *t) {
     return load_acquire32(&t->turn);
 }
 
-/* Whether nothing that was taken from the table before marks_turn() gave `then` is in use any more; pairs with: marks_leave. */
+/* Whether nothing that was taken from the table before marks_turn() gave `then` is in use any more; pairs with: marks_leave,
+ * marks_enter. */
 static inline int marks_settled(const mark_table_t *t, uint32_t then) {
     return !(then & 1) || load_acquire32(&t->turn) != then;
 }
