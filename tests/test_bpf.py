@@ -274,10 +274,12 @@ def test_tcp_in_super_packets_keeps_its_marks(marked: Callable[..., tuple[Tun, A
         other.run(f"{tables} -t mangle -A PREROUTING -p tcp -m mark --mark 0x89abcdef; "
                   f"{tables} -t mangle -A PREROUTING -p tcp -m mark ! --mark 0x89abcdef")
         crossing = Crossing(here, there)
-        data = os.urandom(1 << 20) * 16
+        data = os.urandom(1 << 20) * 8
         found = hashlib.sha256()
         with other.socket(FAMILY[version], socket.SOCK_STREAM) as listening, \
                 namespace.socket(FAMILY[version], socket.SOCK_STREAM, mark=0x89ABCDEF) as out:
+            out.settimeout(60)
+            listening.settimeout(60)
             listening.bind((THERE[version], 7777))
             listening.listen()
             sender = threading.Thread(target=lambda: (out.connect((THERE[version], 7777)), out.sendall(data),
@@ -285,12 +287,12 @@ def test_tcp_in_super_packets_keeps_its_marks(marked: Callable[..., tuple[Tun, A
             sender.start()
             connection, _ = listening.accept()
             with connection:
-                connection.settimeout(20)
+                connection.settimeout(60)
                 while piece := connection.recv(1 << 20):
                     found.update(piece)
             sender.join()
         assert found.digest() == hashlib.sha256(data).digest()
-        assert crossing.largest > 20000 and 0x89ABCDEF in crossing.marks
+        assert crossing.largest > 4500 and 0x89ABCDEF in crossing.marks
         right, wrong = (int(line.split()[0]) for line in
                         other.run(f"{tables} -t mangle -nvxL PREROUTING").splitlines()[2:])
         assert right > 100 and wrong == 0

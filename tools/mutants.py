@@ -463,7 +463,9 @@ def scenarios(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def barriers(tree: Path, file: str) -> Counter[str]:
     """What orders memory in the arm64 code of the module that this file belongs to."""
-    name = "_marks" if file == "_marks.h" else "_ring" if file.endswith(".h") else "_blk" if file.endswith(".pxd") else file.removesuffix(".pyx")
+    name = {".h": "_ring", ".pxd": "_blk"}.get(Path(file).suffix, Path(file).stem)
+    if file == "_marks.h":
+        name = "_marks"
     code = tree / "arm64.c"
     subprocess.run([sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", "src", "-o", code,
                     f"src/muenfast/{name}.pyx"], cwd=tree, check=True)
