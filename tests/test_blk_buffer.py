@@ -584,6 +584,23 @@ def test_a_predecessors_ring_that_has_gone_round_is_void_at_once(rig: Rig) -> No
     assert bytes(disk[1]) == b"\1" * DISK
 
 
+def test_void_requests_that_are_being_overwritten_are_no_overrun(rig: Rig) -> None:
+    """A predecessor's client writes on over what it had answered: nothing is lost of what anybody waits for."""
+    elements = 8
+    region = HEADER_BYTES + elements * BUFFER_REQUEST_BYTES
+    writer = ChannelWriter(str(rig.place / "req"), BUFFER_REQUEST_BYTES, BUFFER_PROTOCOL, region)
+    rig.stack.callback(writer.close)
+    writer.activate()
+    for tag in range(3):
+        writer.write(BufferRequest(BUFFER_WRITE, 0, tag, 4096).pack())
+    writer._words[WSC] = 3 + elements
+    disk = ram(DISK, 1)
+    server = rig.serve(disk[0], request=region)
+    rig.step()
+    n = server.counters
+    assert (rig.events, n["overruns"], n["lost"], n["voided"]) == (["connected"], 0, 0, 3)
+
+
 def test_an_epoch_watched_from_its_beginning_is_executed(rig: Rig) -> None:
     """A server that saw the channel inactive executes everything in the epoch that comes."""
     disk = ram(DISK, 1)

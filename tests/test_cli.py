@@ -397,7 +397,8 @@ def test_a_client_says_that_it_waits(program: Start, four: dict[str, str]) -> No
     client = program("blk", "--client", "--attach", "none", *lists, ready=False)
     assert client.process.stderr is not None
     line = client.process.stderr.readline()
-    assert line == f"muenfast: disk {four['a']}/{four['c']}: waiting for the server\n"
+    assert line == (f"muenfast: disk {four['a']}/{four['c']}: waiting: no server answered within 2 s: is `muenfast blk` "
+                    "running there, without --shm?\n")
     server = program("blk", *lists, "--device", "ram:4096")
     assert client.wait_ready() == [f"disk {four['a']} {four['c']} 4096 -"]
     assert client.end() == (0, "")

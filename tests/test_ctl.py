@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 from conftest import PREFIX, Program, run, unique
 from helpers import block, eventually
 
-from muenfast import BlockDevice, control
+from muenfast import BlockDevice, BlockServer, control, exports_from_lists
 from muenfast.errors import UsageError
 from muenfast.serving import check_name
 
@@ -120,6 +121,27 @@ def test_answers_as_json(server: Program) -> None:
     assert done.returncode == 2 and json.loads(done.stdout)["ok"] is False and "no export of that name" in done.stderr
 
 
+@pytest.mark.parametrize(("words", "text"), [
+    (["destroy"], "NAME|ID: name the export, or give --all"),
+    (["resize", "x", "1M", "--disk", "y"], "--disk 'y': a disk's number is a number from 0"),
+    (["create", "x", "--poll", "0"], "--poll '0': a pause in microseconds is a number"),
+    (["create", "x", "--device", "rom:1M"], "--device, entry 0 'rom:1M': there is no kind of device"),
+    (["list", "--pid", "x"], "--pid 'x': a process' number"),
+    (["resize"], "the following arguments are required: NAME|ID (muenfast ctl resize --help tells more)"),
+    (["list", "--foo"], "unrecognized arguments: --foo (muenfast ctl list --help tells more)"),
+    (["list"], "no `muenfast blk` of this user is serving")])
+def test_errors_as_json(words: list[str], text: str) -> None:
+    """Whoever finds it, an error is an object on standard output, and a line on standard error; the same without --json but
+    for the object."""
+    done = run("ctl", *words, "--json")
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"ok", "error", "status"} and answer["ok"] is False
+    assert text in answer["error"] and answer["status"] == done.returncode == (1 if words == ["list"] else 2)
+    assert done.stderr == f"muenfast: {answer['error']}\n"
+    plain = run("ctl", *words)
+    assert (plain.stdout, plain.stderr, plain.returncode) == ("", done.stderr, done.returncode)
+
+
 def test_exports_of_the_command_line_have_names_too(program: Start) -> None:
     """The request channel's, or exportN where that is too long, a number, or taken; `stat` shows them, too."""
     long, name = unique("x" * 40), short()
@@ -145,6 +167,48 @@ def test_over_a_buffer_one_export_has_several_disks(server: Program, tmp_path: P
         disk.flush()
     assert (tmp_path / "image").read_bytes()[4096:8192] == block(3)
     assert ctl("list").split()[4:6] == [str(6 * MIB), f"ram:4M,{tmp_path}/image"]
+
+
+def test_a_store_that_hangs_holds_up_no_other(program: Start, tmp_path: Path) -> None:
+    """Neither where it is opened, nor where it is given another size; --force ends the latter."""
+    (tmp_path / "hangs.py").write_text(
+        "import pathlib, time\n"
+        "HERE = pathlib.Path(__file__).parent\n"
+        "class X:\n"
+        "    def __init__(self, what):\n"
+        "        self.what = what\n"
+        "    def wait(self, where):\n"
+        "        if where == self.what:\n"
+        "            (HERE / where).touch()\n"
+        "            while not (HERE / 'go').exists():\n"
+        "                time.sleep(0.01)\n"
+        "    def open(self):\n"
+        "        self.wait('open')\n"
+        "    def resize(self, size):\n"
+        "        self.wait('resize')\n"
+        "    def get_size(self):\n"
+        "        return 1 << 20\n"
+        "    def pread(self, buf, offset):\n"
+        "        pass\n")
+    server = program("blk", "--control")
+    store = f"py:{tmp_path}/hangs.py:X"
+    opened, sized, other = short("o"), short("s"), short("x")
+    with ThreadPoolExecutor(2) as pool:
+        opening = pool.submit(ask, server, command="create", name=opened, device=[f"{store}:open"], timeout="1200")
+        eventually((tmp_path / "open").exists)
+        ctl("create", sized, "--device", f"{store}:resize", "--timeout", 1200, "--pid", server.pid)
+        assert "there is an export of that name" in ctl("create", opened, "--pid", server.pid, status=2)
+        resizing = pool.submit(ask, server, command="resize", name=sized, size="2M")
+        eventually((tmp_path / "resize").exists)
+        ctl("create", other, "--device", "ram:1M", "--pid", server.pid)
+        ctl("resize", other, "2M", "--pid", server.pid)
+        ctl("destroy", other, "--pid", server.pid)
+        ctl("destroy", sized, "--force", "--pid", server.pid)
+        assert "resize() had not returned" in resizing.result()["error"]
+        assert not opening.done()
+        (tmp_path / "go").touch()
+        assert opening.result()["ok"]
+    assert ctl("list", "--pid", server.pid).split()[1] == opened
 
 
 @pytest.mark.parametrize(("name", "rule"), [
@@ -201,6 +265,13 @@ def test_what_is_asked_is_checked(server: Program) -> None:
             ({"command": "create"}, "field 'name': the field is missing"),
             ({"command": "create", "name": 5}, "the field name is a string"),
             ({"command": "create", "name": "a\0b"}, "the field name is a string"),
+            ({"command": "create", "name": name, "device": ["\ud800"]}, "the field device is a list"),
+            *(({"command": "create", "name": name, field: "\ud800"}, f"the field {field} is a string") for field in
+              ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol", "pool", "timeout", "inject")),
+            *(({"command": command, "name": "\ud800"}, "the field name is a string") for command in
+              ("create", "destroy", "resize", "show")),
+            ({"command": "resize", "name": name, "size": "\ud800"}, "the field size is a string"),
+            ({"command": "\ud800"}, "the commands are"), ({"command": "list", "\ud800": 1}, "no such field"),
             ({"command": "create", "name": name, "device": "ram:1M"}, "the field device is a list"),
             ({"command": "create", "name": name, "device": []}, "the field device is a list"),
             ({"command": "create", "name": name, "device": ["ram:1M", 1]}, "the field device is a list"),
@@ -221,6 +292,22 @@ def test_what_is_asked_is_checked(server: Program) -> None:
             s.shutdown(socket.SHUT_WR)
             assert json.loads(s.makefile().readline())["status"] == 2, line[:20]
     assert ask(server, command="list")["exports"] == []
+    assert server.end() == (0, "")
+
+
+def test_what_is_refused_is_logged(program: Start) -> None:
+    """With -v, one line each, however odd the text: no traceback."""
+    server = program("blk", "--control", "-v")
+    for device in ("\ud800", "rom:\udcff"):
+        assert ask(server, command="create", name=short(), device=[device])["status"] == 2
+    said = [line for line in server.end()[1].splitlines() if "control:" in line]
+    assert len(said) == 2 and all(line.startswith("muenfast: control: refused: ") for line in said), said
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ram:1M\ud800", "py:\ud800:Disk", "x\ud800#1"])
+def test_a_device_that_no_file_name_can_be(text: str) -> None:
+    with pytest.raises(UsageError, match="device, entry 0 .*encodable as a file name"):
+        exports_from_lists("a", "b", device=text)
 
 
 def test_who_sends_nothing_keeps_nobody_waiting(server: Program) -> None:
@@ -235,6 +322,109 @@ def test_who_sends_nothing_keeps_nobody_waiting(server: Program) -> None:
     assert server.end()[0] == 0
 
 
+def test_slow_askers_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends his request in drips, or nothing: a whole request has one deadline, and close() waits for none."""
+    over = threading.Event()
+    with contextlib.ExitStack() as stack:
+        server = control.ControlServer({})
+        closing = stack.enter_context(contextlib.ExitStack())
+        closing.callback(server.close)
+
+        def connect(drips: bool) -> threading.Event:
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.connect(control.path_of(os.getpid()))
+            ended = threading.Event()
+
+            def drip() -> None:
+                with contextlib.suppress(OSError):
+                    while not over.wait(0.05):
+                        connection.sendall(b" ")
+                ended.set()
+
+            if drips:
+                thread = threading.Thread(target=drip)
+                thread.start()
+                stack.callback(thread.join)
+                stack.callback(over.set)
+            return ended
+
+        assert connect(True).wait(20)       # each drip came in time, the request did not
+        monkeypatch.setattr(control, "_ANSWER_TIMEOUT", 3600.0)
+        connect(False)
+        ended = connect(True)
+        eventually(lambda: len(server._reading) == 2)
+        closing.close()
+        assert ended.wait(20) and not server._answering
+
+
+def test_close_answers_what_has_come() -> None:
+    """What is executing when the server closes is answered; what has come as well."""
+    begun, go = threading.Event(), threading.Event()
+
+    def wait() -> dict[str, Any]:
+        begun.set()
+        assert go.wait(20)
+        return {"done": True}
+
+    server = control.ControlServer({"wait": control.Command(wait, quick=False)})
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.append(control.ask(os.getpid(), {"command": "wait"}, timeout=None)))
+    asking.start()
+    assert begun.wait(20)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    go.set()
+    for thread in (asking, closing):
+        thread.join()
+    assert answers[0]["done"]
+
+
+def test_who_does_not_wait_for_his_answer_is_no_warning(program: Start) -> None:
+    """Only with -v: it is nobody else's business."""
+    for more in ([], ["-v"]):
+        server = program("blk", "--control", *more)
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(control.path_of(server.pid))
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(control.path_of(server.pid))
+            s.sendall(b'{"command": "list"}\n')
+        assert ask(server, command="ping")["ok"]
+        eventually(lambda server=server: len(os.listdir(f"/proc/{server.pid}/task")) <= 2)
+        status, said = server.end()
+        assert status == 0 and (more or not said)
+
+
+def test_a_stopped_server(program: Start) -> None:
+    """`stat` and `ctl` say that it is stopped, and how it goes on."""
+    server = program("blk", "--control")
+    ctl("create", short())
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        eventually(lambda: control.stopped(server.pid))
+        step = f"it is stopped (SIGSTOP); `kill -CONT {server.pid}` has it go on"
+        done = run("stat")
+        assert (done.returncode, done.stdout) == (1, f"process {server.pid}: no answer: {step}\n")
+        for words in (["list"], ["list", "--pid", server.pid], ["destroy", "--all", "--pid", server.pid]):
+            assert ctl(*words, status=1) == f"muenfast: process {server.pid} gave no answer: {step}\n"
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert len(ctl("list").splitlines()) == 1
+    assert server.end() == (0, "")
+
+
+def test_a_server_that_is_stopped_meanwhile(server: Program) -> None:
+    """An operation that is under way has no end of its own, but who asked is not left alone."""
+    with socket.socket(socket.AF_UNIX):
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            eventually(lambda: control.stopped(server.pid))
+            with pytest.raises(TimeoutError, match="it is stopped"):
+                control.ask(server.pid, {"command": "create", "name": "x"}, timeout=None)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+    ctl("destroy", "--all")
+
+
 def test_one_process_is_meant(program: Start, tmp_path: Path) -> None:
     """None, one, several: by NAME, by --pid, or named in the error."""
     assert "no `muenfast blk` of this user is serving" in ctl("list", status=1)
@@ -242,8 +432,10 @@ def test_one_process_is_meant(program: Start, tmp_path: Path) -> None:
     for server, name in ((first, "one"), (second, "two")):
         ctl("create", name, "--pid", server.pid, "--req", unique(), "--resp", unique(), "--device", "null:1M")
     error = ctl("list", status=2)
-    assert f"{first.pid}: one" in error and f"{second.pid}: two" in error and "--pid" in error
-    assert "several processes serve" in ctl("create", "three", status=2)
+    assert error == ("muenfast: --pid: several processes serve, of which one is meant (type `muenfast ctl list --pid PID`, "
+                     f"where PID is {first.pid} (one) or {second.pid} (two))\n")
+    assert "several processes serve" in (error := ctl("create", "three", status=2)) and "ctl create NAME --pid PID" in error
+    assert "type `muenfast ctl resize three --pid PID`" in ctl("resize", "three", "1M", status=2)
     assert ctl("status", "two").split()[1] == "two"
     assert ctl("destroy", "one") == "destroyed 1 one\n"
     assert ctl("list", "--pid", second.pid).split()[1] == "two"
@@ -251,7 +443,11 @@ def test_one_process_is_meant(program: Start, tmp_path: Path) -> None:
     assert "a number from 1" in ctl("list", "--pid", "x", status=2)
     client = program("blk", "--client", "--attach", "none", "--req", unique(), "--resp", unique(), ready=False)
     eventually(lambda: os.path.exists(control.path_of(client.pid)))
-    assert "the commands are: ping, status" in ctl("list", "--pid", client.pid, status=2)
+    for words in (["list"], ["create", "x"], ["destroy", "--all"], ["status"], ["resize", "x", "1M"]):
+        assert ctl(*words, "--pid", client.pid, status=2) == (
+            f"muenfast: --pid '{client.pid}': that process is a client (`muenfast blk --client`), and exports nothing "
+            f"(`muenfast stat {client.pid}` shows its disks; PID is that of a `muenfast blk`)\n")
+    assert re.fullmatch(rf"process {client.pid}: muenfast \S+, a client, disks: 1\n", ctl("ping", "--pid", client.pid))
     client.end()
 
 
@@ -259,7 +455,10 @@ def test_control_goes_with_the_server_only() -> None:
     """--control begins without channels; half of the channels, or a list without them, is an error."""
     assert "--req, --resp: required" in run("blk").stderr and "--control" in run("blk").stderr
     assert "--resp: required" in run("blk", "--control", "--req", "x").stderr
-    assert "--req, --resp: required" in run("blk", "--control", "--device", "ram:1M").stderr
+    assert run("blk", "--control", "--read-only", "--device", "ram:1M").stderr == (
+        "muenfast: --device: belongs to an export, and with --control, but without --req and --resp, there is none to "
+        "begin with (give --req and --resp, too, or later `muenfast ctl create NAME --device ...`)\n")
+    assert "begins without" not in run("blk", "--control", "--req", "x").stderr
     assert "--control: is an option of the server" in run("blk", "--client", "--control").stderr
 
 
@@ -279,7 +478,7 @@ def test_a_client_in_the_way(server: Program) -> None:
         with pytest.raises(OSError, match="Input/output error"):
             disk.pread(4096, 0)
         eventually(lambda: disk.gone)
-        assert disk.failure == "the server ended the export for good"
+        assert disk.failure == "the server destroyed the export"
     assert not regions()
 
 
@@ -309,7 +508,7 @@ def test_one_of_two_connections_goes(server: Program, program: Start, tmp_path: 
     eventually(lambda: not sockets[0].exists() and not any(one in name for name in regions()))
     assert client.process.poll() is None and sockets[1].exists()
     gone, there = control.ask(client.pid, {"command": "status"})["entries"]
-    assert gone["failure"] == "the server ended the export for good" and there["state"] == "ready"
+    assert gone["failure"] == "the server destroyed the export" and there["state"] == "ready"
     ctl("create", one, "--device", "ram:4M")    # its channels are free for another client
     with client_of(one) as disk:
         disk.pwrite(block(1), 0)
@@ -343,6 +542,87 @@ def test_a_ram_disk_grows_and_shrinks(server: Program, shared: bool) -> None:
         assert disk.pread(4096, 4 * MIB - 4096) == bytes(4096)    # cut off is gone
         assert ctl("list").split()[4:6] == [str(4 * MIB), "ram:4M"]
         assert disk.failure is None
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "buffer"])
+def test_a_new_size_is_one_line(server: Program, program: Start, shared: bool) -> None:
+    """On either side, each of several in a row; nobody is called gone, and a destroyed export is one line as well."""
+    name, buffer = short(), unique("shm")
+    lists = ["--req", f"{name}_req", "--resp", f"{name}_resp", *(["--shm", buffer] if shared else [])]
+    ctl("create", name, "--device", "ram:4M,ram:1M" if shared else "ram:4M", *lists[4:])
+    client = program("blk", "--client", "--attach", "none", *lists)
+    for size in (5, 6, 7):
+        assert ask(server, command="resize", name=name, size=f"{size}M")["ok"]
+        eventually(lambda size=size: control.ask(client.pid, {"command": "status"})["entries"][0]["size"] == size * MIB)
+    channels, which = f"{name}_req/{name}_resp", ", number 0" if shared else ""
+    ctl("destroy", name, "--force")
+    client.process.wait(20)
+    sizes = [f"{channels}{which}: new size {size * MIB} bytes" for size in (5, 6, 7)]
+    status, said = client.end()
+    assert status == 0 and said.splitlines() == [
+        *(f"muenfast: disk {line}" for line in sizes),
+        f"muenfast: disk {channels}: the server destroyed the export: every request fails from now on"]
+    status, said = server.end()
+    assert status == 0 and said.splitlines() == [
+        *(f"muenfast: export {line}" for line in sizes),
+        f"muenfast: export {channels}: {name} is destroyed, though it has its client, process {client.pid}, attached"]
+
+
+def test_a_server_killed_amid_a_resize_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """It said that it would be back at once; the client does not believe that for long."""
+    req, resp = unique(), unique()
+    with BlockServer(exports_from_lists(req, resp, device="ram:1M")) as server, BlockDevice(req, resp) as disk:
+        export = server.exports[0]
+        export.stop()
+        assert export._ended.wait(20)
+        export.server.close(resizing=True)
+        eventually(lambda: disk.connection.state == "lost")
+        assert "gone" not in caplog.text
+        eventually(lambda: "the server is gone, requests wait for its return" in caplog.text)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "buffer"])
+def test_an_engine_that_is_opened_anew_is_no_loss(shared: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that stayed, and has the size that it had (two resizes, of which a client sees one), was never gone."""
+    req, resp, buffer = unique(), unique(), unique() if shared else None
+    with BlockServer(exports_from_lists(req, resp, device="ram:1M", buffer=buffer)) as server, \
+            BlockDevice(req, resp, shm=buffer) as disk:
+        for number in range(20):
+            server.exports[0].change(lambda: None)
+            disk.pwrite(block(number), 0)
+            assert disk.pread(4096, 0) == block(number)
+        assert disk.client.counters["lives"] > 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["ram", "file"])
+def test_a_size_that_is_not_to_be_had(server: Program, tmp_path: Path, kind: str) -> None:
+    """What is wrong with which SIZE; the disk goes on as it was."""
+    name, path = short(), tmp_path / "image"
+    path.write_bytes(bytes(MIB))
+    ctl("create", name, "--device", path if kind == "file" else "ram:1M")
+    with client_of(name) as disk:
+        disk.pwrite(block(1), 0)
+        said = ctl("resize", name, "99999T", status=2)
+        assert re.fullmatch(r"muenfast: SIZE '99999T': no (file|memory) of that size is to be had: .+\n", said), said
+        assert "SIZE '8K': the disk has 1048576 bytes" in ctl("resize", name, "8K", status=2)
+        disk.pwrite(block(2), 4096)
+        assert (disk.pread(4096, 0), disk.pread(4096, 4096), disk.size) == (block(1), block(2), MIB)
+    assert path.stat().st_size == MIB
+
+
+def test_a_file_that_became_shorter(server: Program, tmp_path: Path) -> None:
+    """Without SIZE the export takes that over where it is forced to."""
+    name, path = short(), tmp_path / "image"
+    path.write_bytes(bytes(4 * MIB))
+    ctl("create", name, "--device", path)
+    os.truncate(path, MIB)
+    assert ctl("resize", name, status=2) == (
+        f"muenfast: NAME '{name}': what is behind the disk has become shorter: {MIB} bytes, not {4 * MIB} "
+        "(--force takes that over)\n")
+    assert ctl("list").split()[4] == str(4 * MIB)
+    ctl("resize", name, "--force")
+    assert ctl("list").split()[4] == str(MIB) and path.stat().st_size == MIB
 
 
 def test_a_file_grows_and_shrinks(server: Program, tmp_path: Path) -> None:
@@ -406,8 +686,9 @@ def test_one_disk_of_several(server: Program, tmp_path: Path) -> None:
         assert ctl("list").split()[5] == f"ram:4M,{path},null:2M"
 
 
-def test_requests_in_flight_meet_another_size(server: Program) -> None:
-    """What is outstanding is issued again; nothing fails and nothing is lost while a disk grows under load."""
+def test_requests_in_flight_meet_another_size(server: Program, caplog: pytest.LogCaptureFixture) -> None:
+    """What is outstanding is issued again; nothing fails, is lost or counted so while a disk grows under load, and the new
+    sizes are all that is said."""
     name, count = short(), 40
     ctl("create", name, "--device", "ram:4M")
     failures: list[str] = []
@@ -438,6 +719,10 @@ def test_requests_in_flight_meet_another_size(server: Program) -> None:
             thread.join()
         assert not failures and disk.failure is None
         assert disk.client.counters["lives"] > 1
+        [found] = ask(server, command="show")["exports"]
+        assert (found["counters"]["overruns"], found["counters"]["lost"]) == (0, 0)
+    said = [record.getMessage() for record in caplog.records]
+    assert said and all(re.search(r": new size \d+ bytes$", line) for line in said), said
 
 
 def test_a_disk_that_shares_its_thread(program: Start) -> None:
@@ -560,7 +845,8 @@ def test_many_exports_come_and_go(server: Program, runtime: Path) -> None:
     assert churn(server, 60, 4.0, 2) > 60
     eventually(lambda: holdings(server.pid) == before)
     assert not regions() and not list((runtime / "claims").iterdir())
-    assert server.end() == (0, "")
+    status, said = server.end()
+    assert status == 0 and all(": new size 3145728 bytes" in line for line in said.splitlines())
 
 
 def test_a_signal_amid_operations(program: Start) -> None:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "_store": {"errors", "_wire", "_ring", "_jobs", "_aio"},
     "_engine": {"errors", "_wire", "_thread", "_ring"},
     "_target": {"errors", "_wire", "_thread", "_system"},
-    "_user": {"errors", "_wire", "_jobs", "_aio", "_store"},
+    "_user": {"errors", "threads", "_wire", "_jobs", "_aio", "_store"},
     "_count": {"_wire"},
     "_blk": {"errors", "_wire", "_thread", "_guard", "_ring", "_store", "_engine", "_aio", "_count"},
     "_buffer": {"errors", "_wire", "_ring", "_store", "_engine", "_aio", "_count"},
@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
                "attach._nbd", "attach", "control", "bpf"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
             "attach._fuse", "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk",
-            "serving", "_bench", "measure", "doctor", "counts", "marks", "names"},
+            "serving", "_bench", "measure", "doctor", "counts", "threads", "marks", "names"},
     "__main__": {"cli"},
 }
 

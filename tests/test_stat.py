@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from test_blk_server import Raw
 from test_buffer_client import Link, link
 
 from muenfast import BlockDevice, BlockServer, counts
+from muenfast._client import Client
 from muenfast.blk import Connection, channels_from_lists, exports_from_lists
 
 __all__ = ["link"]     # fixture
@@ -454,6 +456,78 @@ def test_stat_json(served: Served) -> None:
         assert f"`{word}`" in text, word
 
 
+def test_states_are_those_of_the_reference() -> None:
+    """docs/operations.md lists in both of its tables what the code may say, and nothing else."""
+    from muenfast import disk, export
+
+    text = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| `state`, `failure` |"))
+    of_export, of_client = re.fullmatch(r"\|.*\| export: (.*?); client: (.*?)\. .*\|", row).groups()  # type: ignore[union-attr]
+    assert tuple(re.findall("`(.+?)`", of_export)) == export.STATES
+    assert tuple(re.findall("`(.+?)`", of_client)) == disk.STATES
+    table = text[text.index("| of | state | meaning | line |"):].partition("\n\n")[0].splitlines()[2:]
+    found: dict[str, list[str]] = {"client": [], "server": []}
+    side = ""
+    for line in table:
+        of, state = (cell.strip() for cell in line.split("|")[1:3])
+        side = of or side
+        found[side].append(state)
+    assert found == {"client": list(disk.STATES), "server": list(export.STATES)}
+    assert set(Client.STATES) <= set(disk.STATES)
+
+
+STORE = """
+import time
+
+class Disk:
+    def get_size(self):
+        return 1 << 20
+
+    def pread(self, buf, offset):
+        if offset:
+            time.sleep(1.5)
+        buf[:] = bytes(len(buf))
+
+    def pwrite(self, buf, offset):
+        pass
+
+    def flush(self):
+        pass
+"""
+
+
+def test_stat_shows_late_calls_and_faults(program: Callable[..., Program], names: Callable[[str], str],
+                                          tmp_path: Path) -> None:
+    """What docs/operations.md says of disks written in Python; and faults that were injected."""
+    (tmp_path / "disk.py").write_text(STORE)
+    req, resp = names("req"), names("resp")
+    server = program("blk", "--req", req, "--resp", resp, "--device", f"py:{tmp_path}/disk.py:Disk", "--timeout", "1",
+                     "--inject", "error,on=flush")
+    with BlockDevice(req, resp) as disk:
+        disk.pread(BLOCK, 0)
+        with pytest.raises(OSError):
+            disk.pread(BLOCK, BLOCK)
+        with pytest.raises(OSError):
+            disk.flush()
+        eventually(lambda: re.search("    its calls: calls [2-9], late 1, returned 1\n", run("stat").stdout))
+        assert "    injected: error 1, " in run("stat").stdout
+        assert "its calls: " in run("ctl", "status").stdout
+    assert server.end()[0] == 0
+
+
+def test_a_failure_stands_beside_the_state(pair: Pair, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    from muenfast.cli import stat
+
+    pair.serve("ram:1M")
+    disk = pair.device()
+    disk.fail("no luck")
+    status = disk.status()
+    assert (status["state"], status["failure"]) == ("failed", "no luck")
+    stat._show(status | {"device": "-"})
+    assert ": failed: no luck\n" in capsys.readouterr().out
+
+
 def test_watch_in_a_pipe(served: Served, watch: Callable[..., subprocess.Popen[str]]) -> None:
     """A head, then lines, one at least for each disk and interval; users come and go; Ctrl-C ends it with 0."""
     seen = watch("--watch", "0.05")
@@ -488,8 +562,8 @@ def test_watch_json(served: Served, watch: Callable[..., subprocess.Popen[str]])
             found = json.loads(seen.stdout.readline())
             assert set(found) == {"time", "disks", "silent"} and found["silent"] == []
             (one,) = found["disks"]
-            assert set(one) == {"pid", "role", "req", "resp", "device", "number", "state", "in_flight", "seconds",
-                                "directions"}
+            assert set(one) == {"pid", "role", "req", "resp", "device", "number", "state", "failure", "in_flight",
+                                "seconds", "directions"}
             assert (one["pid"], one["req"], one["device"]) == (served.server.pid, served.req[0], "ram:1M")
             assert set(one["directions"]) == DIRECTIONS and one["seconds"] > 0
             for rate in one["directions"].values():

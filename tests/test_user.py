@@ -350,6 +350,22 @@ def test_a_part_that_is_kept_is_nobody_elses(where: dict[str, Any]) -> None:
     kept.clear()
 
 
+def test_what_a_view_is_made_of_gives_no_other_view(where: dict[str, Any]) -> None:
+    kept: list[Any] = []
+
+    class Keeps(Ram):
+        def pread(self, buf: memoryview, offset: int) -> None:
+            super().pread(buf, offset)
+            kept.append(buf.obj)
+
+    with muenfast.serve(Keeps(), pool=1, **where), muenfast.BlockDevice(**where) as disk:
+        for number in range(8):
+            assert disk.pread(BLOCK, number * BLOCK) == bytes(BLOCK)
+            for each in kept:
+                with pytest.raises(BufferError, match="beyond its call"):
+                    memoryview(each)
+
+
 # ------------------------------------------------------------------ order and time
 
 def test_answers_come_as_they_are_ready(where: dict[str, Any]) -> None:
@@ -445,6 +461,58 @@ def test_what_waits_for_a_thread_is_late_too(where: dict[str, Any]) -> None:
     assert not any(call[0] == "pwrite" for call in store.called)
 
 
+def test_what_is_late_is_said(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    store = Stuck()
+    with muenfast.serve(store, pool=1, timeout=1.0, **where), muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pwrite(b"x" * BLOCK, BLOCK)) == errno.EIO
+        eventually(lambda: f"pwrite() of {BLOCK} bytes at {BLOCK} has not answered within 1 s: I/O error; writes there "
+                           "fail until it returns" in caplog.text)
+        assert failing(lambda: disk.pread(BLOCK, 5 * BLOCK)) == errno.EIO
+        eventually(lambda: f"no thread of its pool was free for pread() of {BLOCK} bytes at {5 * BLOCK} within 1 s" in
+                           caplog.text)
+        store.go.set()
+
+
+def test_no_new_size_beside_a_late_call(where: dict[str, Any]) -> None:
+    class Grows(Stuck):
+        def resize(self, size: int) -> None:
+            self.data.extend(bytes(size - len(self.data)))
+
+    store = Grows()
+    with muenfast.serve(store, pool=2, timeout=1.0, **where) as server, muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pread(BLOCK, BLOCK)) == errno.EIO
+        with pytest.raises(UsageError, match="1 of its calls were late and have not returned"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        disk.pwrite(b"x" * BLOCK, 2 * BLOCK)
+        store.go.set()
+        eventually(lambda: server.status()[0]["store"]["returned"] == 1)
+        assert server.exports[0].resize(0, 128 * BLOCK)
+        eventually(lambda: disk.size == 128 * BLOCK)
+        assert disk.pread(BLOCK, 2 * BLOCK) == b"x" * BLOCK
+
+
+def test_one_server_for_one_object(where: dict[str, Any]) -> None:
+    """Unless nothing writes; and none where a late call of an earlier server's could undo what the next one answers."""
+    store = Stuck()
+    other = {key: unique(key[0]) for key in where}
+    with muenfast.serve(store, pool=1, timeout=1.0, **where):
+        for more in ({}, {"read_only": True}):
+            with pytest.raises(UsageError, match="served already"):
+                muenfast.serve(store, **more, **other)
+    with muenfast.serve(store, read_only=True, **where), muenfast.serve(store, read_only=True, **other), \
+            muenfast.BlockDevice(**other) as disk:
+        assert disk.pread(BLOCK, 0) == bytes(BLOCK)
+    with muenfast.serve(store, pool=1, timeout=1.0, **where), muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pwrite(b"x" * BLOCK, BLOCK)) == errno.EIO
+    with pytest.raises(UsageError, match="have not returned"):
+        muenfast.serve(store, **where)
+    store.go.set()
+    eventually(lambda: not any(thread.name.startswith("py:") for thread in threading.enumerate()))
+    with muenfast.serve(store, **where), muenfast.BlockDevice(**where) as disk:
+        disk.pwrite(b"y" * BLOCK, BLOCK)
+        assert disk.pread(BLOCK, BLOCK) == b"y" * BLOCK
+
+
 def test_the_end_waits_a_while(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """For calls that are under way; what does not come back is left alone, and close() is not called into it."""
     store = Stuck()
@@ -483,6 +551,88 @@ def test_a_new_size_waits_for_calls(where: dict[str, Any]) -> None:
         store.data.extend(bytes(BLOCK))
         assert server.exports[0].resize(0, None)
         eventually(lambda: disk.size == 129 * BLOCK)
+        del store.data[-BLOCK:]
+        with pytest.raises(UsageError, match="has become shorter"):
+            server.exports[0].resize(0, None)
+        assert server.exports[0].resize(0, None, force=True)
+        eventually(lambda: disk.size == 128 * BLOCK)
+
+
+def test_a_resize_that_hangs_is_the_only_one(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """It fails, the disk goes on as it was; no other one begins beside it; and it holds no end up."""
+    class Hangs(Ram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.go, self.begun = threading.Event(), 0
+
+        def resize(self, size: int) -> None:
+            self.begun += 1
+            self.go.wait(60)
+
+    store = Hangs()
+    with muenfast.serve(store, timeout=1.0, **where) as server, muenfast.BlockDevice(**where) as disk:
+        with pytest.raises(StoreError, match=r"resize\(\) did not return within 1 s"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        with pytest.raises(UsageError, match="1 of its calls were late and have not returned"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        disk.pwrite(b"x" * BLOCK, 0)
+        assert disk.pread(BLOCK, 0) == b"x" * BLOCK and disk.size == 64 * BLOCK
+        store.go.set()
+    assert store.begun == 1
+    store = Hangs()
+    server = muenfast.serve(store, timeout=1200.0, **where)
+    errors: list[Exception] = []
+
+    def resize() -> None:
+        try:
+            server.exports[0].resize(0, 128 * BLOCK)
+        except StoreError as error:
+            errors.append(error)
+
+    resizer = in_background(resize)
+    eventually(lambda: store.begun == 1)
+    server.close()
+    resizer.join()
+    assert "resize() had not returned when the server was told to end" in str(errors[0])
+    assert "1 calls have not returned, so its close() is not called" in caplog.text and ("close",) not in store.called
+    store.go.set()
+
+
+def test_another_size_than_was_asked_for_is_refused(where: dict[str, Any]) -> None:
+    """What a smaller one cuts off, nobody has agreed to."""
+    class Shrinks(Ram):
+        def resize(self, size: int) -> None:
+            del self.data[4 * BLOCK:]
+
+    with muenfast.serve(Shrinks(), **where) as server, muenfast.BlockDevice(**where) as disk:
+        with pytest.raises(StoreError, match=rf"get_size\(\) returned {4 * BLOCK} after resize\({128 * BLOCK}\)"):
+            server.exports[0].resize(0, 128 * BLOCK)
+        disk.pwrite(b"x" * BLOCK, 3 * BLOCK)
+        assert disk.size == server.exports[0].size == 64 * BLOCK
+        assert server.exports[0].resize(0, None)
+        eventually(lambda: disk.size == 4 * BLOCK)
+
+
+def test_a_call_that_ends_its_own_server(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """It is waited for as any other, and by nobody in vain; then the object can be served again."""
+    class Ends(Ram):
+        server: muenfast.BlockServer | None = None
+
+        def flush(self) -> None:
+            if self.server is not None:
+                self.server.close()
+
+    store = Ends()
+    store.server = server = muenfast.serve(store, timeout=1.0, **where)
+    disk = muenfast.BlockDevice(on_peer_loss="fail", **where)
+    assert failing(disk.flush) == errno.EIO
+    disk.close()
+    eventually(lambda: "1 calls have not returned, so its close() is not called" in caplog.text)
+    server.close()
+    store.server = None
+    eventually(lambda: not any(thread.name.startswith("py:") and thread.is_alive() for thread in threading.enumerate()))
+    with muenfast.serve(store, **where), muenfast.BlockDevice(**where) as disk:
+        disk.flush()
 
 
 def test_a_disk_without_resize_keeps_its_size(where: dict[str, Any]) -> None:
@@ -490,6 +640,25 @@ def test_a_disk_without_resize_keeps_its_size(where: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match="no method resize"):
             server.exports[0].resize(0, 128 * BLOCK)
         assert not server.exports[0].resize(0, None)
+
+
+@pytest.mark.parametrize("which", ["req", "resp", "shm"])
+def test_a_channel_that_is_cut_off_fails_requests(where: dict[str, Any], which: str) -> None:
+    """on_peer_loss "fail" holds for a server that lives and cannot be reached, too; channels made anew are followed."""
+    if where[which] is None:
+        pytest.skip("inline channels have no buffer")
+    with muenfast.serve(Ram(), **where), muenfast.BlockDevice(on_peer_loss="fail", **where) as disk:
+        disk.pwrite(b"x" * BLOCK, 0)
+        os.truncate(f"/dev/shm/{where[which]}", 0)
+        assert failing(lambda: disk.pread(BLOCK, 0)) == errno.EIO
+        os.unlink(f"/dev/shm/{where[which]}")
+
+        def reads() -> bool:
+            try:
+                return disk.pread(BLOCK, 0) == b"x" * BLOCK
+            except OSError:
+                return False
+        eventually(reads)
 
 
 # ------------------------------------------------------------------ errors
@@ -549,8 +718,9 @@ def test_a_failure_that_cannot_be_told_is_one_all_the_same(where: dict[str, Any]
 def test_what_a_store_does_not_fill_is_zeros(where: dict[str, Any]) -> None:
     """And never what another request had there."""
     class Short(Ram):
-        def pread(self, buf: memoryview, offset: int) -> bytes:
-            return bytes(len(buf)) if offset else super().pread(buf, 0) or b""
+        def pread(self, buf: memoryview, offset: int) -> None:
+            if offset == 0:
+                super().pread(buf, 0)
 
     with muenfast.serve(Short(), pool=1, **where), muenfast.BlockDevice(**where) as disk:
         for number in range(64):
@@ -564,6 +734,72 @@ def test_a_module_that_hangs_is_left_alone(tmp_path: Path) -> None:
     done = run("blk", "--req", unique("a"), "--resp", unique("c"), "--device", f"py:{tmp_path}/hangs.py:X",
                "--timeout", "1")
     assert done.returncode == 1 and "its module did not return within 1 s" in one_line(done.stderr)
+
+
+def test_an_open_that_hangs_ends_with_the_process(program: Start, tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(
+        "import pathlib, time\n"
+        "class X:\n"
+        "    def open(self):\n"
+        "        (pathlib.Path(__file__).parent / 'inside').touch()\n"
+        "        time.sleep(60)\n"
+        "    def get_size(self):\n"
+        "        return 1 << 20\n"
+        "    pread = None.__init__\n")
+    server = program("blk", "--req", unique("a"), "--resp", unique("c"), "--device", f"py:{tmp_path}/hangs.py:X",
+                     "--timeout", "1200", ready=False)
+    eventually((tmp_path / "inside").exists)
+    status, errors = server.end(signal.SIGTERM)
+    assert status == 1 and "open() had not returned when the process was told to end" in one_line(errors)
+
+
+def test_bytes_that_are_returned_are_an_error(where: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """As of nbdkit's first API version: the buffer was not filled."""
+    class First(Ram):
+        def pread(self, count: Any, offset: int) -> bytes:  # type: ignore[override]
+            return bytes(self.data[offset:offset + len(count)])
+
+    with muenfast.serve(First(), **where), muenfast.BlockDevice(**where) as disk:
+        assert failing(lambda: disk.pread(BLOCK, 0)) == errno.EIO
+    assert "pread() returned bytes: it is to fill buf instead" in caplog.text
+
+
+def test_misspelt_methods_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Misspelt(Ram):
+        def flsh(self) -> None:
+            pass
+
+        def discard(self, count: int, offset: int) -> None:
+            pass
+
+        def write(self, data: bytes) -> None:   # a helper of pwrite's
+            pass
+
+    Misspelt.flush = None   # type: ignore[assignment, method-assign]
+    muenfast.serve(Misspelt(), unique("a"), unique("c")).close()
+    told = [record.getMessage() for record in caplog.records if "nothing calls" in record.getMessage()]
+    assert len(told) == 2 and "discard(); is it meant to be trim()" in told[0] and "flsh()" in told[1]
+
+
+def test_a_child_that_a_store_forks_is_no_server(where: dict[str, Any]) -> None:
+    """Whether it returns or raises."""
+    class Forks(Ram):
+        def pread(self, buf: memoryview, offset: int) -> None:
+            super().pread(buf, offset)
+            child = os.fork()
+            if child == 0:
+                if offset == 0:
+                    return
+                sys.exit(3) if offset == BLOCK else os.close(-1)
+            children.append((offset, child))
+
+    children: list[tuple[int, int]] = []
+    with muenfast.serve(Forks(), pool=2, **where), muenfast.BlockDevice(**where) as disk:
+        for number in range(3):
+            assert disk.pread(BLOCK, number * BLOCK) == bytes(BLOCK)
+        assert disk.pread(BLOCK, 0) == bytes(BLOCK)
+    statuses = {(offset, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for offset, child in children}
+    assert statuses == {(0, 0), (BLOCK, 3), (2 * BLOCK, 1)}
 
 
 def test_one_bad_block_fails_alone(where: dict[str, Any]) -> None:
@@ -612,6 +848,10 @@ def test_what_hangs_at_either_end_is_left_alone(method: str, caplog: pytest.LogC
         if method == "close":
             muenfast.serve(store, unique("a"), unique("c"), timeout=1.0).close()
             assert "close() did not return within 1 s" in caplog.text
+            store = Ram()
+            store.close = lambda: go.wait(60)       # type: ignore[method-assign, assignment, return-value]
+            muenfast.serve(store, unique("a"), unique("c"), timeout=1200.0).close()
+            assert "close() did not return within 4 s" in caplog.text
         else:
             with pytest.raises(StoreError, match=rf"{method}\(\) did not return within 1 s"):
                 muenfast.serve(store, unique("a"), unique("c"), timeout=1.0)

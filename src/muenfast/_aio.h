@@ -2,8 +2,8 @@
  * Also on memory and user-space stores, where those are to look like files to their engine.
  *
  * An aio belongs to one thread, which submits, waits and takes what is done; only the threads of the pool touch it beside
- * that, under its lock, and workers of user-space stores the words `finished` and `waiting`. Nothing is allocated per operation: the caller owns each aio_op, and its memory, from aio_submit()
- * until aio_take() returns it.
+ * that, under its lock, and workers of user-space stores the words `finished` and `waiting`. Nothing is allocated per
+ * operation: the caller owns each aio_op, and its memory, from aio_submit() until aio_take() returns it.
  *
  * With MUENFAST_NO_URING defined (no liburing at build time) there are threads only.
  */
@@ -81,7 +81,7 @@ typedef struct aio {
     uint32_t nfiles;
     uint32_t njobs;    /* sources with jobs */
     bool special;      /* there is one with anything */
-    bool hastened;
+    uint64_t end_ns;   /* aio_hasten()'s: nothing is waited for longer; 0: the engine does not end */
     aio_op *withheld;  /* done, and not due yet; in no order */
     uint64_t next_ns;  /* nothing is due, nor too late, before that; 0: nothing will be */
     bool uring;
@@ -250,7 +250,7 @@ static inline void aio_collect_jobs(aio *a) {
 
 static inline void aio_collect(aio *a) {
     pthread_mutex_lock(&a->lock);
-    a->collected = a->finished;
+    a->collected = load_acquire32(&a->finished); /* workers of user-space stores have locks of their own */
     if (a->ready != NULL) {
         *a->done_last = a->ready;
         a->done_last = a->ready_last;
@@ -353,6 +353,11 @@ static inline void aio_due(aio *a, uint64_t when) {
         a->next_ns = when;
 }
 
+/* A time that is not beyond the engine's end. */
+static inline uint64_t aio_bounded(const aio *a, uint64_t when) {
+    return a->end_ns != 0 && when > a->end_ns ? a->end_ns : when;
+}
+
 static inline void aio_ended(aio *a, aio_op *op, int error, bool final) {
     op->error = error;
     op->final = final;
@@ -366,9 +371,7 @@ static inline bool aio_divert(aio *a, aio_op *op) {
     if (s->faults != NULL) {
         fault_plan plan = faults_plan(s->faults, op->kind);
         uint64_t delay = plan.late ? s->faults->timeout_ns : plan.delay_ns;
-        if (a->hastened && delay > AIO_END_NS)
-            delay = AIO_END_NS;
-        op->due = delay != 0 ? now_ns() + delay : 0;
+        op->due = delay != 0 ? aio_bounded(a, now_ns() + delay) : 0;
         op->corrupt = plan.corrupt;
         if (plan.error != 0 || plan.late) {
             op->late = plan.error == 0;
@@ -388,8 +391,7 @@ static inline bool aio_divert(aio *a, aio_op *op) {
     if (op->work == NULL)
         aio_ended(a, op, -EIO, true);
     else {
-        uint64_t until = a->hastened ? now_ns() + AIO_END_NS : UINT64_MAX;
-        op->work->deadline = op->work->deadline < until ? op->work->deadline : until;
+        op->work->deadline = aio_bounded(a, op->work->deadline);
         aio_due(a, op->work->deadline);
     }
     return true;
@@ -452,8 +454,9 @@ static inline bool aio_settle(aio *a, aio_op *op) {
 
 /* ---- what the engine calls */
 
-/* threads: do without io_uring, which a kernel may refuse, too, and which a source with jobs cannot wake. fixed: memory that most operations are about, this process's own
- * (of shared memory that another one truncates, operations would go on with the pages that it had), or NULL. */
+/* threads: do without io_uring, which a kernel may refuse, too, and which a source with jobs cannot wake. fixed: memory
+ * that most operations are about, this process's own (of shared memory that another one truncates, operations would go on
+ * with the pages that it had), or NULL. */
 static inline void aio_open(aio *a, bool threads, uint8_t *fixed, uint64_t length) {
     memset(a, 0, sizeof *a);
     a->process = getpid();
@@ -658,21 +661,20 @@ static inline void aio_wait(aio *a, uint32_t *word, uint32_t seen, uint64_t ns) 
 
 /* The engine ends: what user-space stores have not answered in AIO_END_NS, and what is withheld longer, is not waited for. */
 static inline void aio_hasten(aio *a) {
-    uint64_t until = now_ns() + AIO_END_NS;
     aio_op *op;
     uint32_t k;
-    if (!a->special || a->hastened)
+    if (!a->special || a->end_ns != 0)
         return;
-    a->hastened = true;
+    a->end_ns = now_ns() + AIO_END_NS;
     for (op = a->withheld; op != NULL; op = op->next)
-        op->due = op->due < until ? op->due : until;
+        op->due = aio_bounded(a, op->due);
     for (k = 0; k < a->nflying; k++) {
         op = a->flying[k];
-        op->due = op->due < until ? op->due : until;
-        if (op->work != NULL && op->work->deadline > until)
-            op->work->deadline = until;
+        op->due = aio_bounded(a, op->due);
+        if (op->work != NULL)
+            op->work->deadline = aio_bounded(a, op->work->deadline);
     }
-    aio_due(a, until);
+    aio_due(a, a->end_ns);
 }
 
 /* Whether there is anything that is to be waited for. */

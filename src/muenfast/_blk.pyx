@@ -483,6 +483,9 @@ cdef int server_step(server_t *s) noexcept nogil:
     if status == EPOCH_CHANGED:
         s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
         s.knows_epoch = True
+        if s.void_below > s.r.elements:     # a ring gone round: what is missed of it is void, and no loss
+            count64(&s.n.voided, s.void_below)
+            reader_goto(&s.r, s.void_below)
         s.refused = 0
         writer_start(&s.w, random_epoch())
         if too_soon(&s.starts, s.r.epoch):
@@ -492,6 +495,8 @@ cdef int server_step(server_t *s) noexcept nogil:
     if status == OVERRUN_DETECTED:
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
+            count64(&s.n.voided, s.r.lost)
+            reader_forgive(&s.r)
             return STEP_WORKED
         s.grace_until = now_ns() + GRACE_NS
         s.renew = True

@@ -609,6 +609,8 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
             f.blocked = False           # what waited is among the lost
         # What a first synchronisation has missed was void anyway.
         if <int64_t>(s.void_below - s.r.rc) >= 0 and s.r.rc - s.r.lost == 0 and s.void_below != 0:
+            count64(&s.n.voided, s.r.lost)
+            reader_forgive(&s.r)
             event = STEP_WORKED
         else:
             event = SERVER_OVERRUN

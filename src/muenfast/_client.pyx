@@ -1282,11 +1282,11 @@ cdef class ClientEngine:
 
     @property
     def server_state(self):
-        """What the server's endpoint says of itself: "none", "serving", "back later", "gone"."""
+        """What the server's endpoint says of itself: "none", "serving", "back later", "gone", "resizing"."""
         cdef uint32_t state = 0
         if self.c.r.bell != NULL:
             state = load_acquire32(&self.c.r.bell.state)
-        return ("none", "serving", "back later", "gone")[state] if state < 4 else "none"
+        return ("none", "serving", "back later", "gone", "resizing")[state] if state < 5 else "none"
 
     @property
     def server_active(self):

@@ -155,8 +155,8 @@ cdef class ServerEngine:
         self.r.overruns = other.r.overruns
         self.r.lost_total = other.r.lost_total
 
-    def close(self, *, gone=False):
-        """Deactivates the response channel. gone: for good, not "back later"."""
+    def close(self, *, gone=False, resizing=False):
+        """Deactivates the response channel. gone: for good, not "back later"; resizing: back at once, with another size."""
         if not self.held():
             return
         if not busy_enter(&self.busy):
@@ -166,9 +166,11 @@ cdef class ServerEngine:
             return
         with nogil:
             self.land()
+        if self.w.bell != NULL:         # first: who sees the channel inactive sees why
+            store_release32(&self.w.bell.state, ENDPOINT_GONE if gone else ENDPOINT_RESIZING if resizing
+                            else ENDPOINT_BACK_LATER)
         writer_stop(self.w)
         if self.w.bell != NULL:
-            store_release32(&self.w.bell.state, ENDPOINT_GONE if gone else ENDPOINT_BACK_LATER)
             bell_kick(self.w.bell)
         self.drop()
         self.connected = False

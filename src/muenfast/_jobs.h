@@ -44,6 +44,13 @@ typedef struct job {
     int error;
 } job;
 
+/* What was answered without the store. */
+typedef struct late_call {
+    int kind;
+    bool begun; /* else no worker had taken it */
+    uint64_t start, length;
+} late_call;
+
 typedef struct jobs {
     uint64_t timeout_ns;
     job *free;
@@ -58,9 +65,11 @@ typedef struct jobs {
     uint32_t awake;     /* workers that execute, or are about to look for a job */
     bool watched;       /* a worker looks on */
     uint32_t spin_score, spin_probe; /* of workers that spin, who agree on nothing better */
-    uint32_t adrift;    /* jobs at work that nobody waits for, and that change what stands in the store */
+    uint32_t left;      /* jobs at work that nobody waits for */
+    uint32_t adrift;    /* of those, the ones that change what stands in the store */
     bool ending;
     uint64_t calls, late, returned; /* executed; answered by the deadline; of those, ended since */
+    late_call last;     /* the last one of them */
     job all[JOBS_MOST];
 } jobs;
 
@@ -193,11 +202,14 @@ static inline bool jobs_forget(jobs *q, job *j, bool late) {
         done = queued = true;
     } else if (j->state == JOB_RUNNING) {
         j->reader = NULL;
+        q->left++;
         q->adrift += j->changes;
         done = true;
     }
-    if (done && late)
+    if (done && late) {
+        q->last = (late_call){j->kind, !queued, j->start, j->length};
         count64(&q->late, 1);
+    }
     pthread_mutex_unlock(&q->lock);
     if (queued)
         jobs_free(q, j);
@@ -206,13 +218,15 @@ static inline bool jobs_forget(jobs *q, job *j, bool late) {
 
 /* No engine any more: what is ready or yet to be begun is nobody's. Precondition: the engine waits for nothing. */
 static inline void jobs_detach(jobs *q) {
-    job *j;
+    job *j, *next;
     pthread_mutex_lock(&q->lock);
     q->finished = NULL;
     q->waiting = NULL;
     pthread_mutex_unlock(&q->lock);
-    while ((j = jobs_collect(q)) != NULL)
+    for (j = jobs_collect(q); j != NULL; j = next) {
+        next = j->next;
         jobs_free(q, j);
+    }
 }
 
 /* ---- workers */
@@ -315,6 +329,7 @@ static inline void jobs_done(jobs *q, job *j, int error) {
     pthread_mutex_lock(&q->lock);
     count64(&q->calls, 1);
     if (j->reader == NULL) {
+        q->left--;
         q->adrift -= j->changes;
         count64(&q->returned, 1);
     }
@@ -328,6 +343,25 @@ static inline void jobs_done(jobs *q, job *j, int error) {
             futex_wake_all(q->finished);
     }
     pthread_mutex_unlock(&q->lock);
+}
+
+/* The last call that was late, and how many there were. */
+static inline uint64_t jobs_lateness(jobs *q, late_call *last) {
+    uint64_t late;
+    pthread_mutex_lock(&q->lock);
+    *last = q->last;
+    late = q->late;
+    pthread_mutex_unlock(&q->lock);
+    return late;
+}
+
+/* How many jobs are at work that nobody waits for. */
+static inline uint32_t jobs_left(jobs *q) {
+    uint32_t left;
+    pthread_mutex_lock(&q->lock);
+    left = q->left;
+    pthread_mutex_unlock(&q->lock);
+    return left;
 }
 
 /* Workers get no more jobs. */

@@ -12,12 +12,16 @@ cdef extern from "_jobs.h" nogil:
         uint64_t length
         uint32_t place
         int kind
+    ctypedef struct late_call:
+        int kind
+        bint begun
+        uint64_t start
+        uint64_t length
     ctypedef struct jobs:
         job all[1]          # JOBS_MOST
         uint64_t calls
         uint64_t late
         uint64_t returned
-        uint32_t adrift
     const size_t JOBS_SIZE "sizeof(jobs)"
     void jobs_init(jobs *q, uint64_t timeout_ns) noexcept
     void jobs_destroy(jobs *q) noexcept
@@ -26,6 +30,8 @@ cdef extern from "_jobs.h" nogil:
     job *jobs_next(jobs *q) noexcept
     void jobs_done(jobs *q, job *j, int error) noexcept
     void jobs_end(jobs *q) noexcept
+    uint64_t jobs_lateness(jobs *q, late_call *last) noexcept
+    uint32_t jobs_left(jobs *q) noexcept
 
 cdef extern from "_faults.h" nogil:
     enum:

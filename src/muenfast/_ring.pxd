@@ -110,6 +110,7 @@ cdef ring_status reader_recover(reader_t *r) noexcept nogil
 cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil
 cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
 cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
+cdef void reader_forgive(reader_t *r) noexcept nogil
 cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil
 cdef bint reader_ready(const reader_t *r) noexcept nogil

@@ -310,6 +310,12 @@ cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     return OVERRUN_DETECTED
 
 
+cdef void reader_forgive(reader_t *r) noexcept nogil:
+    """Takes the last overrun back: what it skipped was nobody's."""
+    count64(&r.lost_total, 0 - r.lost)
+    count64(&r.overruns, 0 - <uint64_t>1)
+
+
 cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
     """Goes on at element wc, which is the WC of a moment ago."""
     r.rc = r.wc = wc

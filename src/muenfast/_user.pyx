@@ -1,20 +1,24 @@
 """Stores that are Python objects: a pool of Python's threads takes jobs off the engine, which knows nothing of them."""
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo
+from cpython.buffer cimport Py_buffer, PyBuffer_FillInfo
 from libc.errno cimport EIO, EOPNOTSUPP
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._aio cimport AIO_DISCARD, AIO_READ, AIO_SYNC, AIO_WRITE
 from muenfast._jobs cimport *
 from muenfast._store cimport STORE_USER, Store
-from muenfast._wire cimport BLOCK_SIZE, load_relaxed64
+from muenfast._wire cimport BLOCK_SIZE, fetch_add_acqrel32, load_acquire32, load_relaxed64
 
 from muenfast.errors import UsageError
+from muenfast.threads import leave_child
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "<unistd.h>" nogil:
+    int getpid()
 
 MOST_WORKERS = JOBS_WORKERS
 LARGEST = JOB_BYTES         # bytes of one read or write
@@ -22,11 +26,13 @@ LARGEST = JOB_BYTES         # bytes of one read or write
 
 @cython.final
 cdef class _Stage:
-    """The private memory of one job, as Python sees it: the first `length` bytes, while a call has them."""
+    """The private memory of one job, as Python sees it: the first `length` bytes, by views that move() made only. A view's
+    obj, which a call may keep, gives nobody another one."""
     cdef uint8_t *base
     cdef Py_ssize_t length
     cdef bint read_only
-    cdef Py_ssize_t views   # that are not released
+    cdef bint lent          # to move()
+    cdef uint32_t views     # that are not released; by any thread
 
     def __cinit__(self):
         self.base = <uint8_t *>aligned_alloc(BLOCK_SIZE, JOB_BYTES)     # touched as far as it is used
@@ -34,11 +40,13 @@ cdef class _Stage:
             raise MemoryError()
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        if not self.lent:
+            raise BufferError("a store's buffer is no buffer beyond its call")
         PyBuffer_FillInfo(view, self, self.base, self.length, self.read_only, flags)
-        self.views += 1
+        fetch_add_acqrel32(&self.views, 1)
 
     def __releasebuffer__(self, Py_buffer *view):
-        self.views -= 1
+        fetch_add_acqrel32(&self.views, <uint32_t>-1)
 
     def __dealloc__(self):
         free(self.base)
@@ -59,6 +67,7 @@ cdef class UserStore(Store):
     cdef list stages
     cdef object pread, pwrite, flush, trim, zero, failed
     cdef bint read_flags, write_flags, flush_flags, trim_flags, zero_flags
+    cdef int process        # whose it is
 
     def __init__(self, size, *, pread, pwrite, flush, trim, zero, bare, failed, most, timeout, zeroes=False, block_size=None,
                  read_only=False, identity=None):
@@ -68,6 +77,7 @@ cdef class UserStore(Store):
             raise UsageError("a UserStore is initialised once")
         if not BLOCK_SIZE <= most:
             raise UsageError(f"one read or write has at least {BLOCK_SIZE} bytes", value=most)
+        self.process = getpid()
         self.q = <jobs *>calloc(1, JOBS_SIZE)
         if self.q == NULL:
             raise MemoryError()
@@ -93,6 +103,25 @@ cdef class UserStore(Store):
         """calls: executed; late: answered with EIO at the end of their time; returned: of those, what has ended since."""
         return {"calls": load_relaxed64(&self.q.calls), "late": load_relaxed64(&self.q.late),
                 "returned": load_relaxed64(&self.q.returned)}
+
+    @property
+    def abandoned(self):
+        """Calls that still run, though nobody waits for them any more."""
+        return jobs_left(self.q)
+
+    @property
+    def last_late(self):
+        """late, as in counters, and of the last of them (method, byte of the disk, bytes, whether it had begun)."""
+        cdef late_call last
+        cdef uint64_t late = jobs_lateness(self.q, &last)
+        cdef str name = "flush"
+        if last.kind == AIO_READ:
+            name = "pread"
+        elif last.kind == AIO_WRITE:
+            name = "pwrite"
+        elif last.kind == AIO_DISCARD:
+            name = "trim" if self.trim is not None else "zero"
+        return late, (name, last.start, last.length, last.begun)
 
     def work(self):
         """Executes jobs, until end(). For any number of threads up to MOST_WORKERS."""
@@ -144,10 +173,14 @@ cdef class UserStore(Store):
                 else:
                     self.flush()
         except BaseException as error:      # SystemExit, too: it ends no thread of a server's
+            if getpid() != self.process:
+                leave_child(error)
             try:
                 return -<int>self.failed(name, error)
             except BaseException:           # a log handler of the program's: the request has failed all the same
                 return -EIO
+        if getpid() != self.process:        # the call came back in a child of fork(), too, which has no server
+            leave_child(None)
         return 0
 
     cdef int move(self, job *j, object call, bint flags, bint read_only) except -1:
@@ -157,12 +190,15 @@ cdef class UserStore(Store):
         stage.read_only = read_only
         if not read_only:           # what a store leaves out is zeros, and nothing of an earlier request's
             memset(stage.base, 0, j.length)
-        view = memoryview(stage)
+        stage.lent = True
         try:
-            if flags:
-                call(view, j.start, 0)
-            else:
-                call(view, j.start)
+            view = memoryview(stage)
+        finally:
+            stage.lent = False
+        try:
+            found = call(view, j.start, 0) if flags else call(view, j.start)
+            if not read_only and isinstance(found, (bytes, bytearray, memoryview)):
+                raise TypeError(f"pread() returned {type(found).__name__}: it is to fill buf instead (buf[:] = ...)")
         finally:
             try:
                 view.release()
@@ -173,7 +209,7 @@ cdef class UserStore(Store):
     cdef bint stage_is_free(self, job *j) noexcept:
         """Whether the job's memory is nobody else's: of a stage of which a view was kept it gets another one."""
         cdef _Stage stage = self.stages[j.place], fresh
-        if stage.views == 0:
+        if load_acquire32(&stage.views) == 0:
             return True
         try:
             fresh = _Stage()

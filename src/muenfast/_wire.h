@@ -130,7 +130,8 @@ MF_OFFSET(block_response, status, 8);
  * readers); second line: the reader. */
 #define BELL_MAGIC UINT64_C(0x4c4c45426e65754d) /* "MuenBELL" */
 
-enum { ENDPOINT_NONE = 0, ENDPOINT_SERVING = 1, ENDPOINT_BACK_LATER = 2, ENDPOINT_GONE = 3 }; /* state */
+enum { ENDPOINT_NONE = 0, ENDPOINT_SERVING = 1, ENDPOINT_BACK_LATER = 2, ENDPOINT_GONE = 3,
+       ENDPOINT_RESIZING = 4 }; /* state */
 enum { STORE_READ_ONLY = 1 }; /* flags: shifted left by the number of the device, below STORE_FLAGS */
 enum { STORE_FLAGS = 32 };
 

@@ -79,6 +79,7 @@ cdef extern from "_wire.h" nogil:
     const uint32_t ENDPOINT_SERVING
     const uint32_t ENDPOINT_BACK_LATER
     const uint32_t ENDPOINT_GONE
+    const uint32_t ENDPOINT_RESIZING
     const uint32_t STORE_READ_ONLY
     const uint32_t STORE_FLAGS
 

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from muenfast import shm
 from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_POOL, DEFAULT_TIMEOUT, Device
-from muenfast.connection import MOST_POLL, Channels, Options, blame, channels_from_lists
+from muenfast.connection import IN_PYTHON, MOST_POLL, Channels, blame, channels_from_lists
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import ClaimError, UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
@@ -35,7 +36,7 @@ log = logging.getLogger("muenfast")
 
 ATTACHMENTS = ("auto", "fuse", "nbd", "none")
 _THREADS_PER_CPU = 4  # docs/decisions/006
-_WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said
+_WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said, and between looks for another reason
 _DETACH_PATIENCE = 2.0  # seconds without an answer until what is still dirty is given up
 _CLEANING = 5.0  # seconds for a process that cleans up after a dead client to give its name back
 _DETACH_LIMIT = 4.0  # seconds a device has to go away, once its disk stands still
@@ -106,6 +107,13 @@ class BlockServer(_Group):
             stack.callback(self._stop)      # all, before the first is waited for
             self._stack = stack.pop_all()
 
+    def __repr__(self) -> str:
+        shown = [f"{export.name} {','.join(device.text for device in export.config.devices)} {export.state}"
+                 for export in self.exports[:3]]
+        more = [] if len(self.exports) <= 3 else [f"{len(self.exports) - 3} more"]
+        state = ["closed"] if self._ended.is_set() else shown + more or ["no exports"]
+        return f"<{type(self).__name__} {'; '.join(state)}>"
+
     def _stop(self) -> None:
         self._ended.set()
         for export in self.exports:
@@ -127,7 +135,9 @@ class BlockServer(_Group):
 
 
 def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_only: bool = False, pool: int = DEFAULT_POOL,
-          timeout: float = DEFAULT_TIMEOUT, inject: str | None = None, **more: Any) -> BlockServer:
+          timeout: float = DEFAULT_TIMEOUT, inject: str | None = None, req_protocol: str | None = None,
+          resp_protocol: str | None = None, size: str | None = None, buffer_size: str | None = None,
+          poll: int | None = None, bells: bool = True) -> BlockServer:
     """Exports a disk whose data Python code keeps (docs/stores.md) over two channels, until close().
 
         with muenfast.serve(MyStore(), req="a", resp="c") as server:
@@ -135,14 +145,23 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
 
     store: an object with the callbacks get_size, pread, ...; over a shared buffer perhaps a list of them, the disks of
     one connection. req, resp, shm: locators. pool: threads that call it, 1 to 64. timeout: seconds that it has for an
-    answer, 1 to 1200. inject: faults, as --inject. more: as `channels_from_lists` (size, buffer_size, poll, bells, ...).
+    answer, 1 to 1200. inject: faults, as --inject. req_protocol to bells: as `channels_from_lists`.
 
     Raises UsageError, StoreError, ClaimError, OSError.
     """
     stores = list(store) if isinstance(store, (list, tuple)) else [store]
-    called = Options("req", "resp", "req_protocol", "resp_protocol", "size", "store", "read_only", "shm", "buffer_size",
-                     "pool", "timeout", "inject")
-    found = channels_from_lists(req, resp, buffer=shm, options=called, **more)
+    called = replace(IN_PYTHON, device="store", buffer="shm")
+    for number, each in enumerate(stores):
+        index = number if len(stores) > 1 else None
+        if isinstance(each, type):
+            raise UsageError("a store is an object, not its class", option="store", index=index, value=each.__qualname__,
+                             hint="call it first")
+        if lacking := [name for name in ("get_size", "pread") if not callable(getattr(each, name, None))]:
+            raise UsageError("a store is an object with the methods get_size and pread: there is no method "
+                             f"{' and no method '.join(lacking)}", option="store", index=index, value=repr(each)[:80],
+                             hint="docs/stores.md shows one; exports_from_lists and BlockServer serve files and RAM")
+    found = channels_from_lists(req, resp, buffer=shm, options=called, req_protocol=req_protocol,
+                                resp_protocol=resp_protocol, size=size, buffer_size=buffer_size, poll=poll, bells=bells)
     if len(found) != 1:
         raise UsageError("one store has one connection", option="req", value=req)
     if not stores or len(stores) > 1 and shm is None:
@@ -290,10 +309,14 @@ class BlockClients(_Group):
         """
         patience = time.monotonic() + _WAIT_SILENTLY
         for connection in self.connections:
+            said = ""
             while not connection.wait_ready(0.1):
-                if time.monotonic() > patience:
-                    patience = math.inf
-                    log.warning("disk %s: waiting for the server", connection.channels.name)
+                if time.monotonic() > patience and connection.client.incompatible is None:  # else that is said
+                    patience = time.monotonic() + _WAIT_SILENTLY
+                    text = connection.unanswered(_WAIT_SILENTLY)
+                    if text != said:
+                        said = text
+                        log.warning("disk %s: waiting: %s", connection.channels.name, text)
                 if connection.failure is not None:
                     raise connection.refused()
                 if not wait():

@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from muenfast import partition, shm
 from muenfast._ring import Reader, Writer, layout
@@ -54,15 +55,16 @@ class End:
     """The end of one channel; a context manager.
 
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
-    name of `role`. buffer: no channel, but a plain region that both sides write, of one connection: "server" or "client"
-    claims that side of it. create: bytes of the region when a POSIX name is missing, None: it must exist. least: bytes it
-    must have. bell: False: none is made or used (strict one-way).
+    name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write,
+    of one connection: "server" or "client" claims that side of it. create: bytes of the region when a POSIX name is
+    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way).
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
     def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str, create: int | None = None,
-                 least: int = _HEADER + 1, bell: bool = True, buffer: str | None = None) -> None:
+                 least: int = _HEADER + 1, bell: bool = True, buffer: str | None = None,
+                 more: dict[str, Any] | None = None) -> None:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
         self._process = os.getpid()
@@ -91,7 +93,7 @@ class End:
             if buffer is not None:
                 self.claim = stack.enter_context(shm.claim_buffer(self.region, buffer, role))
             elif writes:
-                self.claim = stack.enter_context(shm.claim_writer(self.region, role))
+                self.claim = stack.enter_context(shm.claim_writer(self.region, role, more))
             where = self.locator.bell if bell else None
             if where is not None:
                 try:

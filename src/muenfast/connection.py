@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from muenfast import params, shm
 from muenfast._ring import layout
@@ -41,6 +42,11 @@ class Options:
     pool: str = "--pool"
     timeout: str = "--timeout"
     inject: str = "--inject"
+    poll: str = "--poll"
+
+
+IN_PYTHON = Options("req", "resp", "req_protocol", "resp_protocol", "size", "device", "read_only", "buffer", "buffer_size",
+                    "pool", "timeout", "inject", "poll")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ class Channels:
                     continue
                 with blame(option, self.index, locator.text):
                     end = End(locator, writes=serving == (i == 1), role=role, create=self.sizes[i], least=least[i],
-                              bell=self.bells) if i < 2 else \
+                              bell=self.bells, more={"buffer": self.buffer is not None}) if i < 2 else \
                         End(locator, writes=True, role=role, create=self.buffer_size, least=BLOCK, bell=False,
                             buffer="server" if serving else "client")
                     ends.append(stack.enter_context(end))
@@ -119,6 +125,19 @@ class Channels:
         if self.buffer is not None and size == _LAYOUT["event_size"]:
             return f"; the other side has no shared buffer: leave it out ({self.options.buffer})"
         return ""
+
+    def unanswered(self, seconds: float, server: dict[str, Any] | None) -> str:
+        """What to say of a server that has not answered a client for so long. server: who claims to write responses."""
+        called = self.options.buffer
+        if server is not None and isinstance(server.get("buffer"), bool) and server["buffer"] != (self.buffer is not None):
+            step = f"name that ({called})" if server["buffer"] else f"leave it out ({called})"
+            why = (f"process {server['pid']} serves there {'over a' if server['buffer'] else 'without a'} shared buffer: "
+                   f"{step}, or give the server {'none' if server['buffer'] else 'one'}")
+        elif server is not None:
+            why = f"process {server['pid']} serves there, but gives no answer"
+        else:
+            why = f"is `muenfast blk` running there, {'without' if self.buffer is None else 'with the same'} {called}?"
+        return f"no server answered within {seconds:g} s: {why}"
 
 
 @contextmanager
@@ -142,11 +161,11 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
                         more: dict[str, list[str] | None] | None = None,
                         options: Options | None = None) -> list[Channels]:
     """Pairs comma lists by position; nothing is opened. buffer: an empty entry is an inline connection. more: further
-    lists whose lengths must agree. options: what the lists are called, default: as the options of `muenfast blk`.
+    lists whose lengths must agree. options: what the lists are called, default: as here.
 
     Raises UsageError naming option, entry, value and rule.
     """
-    called = options or Options()
+    called = options or IN_PYTHON
     lists: dict[str, list[str] | None] = {called.req: params.split(called.req, req),
                                           called.resp: params.split(called.resp, resp)}
     for option, text in ((called.req_protocol, req_protocol), (called.resp_protocol, resp_protocol),
@@ -166,7 +185,7 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
                   for i, locator in enumerate(entries) if locator is not None],
                  "a region is one channel or the buffer of one connection")
     if poll is not None and not 1 <= poll <= MOST_POLL:
-        raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option="--poll", value=poll)
+        raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option=called.poll, value=poll)
 
     def entry(option: str, i: int, parse: Callable[[str, int, str], int]) -> int | None:
         texts = lists[option]

@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ log = logging.getLogger("muenfast")
 _PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _LINE = 1 << 16  # bytes of a request
 _TEXT, _TEXTS = 4096, 256  # characters of a field; texts in a list
-_ANSWER_TIMEOUT = 2.0  # seconds
+_ANSWER_TIMEOUT = 2.0  # seconds, of a whole request, and of a whole answer
 MOST_SLOW = 16  # operations under way in one process
 
 
@@ -80,12 +80,18 @@ class Command:
 
 
 def _is_text(value: object) -> bool:
-    return type(value) is str and len(value) <= _TEXT and "\0" not in value
+    if type(value) is not str or len(value) > _TEXT or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # What a field may hold, for messages and as a test.
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "text": (f"a string of at most {_TEXT} characters", _is_text),
+    "text": (f"a string of at most {_TEXT} characters, encodable as a file name", _is_text),
     "texts": (f"a list of 1 to {_TEXTS} such strings",
               lambda value: type(value) is list and 0 < len(value) <= _TEXTS and all(map(_is_text, value))),
     "number": ("a whole number from 0 to 2^62", lambda value: type(value) is int and 0 <= value <= 1 << 62),
@@ -104,7 +110,9 @@ class ControlServer:
         self._commands = dict(commands)
         self._slow = threading.BoundedSemaphore(MOST_SLOW)
         self._answering: set[threading.Thread] = set()
-        self._books = threading.Lock()  # of _answering
+        self._reading: set[socket.socket] = set()   # whose request has not come yet
+        self._closing = False
+        self._books = threading.Lock()  # of these three
         self._socket = self._listen()
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()
@@ -162,11 +170,12 @@ class ControlServer:
     def _attend(self, connection: socket.socket) -> None:
         try:
             with connection:
-                connection.settimeout(_ANSWER_TIMEOUT)
                 try:
                     self._answer(connection)
-                except (OSError, ValueError) as error:
-                    log.warning("control: a request was not answered: %s", error)
+                except PermissionError as error:
+                    log.warning("control: a request was not answered: %s", error.strerror)
+                except OSError as error:    # who asked has gone, or is slow: nobody else's business
+                    log.info("control: a request was not answered: %s", error.strerror or error)
         finally:
             with self._books:
                 self._answering.discard(threading.current_thread())
@@ -175,9 +184,24 @@ class ControlServer:
         _, uid, _ = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
         if uid not in (0, os.geteuid()):
             raise PermissionError(errno.EPERM, f"user {uid} may not ask")
-        with connection.makefile("rwb") as stream:
-            answer = self._execute(stream.readline(_LINE))
-            stream.write(json.dumps(answer).encode() + b"\n")
+        with self._read(connection):
+            line = _line(connection, time.monotonic() + _ANSWER_TIMEOUT)
+        answer = self._execute(line)
+        connection.settimeout(_ANSWER_TIMEOUT)  # of all that is sent
+        connection.sendall(json.dumps(answer).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _read(self, connection: socket.socket) -> Iterator[None]:
+        """Within, close() ends what is read: what has come by then is there, and nothing is waited for."""
+        with self._books:
+            self._reading.add(connection)
+            if self._closing:
+                connection.shutdown(socket.SHUT_RD)
+        try:
+            yield
+        finally:
+            with self._books:
+                self._reading.discard(connection)
 
     def _execute(self, line: bytes) -> dict[str, Any]:
         try:
@@ -198,6 +222,7 @@ class ControlServer:
                 if not command.quick:
                     self._slow.release()
         except UsageError as error:
+            log.info("control: refused: %s", error)
             return {"ok": False, "pid": os.getpid(), "error": str(error), "status": 2}
         except (MuenfastError, OSError) as error:
             return {"ok": False, "pid": os.getpid(), "error": describe(error), "status": 1}
@@ -206,7 +231,12 @@ class ControlServer:
             return {"ok": False, "pid": os.getpid(), "error": f"{type(error).__name__}: {error}", "status": 1}
 
     def close(self) -> None:
-        """Stops answering, once what is under way is done, and removes the socket."""
+        """Stops answering, once what is under way is done, and removes the socket. Nobody is waited for who has not asked
+        yet, and for an answer to be taken 2 s at most."""
+        with self._books:
+            self._closing = True
+            for connection in self._reading:
+                connection.shutdown(socket.SHUT_RD)
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         while True:
@@ -219,19 +249,67 @@ class ControlServer:
         self._forget()
 
 
+def _line(connection: socket.socket, until: float) -> bytes:
+    """What is sent up to the end of a line, of the sending, or of _LINE bytes. Raises TimeoutError, OSError."""
+    found = bytearray()
+    while len(found) < _LINE:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, f"it did not come within {_ANSWER_TIMEOUT:g} s")
+        connection.settimeout(left)
+        piece = connection.recv(_LINE - len(found))
+        found += piece
+        if not piece or b"\n" in piece:
+            break
+    return bytes(found.partition(b"\n")[0])
+
+
 def ask(pid: int, request: dict[str, Any], *, timeout: float | None = _ANSWER_TIMEOUT) -> dict[str, Any]:
-    """One request to the serving process `pid`. timeout: seconds to wait for its answer, None: no end. Raises OSError,
-    ValueError."""
+    """One request to the serving process `pid`. timeout: seconds to wait for its answer, None: no end, unless the process
+    is stopped. Raises OSError, ValueError."""
     with _At(f"{pid}.sock") as at, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as s:
-        s.settimeout(timeout)
-        s.connect(at)
-        with s.makefile("rwb") as stream:
-            stream.write(json.dumps(request).encode() + b"\n")
-            stream.flush()
-            answer = json.loads(stream.readline())
+        s.settimeout(_ANSWER_TIMEOUT if timeout is None else timeout)
+        found = bytearray()
+        try:
+            s.connect(at)
+            s.sendall(json.dumps(request).encode() + b"\n")
+            end = None if timeout is None else time.monotonic() + timeout
+            while not found.endswith(b"\n"):
+                if end is not None:
+                    s.settimeout(max(end - time.monotonic(), 1e-3))
+                try:
+                    piece = s.recv(1 << 20)
+                except TimeoutError:
+                    if end is None and not stopped(pid):
+                        continue
+                    raise
+                if not piece:
+                    break
+                found += piece
+        except (TimeoutError, BlockingIOError):     # of the last: more wait to be accepted than may
+            raise TimeoutError(errno.ETIMEDOUT, silence(pid)) from None
+    if not found:
+        raise ConnectionResetError(errno.ECONNRESET, "it ended the connection, perhaps itself")
+    answer = json.loads(found)
     if not isinstance(answer, dict):
         raise ValueError(f"process {pid} answered {answer!r}")
     return answer
+
+
+def stopped(pid: int) -> bool:
+    """Whether that process is stopped, by SIGSTOP or the like."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):   # gone meanwhile
+        return False
+
+
+def silence(pid: int) -> str:
+    """Why that process gives no answer, and what to do about it."""
+    if stopped(pid):
+        return f"it is stopped (SIGSTOP); `kill -CONT {pid}` has it go on"
+    return "it lives, and is busy or hangs"
 
 
 def ask_all(request: dict[str, Any], *, sweep: bool = True) -> list[dict[str, Any]]:
@@ -245,7 +323,8 @@ def ask_all(request: dict[str, Any], *, sweep: bool = True) -> list[dict[str, An
             if sweep:
                 remove_dead(pid)
         except (OSError, ValueError) as error:
-            answers.append({"ok": False, "pid": pid, "error": str(error)})
+            why = error.strerror if isinstance(error, OSError) else None
+            answers.append({"ok": False, "pid": pid, "error": why or str(error)})
     return answers
 
 

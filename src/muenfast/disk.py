@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -18,7 +18,7 @@ from muenfast._bufclient import BufferClient
 from muenfast._client import Client, Disk
 from muenfast._ring import Watch
 from muenfast.channel import End
-from muenfast.connection import BLOCK, Channels, channels_from_lists
+from muenfast.connection import BLOCK, IN_PYTHON, Channels, channels_from_lists
 from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, PeerLog, UsageError
 
 log = logging.getLogger("muenfast")
@@ -26,7 +26,11 @@ log = logging.getLogger("muenfast")
 _TICK = 0.2  # seconds between looks at names, claims and policies
 _PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
 _SILENCE = 5.0  # seconds without an answer before that is said, where no policy names another time
+_BACK_AT_ONCE = 1.0  # seconds that a server has for another size, or to begin, before its absence is said
 _ENDS = ("request", "response", "buffer")  # what Channels.open returns, and engines call them
+
+# Connection.state, as `muenfast stat` shows it (docs/operations.md).
+STATES = ("connecting", "ready", "lost", "stuck", "failed", "gone", "closed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,11 @@ class Connection:
         self._closed = False
         self._dead = False  # whether the server died without a word: its claim is free, its epoch stands
         self._known = False  # whether the server's claim was ever seen held
+        self._holder: tuple[Any, Any] | None = None  # by whom it was when last looked at: process, and since when
+        self._answerer: tuple[Any, Any] | None = None  # and when it answered last
         self._stuck = False  # whether a server that lives gives no answer
+        self._untold = ""  # what a lost server says of itself, while that is believed and not said
+        self._told = False  # whether it was said that the server is gone
         self._open()
         self._thread = threading.Thread(target=self._run, name=f"disk {channels.name}", daemon=True)
         try:
@@ -96,9 +104,7 @@ class Connection:
                     raise self.refused()
                 if (wrong := self._incompatible()) is not None:
                     raise wrong
-                raise TimeoutError(errno.ETIMEDOUT, f"no server answered on channels {channels.name} within "
-                                                    f"{timeout:g} s; is `muenfast blk` running there, "
-                                                    f"{'without' if channels.buffer is None else 'with the same'} --shm?")
+                raise TimeoutError(errno.ETIMEDOUT, f"disk {channels.name}: {self.unanswered(timeout or 0.0)}")
         except BaseException:
             self.close()
             raise
@@ -146,6 +152,10 @@ class Connection:
             self._ready.wait(left)
         return True
 
+    def unanswered(self, seconds: float) -> str:
+        """What to say where no server answered for so long. Raises OSError."""
+        return self.channels.unanswered(seconds, shm.writer_holder(self._ends[1].region))
+
     def _run(self) -> None:
         try:
             self._follow()
@@ -169,12 +179,16 @@ class Connection:
                 if not lost_since:
                     lost_since = now
                     if not self._dead and not self._stuck:
-                        self._peer.warning("the server is gone%s", self._meanwhile())
+                        self._untold = self._tells()
+                        if not self._untold:
+                            self._warn_gone()
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
+                elif self._untold and (now - lost_since > _BACK_AT_ONCE or self._server_died()):
+                    self._say_gone()
                 if self.client.server_state == "gone":
-                    self._gone = True
-                    self._give_up("the server ended the export for good")
+                    self._gone, self._untold = True, ""
+                    self._give_up("the server destroyed the export")
                 elif self._policy.mode == "timeout" and now - lost_since > self._policy.seconds:
                     self.client.fail(forever=False)
                     lost_since = now
@@ -196,9 +210,11 @@ class Connection:
                 if self._server_died():
                     if not self._dead:
                         self._dead, self._stuck = True, False
-                        self._peer.warning("the server is gone%s", self._meanwhile())
+                        self._warn_gone()
                     if self._policy.mode == "fail":
                         self.client.fail(forever=False)
+                elif self._policy.mode == "fail" and self.client.broken:    # it lives, and cannot hear us, or we it
+                    self.client.fail(forever=False)
                 silent = now - stuck_since if stuck_since else 0.0
                 if self._policy.mode == "timeout":
                     if silent > self._policy.seconds:
@@ -232,7 +248,7 @@ class Connection:
         buffer = self.channels.buffer
         if buffer is not None and self._foreign():
             return PeerError(buffer.text, "content", "what this side left there",
-                             "what the server reads: name the same buffer on both sides (--shm)")
+                             f"what the server reads: name the same buffer on both sides ({self.channels.options.buffer})")
         field, expected = ("size", "a disk") if buffer is None else ("geometry", "disks")
         return PeerError(self.channels.resp.text, field, self._failure, expected)
 
@@ -270,7 +286,8 @@ class Connection:
                 return True
             if not self.client.resume():
                 return False
-            self._server_died()  # sees that its claim is held, if it is one that claims
+            self._server_died()  # sees who holds its claim, if it is one that claims
+            self._answerer = self._holder
             self._store, self._geometry = store, geometry
             self._ready.set()
             log.info("disk %s: connected, %s bytes", self.channels.name,
@@ -279,24 +296,34 @@ class Connection:
         proven = store is not None and store == self._store
         same = self._same_store or proven
         resized = geometry != self._geometry
+        wrong = None
         if resized and not (proven and self._grown(geometry)):
-            self._give_up(f"the server returned with {_described(geometry)} instead of {_described(self._geometry)}")
+            wrong = f"the server returned with {_described(geometry)} instead of {_described(self._geometry)}"
         elif self._foreign():
-            self._give_up("the server returned with another buffer: name the same one on both sides")
+            wrong = "the server returned with another buffer: name the same one on both sides"
         elif not same:
-            self._give_up("the server returned with another store" if store is not None else
-                          "the server that returned does not say which store it has (--same-store trusts it)")
-        else:
-            before = self.client.counters["reissued"]
-            if not self.client.resume(resized=resized):
-                return False
-            again, self._geometry = self.client.counters["reissued"] - before, geometry
-            if resized:
-                self._returns.warning("the server is back with %s, %d requests issued again", _described(geometry), again)
-                if self.resized is not None:
-                    self.resized()
-            else:
-                self._returns.warning("the server is back, %d requests issued again", again)
+            wrong = ("the server returned with another store" if store is not None else
+                     "the server that returned does not say which store it has (--same-store trusts it)")
+        if wrong is not None:
+            self._say_gone()
+            self._give_up(wrong)
+            return True
+        before = self.client.counters["reissued"]
+        if not self.client.resume(resized=resized):
+            return False
+        again, old, self._geometry = self.client.counters["reissued"] - before, self._geometry, geometry
+        self._server_died()
+        stayed = self._holder is not None and self._holder == self._answerer    # it was away for a size only, or two
+        self._answerer = self._holder
+        if not resized and not stayed:
+            self._say_gone()
+        if self._told or self._stuck or not resized and not stayed:
+            self._returns.warning("the server is back, %d requests issued again", again)
+        self._told, self._untold = False, ""
+        if resized:
+            self._say_sizes(old)
+            if self.resized is not None:
+                self.resized()
         return True
 
     def _grown(self, geometry: tuple[tuple[int, int], ...]) -> bool:
@@ -309,6 +336,29 @@ class Connection:
         log.error("disk %s: %s: every request fails from now on", self.channels.name, why)
         self.client.fail(forever=True)
 
+    def _tells(self) -> str:
+        """What a server that has left says of itself, where it lives and is back at once ("resizing"), is there again
+        already ("serving"), or is away for good ("gone"); else ""."""
+        state = self.client.server_state
+        return state if state == "gone" or state in ("serving", "resizing") and not self._server_died() else ""
+
+    def _say_gone(self) -> None:
+        """Says what was kept back, for nothing else tells it."""
+        if self._untold:
+            self._untold = ""
+            self._warn_gone()
+
+    def _warn_gone(self) -> None:
+        self._told = True
+        self._peer.warning("the server is gone%s", self._meanwhile())
+
+    def _say_sizes(self, before: tuple[tuple[int, int], ...]) -> None:
+        """Says each new size: somebody wanted it, and it is not limited as what a peer provokes."""
+        for number, (now, old) in enumerate(zip(self._geometry, before, strict=True)):
+            if now != old:
+                log.warning("disk %s%s: new size %d bytes", self.channels.name,
+                            "" if len(before) == 1 else f", number {number}", now[0] * now[1])
+
     def _meanwhile(self) -> str:
         return {"queue": ", requests wait for its return", "fail": ", requests fail until it returns",
                 "timeout": f", requests fail after {self._policy.seconds:g} s"}[self._policy.mode]
@@ -316,12 +366,13 @@ class Connection:
     def _server_died(self) -> bool:
         """Whether the writer's claim on the response channel is free although it once was held."""
         try:
-            held = shm.writer_holder(self._ends[1].region) is not None
+            holder = shm.writer_holder(self._ends[1].region)
         except OSError as error:
             self._complain(f"cannot see whether its server lives: {error}")
             return False
-        self._known = self._known or held
-        return self._known and not held
+        self._holder = None if holder is None else (holder["pid"], holder["since"])
+        self._known = self._known or holder is not None
+        return self._known and holder is None
 
     def _look(self, gone: bool) -> None:
         """Follows the channels' memory, as Export._look does. gone: whether no server is there; an active response
@@ -376,8 +427,8 @@ class Connection:
 
     @property
     def state(self) -> str:
-        """"connecting", "ready", "lost" (the server is gone, or dead by its claim), "stuck" (it lives and does not answer),
-        "failed" or "gone" (for good), "closed"."""
+        """One of STATES. "lost": the server is gone, or dead by its claim; "stuck": it lives and does not answer; "failed"
+        or "gone": for good."""
         state = self.client.state
         if state == "failed" and self._gone:
             return "gone"
@@ -406,6 +457,9 @@ class Connection:
 
 def _described(geometry: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{blocks} blocks of {length} bytes" for blocks, length in geometry) or "no disk"
+
+
+_CALLED = replace(IN_PYTHON, buffer="shm", buffer_size="shm_size")
 
 
 class BlockDevice:
@@ -443,9 +497,10 @@ class BlockDevice:
         if connection is None:
             if channels is None:
                 if req is None or resp is None:
-                    raise UsageError("a block device needs a request and a response channel")
+                    raise UsageError("a block device needs a request and a response channel", hint="BlockDevice(req, resp)")
                 (channels,) = channels_from_lists(req, resp, req_protocol=req_protocol, resp_protocol=resp_protocol,
-                                                  size=size, poll=poll, bells=bells, buffer=shm, buffer_size=shm_size)
+                                                  size=size, poll=poll, bells=bells, buffer=shm, buffer_size=shm_size,
+                                                  options=_CALLED)
             if isinstance(on_peer_loss, str):
                 on_peer_loss = OnPeerLoss.parse(on_peer_loss, "on_peer_loss")
             if device and channels.buffer is None:
@@ -494,7 +549,8 @@ class BlockDevice:
         return bool((self._disk or self.target).read_only)
 
     def wait_ready(self, timeout: float | None = None) -> bool:
-        """As Connection.wait_ready."""
+        """Waits until the server has answered, for `timeout` seconds or (None) without end; whether it did. False at once
+        where the device is closed or has failed."""
         return self.connection.wait_ready(timeout)
 
     # -------------------------------------------------------------- use
@@ -597,7 +653,8 @@ class BlockDevice:
         return found
 
     def fail(self, why: str) -> None:
-        """As Connection.fail."""
+        """Ends the device for good, and every other one of its connection: all requests, outstanding or to come, fail with
+        EIO. why: what `failure` says from then on."""
         self.connection.fail(why)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, DEFAULT_POOL, DEFAULT_TIMEOUT, Backing, Device, open_device, resized_text
 from muenfast.backing.faults import Fault, faults_from_list
 from muenfast.channel import End
-from muenfast.connection import BLOCK, Channels, Options, blame, channels_from_lists, place
+from muenfast.connection import BLOCK, IN_PYTHON, Channels, Options, blame, channels_from_lists, place
 from muenfast.errors import BrokenChannelError, PeerLog, UsageError
 from muenfast.threads import spawn
 
@@ -30,8 +30,11 @@ _TICK = 0.2  # seconds between looks at names
 _PATIENCE = 2.0  # seconds before a wait for a disk is said
 LEAST_TIMEOUT, MOST_TIMEOUT = 1, 1200  # seconds, of a user-space store
 MOST_POOL = 64  # JOBS_WORKERS of _jobs.h
-_T = TypeVar("_T")
 _SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a millisecond at most
+_T = TypeVar("_T")
+
+# Export.state, as `muenfast stat` shows it (docs/operations.md).
+STATES = ("waiting", "connected", "client died")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +67,37 @@ class ExportConfig:
 
 def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_only: str | None = None,
                        pool: str | None = None, timeout: str | None = None, inject: str | None = None,
-                       options: Options | None = None, **lists: Any) -> list[ExportConfig]:
+                       req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
+                       poll: int | None = None, bells: bool = True, buffer: str | None = None,
+                       buffer_size: str | None = None, options: Options | None = None) -> list[ExportConfig]:
     """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...". pool, timeout:
     of user-space stores, default 4 threads, 30 seconds. inject: faults. Of the last four one entry is for all. Raises
     UsageError."""
-    called = options or Options()
+    called = options or IN_PYTHON
     devices = None if device is None else params.split(called.device, device)
     flags = None if read_only is None else params.split(called.read_only, read_only)
     pools, timeouts = (None if text is None else params.split(option, text, empty=True)
                        for option, text in ((called.pool, pool), (called.timeout, timeout)))
     faults = None if inject is None else faults_from_list(called.inject, inject)
+    if faults is not None and len(faults) not in (1, len(params.split(called.req, req))):
+        raise UsageError(f"it has {len(faults)} entries, one for each export: several faults of one are joined by +",
+                         option=called.inject, value=inject)
     more = {called.device: devices}
     more |= {option: [""] * len(entries) for option, entries in
              ((called.read_only, flags), (called.pool, pools), (called.timeout, timeouts), (called.inject, faults))
              if entries is not None and len(entries) > 1}
-    channels = channels_from_lists(req, resp, more=more, options=called, **lists)
+    channels = channels_from_lists(req, resp, more=more, options=called, req_protocol=req_protocol,
+                                   resp_protocol=resp_protocol, size=size, poll=poll, bells=bells, buffer=buffer,
+                                   buffer_size=buffer_size)
     parsed = [Device.parse(text, option=called.device, index=i)
               for i, text in enumerate(devices or [DEFAULT_DEVICE] * len(channels))]
     flagged = [params.flag(called.read_only, i, text) for i, text in enumerate(flags or ["no"])]
     if len(flagged) == 1:
         flagged *= len(channels)
-    for option, texts in ((called.pool, pools), (called.timeout, timeouts)):
-        _check_user(option, texts, parsed, faults if option == called.timeout else None)
     count = len(channels)
     threads = _of_all(pools, count, DEFAULT_POOL, lambda i, text: _threads(called.pool, i, text))
     seconds = _of_all(timeouts, count, DEFAULT_TIMEOUT, lambda i, text: _seconds(called.timeout, i, text))
+    _check_user(called, pools, timeouts, parsed, faults)
     planned = (faults or [()]) * (count if faults is None or len(faults) == 1 else 1)
     configs = [ExportConfig(*three, pool=workers, timeout=limit, faults=plan) for three, workers, limit, plan in zip(
         zip(channels, parsed, flagged, strict=True), threads, seconds, planned, strict=True)]
@@ -102,10 +111,10 @@ def of_store(devices: Sequence[Device], called: Options, *, pool: str | None = N
     faults = [()] if inject is None else faults_from_list(called.inject, inject)
     if len(faults) != 1:
         raise UsageError("one export has one list of faults, joined by +", option=called.inject, value=inject)
-    for option, text in ((called.pool, pool), (called.timeout, timeout)):
-        _check_user(option, [text or ""], devices, faults if option == called.timeout else None)
-    return (_threads(called.pool, 0, pool) if pool else DEFAULT_POOL,
-            _seconds(called.timeout, 0, timeout) if timeout else DEFAULT_TIMEOUT, faults[0])
+    threads = _threads(called.pool, 0, pool) if pool else DEFAULT_POOL
+    seconds = _seconds(called.timeout, 0, timeout) if timeout else DEFAULT_TIMEOUT
+    _check_user(called, [pool or ""], [timeout or ""], devices, faults)
+    return threads, seconds, faults[0]
 
 
 def _of_all(texts: list[str] | None, count: int, default: _T, parse: Callable[[int, str], _T]) -> list[_T]:
@@ -114,15 +123,29 @@ def _of_all(texts: list[str] | None, count: int, default: _T, parse: Callable[[i
     return values * count if len(values) == 1 else values
 
 
-def _check_user(option: str, texts: list[str] | None, devices: Sequence[Device],
+def _check_user(called: Options, pools: list[str] | None, timeouts: list[str] | None, devices: Sequence[Device],
                 faults: Sequence[Sequence[Fault]] | None) -> None:
-    """Raises UsageError where an entry is about a disk that has neither threads nor timeout."""
-    for i, text in enumerate(texts or ()):
-        meant = range(len(devices)) if len(texts or ()) == 1 else [i]
-        late = faults is not None and any(fault.what == "late" for each in meant
-                                          for fault in (faults[each] if len(faults) > 1 else faults[0]))
-        if text and not late and not any(devices[each].kind == "py" for each in meant):
-            raise UsageError("only a disk written in Python (py:MODULE:CLASS) has one", option=option, index=i, value=text)
+    """Raises UsageError where an entry is about a disk that has no threads, or no timeout: only what is Python's has
+    threads, and that or what is to be late a timeout."""
+    for option, texts in ((called.pool, pools), (called.timeout, timeouts)):
+        for i, text in enumerate(texts or ()):
+            if not text:
+                continue
+            meant = range(len(devices)) if len(texts or ()) == 1 else [i]
+            if any(devices[each].kind == "py" for each in meant):
+                continue
+            other = ""
+            if option == called.timeout:
+                if any(fault.what == "late" for each in meant for fault in _faults_of(faults, each)):
+                    continue
+                other = f", or one with {called.inject} late,"
+            raise UsageError(f"only a disk written in Python (py:MODULE:CLASS){other} has one", option=option, index=i,
+                             value=text)
+
+
+def _faults_of(faults: Sequence[Sequence[Fault]] | None, index: int) -> Sequence[Fault]:
+    """Of the export `index`; one entry is for all."""
+    return () if not faults else faults[index if len(faults) > 1 else 0]
 
 
 def _threads(option: str, index: int, text: str) -> int:
@@ -373,6 +396,8 @@ class Export:
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
         by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
+        for backing in self.backings:
+            backing.tell()
         if self._client and not os.path.exists(f"/proc/{self._client}"):
             self._client, self._died = 0, True
             self._comings.info("client died")
@@ -412,7 +437,7 @@ class Export:
             change, self._change = self._change, None
         if not self._closed:
             with self._waiting():
-                old.close()
+                old.close(resizing=change is not None)
             self._closed = True
         if change is not None:
             change.run()
@@ -456,7 +481,7 @@ class Export:
     def resize(self, number: int, size: int | None, *, force: bool = False) -> bool:
         """Gives disk `number` another size, None: the one that what is behind it has by now; whether that is another.
 
-        The client keeps the disk. Raises UsageError, OSError; the disk is as it was then.
+        The client keeps the disk. force: it may become smaller. Raises UsageError, OSError; the disk is as it was then.
         """
         backing = self.backings[number]
         if not backing.check_resize(size, force):
@@ -480,11 +505,15 @@ class Export:
 
         self.change(resize)
         self._say_tail(number)
-        return self.sizes != before
+        if self.sizes == before:
+            return False
+        log.warning("export %s%s: new size %d bytes", self.name, "" if len(before) == 1 else f", number {number}",
+                    self.sizes[number])
+        return True
 
     @property
     def state(self) -> str:
-        """"waiting" (for a client), "connected", or "client died": without a word, and none has come since."""
+        """One of STATES. "waiting": for a client; "client died": without a word, and none has come since."""
         return "waiting" if not self.server.connected else "client died" if self._died else "connected"
 
     def status(self) -> dict[str, Any]:
@@ -513,6 +542,8 @@ class Export:
     def stop(self) -> None:
         """Makes it end soon; close() waits for that."""
         self._stop.set()
+        for backing in self.backings:
+            backing.hasten()
         self.server.stop(now=True)
 
     def close(self, *, gone: bool = False) -> None:

@@ -68,7 +68,9 @@ class NameSocket(ControlServer):
         with self._books:
             if self._stopped:
                 return
-            self._stopped = True
+            self._stopped = self._closing = True
+            for connection in self._reading:    # who has not asked yet, will not
+                connection.shutdown(socket.SHUT_RD)
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from muenfast import params, shm
@@ -22,6 +22,8 @@ from muenfast.threads import spawn
 log = logging.getLogger("muenfast")
 
 MOST_NAME = 31  # characters: kmod-dblock's limit
+
+_Regions = list[tuple[str, int, str, str, int, float]]  # as place() tells them
 
 _TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol")
 _STORE = ("pool", "timeout", "inject")  # of which an export's disks have one each
@@ -70,15 +72,16 @@ class ControlledServer(BlockServer):
 
     The exports of `configs` are named after their request channels where that is a name and free, else exportN. Numbers
     begin with 1 and are not used again. create(), destroy() and resize() may be called by any thread; one at a time is
-    under way, and nothing else waits for that. close() waits for it.
+    under way for each export, and none of them waits for another export's. close() waits for all.
     """
 
     def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None) -> None:
         self._since = time.monotonic()
-        self._doing = threading.Lock()      # one operation at a time
-        self._books = threading.Lock()      # of what follows, and `exports`; held for moments only
+        self._books = threading.Condition(threading.Lock())     # of what follows, and `exports`; held for moments only
         self._named: dict[int, tuple[str, Export]] = {}
-        self._regions: dict[int, list[tuple[str, int, str, str, int, float]]] = {}     # as place() tells them
+        self._regions: dict[int, _Regions] = {}
+        self._coming: dict[str, _Regions] = {}      # names that are being created
+        self._busy: set[int] = set()                # numbers of which an operation is under way
         self._last = 0
         self._over = False
         self._created: list[Export] = []
@@ -108,20 +111,25 @@ class ControlledServer(BlockServer):
         return name
 
     def _enter(self, name: str, export: Export) -> int:
-        regions = [place(option, 0, locator) for option, locator in export.config.channels.regions]
-        with self._books:
-            self._last += 1
-            self._named[self._last] = (name, export)
-            self._regions[self._last] = regions
-            return self._last
+        """Precondition: `_books` is held, or nobody else knows of them yet."""
+        self._last += 1
+        self._named[self._last] = (name, export)
+        self._regions[self._last] = _regions_of(export.config)
+        return self._last
 
     def _all(self) -> list[tuple[int, str, Export]]:
         with self._books:
-            return [(number, name, export) for number, (name, export) in self._named.items()]
+            return self._entries()
+
+    def _entries(self) -> list[tuple[int, str, Export]]:
+        return [(number, name, export) for number, (name, export) in self._named.items()]
 
     def find(self, which: str) -> tuple[int, str, Export]:
         """An export by its name, or by its number. Raises UsageError."""
-        entries = self._all()
+        return self._found(which, self._all())
+
+    @staticmethod
+    def _found(which: str, entries: list[tuple[int, str, Export]]) -> tuple[int, str, Export]:
         for entry in entries:
             if which in (entry[1], str(entry[0])):
                 return entry
@@ -146,9 +154,32 @@ class ControlledServer(BlockServer):
     # -------------------------------------------------------------- operations
 
     def _begin(self) -> None:
-        """Precondition: `_doing` is held. Raises UsageError."""
+        """Precondition: `_books` is held. Raises UsageError."""
         if self._over:
             raise UsageError("the process is ending")
+
+    @contextmanager
+    def _alone(self, which: str | None, *, end: bool = False) -> Iterator[list[tuple[int, str, Export]]]:
+        """The export of that name or number, None: all there are; within, no other operation on them is under way. end: one
+        that is is made to end. Raises UsageError."""
+        with self._books:
+            while True:
+                self._begin()
+                chosen = self._entries() if which is None else [self._found(which, self._entries())]
+                busy = [export for number, _, export in chosen if number in self._busy]
+                if not busy:
+                    break
+                for export in busy if end else ():
+                    export.stop()
+                self._books.wait()
+            numbers = {number for number, _, _ in chosen}
+            self._busy |= numbers
+        try:
+            yield chosen
+        finally:
+            with self._books:
+                self._busy -= numbers
+                self._books.notify_all()
 
     def create(self, name: str, **options: Any) -> dict[str, Any]:
         """Serves one export more, or nothing is left of it; its entry. options: as config_of(); channels are by default
@@ -157,13 +188,16 @@ class ControlledServer(BlockServer):
         options["req"] = options.get("req") or f"{name}_req"
         options["resp"] = options.get("resp") or f"{name}_resp"
         config = config_of(**options)
-        with self._doing:
+        with self._books:
             self._begin()
-            if any(name == other for _, other, _ in self._all()):
+            if name in self._coming or any(name == other for _, other, _ in self._entries()):
                 raise UsageError("there is an export of that name", option="NAME", value=name,
                                  hint=f"`muenfast ctl destroy {name}` ends it")
             self._check_regions(config)
-            export = Export(config, watch=self._watching())
+            watch = self._watching()
+            self._coming[name] = _regions_of(config)
+        try:
+            export = Export(config, watch=watch)
             try:
                 export.start()
             except BaseException:
@@ -172,13 +206,19 @@ class ControlledServer(BlockServer):
             with self._books:
                 self._created.append(export)
                 self.exports.append(export)
-            log.info("export %s: created as %s", export.name, name)
-            return self.entry(self._enter(name, export), name, export)
+                number = self._enter(name, export)
+        finally:
+            with self._books:
+                del self._coming[name]
+                self._books.notify_all()
+        log.info("export %s: created as %s", export.name, name)
+        return self.entry(number, name, export)
 
     def _check_regions(self, config: ExportConfig) -> None:
-        """Raises UsageError where another export has one of the regions. Other processes' are seen by their claims."""
-        with self._books:
-            taken = [(self._named[number][0], each) for number, regions in self._regions.items() for each in regions]
+        """Raises UsageError where another export has one of the regions. Other processes' are seen by their claims.
+        Precondition: `_books` is held."""
+        taken = [(self._named[number][0], each) for number, regions in self._regions.items() for each in regions]
+        taken += [(name, each) for name, regions in self._coming.items() for each in regions]
         for option, locator in config.channels.regions:
             *_, path, start, end = place(option, 0, locator)
             for name, (*_, other, first, last) in taken:
@@ -187,7 +227,7 @@ class ControlledServer(BlockServer):
                                      option=option, index=0, value=locator.text)
 
     def _watching(self) -> Watch:
-        """One thread polls for all that were created, while they are idle."""
+        """One thread polls for all that were created, while they are idle. Precondition: `_books` is held."""
         if self._poller is None:
             watch = Watch()
             thread = spawn(watch.run, "watch of created exports")
@@ -199,15 +239,17 @@ class ControlledServer(BlockServer):
     def destroy(self, which: str | None = None, *, force: bool = False) -> list[dict[str, Any]]:
         """Ends an export, None: all, for good: its client is told. Their entries. Raises UsageError where there is none, or
         (unless force) MuenfastError where a client is attached; then nothing was ended."""
-        with self._doing:
-            self._begin()
-            chosen = self._all() if which is None else [self.find(which)]
+        with self._alone(which, end=force) as chosen:
             for _, name, export in chosen:
                 if not force and (client := _client_of(export)) is not None:
                     raise MuenfastError(f"export {name} has {client} attached (--force ends it all the same)")
             entries = [self.entry(*each) for each in chosen]
             for _, name, export in chosen:
-                log.info("export %s: %s is destroyed", export.name, name)
+                client = _client_of(export)
+                if client is None:
+                    log.info("export %s: %s is destroyed", export.name, name)
+                else:
+                    log.warning("export %s: %s is destroyed, though it has %s attached", export.name, name, client)
             for _, _, export in chosen:     # all, before the first is waited for
                 export.stop()
             with ExitStack() as stack:
@@ -226,17 +268,23 @@ class ControlledServer(BlockServer):
     def resize(self, which: str, size: str | None = None, *, disk: int = 0, force: bool = False) -> dict[str, Any]:
         """Gives a disk of an export another size, or without one what is behind it has by now; its entry, with `changed`.
         Raises UsageError, OSError; the disk is as it was then."""
-        with self._doing:
-            self._begin()
-            number, name, export = self.find(which)
+        with self._alone(which) as chosen:
+            [(number, name, export)] = chosen
             if disk >= len(export.backings):
                 raise UsageError(f"export {name} has no disk of that number: they are 0 to {len(export.backings) - 1}",
                                  option="--disk", value=disk)
             block = export.backings[disk].store.block_size
             wanted = None if size is None else params.size("SIZE", None, size, multiple=block, least=BLOCK)
-            changed = export.resize(disk, wanted, force=force)
-            if changed:
-                log.info("export %s: disk %d has %d bytes now", export.name, disk, export.sizes[disk])
+            try:
+                changed = export.resize(disk, wanted, force=force)
+            except UsageError as error:
+                if error.option is not None:
+                    raise
+                what, value = ("NAME", which) if size is None else ("SIZE", size)
+                raise UsageError(error.rule, option=what, value=value, hint=error.hint) from error
+            except OSError as error:
+                what = f"NAME {which!r}" if size is None else f"SIZE {size!r}"
+                raise OSError(error.errno, f"{what}: {error.strerror}", error.filename) from error
             return {**self.entry(number, name, export), "changed": changed}
 
     # -------------------------------------------------------------- what may be asked
@@ -272,12 +320,20 @@ class ControlledServer(BlockServer):
     # -------------------------------------------------------------- the end
 
     def _end_created(self) -> None:
-        with self._doing:           # what is under way is finished first
+        with self._books:           # what is under way is finished first, and made to
             self._over = True
+            for export in self._created:
+                export.stop()
+            while self._coming or self._busy:
+                self._books.wait()
         for export in self._created:
             export.stop()
         for export in self._created:
             export.close()
+
+
+def _regions_of(config: ExportConfig) -> _Regions:
+    return [place(option, 0, locator) for option, locator in config.channels.regions]
 
 
 def _client_of(export: Export) -> str | None:

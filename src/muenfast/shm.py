@@ -829,9 +829,11 @@ def claim(key: str, what: str, info: dict[str, Any] | None = None) -> Claim:
     return _claim(key, what, info, False)
 
 
-def claim_writer(region: Region, role: str) -> Claim:
-    """Claims the writer's side of a channel: its device, inode and offset. Raises ClaimError, OSError."""
-    return _claim(_writer_key(region), f"the writer's side of channel {region.locator.text}", {"role": role}, False)
+def claim_writer(region: Region, role: str, more: dict[str, Any] | None = None) -> Claim:
+    """Claims the writer's side of a channel: its device, inode and offset. more: for the record. Raises ClaimError,
+    OSError."""
+    info = {"role": role, **(more or {})}
+    return _claim(_writer_key(region), f"the writer's side of channel {region.locator.text}", info, False)
 
 
 def claim_buffer(region: Region, side: str, role: str) -> Claim:

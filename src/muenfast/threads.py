@@ -1,10 +1,23 @@
-"""Threads, and what to say where there are no more."""
+"""Threads, and what to say where there are no more; how a process that is to end says so, and how a forked one ends."""
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
+
+
+class Ending:
+    """Whether this process was told to end; plain, for a signal's handler sets it and may interrupt any code."""
+
+    told = False
+
+
+ending = Ending()
 
 
 def spawn(target: Callable[[], None], name: str) -> threading.Thread:
@@ -16,3 +29,20 @@ def spawn(target: Callable[[], None], name: str) -> threading.Thread:
         raise OSError(errno.EAGAIN, f"no thread for `{name}`: the limit of this user (ulimit -u) or of its control "
                       "group (pids.max) is reached") from error
     return thread
+
+
+def leave_child(error: BaseException | None) -> NoReturn:
+    """Ends a child of fork() that a user's code made and let return, or leave by an exception, into a server's thread: as
+    the interpreter would end, but nothing of the server's is cleaned up."""
+    status = 0 if error is None else 1
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        if status == 1 and isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    elif error is not None:
+        traceback.print_exception(error)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status & 0xff)

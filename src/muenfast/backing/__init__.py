@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from muenfast import params
@@ -42,6 +45,10 @@ class Device:
     def parse(cls, text: str, *, option: str | None = None, index: int | None = None) -> Device:
         """Raises UsageError. A file called ram:x is reached as ./ram:x; one that is called x#2 is that file, and
         partition 2 of x only where there is none."""
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError:
+            raise UsageError("an entry must be encodable as a file name", option=option, index=index, value=text) from None
         kind, colon, rest = text.partition(":")
         if colon and kind in ("ram", "null"):
             size, colon, name = rest.partition(":")
@@ -97,12 +104,18 @@ class Backing:
         """Gives the disk another size, and `store` anew with the same identity and blocks; no engine may use the old one.
 
         size: bytes, a multiple of the store's block_size and at least BLOCK; None: what is behind the disk has by now.
-        force: it may become smaller. Raises UsageError, OSError; `store` then holds what it did before.
+        force: it may become smaller, either way. Raises UsageError, OSError; `store` then holds what it did before.
         """
         raise UsageError("this kind of disk keeps its size", hint="destroy the export, and create it with another one")
 
     def keep(self) -> None:
         """What opening made stays; without this call close() takes it away again."""
+
+    def tell(self) -> None:
+        """Logs what has gone wrong behind the disk and no request could say; asked a few times a second."""
+
+    def hasten(self) -> None:
+        """The export ends: what is waited for without an engine, in resize(), is not any longer. By any thread."""
 
     def close(self) -> None:
         """Gives the device back. No engine may still use the store."""
@@ -115,11 +128,27 @@ class Backing:
         self.close()
 
 
-def check_shrink(old: int, new: int, force: bool) -> None:
-    """Raises UsageError where a disk of `old` bytes would lose some without force."""
-    if new < old and not force:
-        raise UsageError(f"the disk has {old} bytes: what is beyond the new end would be lost", value=new,
-                         hint="--force cuts it off")
+def check_shrink(old: int, new: int, force: bool, *, found: bool = False) -> None:
+    """Raises UsageError where a disk of `old` bytes would lose some without force. found: what is behind it has the new
+    size already."""
+    if new >= old or force:
+        return
+    if found:
+        raise UsageError(f"what is behind the disk has become shorter: {new} bytes, not {old}",
+                         hint="--force takes that over")
+    raise UsageError(f"the disk has {old} bytes: what is beyond the new end would be lost", value=new,
+                     hint="--force cuts it off")
+
+
+@contextlib.contextmanager
+def lengthening(what: str) -> Iterator[None]:
+    """Within, the kernel's refusal of a size is a UsageError. what: of which kind there is none so long."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL, errno.ENOMEM, errno.EOVERFLOW):
+            raise
+        raise UsageError(f"no {what} of that size is to be had: {error.strerror}") from error
 
 
 def resized_text(kind: str, size: int) -> str:

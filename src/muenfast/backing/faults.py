@@ -50,6 +50,7 @@ def faults_from_list(option: str, text: str) -> list[tuple[Fault, ...]]:
 
 def _entry(option: str, index: int, text: str) -> tuple[Fault, ...]:
     faults: list[Fault] = []
+    given: set[str] = set()     # of the last one's modifiers
     if not text:
         return ()
 
@@ -61,10 +62,15 @@ def _entry(option: str, index: int, text: str) -> tuple[Fault, ...]:
         if key in ("rate", "on"):
             if not faults:
                 raise wrong(f"{key} belongs to the fault before it, and there is none")
+            if key in given:
+                raise wrong(f"{key} stands twice behind one fault")
+            given.add(key)
             last = faults.pop()
             faults.append(Fault(last.what, _kinds(value, last.what, wrong) if key == "on" else last.kinds,
                                 _rate(value, wrong) if key == "rate" else last.rate, last.error, last.delay))
-        elif key == "error":
+            continue
+        given.clear()
+        if key == "error":
             faults.append(Fault("error", error=_errno(value, wrong) if equals else errno.EIO))
         elif key == "delay":
             match = _TIME.fullmatch(value)

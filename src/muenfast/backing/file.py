@@ -17,7 +17,7 @@ from pathlib import Path
 
 from muenfast import partition, shm
 from muenfast._store import Store
-from muenfast.backing import BLOCK, SECTOR, Backing, Device, check_shrink
+from muenfast.backing import BLOCK, SECTOR, Backing, Device, check_shrink, lengthening
 from muenfast.errors import ClaimError, UsageError
 
 log = logging.getLogger("muenfast")
@@ -72,7 +72,9 @@ class FileBacking(Backing):
         if size is None:
             if now < BLOCK:
                 raise UsageError(f"a disk has at least {BLOCK} bytes, this has {now}", value=self._device.text)
-            return now // self.store.block_size * self.store.block_size != self.store.size
+            whole = now // self.store.block_size * self.store.block_size
+            check_shrink(self.store.size, whole, force, found=True)
+            return whole != self.store.size
         if stat.S_ISBLK(os.fstat(self._fd).st_mode):
             raise UsageError("a block device or partition has the size that it has",
                              hint="change that; without a SIZE the export takes it over")
@@ -87,7 +89,8 @@ class FileBacking(Backing):
         self.check_resize(size, force)
         old = self.store
         if size is not None:
-            os.ftruncate(self._fd, size)
+            with lengthening("file"):
+                os.ftruncate(self._fd, size)
         now = os.lseek(self._fd, 0, os.SEEK_END)
         direct = self._direct
         if direct is not None and not _takes(direct, 0, old.block_size):

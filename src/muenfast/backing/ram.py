@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from muenfast import shm
 from muenfast._store import Store
-from muenfast.backing import Backing, Device, check_shrink
+from muenfast.backing import Backing, Device, check_shrink, lengthening
 from muenfast.errors import ClaimError, UsageError
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module names it from Python 3.13 on
@@ -64,7 +64,8 @@ class RamBacking(Backing):
         old = self.store
         old.close()     # mremap(2) moves what nobody holds: data stays, and is not copied
         try:
-            self._memory.resize(size)
+            with lengthening("memory"):
+                self._memory.resize(size)
         finally:
             self.store = Store.in_memory(self._memory, read_only=old.read_only, identity=old.identity, anonymous=True)
 

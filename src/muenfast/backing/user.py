@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from muenfast._user import LARGEST, MOST_WORKERS, UserStore
 from muenfast.backing import BLOCK, SECTOR, Backing, Device, check_shrink
 from muenfast.errors import StoreError, UsageError
-from muenfast.threads import spawn
+from muenfast.threads import Ending, ending, leave_child, spawn
 
 log = logging.getLogger("muenfast")
 
 _CALLBACKS = {"pread": 2, "pwrite": 2, "flush": 0, "trim": 2, "zero": 2}  # arguments, without nbdkit's flags
 _CLOSE_PATIENCE = 4.0  # seconds for calls that still run when the export ends
+_QUIET = 1.0  # seconds between two lines about late calls
 _MOST_KINDS = 256  # of exceptions that are told apart
 _EIO = 5
 _MOST_ERRNO = 4095  # linux/err.h: MAX_ERRNO
+_LOOK = 0.1  # seconds between two looks at whether the process is to end
+_OTHERS = ("open", "block_size", "can_write", "can_flush", "can_trim", "can_zero", "trims_to_zero", "resize", "identity",
+           "close")
+_ELSEWHERE = {"read": "pread", "write": "pwrite", "size": "get_size", "sync": "flush", "fsync": "flush",
+              "discard": "trim"}  # what other interfaces call them
 _files: dict[str, ModuleType] = {}
 
 
@@ -41,6 +49,7 @@ class UserBacking(Backing):
     def __init__(self, device: Device, *, read_only: bool, pool: int, timeout: float) -> None:
         self._device, self._timeout = device, timeout
         self._said: set[tuple[str, type[BaseException], object]] = set()
+        self._late, self._told = 0, -math.inf   # calls that were told of, and when
         self._object: Any = device.made
         if self._object is None:
             self._object = _make(device, timeout)
@@ -48,12 +57,21 @@ class UserBacking(Backing):
             raise UsageError("a store is an object, not its class", value=device.text, hint="call it first")
         for name in ("get_size", "pread"):
             if not callable(getattr(self._object, name, None)):
-                raise UsageError(f"its class has no method {name}, which a disk needs", value=device.text)
+                raise UsageError(f"{type(self._object).__name__} has no method {name}, which a disk needs",
+                                 value=device.text)
         if not 1 <= pool <= MOST_WORKERS:
             raise UsageError(f"a store has 1 to {MOST_WORKERS} threads", value=pool)
+        self._warn()
         self._threads: list[threading.Thread] = []
-        if callable(getattr(self._object, "open", None)):
-            self._ask("open", *([read_only] if _takes(self._object.open, 1) else []))
+        self._asked: list[threading.Thread] = []    # calls of _ask() that have not returned in time
+        self._over = Ending()
+        self._claim = _Claim(self._object, not read_only and callable(getattr(self._object, "pwrite", None)), device.text)
+        try:
+            if callable(getattr(self._object, "open", None)):
+                self._ask("open", *([read_only] if _takes(self._object.open, 1) else []))
+        except BaseException:
+            self._claim.end(self._asked)
+            raise
         try:
             self.store = self._opened(read_only, timeout)
             for number in range(pool):
@@ -61,6 +79,18 @@ class UserBacking(Backing):
         except BaseException:
             self._end()
             raise
+
+    def _warn(self) -> None:
+        """Tells of methods that look like misspelt callbacks: nothing ever calls them."""
+        known = [*_CALLBACKS, "get_size", *_OTHERS]
+        missing = [name for name in known if not callable(getattr(self._object, name, None))]
+        for name in dir(type(self._object)):
+            if name.startswith("_") or name in known or not callable(getattr(type(self._object), name, None)):
+                continue
+            meant = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, 1, 0.8)
+            if meant and meant[0] in missing:
+                log.warning("store %s: nothing calls its method %s(); is it meant to be %s()?", self._device.text, name,
+                            meant[0])
 
     def _size(self) -> int:
         size = self._ask("get_size")
@@ -87,7 +117,8 @@ class UserBacking(Backing):
     def _ask(self, name: str, *arguments: object, missing: object = None) -> Any:
         """What the callback returns; `missing` where there is none."""
         call = getattr(self._object, name, None)
-        return missing if call is None else _within(self._timeout, self._device.text, name, call, *arguments)
+        return missing if call is None else _within(self._timeout, self._device.text, name, call, *arguments,
+                                                    left=self._asked, over=self._over)
 
     def _can(self, name: str) -> bool:
         there = callable(getattr(self._object, name, None))
@@ -135,20 +166,40 @@ class UserBacking(Backing):
         until = time.monotonic() + _CLOSE_PATIENCE
         if self._threads:
             self.store.end()
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        stuck = sum(thread.is_alive() for thread in self._threads)
+        threads = self._threads + self._asked
+        for thread in threads if self._over.told else self._threads:
+            if thread is not threading.current_thread():    # a call that ends its own server
+                thread.join(max(0.0, until - time.monotonic()))
+        stuck = sum(thread.is_alive() for thread in threads)
         if stuck:
             log.warning("store %s: %d calls have not returned, so its close() is not called", self._device.text, stuck)
+        elif callable(close := getattr(self._object, "close", None)):
+            try:
+                _within(min(self._timeout, _CLOSE_PATIENCE), self._device.text, "close", close, left=threads, ended=True)
+            except StoreError as error:
+                log.error("%s", error, exc_info=error.__cause__)
+        self._claim.end(threads)
+
+    def tell(self) -> None:
+        late, (name, start, length, begun) = self.store.last_late
+        now = time.monotonic()
+        if late == self._late or now - self._told < _QUIET:
             return
-        try:
-            self._ask("close")
-        except StoreError as error:
-            log.error("%s", error, exc_info=error.__cause__)
+        more = f" ({late - self._late - 1} more were late)" if late - self._late > 1 else ""
+        self._late, self._told = late, now
+        what = f"{name}()" if name == "flush" else f"{name}() of {length} bytes at {start}"
+        if not begun:
+            log.warning("store %s: no thread of its pool was free for %s within %g s: I/O error%s", self._device.text, what,
+                        self._timeout, more)
+        else:
+            log.warning("store %s: %s has not answered within %g s: I/O error%s%s", self._device.text, what, self._timeout,
+                        "" if name in ("pread", "flush") else "; writes there fail until it returns", more)
 
     def check_resize(self, size: int | None, force: bool) -> bool:
         if size is None:
-            return self._size() // self.store.block_size * self.store.block_size != self.store.size
+            whole = self._size() // self.store.block_size * self.store.block_size
+            check_shrink(self.store.size, whole, force, found=True)
+            return whole != self.store.size
         if not callable(getattr(self._object, "resize", None)):
             raise UsageError("its class has no method resize", value=self._device.text,
                              hint="without a SIZE the export takes over what get_size() returns by now")
@@ -156,30 +207,86 @@ class UserBacking(Backing):
         return size != self.store.size
 
     def resize(self, size: int | None, force: bool) -> None:
+        self._asked[:] = [thread for thread in self._asked if thread.is_alive()]
+        if size is not None and (left := self.store.abandoned + len(self._asked)):
+            raise UsageError(f"{left} of its calls were late and have not returned: resize() runs beside no other",
+                             value=self._device.text, hint="try again once they have, see `muenfast stat`")
         if size is not None:
             self._ask("resize", size)
         now = self._size()
+        if size is not None and now != size:    # what a smaller one cuts off, nobody has agreed to
+            raise StoreError(self._device.text, "get_size()", f"returned {now} after resize({size}); without a SIZE the "
+                                                              "export takes that over")
         self.store.resize(now)
         self.left_over = now - self.store.size
+
+    def hasten(self) -> None:
+        self._over.told = True
 
     def close(self) -> None:
         self._end()
         self.store.close()
 
 
-def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *arguments: object) -> Any:
-    """What a user's code returns, in a thread of its own: what hangs keeps no server from ending. Raises StoreError."""
+class _Claim:
+    """An object that is served: once, unless nothing writes to it; until its calls have returned."""
+
+    _all: ClassVar[list[_Claim]] = []
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, store: object, writes: bool, text: str) -> None:
+        """Raises UsageError."""
+        self._store, self._writes = store, writes
+        self._threads: list[threading.Thread] | None = None     # after its end, those that may still be in a call
+        with self._lock:
+            self._all[:] = [each for each in self._all if each._threads is None or any(
+                thread.is_alive() for thread in each._threads)]
+            for each in self._all:
+                if each._store is not store or not (each._writes or writes):
+                    continue
+                if each._threads is None:
+                    raise UsageError("this object is served already, and one disk has one server", value=text,
+                                     hint="give each server an object of its own, or all of them read_only")
+                raise UsageError("calls of an earlier server have not returned from this object, and could undo what a new "
+                                 "one acknowledges", value=text, hint="serve another object")
+            self._all.append(self)
+
+    def end(self, threads: Sequence[threading.Thread]) -> None:
+        """threads: that may still be in a call of the object's."""
+        with self._lock:
+            self._threads = [thread for thread in threads if thread.is_alive()]
+            if not self._threads:
+                self._all.remove(self)
+
+
+def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *arguments: object,
+            left: list[threading.Thread] | None = None, ended: bool = False, over: Ending = ending) -> Any:
+    """What a user's code returns, in a thread of its own: what hangs keeps no server from ending.
+
+    left: gets that thread where it was not waited for any longer. ended: wait for it though the process is to end. over:
+    whether the server is. Raises StoreError.
+    """
     ends: list[tuple[Any, BaseException | None]] = []
+    process, until = os.getpid(), time.monotonic() + timeout
 
     def run() -> None:
         try:
             ends.append((call(*arguments), None))
         except BaseException as error:
             ends.append((None, error))
+        if os.getpid() != process:
+            leave_child(ends[0][1])
 
-    spawn(run, f"{store} {name}").join(timeout)
+    thread = spawn(run, f"{store} {name}")
+    while not ends and (rest := until - time.monotonic()) > 0 and (ended or not (ending.told or over.told)):
+        thread.join(min(rest, _LOOK))
+        if not thread.is_alive():
+            break
     if not ends:
-        raise StoreError(store, _called(name), f"did not return within {timeout:g} s")
+        if left is not None:
+            left.append(thread)
+        raise StoreError(store, _called(name), f"did not return within {timeout:g} s" if time.monotonic() >= until else
+                         f"had not returned when the {'process' if ending.told else 'server'} was told to end")
     found, error = ends[0]
     if isinstance(error, (UsageError, StoreError)):
         raise error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import json
 import logging
 import os
 import sys
@@ -30,6 +31,9 @@ COMMANDS = {
 }
 
 
+_JSON_ERRORS = "muenfast ctl"  # answers with --json are objects there, which say "ok"
+
+
 class Parser(argparse.ArgumentParser):
     """Says misuse in one line, and takes an option once: of two, one would be ignored without a word."""
 
@@ -38,8 +42,19 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"muenfast: {message} ({self.prog} --help tells more)\n")
+        self.misused(message, self.prog)
+
+    def misused(self, message: str, command: str) -> NoReturn:
+        """Ends the process. command: whose --help tells more."""
+        text = f"{message} ({command} --help tells more)"
+        if command.startswith(_JSON_ERRORS) and "--json" in self._words:
+            print(json.dumps({"ok": False, "error": text, "status": 2}, indent=2))
+        self.exit(2, f"muenfast: {text}\n")
 
 
 class _Once(argparse.Action):
@@ -53,7 +68,7 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of all commands."""
     top = Parser(
         prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
@@ -88,8 +103,9 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
             # argparse takes no positionals behind an option that stands among them.
             words = {"modprobe": "parameters", "stat": "names"}.get(arguments.command)
             if words is None or any(word.startswith("-") for word in more):
-                help_of = "muenfast" if arguments.command is None else f"muenfast {arguments.command}"
-                top.exit(2, f"muenfast: unrecognized arguments: {' '.join(more)} ({help_of} --help tells more)\n")
+                names = (arguments.command, getattr(arguments, "what", None), getattr(arguments, "action", None))
+                top.misused(f"unrecognized arguments: {' '.join(more)}",
+                            " ".join(["muenfast", *(name for name in names if name is not None)]))
             getattr(arguments, words).extend(more)
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 for misuse
         return int(end.code or 0)

@@ -10,6 +10,8 @@ import socket
 from collections.abc import Callable
 from types import FrameType
 
+from muenfast.threads import ending
+
 log = logging.getLogger("muenfast")
 
 
@@ -39,10 +41,11 @@ class Stop:
             signal.signal(number, signal.SIG_IGN if self._set_by_signal else handler)  # type: ignore[arg-type]
         os.close(self._read)
         os.close(self._write)
+        ending.told = False
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         if not self._set_by_signal:
-            self._set_by_signal = True
+            self._set_by_signal = ending.told = True
             os.write(self._write, b"s")
 
     def is_set(self) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from muenfast.errors import describe
 
-__all__ = ["describe", "export_line", "word"]
+__all__ = ["describe", "export_line", "user_lines", "word"]
 
 
 def word(text: str) -> str:
@@ -20,3 +20,11 @@ def export_line(req: str, resp: str, disks: Iterable[tuple[int, str]], *, read_o
     """`export REQ RESP SIZE DEVICE [SIZE DEVICE ...] [read-only] [shm BUFFER]`."""
     return " ".join(["export", word(req), word(resp), *(f"{size} {word(device)}" for size, device in disks),
                      *(["read-only"] if read_only else []), *(["shm", word(buffer)] if buffer is not None else [])])
+
+
+def user_lines(entry: Mapping[str, object]) -> Iterator[str]:
+    """Of an export's status: the calls of its disks written in Python, the faults that were injected; where it has such."""
+    for key, text in (("store", "its calls"), ("injected", "injected")):
+        counters = entry.get(key)
+        if isinstance(counters, dict):
+            yield f"    {text}: {', '.join(f'{name} {value}' for name, value in counters.items())}"

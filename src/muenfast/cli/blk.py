@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                       "(default: ram:64M each)")
     add("--pool", metavar="L", help="server: threads that call a disk written in Python (default: 4)")
     add("--timeout", metavar="L", help="server: seconds, 1 to 1200, that such a disk has for an answer; a later one is an "
-                                       "I/O error for its request (default: 30)")
+                                       "I/O error for its request; also of any disk with --inject late (default: 30)")
     add("--inject", metavar="L", help="server: faults, to test what stands on the disk: error[=ERRNO], delay=10ms, late "
                                       "(after --timeout), corrupt (of what is read), each perhaps with ,rate=0.01 and "
                                       ",on=read/write/flush/discard; several for one export are joined by +")
@@ -100,16 +100,22 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
     lists_given = [name for name in LISTS if getattr(arguments, name) is not None]
     missing = [f"--{name}" for name in ("req", "resp") if getattr(arguments, name) is None]
+    if arguments.control and len(missing) == 2 and lists_given:
+        option = "--" + lists_given[0].replace("_", "-")
+        raise UsageError("belongs to an export, and with --control, but without --req and --resp, there is none to begin "
+                         "with", option=option,
+                         hint=f"give --req and --resp, too, or later `muenfast ctl create NAME {option} ...`")
     if missing and (lists_given or not arguments.control):
-        without = "" if arguments.client else "muenfast blk --control begins without channels, "
+        without = "" if arguments.client or arguments.control else "muenfast blk --control begins without channels, "
         raise UsageError("required: the channels of each connection", option=", ".join(missing),
                          hint=f"{without}muenfast blk --help tells more")
     with Stop() as stop:    # before modules are imported: an interrupt would be lost there
         from muenfast.blk import channels_from_lists, exports_from_lists
+        from muenfast.connection import Options
 
         lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
                                                                  "size")},
-                 "buffer": arguments.shm, "buffer_size": arguments.shm_size, **waiting(arguments)}
+                 "buffer": arguments.shm, "buffer_size": arguments.shm_size, "options": Options(), **waiting(arguments)}
         if arguments.client:
             # Over a buffer one connection has several disks: how many sockets there are to be is known later.
             sockets = {"--nbd": _sockets(arguments)} if arguments.shm is None else None

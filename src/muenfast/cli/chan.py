@@ -17,27 +17,32 @@ from muenfast.errors import ClaimError, UsageError
 log = logging.getLogger("muenfast")
 
 _HEADER = struct.Struct("<8Q")
+_LOCATOR = "NAME (POSIX shared memory), /path, /path@OFFSET+SIZE"
 _FIELDS = ("transport", "epoch", "protocol", "size", "elements", "reserved", "wsc", "wc")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """list, show, create, rm, dump."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    sub = actions.add_parser("list", help="regions of POSIX shared memory that hold a channel, or may: unused ones")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+
+    sub = action("list", "regions of POSIX shared memory that hold a channel, or may: unused ones")
     sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub.add_argument("--all", action="store_true", help="other regions of shared memory, too")
-    sub = actions.add_parser("show", help="one channel's header, counters and holders")
-    sub.add_argument("channel")
+    sub = action("show", "one channel's header, counters and holders")
+    sub.add_argument("channel", metavar="CHANNEL", help=_LOCATOR)
     sub.add_argument("--json", action="store_true", help="print everything as JSON")
-    sub = actions.add_parser("create", help="make a region that stays until it is removed")
-    sub.add_argument("channel", nargs="+")
+    sub = action("create", "make regions that stay until they are removed")
+    sub.add_argument("channel", metavar="CHANNEL", nargs="+", help=_LOCATOR)
     sub.add_argument("--size", default="1M", help="bytes, like 1M (default)")
     sub.add_argument("--mode", default="600", help="octal permissions (default: 600)")
-    sub = actions.add_parser("rm", help="remove a region and its bell; of a path only a channel")
-    sub.add_argument("channel", nargs="+")
+    sub = action("rm", "remove regions and their bells; of paths only channels")
+    sub.add_argument("channel", metavar="CHANNEL", nargs="+", help=_LOCATOR)
     sub.add_argument("--force", action="store_true", help="even while it is in use")
-    sub = actions.add_parser("dump", help="the readable elements of an active channel, the last ones first")
-    sub.add_argument("channel")
+    sub = action("dump", "the readable elements of an active channel, the last ones first")
+    sub.add_argument("channel", metavar="CHANNEL", help=_LOCATOR)
     sub.add_argument("-n", "--number", type=int, default=4, help="how many elements (default: 4)")
     sub.add_argument("--bytes", type=int, default=64, help="bytes of each (default: 64)")
     sub.add_argument("--json", action="store_true", help="print everything as JSON")

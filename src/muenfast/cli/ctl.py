@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._text import describe, export_line, word
+from muenfast.cli._text import describe, export_line, user_lines, word
 from muenfast.errors import MuenfastError, UsageError
 
 if TYPE_CHECKING:
     from muenfast.backing import Device
+
+_PATIENCE = 5.0  # seconds for what a process answers at once
+log = logging.getLogger("muenfast")
 
 _TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol", "pool", "timeout", "inject")
 
@@ -21,14 +25,14 @@ _TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protoc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommands and their options."""
     parser.epilog = ("NAME has 1 to 31 characters, no blanks, and is no number; ID is what `ctl list` shows first. Without "
-                     " --pid the only `muenfast blk` of this user is asked, for an export by NAME the one that has "
+                     "--pid the only `muenfast blk` of this user is asked, for an export by NAME the one that has "
                      "it. Status: 0 done, 1 it failed, 2 a wrong call.")
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         sub.add_argument("--pid", metavar="PID", help="of the serving process")
-        sub.add_argument("--json", action="store_true", help="print the answer as JSON")
+        sub.add_argument("--json", action="store_true", help="print the answer as JSON, an error too")
         return sub
 
     create = command("create", "serve one export more; prints its line once it serves")
@@ -45,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          ("--req-protocol", "hexadecimal"), ("--resp-protocol", "hexadecimal")):
         add(option, metavar="N" if "size" in option else "HEX", help=f"{text}, as for `muenfast blk`")
     add("--pool", metavar="N", help="threads that call a disk written in Python (default: 4)")
-    add("--timeout", metavar="SECONDS", help="1 to 1200, that such a disk has for an answer (default: 30)")
+    add("--timeout", metavar="SECONDS", help="1 to 1200, that such a disk, or one with --inject late, has for an answer "
+                                             "(default: 30)")
     add("--inject", metavar="FAULTS", help="faults, as for `muenfast blk`, of all its disks")
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared")
@@ -63,18 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resize = command("resize", "give a disk another size; its client keeps it")
     resize.add_argument("which", metavar="NAME|ID", help="the export")
     resize.add_argument("size", metavar="SIZE", nargs="?",
-                        help="its new size, like 128M; without it what is behind the disk has by now: a file or device "
-                             "that has grown")
+                        help="its new size, like 128M; without it what is behind the disk (a file, a device, a Python "
+                             "disk's get_size) is measured again, and the disk becomes as long as that is by now")
     resize.add_argument("--disk", metavar="N", default="0", help="its number on the connection (default: 0)")
-    resize.add_argument("--force", action="store_true", help="also where data is cut off")
+    resize.add_argument("--force", action="store_true",
+                        help="also where the disk becomes smaller: what is beyond its new end is lost to the client, and "
+                             "with SIZE it is cut off")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks one process; the status that it answers with."""
-    request = _request(arguments)
     try:
-        pid = _process(arguments)
-        answer = _ask(pid, request)
+        request = _request(arguments)
+        answer = _ask(_process(arguments), request)
     except (MuenfastError, OSError) as error:
         if not arguments.json:
             raise
@@ -133,16 +139,16 @@ def _from_here(text: str, index: int) -> str:
 
 # -------------------------------------------------------------- who is asked
 
-def _ask(pid: int, request: dict[str, Any]) -> dict[str, Any]:
+def _ask(pid: int, request: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
     """One question, however long the answer takes. Raises MuenfastError."""
     from muenfast.control import ask
 
     try:
-        return ask(pid, request, timeout=None)
+        return ask(pid, request, timeout=timeout)
     except (ConnectionRefusedError, FileNotFoundError):
         raise MuenfastError(f"process {pid} serves nothing, or is another user's") from None
     except (OSError, ValueError) as error:
-        raise MuenfastError(f"process {pid} gave no answer: {error}") from error
+        raise MuenfastError(f"process {pid} gave no answer: {describe(error)}") from error
 
 
 def _process(arguments: argparse.Namespace) -> int:
@@ -150,11 +156,15 @@ def _process(arguments: argparse.Namespace) -> int:
     from muenfast.control import ask_all
 
     if arguments.pid is not None:
-        return params.number("--pid", None, arguments.pid, least=1, most=1 << 30, what="a process' number")
+        return _server(params.number("--pid", None, arguments.pid, least=1, most=1 << 30, what="a process' number"),
+                       client=arguments.what == "ping")
     answers = [answer for answer in ask_all({"command": "list"}) if answer.get("ok") or answer.get("status") != 2]
     servers = [answer for answer in answers if answer.get("ok")]
-    if not servers and answers:
-        raise MuenfastError("; ".join(f"process {each['pid']} gave no answer: {each.get('error')}" for each in answers))
+    silent = [f"process {each['pid']} gave no answer: {each.get('error')}" for each in answers if not each.get("ok")]
+    if not servers and silent:
+        raise MuenfastError("; ".join(silent))
+    for text in silent:
+        log.warning("%s", text)
     if not servers:
         raise MuenfastError("no `muenfast blk` of this user is serving (muenfast blk --control begins without exports)")
     which = getattr(arguments, "which", None)
@@ -162,9 +172,20 @@ def _process(arguments: argparse.Namespace) -> int:
         having = [answer for answer in servers if any(export["name"] == which for export in answer["exports"])]
         servers = having or servers
     if len(servers) > 1:
+        verb = " ".join([arguments.what, *(["NAME"] if arguments.what == "create" else [which] if which else [])])
         raise UsageError("several processes serve, of which one is meant", option="--pid",
-                         hint="; ".join(f"{answer['pid']}: {_names(answer['exports'])}" for answer in servers))
+                         hint=f"type `muenfast ctl {verb} --pid PID`, where PID is "
+                              + " or ".join(f"{answer['pid']} ({_names(answer['exports'])})" for answer in servers))
     return int(servers[0]["pid"])
+
+
+def _server(pid: int, *, client: bool) -> int:
+    """pid, where it is that of a server, or (client) of a client. Raises UsageError, MuenfastError."""
+    ping = _ask(pid, {"command": "ping"}, timeout=_PATIENCE)
+    if ping.get("command") == "blk --client" and not client:
+        raise UsageError("that process is a client (`muenfast blk --client`), and exports nothing", option="--pid",
+                         value=pid, hint=f"`muenfast stat {pid}` shows its disks; PID is that of a `muenfast blk`")
+    return pid
 
 
 def _names(exports: list[dict[str, Any]]) -> str:
@@ -175,6 +196,8 @@ def _names(exports: list[dict[str, Any]]) -> str:
 # -------------------------------------------------------------- what is printed
 
 def _lines(what: str, answer: dict[str, Any]) -> list[str]:
+    if what == "ping" and "disks" in answer:
+        return [f"process {answer['pid']}: muenfast {answer['version']}, a client, disks: {answer['disks']}"]
     if what == "ping":
         return [f"process {answer['pid']}: muenfast {answer['version']}, up {answer['uptime']:.0f} s, exports: "
                 f"{answer['exports']}"]
@@ -194,7 +217,7 @@ def _lines(what: str, answer: dict[str, Any]) -> list[str]:
         if what == "status":
             counters = ", ".join(f"{name} {value}" for name, value in export["counters"].items()
                                  if value and isinstance(value, int))
-            lines.append(f"    {counters or 'no traffic'}")
+            lines += [f"    {counters or 'no traffic'}", *user_lines(export)]
     return lines
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from muenfast.cli._serving import Stop
+from muenfast.cli._text import user_lines
 from muenfast.errors import UsageError
 
 _LEAST, _MOST = 0.01, 86400.0  # seconds of an interval
@@ -107,7 +108,7 @@ def _once(names: list[str], as_json: bool) -> int:
 def _show(entry: dict[str, Any]) -> None:
     flags = " read-only" if entry.get("read_only") else ""
     print(f"  {entry['role']} {entry['req']} {entry['resp']} {entry.get('device', '-')} {entry['size']} bytes{flags}: "
-          f"{entry.get('failure') or entry['state']}")
+          f"{_state(entry)}")
     devices = _counted(entry)
     for number, device in enumerate(devices):
         if len(devices) > 1:
@@ -118,6 +119,8 @@ def _show(entry: dict[str, Any]) -> None:
     counters = {name: value for name, value in entry["counters"].items() if not devices or name not in _SHOWN}
     waiting = {"in flight": entry["in_flight"]} if entry.get("in_flight") else {}
     print(f"    {_words(waiting | counters)}")
+    for line in user_lines(entry):
+        print(line)
     nbd = entry.get("nbd")
     if isinstance(nbd, dict):
         print(f"    NBD {nbd['socket']}: {_words(nbd['counters'])}")
@@ -148,6 +151,11 @@ def _line(direction: dict[str, Any]) -> str:
 def _words(counters: object) -> str:
     assert isinstance(counters, dict)
     return ", ".join(f"{name} {value}" for name, value in counters.items() if value) or "no traffic"
+
+
+def _state(entry: dict[str, Any]) -> str:
+    """The state, and why where all fails."""
+    return str(entry["state"]) + (f": {entry['failure']}" if entry.get("failure") else "")
 
 
 # ---- --watch
@@ -200,7 +208,7 @@ def _disks(answers: list[dict[str, Any]]) -> Iterator[tuple[Key, dict[str, Any]]
                 disk = {"pid": answer["pid"], "at": answer.get("monotonic", now), "role": entry["role"],
                         "req": entry["req"], "resp": entry["resp"],
                         "device": device.get("device", entry.get("device", "-")),
-                        "number": device.get("number", number), "state": entry.get("failure") or entry["state"],
+                        "number": device.get("number", number), "state": entry["state"], "failure": entry.get("failure"),
                         "in_flight": entry.get("in_flight", 0), "directions": device["directions"]}
                 yield tuple(disk[name] for name in ("pid", "role", "req", "resp", "number")), disk
 
@@ -225,7 +233,7 @@ def _rows(disks: list[dict[str, Any]], silent: list[dict[str, Any]]) -> Iterator
     for disk in disks:
         name = " ".join(str(disk[word]) for word in ("role", "req", "resp", "device"))
         if disk["state"] not in ("connected", "ready"):
-            name += f": {disk['state']}"
+            name += f": {_state(disk)}"
         rows = [(way, rate) for way, rate in disk["directions"].items()
                 if rate["requests_per_second"] or rate["errors_per_second"] or rate["depth"]]
         for way, rate in rows:
