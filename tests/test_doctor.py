@@ -26,6 +26,7 @@ from helpers import eventually
 
 from muenfast import cli, control, doctor, shm
 from muenfast.attach import block, fuse, loop
+from muenfast.bpf import Way
 
 Start = Callable[..., Program]
 
@@ -155,6 +156,26 @@ def test_io_uring(monkeypatch: pytest.MonkeyPatch, number: int, disabled: str, s
     monkeypatch.setattr(doctor.ctypes, "get_errno", lambda: number)
     monkeypatch.setattr(doctor, "_text", lambda path: disabled if path.endswith("io_uring_disabled") else real(path))
     assert (found("io_uring").state, found("io_uring").next) == (state, step)
+
+
+@pytest.mark.parametrize(("problems", "capable", "state", "words"), [
+    ({Way.TCX: None}, True, "ok", ["tcx: the kernel takes"]),
+    ({Way.TCX: "the kernel has no tcx", Way.CLSACT: None}, True, "limited",
+     ["clsact; no tcx: the kernel has no tcx", "takes its marks, too.", "boot Linux 6.6 or later"]),
+    ({Way.TCX: "bpf: Operation not permitted", Way.CLSACT: "x", Way.TAP: None}, True, "limited",
+     ["tap; no tcx: bpf: Operation not permitted; no clsact: x", "incoming packets get no mark", "--cap-add BPF"]),
+    ({Way.TCX: "a", Way.CLSACT: "b", Way.TAP: "c"}, False, "missing",
+     ["no tcx: a; no clsact: b; no tap: c", "no marks and no children.", "NET_ADMIN"])])
+def test_netfilter_marks(monkeypatch: pytest.MonkeyPatch, problems: dict[Way, str | None], capable: bool, state: str,
+                         words: list[str]) -> None:
+    """Which way marks go, why no better one, what that costs."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(doctor.bpf, "problems", lambda: problems)
+    monkeypatch.setattr(doctor, "_capable", lambda number: capable)
+    check = found("netfilter marks")
+    assert check.state == state and not check.needed
+    said = f"{check.text} | {check.lost} | {check.next}"
+    assert all(word in said for word in words), said
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ RING = PREFIX + "5_ring_"
 GLOBAL = re.compile(r"^cdef (?:uint64_t|uint32_t|int) ([A-Z]\w*) = (\w+)", re.MULTILINE)
 SCENARIOS = re.compile(r'^    \{"([\w-]+)", begin_', re.MULTILINE)
 DIRECTIVES = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
-NAMES = {part: SCENARIOS.findall((HARNESS / f"weak_{part}.c").read_text()) for part in ("ring", "server", "client")}
+NAMES = {part: SCENARIOS.findall((HARNESS / f"weak_{part}.c").read_text())
+         for part in ("ring", "server", "client", "marks")}
 
 
 def run(*command: str | Path) -> None:
@@ -112,6 +113,8 @@ class Builder:
                 objects.append(self.engine(part, "server_batch"))
             elif part == "client":
                 objects.append(self.engine(part, "client_await", "-fsanitize=thread"))
+            elif part == "marks":       # a header, which no .pyx has to be translated for
+                objects.append(self.compiled(f"_{part}", "-fsanitize=thread"))
             run(*self.compiler, "-o", target, *objects, "-pthread", "-Wl,--gc-sections",
                 "-Wl,--unresolved-symbols=ignore-all")
         return target

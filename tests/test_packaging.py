@@ -140,9 +140,9 @@ def test_the_installed_package_is_what_is_tested() -> None:
 
 def test_installed_metadata() -> None:
     installed = distribution("muenfast")
-    [script] = [entry for entry in installed.entry_points if entry.group == "console_scripts"]
-    assert script.name == "muenfast"
-    assert callable(script.load())
+    scripts = {entry.name: entry for entry in installed.entry_points if entry.group == "console_scripts"}
+    assert set(scripts) == {"muenfast", "muennet_cfg"}
+    assert all(callable(script.load()) for script in scripts.values())
     assert installed.metadata["License-Expression"] == "Apache-2.0"
     assert installed.version == PYPROJECT["project"]["version"], "the venv holds an older build: make build"
 

@@ -113,26 +113,38 @@ class ControlServer:
         self._reading: set[socket.socket] = set()   # whose request has not come yet
         self._closing = False
         self._books = threading.Lock()  # of these three
+        self._socket = self._listen()
+        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> socket.socket:
+        """Where this process is asked. Raises OSError."""
         self._path = os.path.join(_directory(), f"{os.getpid()}.sock")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             for pid in dead():
                 remove_dead(pid)
             with _At(f"{os.getpid()}.sock") as at:
                 try:
-                    self._socket.bind(at)
+                    listening.bind(at)
                 except OSError as error:  # left by a dead process that had our number
                     if error.errno != errno.EADDRINUSE:
                         raise
                     os.unlink(self._path)
-                    self._socket.bind(at)
+                    listening.bind(at)
             os.chmod(self._path, 0o600)
-            self._socket.listen(64)
+            listening.listen(64)
         except BaseException:
-            self._socket.close()
+            listening.close()
             raise
-        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
-        self._thread.start()
+        return listening
+
+    def _forget(self) -> None:
+        """Takes away what _listen() left in the file system."""
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            log.warning("control: %s had been removed", self._path)
 
     def _serve(self) -> None:
         while True:
@@ -234,10 +246,7 @@ class ControlServer:
                 thread = next(iter(self._answering))
             thread.join()
         self._socket.close()
-        try:
-            os.unlink(self._path)
-        except FileNotFoundError:
-            log.warning("control: %s had been removed", self._path)
+        self._forget()
 
 
 def _line(connection: socket.socket, until: float) -> bytes:

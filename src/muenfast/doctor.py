@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from muenfast import __version__, control, shm
+from muenfast import __version__, bpf, control, shm
 from muenfast.attach import block, fuse, fuseuring, loop, nbdkernel, sockets, watchdog
 from muenfast.errors import ClaimError
 
@@ -148,7 +148,7 @@ def _more(option: str) -> str:
 def checks() -> list[Check]:
     """What this machine offers, in the order in which a lack of it hurts. Opens devices, changes nothing."""
     return [found for each in (_versions, _shared_memory, _runtime, _fuse, _loop, _capabilities, _cpus, _limits,
-                               _huge_pages, _drivers, _io_uring, _schedulers) for found in each()]
+                               _huge_pages, _drivers, _marks, _io_uring, _schedulers) for found in each()]
 
 
 def _versions() -> Iterator[Check]:
@@ -377,6 +377,26 @@ def _drivers() -> Iterator[Check]:
                                                                                   else "CAP_SYS_ADMIN"))
         else:
             yield Check(name, MISSING, f"{path}: {problem.strerror}", lost, step)
+
+
+def _marks() -> Iterator[Check]:
+    """How network interfaces can carry netfilter marks. Tried in a network namespace that goes at once."""
+    problems = bpf.problems()
+    way = next((way for way, problem in problems.items() if problem is None), None)
+    text = "; ".join(f"no {each.value}: {problem}" for each, problem in problems.items() if problem is not None)
+    if way is bpf.Way.TCX:
+        yield Check("netfilter marks", OK, "tcx: the kernel takes the eBPF programs")
+        return
+    if not _capable(_CAPABILITIES["CAP_NET_ADMIN"]):
+        step = _more("CAP_NET_ADMIN")
+    elif "not permitted" in (problems[bpf.Way.TCX] or ""):
+        step = _more("CAP_BPF")
+    else:
+        step = "boot Linux 6.6 or later, with CONFIG_BPF_SYSCALL and CONFIG_NET_XGRESS"
+    if way is None:
+        yield Check("netfilter marks", MISSING, text, "network interfaces have no marks and no children.", step)
+    else:
+        yield Check("netfilter marks", LIMITED, f"{way.value}; {text}", bpf.LOST[way], step)
 
 
 def _io_uring() -> Iterator[Check]:

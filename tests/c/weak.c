@@ -609,10 +609,10 @@ static int run(const scenario *s) {
 long sysconf(int what) { return what == _SC_NPROCESSORS_ONLN ? 2 : what == _SC_PAGESIZE ? getpagesize() : -1; }
 
 int main(int argc, char **argv) {
-    const scenario *lists[] = {ring_scenarios, server_scenarios, client_scenarios};
+    const scenario *lists[] = {ring_scenarios, server_scenarios, client_scenarios, marks_scenarios};
     int bad = 0, ran = 0;
     ring_ready();
-    for (int l = 0; l < 3; l++)
+    for (int l = 0; l < 4; l++)
         for (const scenario *s = lists[l]; s && s->name; s++) {
             int wanted = argc == 1;
             for (int i = 1; i < argc; i++)

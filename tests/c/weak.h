@@ -61,7 +61,8 @@ typedef struct {
     const char *shows[6]; /* what must have happened in some execution */
 } scenario;
 extern const scenario ring_scenarios[];
-extern const scenario server_scenarios[] __attribute__((weak)), client_scenarios[] __attribute__((weak));
+extern const scenario server_scenarios[] __attribute__((weak)), client_scenarios[] __attribute__((weak)),
+    marks_scenarios[] __attribute__((weak));
 void *ring_function(const char *name);
 void ring_ready(void);
 

@@ -30,3 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main.main(argv, interrupts)
     finally:
         interrupts()
+
+
+def muennet_cfg(argv: Sequence[str] | None = None) -> int:
+    """The program of that name; the exit status."""
+    from muenfast.cli import netcfg
+
+    return netcfg.program(argv)

@@ -15,13 +15,15 @@ from typing import Any, NoReturn
 from muenfast.cli._text import describe
 from muenfast.errors import MuenfastError, UsageError
 
-# command -> what `muenfast --help` says of it; each is a module here with add_arguments(parser) and run(arguments).
+# command -> what `muenfast --help` says of it; each is a module here (without dashes) with add_arguments(parser) and
+# run(arguments).
 COMMANDS = {
     "blk": "export disks over channels, or attach exported ones (--client)",
     "modprobe": "serve as a kernel module of Muen's would: MODULE KEY=VALUE...",
     "modinfo": "the parameters of such a module",
     "chan": "list, show, create, remove and dump channels",
     "ctl": "create, destroy, list and resize exports of a running `muenfast blk`",
+    "net-cfg": "children of a served network interface and their marks, as muennet_cfg",
     "stat": "what the serving processes of this user do",
     "doctor": "what this machine offers, and what dead processes left (--fix removes that)",
     "demo": "the whole way once: export, attach, ext4, real files, checksums",
@@ -75,8 +77,12 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        importlib.import_module(f"muenfast.cli.{name}").add_arguments(sub)
+        _module(name).add_arguments(sub)
     return top
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"muenfast.cli.{command.replace('-', '')}")
 
 
 def _version() -> str:
@@ -113,7 +119,7 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
         logging.getLogger("muenfast").warning("MUENFAST_LOG is %r: the levels are DEBUG, INFO, WARNING, ERROR", level)
     if getattr(arguments, "verbose", False):
         logging.getLogger("muenfast").setLevel(logging.INFO)
-    command = importlib.import_module(f"muenfast.cli.{arguments.command}")
+    command = _module(arguments.command)
     try:
         interrupts()
         return int(command.run(arguments))
