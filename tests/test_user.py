@@ -642,7 +642,8 @@ def test_a_disk_without_resize_keeps_its_size(where: dict[str, Any]) -> None:
         assert not server.exports[0].resize(0, None)
 
 
-@pytest.mark.parametrize(("buffer", "which"), [(False, "req"), (False, "resp"), (True, "req"), (True, "resp"), (True, "shm")])
+@pytest.mark.parametrize(("buffer", "which"), [
+    (False, "req"), (False, "resp"), (True, "req"), (True, "resp"), (True, "shm")])
 def test_a_channel_that_is_cut_off_fails_requests(buffer: bool, which: str) -> None:
     """on_peer_loss "fail" holds for a server that lives and cannot be reached, too; channels made anew are followed."""
     where = {"req": unique("a"), "resp": unique("c"), **({"shm": unique("e")} if buffer else {})}
