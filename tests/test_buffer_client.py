@@ -430,7 +430,7 @@ def test_another_buffer_is_refused(link: Link) -> None:
     other = unique("other")
     with pytest.raises(PeerError, match=f"channel {other}: content is what this side left there") as caught:
         BlockDevice(link.req, link.resp, shm=other, timeout=20)
-    assert "--shm" in str(caught.value)
+    assert "name the same buffer on both sides (shm)" in str(caught.value)
     assert disk == b"\x11" * SIZE
 
 

@@ -307,7 +307,7 @@ def test_muenfast_alone_shows_its_commands() -> None:
 
 @pytest.mark.parametrize(("words", "part"), [(["bogus"], "'bogus'"), (["--bogus"], "--bogus"), (["stat", "x"], "x"),
                                              (["chan"], "ACTION"), (["chan", "bogus"], "'bogus'"),
-                                             (["chan", "show"], "channel"), (["demo", "--size", "x"], "--size 'x'"),
+                                             (["chan", "show"], "CHANNEL"), (["demo", "--size", "x"], "--size 'x'"),
                                              (["demo", "--tree", "/none"], "--tree '/none'"),
                                              (["demo", "--size", "16M", "--tree", os.path.dirname(os.__file__)],
                                               "--size '16M'")], ids=lambda words: " ".join(words))
@@ -800,7 +800,8 @@ def test_stat_of_a_stopped_process(live: tuple[dict[str, str], Program, Program]
     try:
         done = run("stat", timeout=20)
         assert done.returncode == 1
-        assert f"process {client.pid}: no answer: timed out\n" in done.stdout
+        assert (f"process {client.pid}: no answer: it is stopped (SIGSTOP); `kill -CONT {client.pid}` has it go on\n"
+                in done.stdout)
         assert f"process {server.pid}: muenfast blk\n" in done.stdout
         assert {answer["pid"]: answer["ok"] for answer in json.loads(run("stat", "--json", timeout=20).stdout)} == \
             {server.pid: True, client.pid: False}
