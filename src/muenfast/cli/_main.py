@@ -17,6 +17,7 @@ from muenfast.errors import MuenfastError, UsageError
 # command -> what `muenfast --help` says of it; each is a module here with add_arguments(parser) and run(arguments).
 COMMANDS = {
     "blk": "export disks over channels, or attach exported ones (--client)",
+    "net": "network interfaces over channels, and what they do (show)",
     "modprobe": "serve as a kernel module of Muen's would: MODULE KEY=VALUE...",
     "modinfo": "the parameters of such a module",
     "chan": "list, show, create, remove and dump channels",
@@ -54,7 +55,7 @@ class _Once(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = Parser(
-        prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
+        prog="muenfast", description="Disks and networks across the one-way shared memory channels of the Muen separation kernel.",
         epilog="Lists are comma-separated and paired by position; messages count entries from 0.")
     top.add_argument("--version", action="version", version=f"muenfast {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
         arguments, more = top.parse_known_args(argv)
         if more:
             # argparse takes no positionals behind an option that stands among them.
-            words = {"modprobe": "parameters", "stat": "names"}.get(arguments.command)
+            words = {"modprobe": "parameters", "stat": "names", "net": "words"}.get(arguments.command)
             if words is None or any(word.startswith("-") for word in more):
                 help_of = "muenfast" if arguments.command is None else f"muenfast {arguments.command}"
                 top.exit(2, f"muenfast: unrecognized arguments: {' '.join(more)} ({help_of} --help tells more)\n")
