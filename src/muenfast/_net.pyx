@@ -50,7 +50,7 @@ cdef enum:
 cdef uint64_t BATCH_BYTES = 16384
 # Between looks at a reader that has the ring full, and how long one that takes nothing is waited for: it may be dead.
 cdef uint64_t NAP_NS = 50_000
-cdef uint64_t STUCK_NS = 100_000_000
+cdef uint64_t STUCK_NS = 300_000_000
 
 
 def element_size(framing, mtu):

@@ -127,7 +127,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
     """Pairs comma lists by position; nothing is opened.
 
     inp, out: channels, an empty entry is none; default NAME_in and NAME_out, the other way round for the peer. Of the
-    others an empty entry is the default; one entry alone is for all of carrier and netns. module: lists mean what they
+    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. module: lists mean what they
     mean to the kernel module: they may end early, there are no default channels or protocols, and no flags are raw.
 
     Raises UsageError naming option, entry, value and rule.
@@ -173,7 +173,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                              option=called.name, index=i, value=names[i])
         protocols = [_protocol(option, i, entry(option, i), locator, module)
                      for option, locator in ((called.reader_protocol, inner), (called.writer_protocol, outer))]
-        framing = framing_of(entry(called.flags, i) or ("" if module else DEFAULT_FLAGS), called.flags, i)
+        framing = framing_of(DEFAULT_FLAGS if lists[called.flags] is None and not module else entry(called.flags, i),
+                             called.flags, i)
         if (text := entry(called.pmtu, i)):
             raise UsageError("path MTUs are not built yet: packets longer than a path's MTU would be sent as they are",
                              option=called.pmtu, index=i, value=text, hint="leave it out")

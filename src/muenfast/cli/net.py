@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--writer-protocol", metavar="L", help="hexadecimal (default: 2)")
     add("--mtu", metavar="L", help="bytes, the same at both ends (default: 1500)")
     add("--pmtu", metavar="L", help="regions of path MTUs: not built yet, and refused")
-    add("--flags", metavar="L", help="net_hdr: IP packets; eth_dev: an Ethernet device; several joined by + (default: net_hdr)")
+    add("--flags", metavar="L", help="net_hdr: IP packets; eth_dev: an Ethernet device; several joined by +; an empty "
+                                 "entry: raw, any payload of exactly mtu bytes (default: net_hdr)")
     add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
                                      "(default: the caller's)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 elements)")
