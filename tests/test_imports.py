@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "attach._fuse": {"errors", "_wire", "_thread", "_system", "_target"},
     "attach._nbd": {"errors", "_wire", "_thread", "_system", "_target"},
     "attach": {"errors", "params", "partition", "shm", "threads", "_target", "attach._fuse", "attach._nbd"},
-    "_net": {"errors", "_wire", "_thread", "_system", "_guard", "_ring"},
+    "_net": {"errors", "_wire", "_thread", "_system", "_ring"},
     "tuntap": {"errors", "threads"},
     "control": {"errors", "shm"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
