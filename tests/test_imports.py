@@ -258,4 +258,5 @@ def test_help_loads_no_extension(command: list[str], tmp_path: Path) -> None:
     assert "muenfast" in run.stdout
     loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded, "importtime's format has changed"
-    assert not loaded & {"pyroute2", "muenfast._ring", "muenfast._blk", "muenfast._net", "muenfast.attach._fuse", "muenfast.attach._nbd"}
+    assert not loaded & {"pyroute2", "muenfast._ring", "muenfast._blk", "muenfast._net",
+                         "muenfast.attach._fuse", "muenfast.attach._nbd"}

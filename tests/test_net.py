@@ -65,7 +65,8 @@ class Space:
         return "UP" in found["flags"] and "NO-CARRIER" not in found["flags"]
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        self._started.append(subprocess.Popen(["ip", "netns", "exec", self.name, *words], stdout=subprocess.PIPE, text=True))
+        self._started.append(subprocess.Popen(["ip", "netns", "exec", self.name, *words], stdout=subprocess.PIPE,
+                                              text=True))
         return self._started[-1]
 
     def ping(self, address: str, *words: str, count: int = 1, wait: float = 5) -> bool:
@@ -194,8 +195,9 @@ def test_what_show_says(pair: Callable[..., Pair]) -> None:
     """The fields of the module's info file; with -s its counters and the causes of losses."""
     two = pair().both()
     text = run("net", "show", "net0").stdout
-    for part in ("net0: up, carrier", "  in/out: ", "  mtu: 1500", "  flags: net_hdr", "  poll: adaptive", "  writer is enabled",
-                 "  writer.element_size: 1508", "  reader is enabled", "  reader.element_size: 1508"):
+    for part in ("net0: up, carrier", "  in/out: ", "  mtu: 1500", "  flags: net_hdr", "  poll: adaptive",
+                 "  writer is enabled", "  writer.element_size: 1508", "  reader is enabled",
+                 "  reader.element_size: 1508"):
         assert text.count(part) == 2, part
     assert "stats." not in text
     text = run("net", "show", "-s").stdout
@@ -468,8 +470,9 @@ def test_many_interfaces_of_one_process(program: Start, spaces: Callable[[], Spa
     a, b = ([unique(f"{way}{k}") for k in range(32)] for way in "ab")
     started = []
     for space, inp, out, last in ((here, a, b, 1), (there, b, a, 2)):
-        started.append(program("net", "--name", ",".join(names), "--in", ",".join(inp), "--out", ",".join(out), "--netns", space.name,
-                "--up", "--size", ",".join(["64K"] * 32), "--addr", ",".join(f"10.{k}.0.{last}/24" for k in range(32))))
+        started.append(program(
+            "net", "--name", ",".join(names), "--in", ",".join(inp), "--out", ",".join(out), "--netns", space.name, "--up",
+            "--size", ",".join(["64K"] * 32), "--addr", ",".join(f"10.{k}.0.{last}/24" for k in range(32))))
     eventually(lambda: all(here.carrier(name) for name in names))
     for k in (0, 13, 31):
         assert here.ping(f"10.{k}.0.2")
@@ -483,13 +486,12 @@ def test_it_is_all_or_nothing(program: Start, spaces: Callable[[], Space], tmp_p
     held = unique("held")
     writer = muenfast.open_writer(held, size=1508, protocol=2, region_size=1 << 19)
     before = leftovers(tmp_path)
-    channels = ["--in", f"{unique('i')},{unique('j')}"]
-    for words, expected in (
-            (["net0,net1", "--netns", space.name, "--out", f"{unique('o')},{unique('p')}"], ["--name, entry 1 'net1'", "already"]),
-            (["net0,net2", "--netns", space.name, "--out", f"{unique('o')},{held}"], [f"--out, entry 1 '{held}'", "held by"]),
-            (["net0,net2", "--netns", f"{space.name},{PREFIX}none", "--out", f"{unique('o')},{unique('p')}"],
-             ["--netns, entry 1", "no such network namespace"])):
-        done = run("net", "--name", *words, *channels)
+    inp, out = f"{unique('i')},{unique('j')}", f"{unique('o')},{unique('p')}"
+    for names, netns, there, expected in (
+            ("net0,net1", space.name, out, ["--name, entry 1 'net1'", "already"]),
+            ("net0,net2", space.name, f"{unique('o')},{held}", [f"--out, entry 1 '{held}'", "held by"]),
+            ("net0,net2", f"{space.name},{PREFIX}none", out, ["--netns, entry 1", "no such network namespace"])):
+        done = run("net", "--name", names, "--netns", netns, "--in", inp, "--out", there)
         assert (done.returncode, done.stdout) == (1, "")
         for part in expected:
             assert part in done.stderr
@@ -516,8 +518,8 @@ def test_a_namespace_by_path_and_by_process(program: Start, spaces: Callable[[],
     space = spaces()
     sleeper = space.start("sleep", "60")
     try:
-        one = program("net", "--name", "a0,b0", "--in", f"{unique('a')},{unique('b')}", "--out", f"{unique('c')},{unique('d')}",
-                      "--netns", f"/run/netns/{space.name},{sleeper.pid}")
+        one = program("net", "--name", "a0,b0", "--in", f"{unique('a')},{unique('b')}",
+                      "--out", f"{unique('c')},{unique('d')}", "--netns", f"/run/netns/{space.name},{sleeper.pid}")
         assert space.link("a0") is not None and space.link("b0") is not None
         assert one.end() == (0, "")
     finally:

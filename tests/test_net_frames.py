@@ -434,7 +434,7 @@ class Bell:
 
 
 def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str, int], Files]) -> None:
-    """With a bell nothing is overrun; a reader that takes nothing is given up; one that tells nonsense is not waited for."""
+    """Nothing is overrun then; a reader that takes nothing is given up, one that tells nonsense is not waited for."""
     file, bell_file = files("out", region(108, 16)), files("bell", BELL)
     bell_map = bell_file.map(BELL, writable=True)
     sender = Sender(device.fd, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,

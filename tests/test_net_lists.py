@@ -42,9 +42,9 @@ def test_a_region_holds_at_least_256_elements(mtu: int, least: int, most: int) -
 def test_every_list() -> None:
     """An empty entry is the default, of a channel none; one entry alone is for all of netns and carrier."""
     one, two, three = interfaces_from_lists(
-        "a,b,c", inp="x,,/z@64+8192", out=",y,w", reader_protocol="7ade5c549b08e814,,0x3", writer_protocol=",4,", mtu="576,,68",
-        flags="eth_dev,net_hdr+eth_dev,", netns="space", size="1M,,", carrier="up", mac="02:00:00:00:00:0A,,",
-        addr="10.0.0.1/24+fd00::1/64,,10.1.0.1", poll=7, bells=False, up=True)
+        "a,b,c", inp="x,,/z@64+8192", out=",y,w", reader_protocol="7ade5c549b08e814,,0x3", writer_protocol=",4,",
+        mtu="576,,68", flags="eth_dev,net_hdr+eth_dev,", netns="space", size="1M,,", carrier="up",
+        mac="02:00:00:00:00:0A,,", addr="10.0.0.1/24+fd00::1/64,,10.1.0.1", poll=7, bells=False, up=True)
     assert [ends(each) for each in (one, two, three)] == [("x", None), (None, "y"), ("/z@64+8192", "w")]
     assert [each.framing for each in (one, two, three)] == ["eth_dev", "net_hdr", "raw"]
     assert [each.mtu for each in (one, two, three)] == [576, 1500, 68]

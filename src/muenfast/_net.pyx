@@ -431,6 +431,7 @@ cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
 
 # ------------------------------------------------------------------ Python
 
+@cython.auto_pickle(False)
 cdef class Pump:
     """What both directions share. run() belongs to one thread; stop(), counters and state may be used from others."""
     cdef Mapping ring, bell

@@ -11,14 +11,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from muenfast import params, shm, tuntap
-from muenfast._net import FRAMINGS, LEAST_MTU, MOST_MTU, Receiver, Sender, element_size, packet_room
+from muenfast._net import LEAST_MTU, MOST_MTU, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.channel import End
 from muenfast.connection import MOST_POLL, blame, place
@@ -34,7 +34,7 @@ DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, 2
 DEFAULT_FLAGS = "net_hdr"
 CARRIERS = ("peer", "up")
 _FLAGS = ("net_hdr", "eth_dev")
-_HEADER = layout()["header_size"]
+_HEADER: int = layout()["header_size"]
 # Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
 _LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
 _PAGE = 4096
@@ -127,8 +127,9 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
     """Pairs comma lists by position; nothing is opened.
 
     inp, out: channels, an empty entry is none; default NAME_in and NAME_out, the other way round for the peer. Of the
-    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. module: lists mean what they
-    mean to the kernel module: they may end early, there are no default channels or protocols, and no flags are raw.
+    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. module:
+    lists mean what they mean to the kernel module: they may end early, and there are no default channels, protocols or
+    flags.
 
     Raises UsageError naming option, entry, value and rule.
     """
@@ -171,8 +172,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
         if inner is None and outer is None:
             raise UsageError(f"no channel specified for '{names[i]}': it has neither {called.inp} nor {called.out}",
                              option=called.name, index=i, value=names[i])
-        protocols = [_protocol(option, i, entry(option, i), locator, module)
-                     for option, locator in ((called.reader_protocol, inner), (called.writer_protocol, outer))]
+        reads, writes = (_protocol(option, i, entry(option, i), locator, module)
+                         for option, locator in ((called.reader_protocol, inner), (called.writer_protocol, outer)))
         framing = framing_of(DEFAULT_FLAGS if lists[called.flags] is None and not module else entry(called.flags, i),
                              called.flags, i)
         if (text := entry(called.pmtu, i)):
@@ -183,13 +184,14 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             raise UsageError(f"a carrier is one of {', '.join(CARRIERS)}", option=called.carrier, index=i, value=wire)
         station = entry(called.mac, i)
         if station and framing != "eth_dev":
-            raise UsageError("only an Ethernet device (eth_dev) has a MAC address", option=called.mac, index=i, value=station)
+            raise UsageError("only an Ethernet device (eth_dev) has a MAC address", option=called.mac, index=i,
+                             value=station)
         most = _mtu(called.mtu, i, entry(called.mtu, i), framing)
         room = entry(called.size, i)
         least = _HEADER + element_size(framing, most)
         addresses = entry(called.addr, i)
         return InterfaceConfig(
-            names[i], inner, outer, i, *protocols, most, framing, entry(called.netns, i) or None, poll, bells,
+            names[i], inner, outer, i, reads, writes, most, framing, entry(called.netns, i) or None, poll, bells,
             params.size(called.size, i, room, least=least) if room else None, wire,
             tuntap.check_mac(station, called.mac, i) if station else None,
             tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called)
@@ -206,8 +208,8 @@ def _protocol(option: str, index: int, text: str, locator: shm.Locator | None, m
     word = option.removeprefix("--").replace("-", "_")
     if not text:
         if module and locator is not None:
-            raise UsageError(f"{word} missing: the channel {locator.text} needs one, hexadecimal and not zero", option=option,
-                             index=index)
+            raise UsageError(f"{word} missing: the channel {locator.text} needs one, hexadecimal and not zero",
+                             option=option, index=index)
         return DEFAULT_PROTOCOL
     if locator is None and not module:
         raise UsageError("the interface has no such channel", option=option, index=index, value=text)
@@ -431,7 +433,7 @@ class Interface:
         self.sender.link(state)
 
     def set_carrier(self) -> None:
-        """There is one while the peer's channel has an epoch; always where nobody is to be heard, or so it was asked for."""
+        """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
         with self._carrier, contextlib.suppress(OSError):   # the device is gone, which is told elsewhere
             self.device.set_carrier(self.carrier)
 

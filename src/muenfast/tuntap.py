@@ -202,8 +202,8 @@ class Device:
             within(namespace, lambda: self._configure(addresses, mac, up))
 
     def _configure(self, addresses: Sequence[str], mac: str | None, up: bool) -> None:
-        from pyroute2 import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
+        from pyroute2 import IPRoute  # type: ignore[import-untyped]
+        from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
         with IPRoute() as route:
             def ask(what: str, call: Callable[..., Any], *words: str, **fields: Any) -> None:

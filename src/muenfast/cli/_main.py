@@ -55,7 +55,8 @@ class _Once(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = Parser(
-        prog="muenfast", description="Disks and networks across the one-way shared memory channels of the Muen separation kernel.",
+        prog="muenfast",
+        description="Disks and networks across the one-way shared memory channels of the Muen separation kernel.",
         epilog="Lists are comma-separated and paired by position; messages count entries from 0.")
     top.add_argument("--version", action="version", version=f"muenfast {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")

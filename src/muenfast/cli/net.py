@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                  "entry: raw, any payload of exactly mtu bytes (default: net_hdr)")
     add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
                                      "(default: the caller's)")
-    add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 elements)")
+    add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 "
+                                    "elements)")
     add("--carrier", metavar="L", help="peer: there is one while the peer is there; up: always; one entry is for all "
                                        "(default: peer)")
     add("--mac", metavar="L", help="MAC addresses, of eth_dev (default: random)")
