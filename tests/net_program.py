@@ -4,7 +4,7 @@
     send ADDRESS PORT BYTES SEED   TCP: so many random bytes; their SHA-256
     hear ADDRESS PORT              one UDP datagram: SHA-256 and length
     say ADDRESS PORT BYTES SEED    the same, sent
-    sniff INTERFACE                one packet of that interface, as hexadecimal (AF_PACKET)
+    sniff INTERFACE HEX            the first packet that came in there and begins so, as hexadecimal (AF_PACKET)
     raw INTERFACE HEX              sent as it is (AF_PACKET)
 
 Each prints "ready" once the other side may begin.
@@ -28,7 +28,7 @@ def main(what: str, where: str, *words: str) -> None:
             return
         while True:
             data, (_, _, direction, *_) = s.recvfrom(1 << 17)
-            if direction != socket.PACKET_OUTGOING:
+            if direction != socket.PACKET_OUTGOING and data.startswith(bytes.fromhex(words[0])):
                 print(data.hex())
                 return
     family = socket.AF_INET6 if ":" in where else socket.AF_INET

@@ -64,6 +64,7 @@ case $goals in *" test "*)
     have nbdinfo && have nbdcopy || want libnbd-bin "NBD clients for the tests"
     have qemu-img && have qemu-io || want qemu-utils "NBD clients for the tests"
     have sfdisk || want fdisk "partition tables for the tests"
+    have ip && have ping || want "iproute2 iputils-ping" "network namespaces for the tests"
     [ ! -e .git ] || have git || want git "the sdist's contents are compared with git's"
 esac
 case $goals in *" guest "*)

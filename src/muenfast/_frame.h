@@ -64,9 +64,10 @@ static inline int32_t ip_length(const uint8_t *p) {
 }
 
 /* Completes an element into whose room n bytes of a packet were read: what stands beside the packet, and zeros, so that
- * no byte of an earlier element goes out. mark: for net_hdr; a marked one stands there already, and only its length,
- * which segmentation in the kernel makes stale, is corrected. 0, or why the packet is none to send. */
-static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t mark, int marked) {
+ * no byte of an earlier element goes out. used: bytes of the room that are not zero behind the packet, at most. mark: for
+ * net_hdr; a marked one stands there already, and only its length, which segmentation in the kernel makes stale, is
+ * corrected. 0, or why the packet is none to send. */
+static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark, int marked) {
     uint32_t start = frame_start(kind);
     uint16_t length = (uint16_t)n;
     if (n > frame_room(kind, size))
@@ -92,13 +93,14 @@ static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t 
         else
             memcpy(slot, &h, sizeof(h));
     }
-    memset(slot + start + n, 0, frame_room(kind, size) - n);
+    if (used > n)
+        memset(slot + start + n, 0, used - n);
     if (kind == FRAME_ETH)
         memcpy(slot + size - ETH_LENGTH, &length, sizeof(length));
     return 0;
 }
 
-/* Copies an element's packet, and no more, to `to` (size bytes), where it stands as in the element; its length, or
+/* Copies an element's packet, and not much more, to `to` (size bytes), where it stands as in the element; its length, or
  * FRAME_LENGTH, FRAME_PROTOCOL. mark: of net_hdr, else 0. What is copied may be torn: the caller looks afterwards
  * whether the element was left alone, and uses nothing of it until then. */
 static inline int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) {

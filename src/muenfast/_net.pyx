@@ -29,7 +29,7 @@ cdef extern from "_frame.h" nogil:
     uint32_t frame_size(int kind, uint32_t mtu) noexcept
     uint32_t frame_start(int kind) noexcept
     uint32_t frame_room(int kind, uint32_t size) noexcept
-    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t mark, int marked) noexcept
+    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark, int marked) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
 
 cdef extern from "<errno.h>" nogil:
@@ -100,6 +100,7 @@ cdef struct sender_t:
     uint32_t size           # of an element
     uint64_t batch
     uint8_t *spill
+    uint32_t *used          # of each element: bytes of its room that may be other than zero in this epoch
     uint8_t information[PACKET_INFORMATION]
     uint32_t stop
     uint32_t link           # how often the link changed: odd, it is up; others store it
@@ -196,18 +197,22 @@ cdef ssize_t sender_batch(sender_t *s, uint64_t most) noexcept nogil:
     """One round: packets straight into slots, published together; how many came, or -errno of what ended it."""
     cdef uint8_t *slot
     cdef ssize_t n = 0, taken = 0
-    cdef uint64_t filled = 0
+    cdef uint64_t at, filled = 0
     cdef int wrong
     while filled < most and taken < BATCH:
         writer_reserve(&s.w, filled + 1)
         slot = writer_slot(&s.w, filled)
+        at = s.w.index + filled if s.w.index + filled < s.w.elements else s.w.index + filled - s.w.elements
         n = sender_read(s, slot)
         if n < 0:
+            if n != -EAGAIN:    # some of it may stand there
+                s.used[at] = frame_room(s.kind, s.size)
             break
         taken += 1
         if s.marked:
             n = max(<ssize_t>0, n - <ssize_t>frame_start(s.kind))
-        wrong = frame_finish(s.kind, slot, s.size, <uint32_t>n, 0, s.marked)
+        wrong = frame_finish(s.kind, slot, s.size, <uint32_t>n, s.used[at], 0, s.marked)
+        s.used[at] = <uint32_t>n if wrong == 0 else frame_room(s.kind, s.size)
         if wrong != 0:
             count64(&s.n.oversize if wrong == FRAME_OVERSIZE else &s.n.not_ip, 1)
             continue
@@ -241,6 +246,7 @@ cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     if link & 1:
         if s.w.hdr != NULL:
             writer_start(&s.w, random_epoch())
+            memset(s.used, 0, s.w.elements * sizeof(uint32_t))
         return SENDER_UP
     if s.w.hdr != NULL:
         writer_stop(&s.w)
@@ -498,6 +504,9 @@ cdef class Sender(Pump):
         self.s.batch = BATCH
         if memory is not None:
             self.ring = hold(memory, True, SHMSTREAM_HEADER_SIZE + self.size)
+            self.s.used = <uint32_t *>calloc((self.ring.length - SHMSTREAM_HEADER_SIZE) // self.size, sizeof(uint32_t))
+            if self.s.used == NULL:
+                raise MemoryError
             writer_init(&self.s.w, self.ring.base, self.ring.length, self.size, protocol)
             self.s.w.broken = self.ring.broken
             self.s.batch = min(batch_of(self.size), max(<uint64_t>1, self.s.w.elements // 4))
@@ -512,6 +521,7 @@ cdef class Sender(Pump):
 
     def __dealloc__(self):
         free(self.s.spill)
+        free(self.s.used)
         if self.s.wake >= 0:
             c_close(self.s.wake)
 

@@ -282,6 +282,7 @@ class _Half:
         while not self._stop.is_set():
             event = self.engine.run(_TICK)
             if event == "gone":
+                self.interface.removed()
                 return
             try:
                 if event not in ("tick", "stopped"):
@@ -391,12 +392,14 @@ class Interface:
         self.config = config
         self.up = False
         self.gone = False
-        self._carrier = threading.Lock()
+        self._carrier = threading.Lock()    # of what the device was told last; of `gone`
         self._halves: list[_Half] = []
         with ExitStack() as stack:
-            with blame(config.options.netns, config.index, config.netns or ""):
-                self._namespace = tuntap.open_namespace(config.netns)
-            stack.callback(os.close, self._namespace)
+            self._namespace: int | None = None
+            if config.netns is not None:
+                with blame(config.options.netns, config.index, config.netns):
+                    self._namespace = tuntap.open_namespace(config.netns)
+                stack.callback(os.close, self._namespace)
             with blame(config.options.name, config.index, config.name):
                 self.device = tuntap.Device(config.name, config.framing, config.mtu, namespace=self._namespace)
             stack.callback(self.device.close)
@@ -426,11 +429,17 @@ class Interface:
 
     def _told(self, state: bool | None) -> None:
         if state is None:
-            self.gone = True
-            log.error("interface %s: was removed", self.config.name)
+            self.removed()
             return
         self.up = state
         self.sender.link(state)
+
+    def removed(self) -> None:
+        """The device is no more."""
+        with self._carrier:
+            before, self.gone = self.gone, True
+        if not before:
+            log.error("interface %s: was removed", self.config.name)
 
     def set_carrier(self) -> None:
         """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
@@ -454,7 +463,7 @@ class Interface:
         received = {} if incoming is None else incoming.counters
         flat = {**_NO_RECEIVER, **{name: value for name, value in received.items() if name in _NO_RECEIVER},
                 **{name: sent[name] for name in ("tx_packets", "tx_bytes", "tx_dropped")}}
-        return {"name": self.device.name, "in": None if config.inp is None else config.inp.text,
+        return {"name": self.device.rename(), "in": None if config.inp is None else config.inp.text,
                 "out": None if config.out is None else config.out.text, "mtu": config.mtu,
                 "flags": "" if config.framing == "raw" else config.framing, "netns": config.netns, "poll": config.poll,
                 "state": "gone" if self.gone else "up" if self.up else "down", "carrier": self.carrier,

@@ -16,7 +16,6 @@ import re
 import select
 import socket
 import struct
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -86,12 +85,9 @@ def check_addresses(text: str, option: str, index: int) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------ network namespaces
 
-def open_namespace(text: str | None) -> int:
-    """A descriptor of a network namespace: a name of `ip netns`, a path, or a process's number; None: our own. Raises
-    OSError."""
-    if text is None:
-        path = "/proc/thread-self/ns/net"
-    elif text.isdecimal():
+def open_namespace(text: str) -> int:
+    """A descriptor of a network namespace: a name of `ip netns`, a path, or a process's number. Raises OSError."""
+    if text.isdecimal():
         path = f"/proc/{text}/ns/net"
     else:
         path = text if text.startswith("/") else f"{_NAMESPACES}/{text}"
@@ -104,17 +100,18 @@ def open_namespace(text: str | None) -> int:
 
 def _enter(namespace: int) -> None:
     """This thread, which makes nothing else, goes there. Raises OSError."""
-    if sys.version_info >= (3, 12):
-        os.setns(namespace, os.CLONE_NEWNET)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True)    # os.setns() came with Python 3.12
     if libc.setns(namespace, _CLONE_NEWNET) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        what = "not without the capability CAP_SYS_ADMIN" if number == errno.EPERM else os.strerror(number)
+        raise OSError(number, f"the network namespace cannot be entered: {what}")
 
 
-def within(namespace: int, what: Callable[[], _T]) -> _T:
-    """What what() returns, or raises, in a thread that is in that namespace; no other thread goes there."""
+def within(namespace: int | None, what: Callable[[], _T]) -> _T:
+    """What what() returns, or raises, in a thread that is in that namespace; no other thread goes there. None: where we
+    are."""
+    if namespace is None:
+        return what()
     done: list[_T] = []
     failed: list[BaseException] = []
 
@@ -159,7 +156,7 @@ class Device:
     Raises UsageError, OSError; EPERM says which capability is missing.
     """
 
-    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int) -> None:
+    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None) -> None:
         self.name, self.framing, self.mtu = name, framing, mtu
         self.fd = -1
         self.index = 0
@@ -196,7 +193,8 @@ class Device:
         """Whether there is somebody at the other end, as the kernel is to see it. OSError where the device is gone."""
         fcntl.ioctl(self.fd, _TUNSETCARRIER, struct.pack("i", on))
 
-    def configure(self, *, namespace: int, addresses: Sequence[str] = (), mac: str | None = None, up: bool = False) -> None:
+    def configure(self, *, namespace: int | None, addresses: Sequence[str] = (), mac: str | None = None,
+                  up: bool = False) -> None:
         """What `ip link set` and `ip addr add` would do. Raises OSError."""
         if addresses or mac is not None or up:
             within(namespace, lambda: self._configure(addresses, mac, up))
@@ -220,6 +218,15 @@ class Device:
             if up:
                 ask("up", route.link, "set", state="up")
 
+    def rename(self) -> str:
+        """What it is called by now: somebody may have given it another name."""
+        with contextlib.suppress(OSError):  # it is gone
+            self.name = self._named()
+        return self.name
+
+    def _named(self) -> str:
+        return fcntl.ioctl(self.fd, _TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+
     def follow(self) -> bool | None:
         """After its namespace told that it is not there any more: looks for it in another; whether it is up there, None:
         it is nowhere."""
@@ -229,7 +236,7 @@ class Device:
             return None
         try:
             news = within(namespace, _news)
-            name = fcntl.ioctl(self.fd, _TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+            name = self._named()
             try:
                 self.index = _request(news, _SIOCGIFINDEX, name)
                 flags = _request(news, _SIOCGIFFLAGS, name)

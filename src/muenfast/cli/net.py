@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._serving import Stop, notify, say_ready
+from muenfast.cli._serving import Stop, notify, say_ready, sweep
 from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
 
@@ -91,6 +91,7 @@ def serve(configs: Sequence[InterfaceConfig], stop: Stop) -> int:
 
     with ExitStack() as stack:
         interfaces = stack.enter_context(Interfaces(configs))
+        sweep()
         control = ControlServer({
             "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status()}),
             "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)})})
