@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 
 HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio", "_faults",
                                                   "_jobs", "_uring", "_checksum", "_inet", "_segment", "_coalesce", "_pmtu",
-                                                  "_marks",
+                                                  "_marks", "_frame",
                                                   "attach/_pump", "attach/_fuse_uring")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":
@@ -54,7 +54,7 @@ if None in uring:
 
 extensions = [extension(f"muenfast.{name}", **(URING if name in ("_store", "_user", "_blk", "_buffer") else {}))
               for name in ("_ring", "_target", "_store", "_user", "_engine", "_blk", "_buffer", "_client", "_bufclient",
-                           "_packets", "_marks", "_bench", "attach._nbd")]
+                           "_packets", "_marks", "_net", "_bench", "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
     extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags + URING["cflags"],

@@ -102,7 +102,9 @@ def leftovers(below: Path) -> dict[str, set[str]]:
             continue
         if str(below) in backing or backing == "/disk":  # /disk: the mount it came from has gone
             loops.add(entry.parts[3])
-    return {"shared memory": {name for name in os.listdir("/dev/shm") if PREFIX in name},
+    spaces = Path("/run/netns")
+    namespaces = {each.name for each in spaces.iterdir() if PREFIX in each.name} if spaces.exists() else set()
+    return {"network namespaces": namespaces, "shared memory": {name for name in os.listdir("/dev/shm") if PREFIX in name},
             "book-keeping": books, "mounts": mounts, "loop devices": loops, "nodes": _nodes(),
             "processes": set(_children())}
 

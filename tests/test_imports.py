@@ -51,6 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "attach._fuse": {"errors", "_wire", "_thread", "_system", "_target"},
     "attach._nbd": {"errors", "_wire", "_thread", "_system", "_target"},
     "attach": {"errors", "params", "partition", "shm", "threads", "_target", "attach._fuse", "attach._nbd"},
+    "_net": {"errors", "_wire", "_thread", "_system", "_ring"},
+    "tuntap": {"errors", "threads"},
     "control": {"errors", "shm"},
     "names": {"errors", "marks", "netns", "control"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},
@@ -61,16 +63,17 @@ ALLOWED: dict[str, set[str]] = {
     "aio": {"errors", "_target", "_client", "_bufclient", "connection", "disk"},
     "blk": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "attach._fuse",
             "attach", "control", "connection", "export", "disk", "threads"},
+    "net": {"errors", "params", "shm", "threads", "_ring", "channel", "_net", "tuntap", "connection"},
     "serving": {"errors", "params", "shm", "_ring", "backing", "control", "connection", "export", "blk", "threads"},
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection",
-                 "export", "disk", "aio", "blk"},
+                 "export", "disk", "aio", "blk", "net"},
     "_bench": {"errors", "_wire", "_ring"},
     "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_store", "_blk", "_buffer", "backing", "attach._fuse",
                "attach._nbd", "attach", "control", "bpf"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
             "attach._fuse", "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk",
-            "serving", "_bench", "measure", "doctor", "counts", "threads", "marks", "names"},
+            "serving", "_bench", "measure", "doctor", "counts", "threads", "marks", "names", "net"},
     "__main__": {"cli"},
 }
 
@@ -166,7 +169,7 @@ def test_the_table_has_no_circle() -> None:
         above.add(room)
 
 
-KNOWN = {*ALLOWED, "net", "policy", "attach.nbd", "backing.ram", "cli.blk"}
+KNOWN = {*ALLOWED, "policy", "attach.nbd", "backing.ram", "cli.blk"}
 
 
 @pytest.mark.parametrize(("name", "source"), [
@@ -261,4 +264,5 @@ def test_help_loads_no_extension(command: list[str], tmp_path: Path) -> None:
     assert "muenfast" in run.stdout
     loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded, "importtime's format has changed"
-    assert not loaded & {"muenfast._ring", "muenfast._blk", "muenfast.attach._fuse", "muenfast.attach._nbd"}
+    assert not loaded & {"pyroute2", "muenfast._ring", "muenfast._blk", "muenfast._net",
+                         "muenfast.attach._fuse", "muenfast.attach._nbd"}

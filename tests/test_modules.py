@@ -34,7 +34,7 @@ def test_dashes_and_underscores_of_a_module_are_equal(name: str) -> None:
     assert modules.find(name) is SERVER
 
 
-@pytest.mark.parametrize("name", ["", "muenblock", "muenblock-server.ko", "Muenblock-server", "loop", "muennet"])
+@pytest.mark.parametrize("name", ["", "muenblock", "muenblock-server.ko", "Muenblock-server", "loop", "muennet2"])
 def test_a_module_that_is_none(name: str) -> None:
     """kmod's words, and which there are."""
     error = refused(modules.find, name)

@@ -64,10 +64,9 @@ case $goals in *" test "*)
     have nbdinfo && have nbdcopy || want libnbd-bin "NBD clients for the tests"
     have qemu-img && have qemu-io || want qemu-utils "NBD clients for the tests"
     have sfdisk || want fdisk "partition tables for the tests"
-    have ip && have tc || want iproute2 "network interfaces for the tests"
+    have ip && have tc && have ping || want "iproute2 iputils-ping" "network namespaces for the tests"
     have iptables && have ip6tables || want iptables "marks of packets in the tests"
     have nft || want nftables "marks of packets in the tests"
-    have ping || want iputils-ping "packets for the tests"
     [ ! -e .git ] || have git || want git "the sdist's contents are compared with git's"
 esac
 case $goals in *" guest "*)

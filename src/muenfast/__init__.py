@@ -1,4 +1,4 @@
-"""Disks across the one-way channels of the Muen separation kernel, in user space.
+"""Disks and networks across the one-way channels of the Muen separation kernel, in user space.
 
 Importing opens nothing and loads nothing compiled; names come when they are used.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from muenfast.disk import BlockDevice
     from muenfast.errors import BrokenChannelError, ClaimError, MuenfastError, PeerError, StoreError, UsageError
     from muenfast.export import ExportConfig, exports_from_lists
+    from muenfast.net import InterfaceConfig, Interfaces, interfaces_from_lists
 
 __version__ = "0.1.0"
 
@@ -22,13 +23,14 @@ _HOME = {
     "Reader": "_ring", "Result": "_ring", "Writer": "_ring", "open_reader": "channel", "open_writer": "channel",
     "AsyncBlockDevice": "aio", "BlockDevice": "disk", "BlockServer": "blk", "ExportConfig": "export",
     "exports_from_lists": "export", "serve": "blk",
+    "InterfaceConfig": "net", "Interfaces": "net", "interfaces_from_lists": "net",
     "BrokenChannelError": "errors", "ClaimError": "errors", "MuenfastError": "errors", "PeerError": "errors",
     "StoreError": "errors", "UsageError": "errors",
 }
 
 __all__ = ["AsyncBlockDevice", "BlockDevice", "BlockServer", "BrokenChannelError", "ClaimError", "ExportConfig",
-           "MuenfastError", "PeerError", "Reader", "Result", "StoreError", "UsageError", "Writer",
-           "exports_from_lists", "open_reader", "open_writer", "serve"]
+           "InterfaceConfig", "Interfaces", "MuenfastError", "PeerError", "Reader", "Result", "StoreError", "UsageError",
+           "Writer", "exports_from_lists", "interfaces_from_lists", "open_reader", "open_writer", "serve"]
 
 
 def __getattr__(name: str) -> object:

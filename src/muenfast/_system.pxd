@@ -20,14 +20,29 @@ cdef extern from "<sys/uio.h>" nogil:
     ctypedef struct iovec_t "struct iovec":
         void *iov_base
         size_t iov_len
+    ssize_t readv(int fd, const iovec_t *iov, int n)
     ssize_t writev(int fd, const iovec_t *iov, int n)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
         int fd
         short events
+        short revents
     enum: POLLIN
     int poll(pollfd *list, unsigned long n, int milliseconds)
+
+cdef extern from *:
+    """
+    #include <poll.h>
+    #include <time.h>
+
+    /* poll(2) with nanoseconds. */
+    static inline int poll_ns(struct pollfd *list, unsigned long n, unsigned long ns) {
+        struct timespec t = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+        return ppoll(list, n, &t, 0);
+    }
+    """
+    int poll_ns(pollfd *list, unsigned long n, unsigned long ns) nogil
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_read "read"(int fd, void *buf, size_t n)

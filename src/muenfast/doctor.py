@@ -288,7 +288,7 @@ def _capabilities() -> Iterator[Check]:
     for name, needed, lost in (
             ("CAP_SYS_ADMIN", True, "no /dev/muendiskX: mounting and loop devices are refused."),
             ("CAP_MKNOD", True, "no /dev/muendiskX: the node cannot be made."),
-            ("CAP_NET_ADMIN", False, "no network interfaces, which this version does not make anyhow."),
+            ("CAP_NET_ADMIN", False, "no network interfaces (`muenfast net`)."),
             ("CAP_SYS_RESOURCE", False, "hard limits (descriptors, locked memory) stay as they are.")):
         if _capable(_CAPABILITIES[name]):
             yield Check(name, OK, "effective", needed=needed)

@@ -69,13 +69,26 @@ _CHANNELS = (
 _CONNECTIONS = Parameter("connections", "connections with a shared buffer (second generation); ID: any word; each "
                                         "ID:REQ:RESP:BUFFER[:REQ_PROTOCOL:RESP_PROTOCOL]")
 
+_INTERFACES = (
+    Parameter("name", "names of the interfaces, at most 32, each of at most 15 bytes"),
+    Parameter("in", "channels that they read; an empty entry: the interface only sends", required=False),
+    Parameter("out", "channels that they write; an empty entry: the interface only receives", required=False),
+    Parameter("pmtu", "regions of path MTUs (not built yet, and refused)", required=False),
+    Parameter("mtu", "MTUs, decimal (default 1500)", required=False),
+    Parameter("writer_protocol", "protocols of the channels in out, hexadecimal, required for each", required=False),
+    Parameter("reader_protocol", "protocols of the channels in in, hexadecimal, required for each", required=False),
+    Parameter("flags", "net_hdr: IP packets; eth_dev: an Ethernet device; several joined by +; none: raw", required=False),
+    Parameter("poll", "milliseconds between polls of a channel without a bell, as the module waits, whose own text says "
+                      "microseconds", "uint", required=False))
+
 MODULES = {module.name: module for module in (
     Module("muenblock_client", "block devices /dev/muendiska, /dev/muendiskb, ... over channels: the client",
            (_CHANNELS, (_CONNECTIONS,))),
     Module("muenblock_server", "exports block devices over channels: the server",
            ((*_CHANNELS, Parameter("device_name", "disks, one for each pair of channels")),
             (_CONNECTIONS, Parameter("device", "disks of the connections (second generation), each PATH:ID; also "
-                                               "spelled devices", aliases=("devices",))))))}
+                                               "spelled devices", aliases=("devices",))))),
+    Module("muennet", "network interfaces over channels", (_INTERFACES,)))}
 
 
 def command_name(module: Module) -> str:

@@ -19,6 +19,7 @@ from muenfast.errors import MuenfastError, UsageError
 # run(arguments).
 COMMANDS = {
     "blk": "export disks over channels, or attach exported ones (--client)",
+    "net": "network interfaces over channels, and what they do (show)",
     "modprobe": "serve as a kernel module of Muen's would: MODULE KEY=VALUE...",
     "modinfo": "the parameters of such a module",
     "chan": "list, show, create, remove and dump channels",
@@ -71,7 +72,8 @@ class _Once(argparse.Action):
 def parser() -> Parser:
     """The parser of all commands."""
     top = Parser(
-        prog="muenfast", description="Disks across the one-way shared memory channels of the Muen separation kernel.",
+        prog="muenfast",
+        description="Disks and networks across the one-way shared memory channels of the Muen separation kernel.",
         epilog="Lists are comma-separated and paired by position; messages count entries from 0.")
     top.add_argument("--version", action="version", version=f"muenfast {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
         arguments, more = top.parse_known_args(argv)
         if more:
             # argparse takes no positionals behind an option that stands among them.
-            words = {"modprobe": "parameters", "stat": "names"}.get(arguments.command)
+            words = {"modprobe": "parameters", "stat": "names", "net": "words"}.get(arguments.command)
             if words is None or any(word.startswith("-") for word in more):
                 names = (arguments.command, getattr(arguments, "what", None), getattr(arguments, "action", None))
                 top.misused(f"unrecognized arguments: {' '.join(more)}",

@@ -77,8 +77,15 @@ def notify(state: str) -> None:
             log.warning("NOTIFY_SOCKET %s: %s", os.environ["NOTIFY_SOCKET"], error.strerror or error)
 
 
+def sweep() -> None:
+    """Takes away what dead processes left, whatever its names; clients are served, or servers asked, meanwhile."""
+    from muenfast import doctor  # now: to load it takes longer than to begin to serve
+
+    doctor.sweep()
+
+
 def say_ready(lines: list[str]) -> None:
-    """One line per export or disk, then `ready`, flushed."""
+    """One line per export, disk or interface, then `ready`, flushed."""
     for line in lines:
         print(line)
     print("ready", flush=True)

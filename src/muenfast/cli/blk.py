@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._serving import Stop, notify, say_ready
+from muenfast.cli._serving import Stop, notify, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
@@ -148,7 +148,7 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
 
     with ExitStack() as stack:
         server = stack.enter_context(ControlledServer(configs, threads=threads))
-        _sweep()
+        sweep()
         control = ControlServer({
             "status": Command(lambda: {"command": "blk", "entries": server.status()}),
             "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
@@ -159,13 +159,6 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
         stop.wait()
         notify("STOPPING=1")
         return 0
-
-
-def _sweep() -> None:
-    """Takes away what dead processes left, whatever its names; clients are served, or servers asked, meanwhile."""
-    from muenfast import doctor  # now: to load it takes longer than to begin to serve
-
-    doctor.sweep()
 
 
 def _line(export: Export) -> str:
@@ -206,7 +199,7 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
             "status": Command(lambda: {"command": "blk --client", "entries": clients.status()}),
             "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
         stack.callback(control.close)
-        _sweep()
+        sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
                        f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}{_buffer(d.device.channels)}"

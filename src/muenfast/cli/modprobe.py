@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from muenfast import modules
-from muenfast.cli import blk
+from muenfast import modules, params
+from muenfast.cli import blk, net
 from muenfast.cli._serving import Stop
+from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
     from muenfast.connection import Channels
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODULE KEY=VALUE..., and what the module has no parameters for."""
-    parser.add_argument("module", metavar="MODULE", help="muenblock-client or muenblock-server")
+    parser.add_argument("module", metavar="MODULE", help="muenblock-client, muenblock-server or muennet")
     parser.add_argument("parameters", metavar="KEY=VALUE", nargs="*",
                         help="the module's own parameters; `muenfast modinfo MODULE` lists them")
     blk.add_client_options(parser)
@@ -29,6 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM."""
     call = modules.parse(modules.find(arguments.module), arguments.parameters)
     client = call.module.name == "muenblock_client"
+    if call.module.name == "muennet":
+        blk.refuse_options(arguments, blk.CLIENT_ONLY, "it goes with muenblock-client")
+        return _interfaces(arguments, call.values)
     if not client:
         blk.refuse_options(arguments, blk.CLIENT_ONLY, "it goes with muenblock-client")
     if call.generation == 1:
@@ -46,6 +50,24 @@ def run(arguments: argparse.Namespace) -> int:
         if client:
             return blk.attach_disks(arguments, channels_from_lists(**lists), stop)
         return blk.export_disks(exports_from_lists(**lists, device=call.values["device_name"]), stop)
+
+
+def _interfaces(arguments: argparse.Namespace, values: Mapping[str, str]) -> int:
+    """muennet, with its own defaults."""
+    if arguments.poll is not None:
+        raise UsageError("muennet has a parameter for it", option="--poll", value=arguments.poll, hint="poll=MILLISECONDS")
+    with Stop() as stop:
+        from muenfast.net import Options, interfaces_from_lists
+
+        called = Options("name", "in", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "poll")
+        poll = None
+        if "poll" in values:    # 0: no wait at all, or as good as none
+            milliseconds = params.number("poll", None, values["poll"], least=0, most=10_000, what="a pause in milliseconds")
+            poll = max(1, milliseconds * 1000)
+        return net.serve(interfaces_from_lists(
+            values["name"], inp=values.get("in"), out=values.get("out"), reader_protocol=values.get("reader_protocol"),
+            writer_protocol=values.get("writer_protocol"), mtu=values.get("mtu"), pmtu=values.get("pmtu"),
+            flags=values.get("flags"), poll=poll, bells=not arguments.strict_oneway, module=True, options=called), stop)
 
 
 def _exports(connections: Sequence[modules.Connection], called: str, **waiting: Any) -> list[ExportConfig]:

@@ -1,0 +1,166 @@
+"""muenfast net: network interfaces over channels, and what they do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from muenfast import params
+from muenfast.cli._serving import Stop, notify, say_ready, sweep
+from muenfast.cli._text import word
+from muenfast.errors import MuenfastError, UsageError
+
+if TYPE_CHECKING:
+    from muenfast.net import Interface, InterfaceConfig
+
+LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
+         "mac", "addr")
+_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The interfaces' lists, and `show`."""
+    add = parser.add_argument
+    add("words", nargs="*", metavar="show [NAME]", help="what the interfaces of this user's processes do, or that one's")
+    add("--name", metavar="L", help="interfaces to make, at most 32")
+    add("--in", metavar="L", dest="inp", help="channels that they read, NAME (POSIX shared memory), /path or "
+                                              "/path@OFFSET+SIZE; an empty entry: sends only (default: NAME_in)")
+    add("--out", metavar="L", help="channels that they write; an empty entry: receives only (default: NAME_out)")
+    add("--peer", action="store_true", default=None, help="the other end: the defaults of --in and --out are swapped")
+    add("--reader-protocol", metavar="L", help="hexadecimal (default: 2)")
+    add("--writer-protocol", metavar="L", help="hexadecimal (default: 2)")
+    add("--mtu", metavar="L", help="bytes, the same at both ends (default: 1500)")
+    add("--pmtu", metavar="L", help="regions of path MTUs: not built yet, and refused")
+    add("--flags", metavar="L", help="net_hdr: IP packets; eth_dev: an Ethernet device; several joined by +; an empty "
+                                 "entry: raw, any payload of exactly mtu bytes (default: net_hdr)")
+    add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
+                                     "(default: the caller's)")
+    add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 "
+                                    "elements)")
+    add("--carrier", metavar="L", help="peer: there is one while the peer is there; up: always; one entry is for all "
+                                       "(default: peer)")
+    add("--mac", metavar="L", help="MAC addresses, of eth_dev (default: random)")
+    add("--addr", metavar="L", help="addresses with the bits of their network, several of one interface joined by +: "
+                                    "10.0.0.1/24+fd00::1/64")
+    add("--up", action="store_true", default=None, help="set the interfaces up")
+    add_waiting_options(parser)
+    add("--json", action="store_true", default=None, help="show: print everything as JSON")
+    add("-s", "--statistics", action="store_true", default=None, help="show: counters, too")
+
+
+def add_waiting_options(parser: argparse.ArgumentParser) -> None:
+    """How to wait for the other side, and -v."""
+    add = parser.add_argument
+    add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
+                                    "most 1000 while active, 10000 idle)")
+    add("--strict-oneway", action="store_true", default=None,
+        help="no bell: nothing but the channels is shared; waiting is polling, and a slow reader is overrun")
+    add("-v", "--verbose", action="store_true", help="say when peers come and go")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM, or shows."""
+    if arguments.words:
+        return _show(arguments)
+    for name in ("json", "statistics"):
+        if getattr(arguments, name):
+            raise UsageError("goes with show", option="--" + name)
+    if arguments.name is None:
+        raise UsageError("required: the interfaces to make", option="--name", hint="muenfast net --help tells more")
+    with Stop() as stop:    # before modules are imported: an interrupt would be lost there
+        from muenfast.net import interfaces_from_lists
+
+        poll = arguments.poll
+        if poll is not None:
+            from muenfast.connection import MOST_POLL
+
+            poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
+        lists: dict[str, Any] = {name: getattr(arguments, name) for name in LISTS}
+        return serve(interfaces_from_lists(**lists, poll=poll, bells=not arguments.strict_oneway,
+                                           peer=bool(arguments.peer), up=bool(arguments.up)), stop)
+
+
+def serve(configs: Sequence[InterfaceConfig], stop: Stop) -> int:
+    """Makes the interfaces; until stop, or all were removed (status 1)."""
+    from muenfast import __version__
+    from muenfast.control import Command, ControlServer
+    from muenfast.net import Interfaces
+
+    with ExitStack() as stack:
+        interfaces = stack.enter_context(Interfaces(configs))
+        sweep()
+        control = ControlServer({
+            "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status()}),
+            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)})})
+        stack.callback(control.close)
+        say_ready([_line(interface) for interface in interfaces.interfaces])
+        stop.wait(lambda: interfaces.gone)
+        notify("STOPPING=1")
+        return 0 if stop.is_set() else 1
+
+
+def _line(interface: Interface) -> str:
+    """`interface NAME IN OUT BYTES FRAMING MTU [netns NAMESPACE]`."""
+    config = interface.config
+    ends = ["-" if end is None else word(end.text) for end in (config.inp, config.out)]
+    where = [] if config.netns is None else ["netns", word(config.netns)]
+    return " ".join(["interface", interface.device.name, *ends, str(config.element_size), config.framing, str(config.mtu),
+                     *where])
+
+
+# ------------------------------------------------------------------ show
+
+def _show(arguments: argparse.Namespace) -> int:
+    what, *names = arguments.words
+    if what != "show":
+        raise UsageError("the word is show; options make interfaces", value=what, hint="muenfast net --help tells more")
+    if len(names) > 1:
+        raise UsageError("show takes one name", value=names[1])
+    for name in _SERVING:
+        if getattr(arguments, name) is not None:
+            raise UsageError("does not go with show", option="--" + name.replace("inp", "in").replace("_", "-"))
+    from muenfast.control import ask_all
+
+    answers = ask_all({"command": "status"})
+    found = [{"pid": answer["pid"], **entry} for answer in answers for entry in answer.get("interfaces", ())
+             if not names or entry["name"] == names[0]]
+    silent = [answer for answer in answers if not answer["ok"]]
+    if names and not found:
+        raise MuenfastError(f"no process of this user serves an interface {names[0]}"
+                            + ("" if not silent else f" ({len(silent)} did not answer)"))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for entry in found:
+            print("\n".join(_lines(entry, bool(arguments.statistics))))
+    return 1 if silent else 0
+
+
+def _lines(entry: dict[str, Any], statistics: bool) -> list[str]:
+    """An interface as text: the fields of the module's info file, then ours."""
+    state = f"{entry['state']}, {'carrier' if entry['carrier'] else 'no carrier'}"
+    lines = [f"{entry['name']}: {state}, process {entry['pid']}" + ("" if entry["netns"] is None else
+                                                                   f", netns {word(entry['netns'])}"),
+             f"  in/out: {word(entry['in'] or '')}:{word(entry['out'] or '')}", f"  mtu: {entry['mtu']}",
+             f"  flags: {entry['flags'] or '(none)'}",
+             f"  poll: {'adaptive' if entry['poll'] is None else 'every {} µs'.format(entry['poll'])}"]
+    for name in ("writer", "reader"):
+        end = entry[name]
+        lines.append(f"  {name} is {'enabled' if end['enabled'] else 'disabled'}")
+        if end["enabled"]:
+            lines.append(f"  {name}.element_size: {end['element_size']}")
+            lines.append(f"  {name} is {'active' if end['active'] else 'inactive'}")
+    if statistics:
+        lines += [f"  stats.{name}: {value}" for name, value in entry["counters"].items()]
+        for name in ("sent", "received"):
+            for key, value in entry[name].items():
+                if isinstance(value, dict):
+                    lines += [f"  {name}.{key}.{cause}: {number}" for cause, number in value.items()]
+                elif isinstance(value, list):
+                    lines.append(f"  {name}.{key}: {' '.join(map(str, value))}")
+                else:
+                    lines.append(f"  {name}.{key}: {value}")
+    return lines

@@ -1,0 +1,552 @@
+"""Network interfaces over channels: several in one process, set up all or none, left without trace.
+
+An interface is a TUN or TAP device, a channel out and a channel in; one of the two may be missing. Each direction has a
+thread of its own, without the GIL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from muenfast import params, shm, tuntap
+from muenfast._net import LEAST_MTU, MOST_MTU, Receiver, Sender, element_size
+from muenfast._ring import layout
+from muenfast.channel import End
+from muenfast.connection import MOST_POLL, blame, place
+from muenfast.errors import BrokenChannelError, PeerError, PeerLog, UsageError
+from muenfast.threads import spawn
+
+__all__ = ["MOST_INTERFACES", "InterfaceConfig", "Interfaces", "interfaces_from_lists"]
+
+log = logging.getLogger("muenfast")
+
+MOST_INTERFACES = 32  # the module's limit
+DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, 2
+DEFAULT_FLAGS = "net_hdr"
+CARRIERS = ("peer", "up")
+_FLAGS = ("net_hdr", "eth_dev")
+_HEADER: int = layout()["header_size"]
+# Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
+_LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
+_PAGE = 4096
+_TICK = 0.2  # seconds between looks at names
+_GRACE = 0.05  # seconds for packets that were sent before the end to be taken
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the lists are called where the user wrote them; only messages use it."""
+
+    name: str = "--name"
+    inp: str = "--in"
+    out: str = "--out"
+    reader_protocol: str = "--reader-protocol"
+    writer_protocol: str = "--writer-protocol"
+    mtu: str = "--mtu"
+    pmtu: str = "--pmtu"
+    flags: str = "--flags"
+    poll: str = "--poll"
+    netns: str = "--netns"
+    size: str = "--size"
+    mac: str = "--mac"
+    addr: str = "--addr"
+    carrier: str = "--carrier"
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceConfig:
+    """One interface, entry `index` of the lists.
+
+    inp, out: channels; one of them may be None. framing: one of _net.FRAMINGS. mtu: bytes. netns: as
+    tuntap.open_namespace() takes it. poll: microseconds between looks at `inp` where its writer does not ring, None:
+    adaptive. bells: False: strict one-way, nothing flows back. size: bytes of channels that are made, None: by the mtu.
+    carrier: one of CARRIERS. mac, addresses, up: set once the interface is made.
+    """
+
+    name: str
+    inp: shm.Locator | None
+    out: shm.Locator | None
+    index: int = 0
+    reader_protocol: int = DEFAULT_PROTOCOL
+    writer_protocol: int = DEFAULT_PROTOCOL
+    mtu: int = DEFAULT_MTU
+    framing: str = DEFAULT_FLAGS
+    netns: str | None = None
+    poll: int | None = None
+    bells: bool = True
+    size: int | None = None
+    carrier: str = "peer"
+    mac: str | None = None
+    addresses: tuple[str, ...] = ()
+    up: bool = False
+    options: Options = Options()
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element, the same in both channels."""
+        return element_size(self.framing, self.mtu)
+
+    @property
+    def region_size(self) -> int:
+        """Bytes of a channel that is made."""
+        if self.size is not None:
+            return self.size
+        elements = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, _REGION_BYTES // self.element_size))
+        return -(-(_HEADER + elements * self.element_size) // _PAGE) * _PAGE
+
+
+# ------------------------------------------------------------------ from lists
+
+def framing_of(text: str, option: str, index: int) -> str:
+    """What flags, joined by +, come to: none is raw, and net_hdr wins. Exact names only. Raises UsageError."""
+    if not text:
+        return "raw"
+    given = text.split("+")
+    for flag in given:
+        if flag not in _FLAGS:
+            raise UsageError(f"Invalid flag name found in '{text}': the flags are {' and '.join(_FLAGS)}, joined by +",
+                             option=option, index=index, value=flag)
+    return "net_hdr" if "net_hdr" in given else "eth_dev"
+
+
+def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None = None, peer: bool = False,
+                          reader_protocol: str | None = None, writer_protocol: str | None = None, mtu: str | None = None,
+                          pmtu: str | None = None, flags: str | None = None, poll: int | None = None,
+                          netns: str | None = None, size: str | None = None, bells: bool = True,
+                          carrier: str | None = None, mac: str | None = None, addr: str | None = None, up: bool = False,
+                          module: bool = False, options: Options | None = None) -> list[InterfaceConfig]:
+    """Pairs comma lists by position; nothing is opened.
+
+    inp, out: channels, an empty entry is none; default NAME_in and NAME_out, the other way round for the peer. Of the
+    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. module:
+    lists mean what they mean to the kernel module: they may end early, and there are no default channels, protocols or
+    flags.
+
+    Raises UsageError naming option, entry, value and rule.
+    """
+    called = options or Options()
+    names = params.split(called.name, name)
+    if len(names) > MOST_INTERFACES:
+        raise UsageError(f"at most {MOST_INTERFACES} interfaces", option=called.name, index=MOST_INTERFACES,
+                         value=names[MOST_INTERFACES])
+    count = len(names)
+    given = {called.inp: inp, called.out: out, called.reader_protocol: reader_protocol,
+             called.writer_protocol: writer_protocol, called.mtu: mtu, called.pmtu: pmtu, called.flags: flags,
+             called.netns: netns, called.size: size, called.mac: mac, called.addr: addr, called.carrier: carrier}
+    lists = {option: None if text is None else params.split(option, text, empty=True) for option, text in given.items()}
+    for option in (called.netns, called.carrier):
+        if (entries := lists[option]) is not None and len(entries) == 1:
+            lists[option] = entries * count
+    if module:
+        lists = {option: None if entries is None else entries + [""] * (count - len(entries))
+                 for option, entries in lists.items()}
+    params.same_length({called.name: names, **lists})
+    if poll is not None and not 1 <= poll <= MOST_POLL:
+        raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option=called.poll, value=poll)
+
+    def entry(option: str, i: int) -> str:
+        entries = lists[option]
+        return "" if entries is None else entries[i]
+
+    def channel(option: str, i: int, default: str) -> shm.Locator | None:
+        text = default if lists[option] is None and not module else entry(option, i)
+        return shm.Locator.parse(text, option=option, index=i) if text else None
+
+    def interface(i: int) -> InterfaceConfig:
+        tuntap.check_name(names[i], called.name, i)
+        if names[i] in names[:i] and entry(called.netns, i) in [entry(called.netns, k) for k in range(i)
+                                                               if names[k] == names[i]]:
+            raise UsageError("the name is given twice", option=called.name, index=i, value=names[i])
+        ends = ("in", "out") if not peer else ("out", "in")
+        inner, outer = (channel(option, i, f"{names[i]}_{end}")
+                        for option, end in zip((called.inp, called.out), ends, strict=True))
+        if inner is None and outer is None:
+            raise UsageError(f"no channel specified for '{names[i]}': it has neither {called.inp} nor {called.out}",
+                             option=called.name, index=i, value=names[i])
+        reads, writes = (_protocol(option, i, entry(option, i), locator, module)
+                         for option, locator in ((called.reader_protocol, inner), (called.writer_protocol, outer)))
+        framing = framing_of(DEFAULT_FLAGS if lists[called.flags] is None and not module else entry(called.flags, i),
+                             called.flags, i)
+        if (text := entry(called.pmtu, i)):
+            raise UsageError("path MTUs are not built yet: packets longer than a path's MTU would be sent as they are",
+                             option=called.pmtu, index=i, value=text, hint="leave it out")
+        wire = entry(called.carrier, i) or "peer"
+        if wire not in CARRIERS:
+            raise UsageError(f"a carrier is one of {', '.join(CARRIERS)}", option=called.carrier, index=i, value=wire)
+        station = entry(called.mac, i)
+        if station and framing != "eth_dev":
+            raise UsageError("only an Ethernet device (eth_dev) has a MAC address", option=called.mac, index=i,
+                             value=station)
+        most = _mtu(called.mtu, i, entry(called.mtu, i), framing)
+        room = entry(called.size, i)
+        least = _HEADER + element_size(framing, most)
+        addresses = entry(called.addr, i)
+        return InterfaceConfig(
+            names[i], inner, outer, i, reads, writes, most, framing, entry(called.netns, i) or None, poll, bells,
+            params.size(called.size, i, room, least=least) if room else None, wire,
+            tuntap.check_mac(station, called.mac, i) if station else None,
+            tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called)
+
+    configs = [interface(i) for i in range(count)]
+    params.apart([place(option, config.index, locator) for config in configs
+                  for option, locator in ((called.inp, config.inp), (called.out, config.out)) if locator is not None],
+                 "one channel serves one direction of one interface")
+    return configs
+
+
+def _protocol(option: str, index: int, text: str, locator: shm.Locator | None, module: bool) -> int:
+    """An entry of protocols. locator: of the channel it is for. Raises UsageError, in the module's words."""
+    word = option.removeprefix("--").replace("-", "_")
+    if not text:
+        if module and locator is not None:
+            raise UsageError(f"{word} missing: the channel {locator.text} needs one, hexadecimal and not zero",
+                             option=option, index=index)
+        return DEFAULT_PROTOCOL
+    if locator is None and not module:
+        raise UsageError("the interface has no such channel", option=option, index=index, value=text)
+    try:
+        return params.protocol(option, index, text)
+    except UsageError as error:
+        wrong = "missing" if text.removeprefix("0x").strip("0") == "" else "invalid"
+        raise UsageError(f"{word} {wrong}: {error.rule}", option=option, index=index, value=text) from None
+
+
+def _mtu(option: str, index: int, text: str, framing: str) -> int:
+    """An entry of MTUs. Raises UsageError, in the module's words."""
+    most = MOST_MTU - (14 if framing == "eth_dev" else 0)   # a length is 16 bits, and counts the Ethernet header
+    try:
+        return params.number(option, index, text, least=LEAST_MTU, most=most, what="an MTU") if text else DEFAULT_MTU
+    except UsageError as error:
+        raise UsageError(f"MTU invalid: {error.rule}", option=option, index=index, value=text) from None
+
+
+# ------------------------------------------------------------------ one interface
+
+class _Half:
+    """One direction of an interface: the end of its channel, if it has one, its engine and its thread."""
+
+    def __init__(self, interface: Interface, locator: shm.Locator | None, *, writes: bool) -> None:
+        self.interface, self.locator, self.writes = interface, locator, writes
+        self.end: End | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._swap = threading.Lock()       # the engine is taken, or made anew
+        self._broken = False
+        self._batches = -1
+        config = interface.config
+        self._peer = PeerLog(f"interface {config.name}")
+        self._comings = PeerLog(f"interface {config.name}", most=20)
+        if locator is not None:
+            self.end = self._open()
+        try:
+            self.engine = self._engine(self.end)
+        except BaseException:
+            if self.end is not None:
+                self.end.close()
+            raise
+
+    def _open(self) -> End:
+        config = self.interface.config
+        assert self.locator is not None
+        option = config.options.out if self.writes else config.options.inp
+        with blame(option, config.index, self.locator.text):
+            return End(self.locator, writes=self.writes, role="muenfast net", create=config.region_size,
+                       least=_HEADER + config.element_size, bell=config.bells)
+
+    def _engine(self, end: End | None) -> Sender | Receiver:
+        config, fd = self.interface.config, self.interface.device.fd
+        if self.writes:
+            return Sender(fd, None if end is None else end.view, framing=config.framing, mtu=config.mtu,
+                          protocol=config.writer_protocol, bell=None if end is None else end.bell_view)
+        assert end is not None
+        return Receiver(fd, end.view, framing=config.framing, mtu=config.mtu, protocol=config.reader_protocol,
+                        bell=end.bell_view, poll=config.poll)
+
+    # -------------------------------------------------------------- its thread
+
+    def start(self) -> None:
+        """Raises OSError where no thread is to be had."""
+        way = "out" if self.writes else "in"
+        self._thread = spawn(self._run, f"{self.interface.config.name} {way}")
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            event = self.engine.run(_TICK)
+            if event == "gone":
+                self.interface.removed()
+                return
+            try:
+                if event not in ("tick", "stopped"):
+                    self._happened(event)
+                if event in ("tick", "broken") and self._moved():
+                    self._follow()
+            except Exception as error:  # nobody else would hear of it, and the interface goes on
+                self._peer.warning("cannot look after its channels: %s", error)
+                self._stop.wait(_TICK)
+
+    def _happened(self, event: str) -> None:
+        if event in ("connected", "disconnected", "incompatible"):
+            self.interface.set_carrier()
+        if event == "connected":
+            self._comings.info("its peer is there")
+        elif event == "disconnected":
+            self._comings.info("its peer has gone")
+        elif event == "overrun":
+            self._peer.warning("its peer wrote more than the ring holds: %d packets lost so far",
+                               self.engine.counters["lost"]["overrun"])
+        elif event == "incompatible":
+            self._peer.warning("%s", self._misfit())
+
+    def _misfit(self) -> PeerError:
+        assert isinstance(self.engine, Receiver) and self.locator is not None
+        config = self.interface.config
+        protocol, size, elements = self.engine.fault
+        return PeerError(self.locator.text, "header", f"protocol {protocol:x}, size {size}, elements {elements}",
+                         f"protocol {config.reader_protocol:x}, size {config.element_size}, elements that fit",
+                         hint="mtu and flags are the same at both ends")
+
+    def _moved(self) -> bool:
+        """Whether the channel's memory is to be followed: a peer may have made it anew, or truncated it."""
+        if self.end is None or self.locator is None:
+            return False
+        if self.engine.broken:
+            if not self._broken:
+                self._broken = True
+                log.error("interface %s: %s", self.interface.config.name, BrokenChannelError(self.locator.text))
+            self._stop.wait(_TICK / 10)
+            return self.end.replaced() or not self.end.region.truncated()
+        if isinstance(self.engine, Receiver):
+            before, self._batches = self._batches, self.engine.batches
+            if self.engine.connected and self._batches != before:
+                return False
+        if not self.end.replaced():
+            return False
+        # Where the name is merely gone, the peer may still be there.
+        return os.path.exists(self.locator.path) or isinstance(self.engine, Receiver) and not self.engine.connected
+
+    def _follow(self) -> None:
+        """Leaves the channel's old memory for the new one. Raises OSError, UsageError, ClaimError, PeerError; all is as it
+        was then."""
+        old_end, old = self.end, self.engine
+        assert old_end is not None
+        if old_end.replaced():
+            end = self._open()
+        elif old_end.remap():
+            end = old_end
+        else:
+            return
+        try:
+            new = self._engine(end)
+        except BaseException:
+            if end is not old_end:
+                end.close()
+            raise
+        with self._swap:
+            old.close()
+            new.inherit(old)  # type: ignore[arg-type]  # of the same kind
+            self.engine, self.end, self._broken = new, end, False
+            if self._stop.is_set():
+                new.stop()
+        if end is not old_end:
+            old_end.close()
+        self.interface.set_carrier()
+        log.info("interface %s: channel %s was made anew", self.interface.config.name, end.locator.text)
+
+    def link(self, up: bool) -> None:
+        """The interface went up or down."""
+        with self._swap:
+            if isinstance(self.engine, Sender):
+                self.engine.link(up)
+
+    def stop(self) -> None:
+        """Its thread ends soon."""
+        self._stop.set()
+        with self._swap:
+            self.engine.stop()
+
+    def close(self) -> None:
+        """Precondition: stop()."""
+        if self._thread is not None:
+            self._thread.join()
+        self.engine.close()
+        if self.end is not None:
+            self.end.close()
+
+
+class Interface:
+    """One interface; made by construction, running from start() to close(); see Interfaces.
+
+    Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
+    """
+
+    def __init__(self, config: InterfaceConfig, links: tuntap.Links) -> None:
+        self.config = config
+        self.up = False
+        self.gone = False
+        self._carrier = threading.Lock()    # of what the device was told last; of `gone`
+        self._halves: list[_Half] = []
+        with ExitStack() as stack:
+            self._namespace: int | None = None
+            if config.netns is not None:
+                with blame(config.options.netns, config.index, config.netns):
+                    self._namespace = tuntap.open_namespace(config.netns)
+                stack.callback(os.close, self._namespace)
+            with blame(config.options.name, config.index, config.name):
+                self.device = tuntap.Device(config.name, config.framing, config.mtu, namespace=self._namespace)
+            stack.callback(self.device.close)
+            self.sender = _Half(self, config.out, writes=True)
+            self._own(stack, self.sender)
+            self.receiver: _Half | None = None
+            if config.inp is not None:
+                self.receiver = _Half(self, config.inp, writes=False)
+                self._own(stack, self.receiver)
+            links.add(self.device, self._told)
+            stack.callback(links.remove, self.device)
+            self.set_carrier()
+            self._stack = stack.pop_all()
+
+    def _own(self, stack: ExitStack, half: _Half) -> None:
+        self._halves.append(half)
+        stack.callback(half.close)
+        stack.callback(half.stop)
+
+    def start(self) -> None:
+        """Begins to carry packets, then sets what the configuration asks for. Raises OSError."""
+        for half in self._halves:
+            half.start()
+        config = self.config
+        with blame(config.options.name, config.index, config.name):
+            self.device.configure(namespace=self._namespace, addresses=config.addresses, mac=config.mac, up=config.up)
+
+    def _told(self, state: bool | None) -> None:
+        if state is None:
+            self.removed()
+            return
+        self.up = state
+        self.sender.link(state)
+
+    def removed(self) -> None:
+        """The device is no more."""
+        with self._carrier:
+            before, self.gone = self.gone, True
+        if not before:
+            log.error("interface %s: was removed", self.config.name)
+
+    def set_carrier(self) -> None:
+        """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
+        with self._carrier, contextlib.suppress(OSError):   # the device is gone, which is told elsewhere
+            self.device.set_carrier(self.carrier)
+
+    @property
+    def carrier(self) -> bool:
+        """Whether somebody is at the other end."""
+        if self.receiver is None or self.config.carrier == "up":
+            return True
+        engine = self.receiver.engine
+        return isinstance(engine, Receiver) and engine.connected
+
+    def status(self) -> dict[str, Any]:
+        """The module's fields and counters, and what this one knows besides (docs/operations.md)."""
+        config, sender = self.config, self.sender.engine
+        assert isinstance(sender, Sender)
+        incoming = None if self.receiver is None else self.receiver.engine
+        sent = sender.counters
+        received = {} if incoming is None else incoming.counters
+        flat = {**_NO_RECEIVER, **{name: value for name, value in received.items() if name in _NO_RECEIVER},
+                **{name: sent[name] for name in ("tx_packets", "tx_bytes", "tx_dropped")}}
+        return {"name": self.device.rename(), "in": None if config.inp is None else config.inp.text,
+                "out": None if config.out is None else config.out.text, "mtu": config.mtu,
+                "flags": "" if config.framing == "raw" else config.framing, "netns": config.netns, "poll": config.poll,
+                "state": "gone" if self.gone else "up" if self.up else "down", "carrier": self.carrier,
+                "writer": {"enabled": config.out is not None, "active": sender.active,
+                           "element_size": 0 if config.out is None else sender.size, "elements": sender.elements,
+                           "protocol": config.writer_protocol},
+                "reader": {"enabled": incoming is not None, "active": isinstance(incoming, Receiver) and incoming.connected,
+                           "element_size": 0 if incoming is None else incoming.size, "protocol": config.reader_protocol},
+                "counters": flat,
+                "sent": {name: value for name, value in sent.items() if name not in flat},
+                "received": {name: value for name, value in received.items() if name not in flat}}
+
+    def stop(self) -> None:
+        """Its threads end soon."""
+        for half in self._halves:
+            half.stop()
+
+    def close(self) -> None:
+        """The interface goes, and both channels are left."""
+        self._stack.close()
+
+
+_NO_RECEIVER = dict.fromkeys(("rx_packets", "rx_bytes", "rx_errors", "rx_over_errors", "rx_frame_errors", "rx_dropped"), 0)
+
+
+# ------------------------------------------------------------------ all of a process
+
+class Interfaces:
+    """Several interfaces in one process, carrying packets from construction to close(); context manager.
+
+        with muenfast.Interfaces(muenfast.interfaces_from_lists("net0,net1")) as interfaces:
+            interfaces.wait()
+
+    Raises UsageError, ClaimError, PeerError, OSError (EPERM without CAP_NET_ADMIN).
+    """
+
+    def __init__(self, configs: Sequence[InterfaceConfig]) -> None:
+        self._process = os.getpid()
+        self._ended = threading.Event()
+        self.interfaces: list[Interface] = []
+        with ExitStack() as stack:
+            links = stack.enter_context(tuntap.Links())
+            for config in configs:
+                interface = Interface(config, links)
+                stack.callback(interface.close)
+                self.interfaces.append(interface)
+            for interface in self.interfaces:
+                interface.start()
+            stack.callback(self._stop)      # all, before the first is waited for
+            self._stack = stack.pop_all()
+
+    def _stop(self) -> None:
+        self._ended.set()
+        for interface in self.interfaces:
+            interface.stop()
+
+    @property
+    def gone(self) -> bool:
+        """Whether somebody removed all of the interfaces."""
+        return all(interface.gone for interface in self.interfaces)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Returns once it is closed, by another thread or a signal's handler, or after `timeout` seconds; whether it is."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._ended.is_set():     # in pieces: a signal may reach another thread than the one that waits
+            left = 0.2 if end is None else min(0.2, end - time.monotonic())
+            if left <= 0:
+                return False
+            self._ended.wait(left)
+        return True
+
+    def status(self) -> list[dict[str, Any]]:
+        """One entry per interface."""
+        return [interface.status() for interface in self.interfaces]
+
+    def close(self) -> None:
+        """Takes all interfaces away. In a child of fork(), where they are the parent's, nothing happens."""
+        if os.getpid() == self._process:
+            self._stack.close()
+
+    def __enter__(self) -> Interfaces:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,372 @@
+"""TUN and TAP devices: made in any network namespace, gone with their descriptor; whether they are up, and set up.
+
+A device is made, and watched, by system calls alone; pyroute2 is loaded where addresses, a MAC or `up` are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import ipaddress
+import logging
+import os
+import re
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from muenfast.errors import UsageError
+from muenfast.threads import spawn
+
+log = logging.getLogger("muenfast")
+
+_TUN = "/dev/net/tun"
+_NAMESPACES = "/run/netns"  # where `ip netns add` has them
+MOST_NAME = 15  # characters: IFNAMSIZ - 1
+
+# <linux/if_tun.h>
+_IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_TUN_EXCL = 0x1, 0x2, 0x1000, 0x8000
+_TUNSETIFF, _TUNGETIFF, _TUNSETCARRIER, _TUNGETDEVNETNS = 0x400454CA, 0x800454D2, 0x400454E2, 0x54E3
+# <linux/sockios.h>, <linux/if.h>
+_SIOCGIFFLAGS, _SIOCSIFMTU, _SIOCGIFINDEX, _SIOCSIFTXQLEN = 0x8913, 0x8922, 0x8933, 0x8943
+_IFF_UP = 0x1
+# <linux/rtnetlink.h>: the header of a message and that of a link's
+_RTMGRP_LINK, _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 0x1, 16, 17, 18
+_NLMSG, _IFINFO = struct.Struct("IHHII"), struct.Struct("BxHiII")
+_CLONE_NEWNET = 0x40000000
+_EBADFD = 77
+# Packets that wait for us in the kernel: bursts of a window's length find room while a full ring holds us back.
+_QUEUE = 4096
+
+_MODES = {"net_hdr": _IFF_TUN | _IFF_NO_PI, "eth_dev": _IFF_TAP | _IFF_NO_PI, "raw": _IFF_TUN}
+
+_T = TypeVar("_T")
+
+
+def check_name(name: str, option: str, index: int) -> str:
+    """An interface's name, as the kernel takes it. Raises UsageError."""
+    if len(os.fsencode(name)) > MOST_NAME:
+        raise UsageError(f"interface name too long: a name has at most {MOST_NAME} bytes", option=option, index=index,
+                         value=name)
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/: %"):
+        raise UsageError("an interface's name has no blanks, control characters, '/', ':' or '%', and is neither . nor ..",
+                         option=option, index=index, value=name)
+    return name
+
+
+def check_mac(text: str, option: str, index: int) -> str:
+    """A MAC address of one station. Raises UsageError."""
+    if not re.fullmatch("([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}", text):
+        raise UsageError("a MAC address is six hexadecimal bytes, like 02:00:00:00:00:01", option=option, index=index,
+                         value=text)
+    if int(text[:2], 16) & 1 or not int(text.replace(":", ""), 16):
+        raise UsageError("a station's MAC address has an even first byte and is not zero", option=option, index=index,
+                         value=text)
+    return text.lower()
+
+
+def check_addresses(text: str, option: str, index: int) -> tuple[str, ...]:
+    """The addresses of one interface, joined by +, each ADDRESS/BITS. Raises UsageError."""
+    found = []
+    for each in text.split("+"):
+        try:
+            found.append(str(ipaddress.ip_interface(each)))
+        except ValueError as error:
+            raise UsageError(f"an address is IPv4 or IPv6 with the bits of its network, like 10.0.0.1/24 or fd00::1/64, "
+                             f"several of one interface joined by +: {error}", option=option, index=index,
+                             value=text) from None
+    return tuple(found)
+
+
+# ------------------------------------------------------------------ network namespaces
+
+def open_namespace(text: str) -> int:
+    """A descriptor of a network namespace: a name of `ip netns`, a path, or a process's number. Raises OSError."""
+    if text.isdecimal():
+        path = f"/proc/{text}/ns/net"
+    else:
+        path = text if text.startswith("/") else f"{_NAMESPACES}/{text}"
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "no such network namespace (`ip netns add NAME` makes one; a number is a "
+                                "process's, a path may name any)", path) from error
+
+
+def _enter(namespace: int) -> None:
+    """This thread, which makes nothing else, goes there. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)    # os.setns() came with Python 3.12
+    if libc.setns(namespace, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        what = "not without the capability CAP_SYS_ADMIN" if number == errno.EPERM else os.strerror(number)
+        raise OSError(number, f"the network namespace cannot be entered: {what}")
+
+
+def within(namespace: int | None, what: Callable[[], _T]) -> _T:
+    """What what() returns, or raises, in a thread that is in that namespace; no other thread goes there. None: where we
+    are."""
+    if namespace is None:
+        return what()
+    done: list[_T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _enter(namespace)
+            done.append(what())
+        except BaseException as error:
+            failed.append(error)
+
+    spawn(run, "network namespace").join()
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def _news() -> socket.socket:
+    """A socket that tells of links in this thread's namespace, and takes requests about them."""
+    news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+    try:
+        news.bind((0, _RTMGRP_LINK))
+    except BaseException:
+        news.close()
+        raise
+    return news
+
+
+def _request(s: socket.socket, number: int, name: str, value: int = 0) -> int:
+    """An ioctl(2) with a struct ifreq that holds one int; the int afterwards."""
+    filled = struct.pack("16si20x", name.encode(), value)
+    return int(struct.unpack_from("i", fcntl.ioctl(s, number, filled), 16)[0])
+
+
+# ------------------------------------------------------------------ devices
+
+class Device:
+    """A TUN or TAP device with one queue; it goes with close(), or with the process.
+
+    framing: one of _net.FRAMINGS: "eth_dev" is a TAP, the others are TUN; "raw" has packet information before each packet.
+    fd: non-blocking. It is down, and without carrier, at first.
+
+    Raises UsageError, OSError; EPERM says which capability is missing.
+    """
+
+    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None) -> None:
+        self.name, self.framing, self.mtu = name, framing, mtu
+        self.fd = -1
+        self.index = 0
+        self.news: socket.socket | None = None
+        try:
+            within(namespace, self._make)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self) -> None:
+        # The socket first: whatever becomes of the device from its first moment on is told there.
+        self.news = _news()
+        try:
+            self.fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.ioctl(self.fd, _TUNSETIFF, struct.pack("16sH22x", self.name.encode(),
+                                                         _MODES[self.framing] | _IFF_TUN_EXCL))
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise PermissionError(error.errno, f"the interface {self.name} cannot be made without the capability "
+                                      "CAP_NET_ADMIN (run as root, or grant it)", _TUN) from error
+            if error.errno == errno.EBUSY:
+                raise FileExistsError(errno.EEXIST, f"there is an interface {self.name} already (`ip link del "
+                                      f"{self.name}` removes one)", self.name) from error
+            if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+                raise OSError(error.errno, "this kernel has no TUN devices, or no node for them", _TUN) from error
+            raise OSError(error.errno, f"the interface {self.name} cannot be made: {error.strerror}", _TUN) from error
+        self.index = _request(self.news, _SIOCGIFINDEX, self.name)
+        _request(self.news, _SIOCSIFMTU, self.name, self.mtu)
+        _request(self.news, _SIOCSIFTXQLEN, self.name, _QUEUE)
+        self.set_carrier(False)
+
+    def set_carrier(self, on: bool) -> None:
+        """Whether there is somebody at the other end, as the kernel is to see it. OSError where the device is gone."""
+        fcntl.ioctl(self.fd, _TUNSETCARRIER, struct.pack("i", on))
+
+    def configure(self, *, namespace: int | None, addresses: Sequence[str] = (), mac: str | None = None,
+                  up: bool = False) -> None:
+        """What `ip link set` and `ip addr add` would do. Raises OSError."""
+        if addresses or mac is not None or up:
+            within(namespace, lambda: self._configure(addresses, mac, up))
+
+    def _configure(self, addresses: Sequence[str], mac: str | None, up: bool) -> None:
+        from pyroute2 import IPRoute  # type: ignore[import-untyped]
+        from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+
+        with IPRoute() as route:
+            def ask(what: str, call: Callable[..., Any], *words: str, **fields: Any) -> None:
+                try:
+                    call(*words, index=self.index, **fields)
+                except NetlinkError as error:
+                    raise OSError(error.code, f"{what}: {os.strerror(error.code)}", self.name) from error
+
+            if mac is not None:
+                ask(f"MAC address {mac}", route.link, "set", address=mac)
+            for each in addresses:
+                address, _, bits = each.partition("/")
+                ask(f"address {each}", route.addr, "add", address=address, prefixlen=int(bits))
+            if up:
+                ask("up", route.link, "set", state="up")
+
+    def rename(self) -> str:
+        """What it is called by now: somebody may have given it another name."""
+        with contextlib.suppress(OSError):  # it is gone
+            self.name = self._named()
+        return self.name
+
+    def _named(self) -> str:
+        return fcntl.ioctl(self.fd, _TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+
+    def follow(self) -> bool | None:
+        """After its namespace told that it is not there any more: looks for it in another; whether it is up there, None:
+        it is nowhere."""
+        try:
+            namespace = fcntl.ioctl(self.fd, _TUNGETDEVNETNS)
+        except OSError:
+            return None
+        try:
+            news = within(namespace, _news)
+            name = self._named()
+            try:
+                self.index = _request(news, _SIOCGIFINDEX, name)
+                flags = _request(news, _SIOCGIFFLAGS, name)
+            except BaseException:
+                news.close()
+                raise
+        finally:
+            os.close(namespace)
+        old, self.news, self.name = self.news, news, name
+        if old is not None:
+            old.close()
+        return bool(flags & _IFF_UP)
+
+    def states(self) -> list[bool | None]:
+        """What was told of the device since the last call, in order: whether it is up, None: it went away, or elsewhere.
+        """
+        found: list[bool | None] = []
+        assert self.news is not None
+        while True:
+            try:
+                data = self.news.recv(65536)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                # Something was not told: asked for, it is told once more.
+                self.news.send(_NLMSG.pack(_NLMSG.size + _IFINFO.size, _RTM_GETLINK, 1, 0, 0)
+                               + _IFINFO.pack(0, 0, self.index, 0, 0))
+                continue
+            at = 0
+            while at + _NLMSG.size + _IFINFO.size <= len(data):
+                length, kind, *_ = _NLMSG.unpack_from(data, at)
+                if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+                    family, _, index, flags, _ = _IFINFO.unpack_from(data, at + _NLMSG.size)
+                    if index == self.index and family == socket.AF_UNSPEC:  # else of a bridge's port
+                        found.append(None if kind == _RTM_DELLINK else bool(flags & _IFF_UP))
+                at += max(_NLMSG.size, length + 3 & ~3)
+
+    def close(self) -> None:
+        """The device goes."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        news, self.news = self.news, None
+        if news is not None:
+            news.close()
+
+
+class Links:
+    """A thread that looks whether devices are up, and tells; context manager.
+
+    Each device's `told` is called by that thread: True up, False down, None: the device is no more.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.epoll()
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll.register(self._read, select.EPOLLIN)
+        self._books = threading.Lock()
+        self._watched: dict[int, tuple[Device, Callable[[bool | None], None]]] = {}     # by the socket's descriptor
+        try:
+            self._thread = spawn(self._run, "links")
+        except BaseException:
+            self._leave()
+            raise
+
+    def add(self, device: Device, told: Callable[[bool | None], None]) -> None:
+        """Tells of that device from its making on, until remove()."""
+        assert device.news is not None
+        with self._books:
+            fd = device.news.fileno()
+            self._watched[fd] = device, told
+            self._poll.register(fd, select.EPOLLIN)
+
+    def remove(self, device: Device) -> None:
+        """Once it returns nothing is told of the device, which may be closed then."""
+        with self._books:
+            self._forget(device)
+
+    def _forget(self, device: Device) -> None:
+        for fd in [fd for fd, (each, _) in self._watched.items() if each is device]:
+            del self._watched[fd]
+            self._poll.unregister(fd)
+
+    def _run(self) -> None:
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd == self._read:
+                    return
+                with self._books:
+                    if fd in self._watched:
+                        device, told = self._watched[fd]
+                        try:
+                            self._look(device, told)
+                        except Exception as error:  # nobody else would hear of it, and the others go on
+                            log.error("interface %s: cannot see whether it is up: %s", device.name, error)
+                            self._forget(device)
+
+    def _look(self, device: Device, told: Callable[[bool | None], None]) -> None:
+        for state in device.states():
+            if state is not None:
+                told(state)
+                continue
+            self._forget(device)
+            told(False)
+            now = device.follow()
+            if now is None:
+                told(None)
+                return
+            log.info("interface %s: is in another network namespace now", device.name)
+            assert device.news is not None
+            self._watched[device.news.fileno()] = device, told
+            self._poll.register(device.news.fileno(), select.EPOLLIN)
+            told(now)
+
+    def _leave(self) -> None:
+        self._poll.close()
+        for fd in (self._read, self._write):
+            os.close(fd)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        with contextlib.suppress(BlockingIOError):  # full of such words
+            os.write(self._write, b"x")
+        self._thread.join()
+        self._leave()
+
+    def __enter__(self) -> Links:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
