@@ -483,7 +483,9 @@ def test_a_client_that_stands(link: Link, names: Callable[[str], str], point: st
             with watching(client.process.pid, link, where):
                 time.sleep(PAUSE)
                 [entry] = control.ask(server.pid, {"command": "status"})["entries"]
-                assert entry["counters"]["overruns"] == entry["counters"]["lost"] == entry["counters"]["torn"] == 0
+                assert entry["counters"]["overruns"] == entry["counters"]["lost"] == 0
+                # A client that begins anew takes back what the server may be executing: up to 4 requests, twice.
+                assert entry["counters"]["torn"] <= (8 if where[-1] else 0)
                 if fate == signal.SIGKILL:
                     client.kill()
         acknowledged = dict(client.acknowledged)

@@ -260,7 +260,7 @@ MUTATIONS = [
              "False and isinstance", USER),
     Mutation("jobs: a child is no worker", "execute",
              "            if getpid() != self.process:\n                leave_child(error)\n", "", USER),
-    Mutation("jobs: what is left runs", "jobs_forget", "q->left++;", "", USER),
+    Mutation("jobs: what is left runs", "jobs_forget", "store_relaxed32(&q->left, q->left + 1);", "", USER),
     Mutation("jobs: largest call", "server_launch", " and (run + 1) * BLOCK_SIZE <= s.store.most", "", USER),
     Mutation("jobs: largest call, buffer", "buffer_joined", " or next.length > together - length[0]", "", USER),
     Mutation("jobs: another one at work", "jobs_next", " || stalled", "", USER),

@@ -65,7 +65,7 @@ typedef struct jobs {
     uint32_t awake;     /* workers that execute, or are about to look for a job */
     bool watched;       /* a worker looks on */
     uint32_t spin_score, spin_probe; /* of workers that spin, who agree on nothing better */
-    uint32_t left;      /* jobs at work that nobody waits for */
+    uint32_t left;      /* jobs at work that nobody waits for; looked at without the lock */
     uint32_t adrift;    /* of those, the ones that change what stands in the store */
     bool ending;
     uint64_t calls, late, returned; /* executed; answered by the deadline; of those, ended since */
@@ -202,7 +202,7 @@ static inline bool jobs_forget(jobs *q, job *j, bool late) {
         done = queued = true;
     } else if (j->state == JOB_RUNNING) {
         j->reader = NULL;
-        q->left++;
+        store_relaxed32(&q->left, q->left + 1);
         q->adrift += j->changes;
         done = true;
     }
@@ -329,7 +329,7 @@ static inline void jobs_done(jobs *q, job *j, int error) {
     pthread_mutex_lock(&q->lock);
     count64(&q->calls, 1);
     if (j->reader == NULL) {
-        q->left--;
+        store_relaxed32(&q->left, q->left - 1);
         q->adrift -= j->changes;
         count64(&q->returned, 1);
     }
@@ -353,15 +353,6 @@ static inline uint64_t jobs_lateness(jobs *q, late_call *last) {
     late = q->late;
     pthread_mutex_unlock(&q->lock);
     return late;
-}
-
-/* How many jobs are at work that nobody waits for. */
-static inline uint32_t jobs_left(jobs *q) {
-    uint32_t left;
-    pthread_mutex_lock(&q->lock);
-    left = q->left;
-    pthread_mutex_unlock(&q->lock);
-    return left;
 }
 
 /* Workers get no more jobs. */

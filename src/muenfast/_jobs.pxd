@@ -22,6 +22,7 @@ cdef extern from "_jobs.h" nogil:
         uint64_t calls
         uint64_t late
         uint64_t returned
+        uint32_t left
     const size_t JOBS_SIZE "sizeof(jobs)"
     void jobs_init(jobs *q, uint64_t timeout_ns) noexcept
     void jobs_destroy(jobs *q) noexcept
@@ -31,7 +32,6 @@ cdef extern from "_jobs.h" nogil:
     void jobs_done(jobs *q, job *j, int error) noexcept
     void jobs_end(jobs *q) noexcept
     uint64_t jobs_lateness(jobs *q, late_call *last) noexcept
-    uint32_t jobs_left(jobs *q) noexcept
 
 cdef extern from "_faults.h" nogil:
     enum:

@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 from muenfast._aio cimport AIO_DISCARD, AIO_READ, AIO_SYNC, AIO_WRITE
 from muenfast._jobs cimport *
 from muenfast._store cimport STORE_USER, Store
-from muenfast._wire cimport BLOCK_SIZE, fetch_add_acqrel32, load_acquire32, load_relaxed64
+from muenfast._wire cimport BLOCK_SIZE, fetch_add_acqrel32, load_acquire32, load_relaxed32, load_relaxed64
 
 from muenfast.errors import UsageError
 from muenfast.threads import leave_child
@@ -107,7 +107,7 @@ cdef class UserStore(Store):
     @property
     def abandoned(self):
         """Calls that still run, though nobody waits for them any more."""
-        return jobs_left(self.q)
+        return load_relaxed32(&self.q.left)
 
     @property
     def last_late(self):

@@ -93,7 +93,7 @@ class ControlledServer(BlockServer):
             stack.callback(self._end_created)
             self._stack = stack.pop_all()
         for export in self.exports:
-            self._enter(self._free_name(export), export)
+            self._enter(self._free_name(export), export, _regions_of(export.config))
 
     # -------------------------------------------------------------- the books
 
@@ -110,11 +110,11 @@ class ControlledServer(BlockServer):
             number += 1
         return name
 
-    def _enter(self, name: str, export: Export) -> int:
+    def _enter(self, name: str, export: Export, regions: _Regions) -> int:
         """Precondition: `_books` is held, or nobody else knows of them yet."""
         self._last += 1
         self._named[self._last] = (name, export)
-        self._regions[self._last] = _regions_of(export.config)
+        self._regions[self._last] = regions
         return self._last
 
     def _all(self) -> list[tuple[int, str, Export]]:
@@ -188,14 +188,15 @@ class ControlledServer(BlockServer):
         options["req"] = options.get("req") or f"{name}_req"
         options["resp"] = options.get("resp") or f"{name}_resp"
         config = config_of(**options)
+        regions = _regions_of(config)
         with self._books:
             self._begin()
             if name in self._coming or any(name == other for _, other, _ in self._entries()):
                 raise UsageError("there is an export of that name", option="NAME", value=name,
                                  hint=f"`muenfast ctl destroy {name}` ends it")
-            self._check_regions(config)
+            self._check_regions(regions)
             watch = self._watching()
-            self._coming[name] = _regions_of(config)
+            self._coming[name] = regions
         try:
             export = Export(config, watch=watch)
             try:
@@ -206,7 +207,7 @@ class ControlledServer(BlockServer):
             with self._books:
                 self._created.append(export)
                 self.exports.append(export)
-                number = self._enter(name, export)
+                number = self._enter(name, export, regions)
         finally:
             with self._books:
                 del self._coming[name]
@@ -214,17 +215,16 @@ class ControlledServer(BlockServer):
         log.info("export %s: created as %s", export.name, name)
         return self.entry(number, name, export)
 
-    def _check_regions(self, config: ExportConfig) -> None:
+    def _check_regions(self, regions: _Regions) -> None:
         """Raises UsageError where another export has one of the regions. Other processes' are seen by their claims.
         Precondition: `_books` is held."""
-        taken = [(self._named[number][0], each) for number, regions in self._regions.items() for each in regions]
-        taken += [(name, each) for name, regions in self._coming.items() for each in regions]
-        for option, locator in config.channels.regions:
-            *_, path, start, end = place(option, 0, locator)
+        taken = [(self._named[number][0], each) for number, theirs in self._regions.items() for each in theirs]
+        taken += [(name, each) for name, theirs in self._coming.items() for each in theirs]
+        for option, index, text, path, start, end in regions:
             for name, (*_, other, first, last) in taken:
                 if path == other and start < last and first < end:
                     raise UsageError(f"a region is one channel or the buffer of one connection; export {name} has it",
-                                     option=option, index=0, value=locator.text)
+                                     option=option, index=index, value=text)
 
     def _watching(self) -> Watch:
         """One thread polls for all that were created, while they are idle. Precondition: `_books` is held."""
@@ -322,7 +322,7 @@ class ControlledServer(BlockServer):
     def _end_created(self) -> None:
         with self._books:           # what is under way is finished first, and made to
             self._over = True
-            for export in self._created:
+            for export in self.exports:
                 export.stop()
             while self._coming or self._busy:
                 self._books.wait()

@@ -35,14 +35,14 @@ def leave_child(error: BaseException | None) -> NoReturn:
     """Ends a child of fork() that a user's code made and let return, or leave by an exception, into a server's thread: as
     the interpreter would end, but nothing of the server's is cleaned up."""
     status = 0 if error is None else 1
-    if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-        if status == 1 and isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    elif error is not None:
-        traceback.print_exception(error)
     try:
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        elif error is not None:
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
+    finally:    # also where there is nowhere to write to
         os._exit(status & 0xff)

@@ -195,9 +195,13 @@ class UserBacking(Backing):
             log.warning("store %s: %s has not answered within %g s: I/O error%s%s", self._device.text, what, self._timeout,
                         "" if name in ("pread", "flush") else "; writes there fail until it returns", more)
 
+    def _whole(self, size: int) -> int:
+        """Bytes of it in whole blocks."""
+        return size // self.store.block_size * self.store.block_size
+
     def check_resize(self, size: int | None, force: bool) -> bool:
         if size is None:
-            whole = self._size() // self.store.block_size * self.store.block_size
+            whole = self._whole(self._size())
             check_shrink(self.store.size, whole, force, found=True)
             return whole != self.store.size
         if not callable(getattr(self._object, "resize", None)):
@@ -217,6 +221,8 @@ class UserBacking(Backing):
         if size is not None and now < size:     # what a smaller one cuts off, nobody has agreed to; it may round up
             raise StoreError(self._device.text, "get_size()", f"returned {now} after resize({size}); without a SIZE the "
                                                               "export takes that over")
+        if size is None:    # it may be another one than a moment ago
+            check_shrink(self.store.size, self._whole(now), force, found=True)
         self.store.resize(now)
         self.left_over = now - self.store.size
 
