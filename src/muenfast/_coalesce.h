@@ -19,8 +19,8 @@ enum {
     COALESCE_FLOWS = 8,                    /* held at once (the kernel's MAX_GRO_SKBS) */
     COALESCE_BUFFERS = COALESCE_FLOWS + 1, /* and one for what comes next */
     COALESCE_HEAD = 128,                   /* bytes that are looked at: more than the headers of what is merged */
-    COALESCE_FRONT = 16,                   /* before a packet: its vnet_header, behind 6 bytes of nothing */
-    COALESCE_STRIDE = COALESCE_FRONT + INET_MOST + 1 + 112,
+    COALESCE_FRONT = 32,                   /* before a packet: its vnet_header, behind room for what else goes before it */
+    COALESCE_STRIDE = COALESCE_FRONT + INET_MOST + 1 + 96,
     COALESCE_MEMORY = COALESCE_BUFFERS * COALESCE_STRIDE,
     COALESCE_SEGMENTS = 128,               /* of TCP: 65535 bytes at an MTU of 576 */
     COALESCE_DATAGRAMS = 64                /* the kernel's UDP_GRO_CNT_MAX; UDP_MAX_SEGMENTS of older ones */
@@ -320,6 +320,9 @@ static inline int coalesce_place(coalescer *c, const uint8_t *element, uint32_t 
     p->good = sum_fold(sum) == 0xffff;
     return 0;
 }
+
+/* Of the packet that was placed: 4 or 6. */
+static inline uint32_t coalesce_version(const coalescer *c) { return c->p.name.version; }
 
 /* Packets between the same addresses leave before one whose flow cannot be told: it may be a fragment of theirs. */
 static inline void coalesce_part(coalescer *c) {

@@ -51,7 +51,7 @@ static inline uint32_t frame_room(int kind, uint32_t size) {
     return size - (kind == FRAME_NET ? sizeof(net_hdr) : kind == FRAME_ETH ? ETH_LENGTH : 0);
 }
 
-/* Bytes of an IP packet by its own header, or FRAME_LENGTH, FRAME_NOT_IP. p: IPV6_HEADER bytes, private. */
+/* Bytes of an IP packet by its own header, or FRAME_LENGTH, FRAME_NOT_IP. p: IPV4_HEADER bytes, private. */
 static inline int32_t ip_length(const uint8_t *p) {
     uint32_t header, total;
     if (p[0] >> 4 == 6)
@@ -65,15 +65,15 @@ static inline int32_t ip_length(const uint8_t *p) {
 
 /* Completes an element into whose room n bytes of a packet were read: what stands beside the packet, and zeros, so that
  * no byte of an earlier element goes out. used: bytes of the room that are not zero behind the packet, at most. mark: for
- * net_hdr; a marked one stands there already, and only its length, which segmentation in the kernel makes stale, is
- * corrected. 0, or why the packet is none to send. */
-static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark, int marked) {
+ * net_hdr. 0, or why the packet is none to send. */
+static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark) {
     uint32_t start = frame_start(kind);
     uint16_t length = (uint16_t)n;
     if (n > frame_room(kind, size))
         return FRAME_OVERSIZE;
     if (kind == FRAME_NET) {
-        uint8_t first[2];
+        uint8_t first[IPV4_HEADER];
+        int32_t own;
         net_hdr h;
         if (n < IPV4_HEADER)
             return FRAME_NOT_IP;
@@ -86,12 +86,12 @@ static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t 
             h.qos = (uint8_t)((first[0] & 15) << 2 | first[1] >> 6);
         } else
             return FRAME_NOT_IP;
+        own = ip_length(first);
+        if (own < 0 || (uint32_t)own > n)
+            return FRAME_LENGTH;
         h.mark = mark;
         h.length = length;
-        if (marked)
-            memcpy(slot + offsetof(net_hdr, length), &length, sizeof(length));
-        else
-            memcpy(slot, &h, sizeof(h));
+        memcpy(slot, &h, sizeof(h));
     }
     if (used > n)
         memset(slot + start + n, 0, used - n);
@@ -99,6 +99,17 @@ static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t 
         memcpy(slot + size - ETH_LENGTH, &length, sizeof(length));
     return 0;
 }
+
+/* The header of an element, loaded once. */
+static inline net_hdr frame_header(const uint8_t *slot) {
+    net_hdr h;
+    memcpy(&h, slot, sizeof(h));
+    __asm__("" : : : "memory"); /* from here on the copy is what counts */
+    return h;
+}
+
+/* Whether net_hdr says which IP it is. version: of the packet. */
+static inline int frame_agrees(net_hdr h, uint32_t version) { return h.protocol == (version == 4 ? NET_IPV4 : NET_IPV6); }
 
 /* Copies an element's packet, and not much more, to `to` (size bytes), where it stands as in the element; its length, or
  * FRAME_LENGTH, FRAME_PROTOCOL. mark: of net_hdr, else 0. What is copied may be torn: the caller looks afterwards
@@ -123,7 +134,7 @@ static inline int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uin
     memcpy(to, slot, HEAD);
     memcpy(&h, to, sizeof(h));
     n = ip_length(to + sizeof(h));
-    if (n == FRAME_NOT_IP || h.protocol != (to[sizeof(h)] >> 4 == 4 ? NET_IPV4 : NET_IPV6))
+    if (n == FRAME_NOT_IP || !frame_agrees(h, to[sizeof(h)] >> 4))
         return FRAME_PROTOCOL;
     if (n < 0 || (uint32_t)n > size - sizeof(h))
         return FRAME_LENGTH;

@@ -17,7 +17,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "_atomics.h"
+#include "_turns.h"
 
 #define MARKS_HEADER 8u         /* bytes of net_hdr and of the prefix */
 
@@ -68,34 +68,17 @@ static inline void marks_prefix(uint8_t *to, uint8_t first, uint32_t mark) {
 typedef struct {
     uint32_t *child;        /* highest + 1 words */
     uint32_t highest;       /* mark */
-    uint32_t turn;          /* the receiver's, begins with 0 */
+    uint32_t turn;          /* the receiver's */
 } mark_table_t;
 
 static inline uint32_t marks_child(const mark_table_t *t, uint32_t mark) {
     return mark <= t->highest ? load_relaxed32(&t->child[mark]) : 0;
 }
 
-/* The fence pairs with that of marks_turn: either the receiver sees the table as it is after the change, or the other one its
- * turn. Release: who sees this turn, and not the end of the last one, knows of that end all the same (marks_settled). */
-static inline void marks_enter(mark_table_t *t) {
-    store_release32(&t->turn, t->turn + 1);
-    fence_seq_cst();
-}
-
-static inline void marks_leave(mark_table_t *t) {
-    store_release32(&t->turn, t->turn + 1);
-}
-
-/* What the receiver's turn was behind a change; pairs with: marks_enter. */
-static inline uint32_t marks_turn(const mark_table_t *t) {
-    fence_seq_cst();
-    return load_acquire32(&t->turn);
-}
-
-/* Whether nothing that was taken from the table before marks_turn() gave `then` is in use any more; pairs with: marks_leave,
- * marks_enter. */
-static inline int marks_settled(const mark_table_t *t, uint32_t then) {
-    return !(then & 1) || load_acquire32(&t->turn) != then;
-}
+/* The receiver's turns (_turns.h). */
+static inline void marks_enter(mark_table_t *t) { turn_enter(&t->turn); }
+static inline void marks_leave(mark_table_t *t) { turn_leave(&t->turn); }
+static inline uint32_t marks_turn(const mark_table_t *t) { return turn_now(&t->turn); }
+static inline int marks_settled(const mark_table_t *t, uint32_t then) { return turn_over(&t->turn, then); }
 
 #endif

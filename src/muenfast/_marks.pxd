@@ -18,5 +18,12 @@ cdef extern from "_marks.h" nogil:
     bint marks_settled(const mark_table_t *t, uint32_t then) noexcept
 
 
+cdef extern from "_turns.h" nogil:
+    void turn_enter(uint32_t *turn) noexcept
+    void turn_leave(uint32_t *turn) noexcept
+    uint32_t turn_now(const uint32_t *turn) noexcept
+    bint turn_over(const uint32_t *turn, uint32_t then) noexcept
+
+
 cdef class MarkTable:
     cdef mark_table_t t

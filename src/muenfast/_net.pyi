@@ -1,16 +1,34 @@
+from collections.abc import Iterable
 from typing import Any, final
 
 from typing_extensions import Buffer, disjoint_base
 
+from muenfast._marks import MarkTable
+
 FRAMINGS: dict[str, int]
+MERGES: dict[str, int]
 LEAST_MTU: int
 MOST_MTU: int
+MOST_PORTS: int
 
 def element_size(framing: str, mtu: int) -> int: ...
 def packet_room(framing: str, mtu: int) -> int: ...
 
+@final
+class Ports:
+    def __init__(self, marks: MarkTable, offload: bool = False) -> None: ...
+    @property
+    def marks(self) -> MarkTable: ...
+    @property
+    def offload(self) -> bool: ...
+    def add(self, number: int, fd: int, way: str = "", tap: int = -1) -> None: ...
+    def remove(self, number: int, seconds: float = 10) -> bool: ...
+    def counters(self, number: int) -> dict[str, int]: ...
+
 @disjoint_base
 class Pump:
+    @property
+    def ports(self) -> Ports: ...
     @property
     def framing(self) -> str: ...
     @property
@@ -21,8 +39,8 @@ class Pump:
 @final
 class Sender(Pump):
     EVENTS: tuple[str, ...]
-    def __init__(self, fd: int, memory: Buffer | None, *, framing: str, mtu: int, protocol: int = 0,
-                 bell: Buffer | None = None, pressed: bool = True, marked: bool = False) -> None: ...
+    def __init__(self, ports: Ports, memory: Buffer | None, *, framing: str, mtu: int, protocol: int = 0,
+                 bell: Buffer | None = None, pressed: bool = True, paths: Buffer | None = None) -> None: ...
     @property
     def active(self) -> bool: ...
     @property
@@ -38,8 +56,8 @@ class Sender(Pump):
 @final
 class Receiver(Pump):
     EVENTS: tuple[str, ...]
-    def __init__(self, fd: int, memory: Buffer, *, framing: str, mtu: int, protocol: int, bell: Buffer | None = None,
-                 poll: int | None = None) -> None: ...
+    def __init__(self, ports: Ports, memory: Buffer, *, framing: str, mtu: int, protocol: int, bell: Buffer | None = None,
+                 poll: int | None = None, merge: Iterable[str] = ()) -> None: ...
     @property
     def connected(self) -> bool: ...
     @property

@@ -1,14 +1,19 @@
-"""Network interfaces over channels: packets from a TUN or TAP device into a ring, and from a ring into the device.
+"""Network interfaces over channels: packets from TUN or TAP devices into a ring, and from a ring into the devices.
 
 Runs without the GIL and allocates nothing per packet. Trust: a packet that comes is copied out of the ring once, checked
-in that copy, and only what passed goes to the device; of an outgoing one nothing is read back but what this side wrote.
+in that copy, and only what passed goes to a device; of an outgoing one nothing is read back but what this side wrote.
+
+With offloads a device gives and takes super-packets, each behind a virtio_net_hdr; the ring has ordinary packets only
+(docs/decisions/015).
 """
 cimport cython
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, errno
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, ENETDOWN, errno
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
 
+from muenfast._marks cimport *
+from muenfast._packets cimport *
 from muenfast._ring cimport *
 from muenfast._system cimport *
 from muenfast._thread cimport TIMER_SLACK_NS, prepare_thread
@@ -17,6 +22,12 @@ from muenfast._wire cimport *
 from muenfast.errors import UsageError
 
 cdef extern from "_frame.h" nogil:
+    ctypedef struct net_hdr:
+        uint32_t mark
+        uint16_t length
+        uint8_t protocol
+        uint8_t qos
+    enum: NET_IPV4
     enum: FRAME_RAW
     enum: FRAME_NET
     enum: FRAME_ETH
@@ -25,11 +36,14 @@ cdef extern from "_frame.h" nogil:
     enum: FRAME_LENGTH
     enum: FRAME_PROTOCOL
     enum: FRAME_OVERSIZE
+    enum: FRAME_NOT_IP
     enum: ETH_HEADER
     uint32_t frame_size(int kind, uint32_t mtu) noexcept
     uint32_t frame_start(int kind) noexcept
     uint32_t frame_room(int kind, uint32_t size) noexcept
-    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark, int marked) noexcept
+    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark) noexcept
+    net_hdr frame_header(const uint8_t *slot) noexcept
+    bint frame_agrees(net_hdr h, uint32_t version) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
 
 cdef extern from "<errno.h>" nogil:
@@ -37,14 +51,20 @@ cdef extern from "<errno.h>" nogil:
 
 FRAMINGS = {"raw": FRAME_RAW, "net_hdr": FRAME_NET, "eth_dev": FRAME_ETH}
 LEAST_MTU, MOST_MTU = FRAME_LEAST, FRAME_MOST
+MERGES = {"tcp4": COALESCE_TCP4, "tcp6": COALESCE_TCP6, "udp": COALESCE_UDP}
+MOST_PORTS = PORTS      # devices of one interface: itself and its children
 
 cdef enum:
+    PORTS = 256             # MOST_CHILDREN of marks.py, and the interface itself
     BATCH = 64              # most packets of one round
     CLASSES = 7             # of batch sizes: 1, 2 and 3, 4 to 7, ..., BATCH
-    # More than any packet of a device whose MTU somebody raised; the rest of it is of no use.
+    # More than any packet of a device; the rest of one whose MTU somebody raised is of no use.
     SPILL = 65536
     PACKET_INFORMATION = 4  # struct tun_pi before each packet of a raw device: flags and ethertype
-    HEADROOM = 16           # before a packet in private memory
+    HEADROOM = 32           # before a packet in private memory
+    MERGE = 256             # most elements that are merged before all that is held goes to the devices
+    TELL = 8                # elements of these after which the writer is told of the progress
+    ANCILLARY = 64          # bytes for a message's mark
 
 # Bytes of a round: published together, or copied out together and looked at once (docs/decisions/003).
 cdef uint64_t BATCH_BYTES = 16384
@@ -76,15 +96,130 @@ cdef inline uint64_t batch_of(uint64_t size) noexcept nogil:
     return min(<uint64_t>BATCH, max(<uint64_t>1, BATCH_BYTES // size))
 
 
-# ------------------------------------------------------------------ device to ring
+# ------------------------------------------------------------------ devices
+
+cdef enum port_way:
+    PORT_PLAIN = 0          # packets have no mark
+    PORT_FRONT = 1          # net_hdr stands before a packet that is read, a prefix before a marked one that is written
+    PORT_TAP = 2            # packets are read, with their marks, from a packet socket
+
+_WAYS = {"": PORT_PLAIN, "front": PORT_FRONT, "tap": PORT_TAP}
+
+
+cdef struct port_t:
+    # Others store it last when a port begins and first when it ends; both engines take it within their turns only.
+    uint32_t fd             # 1 more than the device's descriptor, 0: there is no such port
+    int32_t tap             # PORT_TAP: the packet socket
+    port_way way
+    bint ready              # the sender's: there may be something to read
+    uint64_t tx_packets     # the sender's, as the next one: what the device gave
+    uint64_t tx_bytes
+    uint64_t rx_packets     # the receiver's, as the next one: what the device took
+    uint64_t rx_bytes
+
+
+cdef inline int port_fd(const port_t *p) noexcept nogil:
+    return <int>load_acquire32(&p.fd) - 1
+
+
+@cython.final
+cdef class Ports:
+    """The devices of one interface, number 0 its own, the others its children's; and whose an incoming mark is.
+
+    marks: the table that says so. offload: all devices are opened for virtio_net_hdr. Used by one Sender and one Receiver
+    at a time; add() and remove() may be called meanwhile, by one thread at a time.
+    """
+    cdef port_t *ports
+    cdef uint32_t count     # ports there may be: no number is as high
+    cdef uint32_t turn      # the sender's (_turns.h); the receiver's is the table's
+    cdef readonly MarkTable marks
+    cdef readonly bint offload
+
+    def __cinit__(self, MarkTable marks not None, bint offload=False):
+        self.ports = <port_t *>calloc(PORTS, sizeof(port_t))
+        if self.ports == NULL:
+            raise MemoryError
+        self.marks, self.offload = marks, offload
+
+    def __dealloc__(self):
+        free(self.ports)
+
+    def add(self, uint32_t number, int fd, str way="", int tap=-1):
+        """Begins to use a device. fd: non-blocking, open until remove() has returned; way: "", "front" or "tap" (bpf.py), of
+        which the last one takes `tap`, too. Raises UsageError."""
+        cdef port_t *p
+        if number >= PORTS or load_relaxed32(&self.ports[number].fd) != 0:
+            raise UsageError(f"a port's number is below {PORTS} and not in use", value=number)
+        if way not in _WAYS or (way == "tap") != (tap >= 0) or fd < 0:
+            raise UsageError(f"a way is one of {', '.join(map(repr, _WAYS))}, and only a tap has a packet socket", value=way)
+        p = &self.ports[number]
+        memset(p, 0, sizeof(port_t))
+        p.tap, p.way = tap, _WAYS[way]
+        store_release32(&p.fd, <uint32_t>fd + 1)
+        if number >= self.count:
+            store_release32(&self.count, number + 1)
+
+    def remove(self, uint32_t number, double seconds=10):
+        """Ends that; precondition: no mark is the port's. Whether nobody uses the device any more: else, after so many
+        seconds, it is to be called again before the device is closed."""
+        cdef uint32_t sender, receiver
+        cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
+        cdef bint over
+        store_release32(&self.ports[number].fd, 0)
+        sender, receiver = turn_now(&self.turn), marks_turn(&self.marks.t)
+        with nogil:
+            while True:
+                over = turn_over(&self.turn, sender) and marks_settled(&self.marks.t, receiver)
+                if over or now_ns() >= end:
+                    break
+                sleep_ns(NAP_NS)
+        return over
+
+    def counters(self, uint32_t number):
+        """What the device gave and took; zeros where there never was one."""
+        cdef port_t *p = &self.ports[number % PORTS]
+        return {"rx_packets": p.rx_packets, "rx_bytes": p.rx_bytes, "tx_packets": p.tx_packets, "tx_bytes": p.tx_bytes}
+
+
+# ------------------------------------------------------------------ devices to ring
+
+cdef extern from *:
+    """
+    #include <string.h>
+    #include <sys/socket.h>
+
+    /* The mark that came with a message, 0: none (SO_RCVMARK). */
+    static inline uint32_t message_mark(const struct msghdr *m) {
+        uint32_t mark = 0;
+        for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c != NULL; c = CMSG_NXTHDR((struct msghdr *)m, c))
+            if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_MARK && c->cmsg_len >= CMSG_LEN(sizeof mark))
+                memcpy(&mark, CMSG_DATA(c), sizeof mark);
+        return mark;
+    }
+    """
+    ctypedef struct msghdr_t "struct msghdr":
+        iovec_t *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+    uint32_t message_mark(const msghdr_t *m) noexcept nogil
+    ssize_t recvmsg(int fd, msghdr_t *m, int flags) noexcept nogil
+
 
 cdef struct sender_counters:
-    uint64_t packets
+    uint64_t packets        # elements, as `bytes` is of what they hold
     uint64_t bytes
-    uint64_t oversize       # dropped, as the next three are: more than an element holds
+    uint64_t oversize       # dropped, as the next ones are: more than an element holds
     uint64_t not_ip         # of net_hdr, which has a protocol for IPv4 and IPv6 only
+    uint64_t malformed      # its headers contradict its length, or each other
+    uint64_t too_big        # longer than the path's MTU, and not to be fragmented
     uint64_t no_peer        # there is no channel to send on
     uint64_t down           # were on their way as the interface went down
+    uint64_t supers         # super-packets that were split ...
+    uint64_t segments       # ... and the elements of that
+    uint64_t fragmented     # packets of which the path took fragments only ...
+    uint64_t fragments      # ... and the elements of that
+    uint64_t news           # senders who were told of the path's MTU
     uint64_t waits          # times the ring was full of what its reader had not taken
     uint64_t given_up       # such a reader took nothing for STUCK_NS, and is overrun
     uint64_t batches[CLASSES]
@@ -92,22 +227,42 @@ cdef struct sender_counters:
 
 cdef struct sender_t:
     writer_t w              # w.hdr NULL: no channel, what comes is dropped
-    int fd
+    port_t *ports
+    const uint32_t *count   # of them
+    uint32_t *turn
+    uint32_t next           # port that is looked at next
     int wake                # eventfd
     int kind
-    bint marked             # the device's packets begin with their net_hdr
+    bint offload
     bint pressed            # the ring's reader is waited for where it tells how far it is
     uint32_t size           # of an element
     uint64_t batch
-    uint8_t *spill
+    const uint32_t *paths   # path MTUs: entry mark - 1; `marks` of them
+    uint32_t marks
+    uint8_t *spill          # SPILL bytes for what an element does not hold, behind as many
     uint32_t *used          # of each element: bytes of its room that may be other than zero in this epoch
     uint8_t information[PACKET_INFORMATION]
+    uint8_t ancillary[ANCILLARY]
+    vnet_header vnet        # of the packet that was read, counting from its first byte on
+    uint32_t mark           # of the same
+    # A packet in private memory of which elements are yet to be made.
+    segmenter cut
+    pmtu_fragments parts    # of the segment in `piece`
+    uint32_t left           # fragments that are to come
+    uint32_t limit          # of its path, where a segment may be longer; else 0
+    bint told               # its sender was told, or is not to be
+    uint32_t port           # where it came from
+    uint8_t *piece          # SPILL bytes, as the next one
+    uint8_t *news           # to a packet's sender
+    pmtu_bucket bucket
     uint32_t stop
     uint32_t link           # how often the link changed: odd, it is up; others store it
     uint32_t linked         # what of that was done
     uint64_t full_rc        # the reader's progress when it was looked at last ...
     uint64_t full_since     # ... and since when that is so; 0: the ring is not full
     bint given_up           # full_rc is that of a reader that is waited for no longer
+    pollfd polled[PORTS + 1]
+    uint32_t numbers[PORTS + 1]
     sender_counters n
 
 
@@ -118,39 +273,75 @@ cdef enum sender_event:
     SENDER_STOPPED = 3
     SENDER_BROKEN = 4
     SENDER_GONE = 5
+    SENDER_CHILD = 6
 
 
-cdef ssize_t sender_read(sender_t *s, uint8_t *slot) noexcept nogil:
-    """One packet, into an element or (slot NULL) nowhere: its length, more than fits where it is cut short, or -errno."""
-    cdef iovec_t parts[3]
-    cdef int n = 0
-    cdef size_t more = 0
+cdef ssize_t sender_read(sender_t *s, port_t *p, uint8_t *slot) noexcept nogil:
+    """One packet of a port, into an element and what of it does not fit into s.spill, or (slot NULL) there: its length, or
+    -errno. s.mark and s.vnet are the packet's."""
+    cdef iovec_t parts[4]
+    cdef msghdr_t message
+    cdef int n = 0, fd = port_fd(p)
+    cdef size_t before = 0
     cdef ssize_t got
+    s.mark = 0
     if s.kind == FRAME_RAW:
         parts[0].iov_base = s.information
-        parts[0].iov_len = more = PACKET_INFORMATION
+        parts[0].iov_len = before = PACKET_INFORMATION
+        n = 1
+    elif s.offload:
+        parts[0].iov_base = &s.vnet
+        parts[0].iov_len = before = sizeof(vnet_header)
         n = 1
     if slot != NULL:
-        if not s.marked:
-            slot += frame_start(s.kind)
-        parts[n].iov_base = slot
-        parts[n].iov_len = frame_room(s.kind, s.size) + (frame_start(s.kind) if s.marked else 0)
+        parts[n].iov_base = slot if p.way == PORT_FRONT else slot + frame_start(s.kind)
+        parts[n].iov_len = frame_room(s.kind, s.size) + (MARKS_HEADER if p.way == PORT_FRONT else 0)
         n += 1
     parts[n].iov_base = s.spill
     parts[n].iov_len = SPILL
+    n += 1
     while True:
-        got = readv(s.fd, parts, n + 1)
+        if p.way == PORT_TAP:
+            memset(&message, 0, sizeof(message))
+            message.msg_iov, message.msg_iovlen = parts, n
+            message.msg_control, message.msg_controllen = s.ancillary, ANCILLARY
+            got = recvmsg(p.tap, &message, 0)
+        else:
+            got = readv(fd, parts, n)
         if got >= 0:
-            return max(<ssize_t>0, got - <ssize_t>more)
+            break
+        if errno == ENETDOWN and p.way == PORT_TAP:     # told once, when it went down
+            continue
         if errno != EINTR:
             return -errno
+    got = max(<ssize_t>0, got - <ssize_t>before)
+    if p.way == PORT_TAP:
+        s.mark = message_mark(&message)
+    elif p.way == PORT_FRONT:
+        if slot != NULL and got >= <ssize_t>sizeof(s.mark):
+            memcpy(&s.mark, slot, sizeof(s.mark))
+        got = max(<ssize_t>0, got - <ssize_t>MARKS_HEADER)
+        if s.offload:
+            marks_vnet_out(<uint8_t *>&s.vnet)
+    count64(&p.tx_packets, 1)
+    count64(&p.tx_bytes, got)
+    return got
 
 
-cdef ssize_t sender_discard(sender_t *s, uint64_t *cause) noexcept nogil:
-    """Takes what the device holds, at most BATCH packets, and counts it as dropped; how many, or -errno."""
+cdef int sender_drain(sender_t *s, port_t *p) noexcept nogil:
+    """Throws away what a device holds whose packets come from its packet socket; 0, or -errno."""
+    cdef int fd = port_fd(p), turns
+    for turns in range(BATCH):
+        if c_read(fd, s.spill, SPILL) < 0:
+            return 0 if errno == EAGAIN or errno == EINTR else -errno
+    return 0
+
+
+cdef ssize_t sender_discard(sender_t *s, port_t *p, uint64_t *cause) noexcept nogil:
+    """Takes what a device holds, at most BATCH packets, and counts it as dropped; how many, or -errno."""
     cdef ssize_t n, taken = 0
     while taken < BATCH:
-        n = sender_read(s, NULL)
+        n = sender_read(s, p, NULL)
         if n == -EAGAIN:
             break
         if n < 0:
@@ -193,52 +384,206 @@ cdef uint64_t sender_room(sender_t *s) noexcept nogil:
     return 0
 
 
-cdef ssize_t sender_batch(sender_t *s, uint64_t most) noexcept nogil:
-    """One round: packets straight into slots, published together; how many came, or -errno of what ended it."""
-    cdef uint8_t *slot
-    cdef ssize_t n = 0, taken = 0
-    cdef uint64_t at, filled = 0
-    cdef int wrong
-    while filled < most and taken < BATCH:
+cdef inline uint64_t sender_index(const sender_t *s, uint64_t k) noexcept nogil:
+    """Which element the k-th reserved slot is."""
+    return s.w.index + k if s.w.index + k < s.w.elements else s.w.index + k - s.w.elements
+
+
+cdef inline uint32_t sender_limit(const sender_t *s, uint8_t first) noexcept nogil:
+    """The path's MTU for the packet that was read, 0: none."""
+    if s.mark == 0 or s.mark > s.marks:
+        return 0
+    return pmtu_of(load_relaxed32(&s.paths[s.mark - 1]), first)
+
+
+cdef void sender_refused(sender_t *s, int status) noexcept nogil:
+    """Counts a packet that segment_begin() did not take."""
+    if status == SEGMENT_LONG:
+        count64(&s.n.oversize, 1)
+    elif status == SEGMENT_NOT_IP:
+        count64(&s.n.not_ip, 1)
+    else:
+        count64(&s.n.malformed, 1)
+
+
+cdef void sender_finished(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
+    """Completes slot k, which holds an IP packet of n bytes."""
+    cdef uint64_t at = sender_index(s, k)
+    frame_finish(s.kind, writer_slot(&s.w, k), s.size, n, s.used[at], s.mark)
+    s.used[at] = n
+    count64(&s.n.bytes, n)
+
+
+cdef void sender_tell(sender_t *s, const uint8_t *packet, uint32_t n) noexcept nogil:
+    """Tells a packet's sender of its path's MTU, once for each packet that was read and not too often."""
+    cdef uint8_t *begin = s.news
+    cdef uint32_t length
+    cdef int fd = port_fd(&s.ports[s.port])
+    if s.told or not pmtu_allowed(&s.bucket, now_ns()):
+        return
+    s.told = True
+    length = pmtu_news(packet, n, s.limit, begin + sizeof(vnet_header))
+    if s.offload:
+        memset(begin, 0, sizeof(vnet_header))
+        length += sizeof(vnet_header)
+    else:
+        begin += sizeof(vnet_header)
+    if fd >= 0 and c_write(fd, begin, length) >= 0:     # else nobody is there to be told
+        count64(&s.n.news, 1)
+
+
+cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcept nogil:
+    """Makes elements, from slot `filled` on, of the packet in private memory; the slot behind the last one. Stops before
+    slot `most`; s.cut.left and s.left say what is yet to come."""
+    cdef uint32_t n
+    cdef pmtu_verdict verdict
+    while filled < most and (s.left != 0 or s.cut.left != 0):
         writer_reserve(&s.w, filled + 1)
-        slot = writer_slot(&s.w, filled)
-        at = s.w.index + filled if s.w.index + filled < s.w.elements else s.w.index + filled - s.w.elements
-        n = sender_read(s, slot)
+        if s.left != 0:
+            n = pmtu_fragments_next(&s.parts, writer_slot(&s.w, filled) + frame_start(s.kind))
+            s.left -= 1
+            count64(&s.n.fragments, 1)
+        elif s.limit == 0:
+            n = segment_next(&s.cut, writer_slot(&s.w, filled) + frame_start(s.kind))
+        else:
+            n = segment_next(&s.cut, s.piece)
+            verdict = pmtu_look(s.piece, n, s.limit)
+            if verdict == PMTU_FRAGMENTS:
+                s.left = pmtu_fragments_begin(&s.parts, s.piece, n, s.limit)
+                count64(&s.n.fragmented, 1)
+                continue
+            if verdict != PMTU_FITS:
+                count64(&s.n.too_big, 1)
+                if verdict == PMTU_NEWS:
+                    sender_tell(s, s.piece, n)
+                continue
+            copy_bytes(writer_slot(&s.w, filled) + frame_start(s.kind), s.piece, n)
+        sender_finished(s, filled, n)
+        filled += 1
+    return filled
+
+
+cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
+    """Completes slot k, into which a packet of n bytes was read, beginning with virtio_net_hdr's checksum; False where
+    none is in it afterwards: it is dropped, or s.cut has it."""
+    cdef uint8_t *slot = writer_slot(&s.w, k)
+    cdef uint8_t *packet = slot + frame_start(s.kind)
+    cdef uint64_t at = sender_index(s, k)
+    cdef uint32_t room = frame_room(s.kind, s.size), limit = 0
+    cdef int status
+    s.used[at] = room       # until it is known
+    if s.kind == FRAME_NET and n != 0:
+        limit = sender_limit(s, packet[0])
+    if s.offload and (s.vnet.kind != VNET_NONE or limit != 0 and n > limit) or not s.offload and limit != 0 and limit < n <= room:
+        memcpy(s.spill - min(n, room), packet, min(n, room))
+        if not s.offload:
+            memset(&s.vnet, 0, sizeof(s.vnet))
+        status = segment_begin(&s.cut, &s.vnet, s.spill - min(n, room), n, room)
+        if status < 0:
+            s.cut.left = 0
+            sender_refused(s, status)
+            return False
+        s.limit = limit if segment_longest(&s.cut) > limit else 0
+        s.told = False
+        if s.vnet.kind != VNET_NONE:
+            count64(&s.n.supers, 1)
+            count64(&s.n.segments, s.cut.left)
+        return False
+    if s.offload and s.vnet.flags & VNET_NEEDS_CHECKSUM and n <= room:
+        status = segment_complete(&s.cut, &s.vnet, packet, n)
+        if status < 0:
+            sender_refused(s, status)
+            return False
+    status = frame_finish(s.kind, slot, s.size, n, room, s.mark)
+    if status == FRAME_OVERSIZE:
+        count64(&s.n.oversize, 1)
+    elif status == FRAME_NOT_IP:
+        count64(&s.n.not_ip, 1)
+    elif status != 0:
+        count64(&s.n.malformed, 1)
+    else:
+        s.used[at] = n
+        count64(&s.n.bytes, n)
+    return status == 0
+
+
+cdef ssize_t sender_batch(sender_t *s, uint64_t most) noexcept nogil:
+    """One round of s.port: packets straight into slots, published together; how many came, 0 where there are no more, or
+    -errno of what ended it."""
+    cdef port_t *p = &s.ports[s.port]
+    cdef ssize_t n = 0, taken = 0
+    cdef uint64_t filled = sender_pieces(s, 0, most)
+    while filled < most and taken < BATCH and port_fd(p) >= 0:
+        writer_reserve(&s.w, filled + 1)
+        n = sender_read(s, p, writer_slot(&s.w, filled))
         if n < 0:
             if n != -EAGAIN:    # some of it may stand there
-                s.used[at] = frame_room(s.kind, s.size)
+                s.used[sender_index(s, filled)] = frame_room(s.kind, s.size)
             break
         taken += 1
-        if s.marked:
-            n = max(<ssize_t>0, n - <ssize_t>frame_start(s.kind))
-        wrong = frame_finish(s.kind, slot, s.size, <uint32_t>n, s.used[at], 0, s.marked)
-        s.used[at] = <uint32_t>n if wrong == 0 else frame_room(s.kind, s.size)
-        if wrong != 0:
-            count64(&s.n.oversize if wrong == FRAME_OVERSIZE else &s.n.not_ip, 1)
-            continue
-        filled += 1
-        count64(&s.n.bytes, n)
+        if sender_whole(s, filled, <uint32_t>n):
+            filled += 1
+        else:
+            filled = sender_pieces(s, filled, most)
     if filled != 0:
         writer_publish(&s.w, filled)
         count64(&s.n.packets, filled)
         count_batch(s.n.batches, filled)
-    return n if n < 0 and n != -EAGAIN else taken
+    if n < 0:
+        p.ready = False
+        if n != -EAGAIN:
+            return n
+    return taken + <ssize_t>(filled != 0)
+
+
+cdef inline bint sender_pending(const sender_t *s) noexcept nogil:
+    return s.cut.left != 0 or s.left != 0
+
+
+cdef bint sender_turn(sender_t *s) noexcept nogil:
+    """Whether a port is ready; s.port is that one, in turns. One whose packet is pending goes on."""
+    cdef uint32_t count = load_acquire32(s.count), k
+    if sender_pending(s):
+        return True
+    for k in range(count):
+        s.port = s.next if s.next < count else 0
+        s.next = s.port + 1
+        if s.ports[s.port].ready and port_fd(&s.ports[s.port]) >= 0:
+            return True
+    return False
 
 
 cdef void sender_wait(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
-    """Sleeps until there is a packet (if `packets`) or somebody wakes us, at most ns nanoseconds."""
-    cdef pollfd list[2]
+    """Sleeps until a port has a packet (if `packets`) or somebody wakes us, at most ns nanoseconds."""
+    cdef uint32_t count = load_acquire32(s.count), k, n = 1
     cdef uint64_t value
-    list[0].fd = s.wake
-    list[1].fd = s.fd
-    list[0].events = list[1].events = POLLIN
-    list[0].revents = 0
-    if poll_ns(list, 2 if packets else 1, ns) > 0 and list[0].revents != 0:
+    cdef int fd
+    s.polled[0].fd = s.wake
+    s.polled[0].events = POLLIN
+    s.polled[0].revents = 0
+    if packets:
+        for k in range(count):
+            fd = port_fd(&s.ports[k])
+            if fd < 0:
+                continue
+            s.polled[n].fd = s.ports[k].tap if s.ports[k].way == PORT_TAP else fd
+            s.polled[n].events = POLLIN
+            s.polled[n].revents = 0
+            s.numbers[n] = k
+            n += 1
+    # The turn is over: a descriptor that is closed from here on is polled in vain, at most for a while.
+    if poll_ns(s.polled, n, ns) <= 0:
+        return
+    if s.polled[0].revents != 0:
         c_read(s.wake, &value, sizeof(value))
+    for k in range(1, n):
+        if s.polled[k].revents != 0:
+            s.ports[s.numbers[k]].ready = True
 
 
 cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     """Does what the link's state asks for; SENDER_UP, SENDER_DOWN, or -errno."""
+    cdef uint32_t k
     cdef ssize_t n = BATCH
     s.linked = link
     s.full_since = 0
@@ -250,19 +595,41 @@ cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
         return SENDER_UP
     if s.w.hdr != NULL:
         writer_stop(&s.w)
-    while n == BATCH:
-        n = sender_discard(s, &s.n.down)
-    return SENDER_DOWN if n >= 0 else <int>n
+    count64(&s.n.down, s.left + s.cut.left)
+    s.left = s.cut.left = 0
+    for k in range(load_acquire32(s.count)):
+        n = BATCH
+        while n == BATCH and port_fd(&s.ports[k]) >= 0:
+            n = sender_discard(s, &s.ports[k], &s.n.down)
+        if n < 0 and k == 0:
+            return <int>n
+    return SENDER_DOWN
 
 
 cdef sender_event sender_failed(sender_t *s, int error) noexcept nogil:
-    """What an error of the device means; SENDER_TICK where it will be tried again."""
-    if error == EBADFD:
-        return SENDER_GONE
+    """What an error of a device means; SENDER_TICK where it will be tried again."""
+    if error == EBADFD:         # somebody removed it; children are looked after by others
+        return SENDER_GONE if s.port == 0 else SENDER_CHILD
     if error == EFAULT and s.w.hdr != NULL:
         # The ring's memory was taken away; that is marked as soon as we touch it ourselves.
         memset(writer_slot(&s.w, 0), 0, s.size)
     return SENDER_TICK
+
+
+cdef ssize_t sender_round(sender_t *s, uint64_t room) noexcept nogil:
+    """One port's packets, as far as there is room; as sender_batch()."""
+    cdef port_t *p = &s.ports[s.port]
+    cdef ssize_t n
+    cdef int error = 0
+    if s.w.hdr == NULL:
+        n = sender_discard(s, p, &s.n.no_peer)
+        if n < BATCH:
+            p.ready = False
+    else:
+        n = sender_batch(s, room)
+    if p.way == PORT_TAP and port_fd(p) >= 0:
+        error = sender_drain(s, p)
+    return n if n < 0 or error == 0 else error
 
 
 cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
@@ -271,6 +638,8 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
     cdef uint32_t turns = 0, link
     cdef ssize_t n
     cdef int event
+    cdef bint found
+    s.ports[0].ready = True
     while True:
         if load_relaxed32(&s.stop) != 0:
             return SENDER_STOPPED
@@ -278,7 +647,9 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
             return SENDER_BROKEN
         link = load_acquire32(&s.link)
         if link != s.linked:
+            turn_enter(s.turn)
             event = sender_relink(s, link)
+            turn_leave(s.turn)
             if event >= 0:
                 return <sender_event>event
             if event == -EBADFD:
@@ -288,30 +659,34 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
             passed = now_ns() - start
             if passed >= ns:
                 return SENDER_TICK
-        if s.linked & 1 == 0:       # packets that come from here on are for the epoch to come
-            n = 0
-        elif s.w.hdr == NULL:
-            n = sender_discard(s, &s.n.no_peer)
-        else:
-            room = sender_room(s)
+        n = 0
+        found = False
+        if s.linked & 1 != 0:       # else packets that come from here on are for the epoch to come
+            room = 1 if s.w.hdr == NULL else sender_room(s)
             if room == 0:
                 sender_wait(s, False, NAP_NS)
                 continue
-            n = sender_batch(s, room)
-        if n > 0:
+            turn_enter(s.turn)
+            found = sender_turn(s)
+            if found:
+                n = sender_round(s, room)
+            turn_leave(s.turn)
+        if n < 0:
+            event = sender_failed(s, <int>-n)
+            if event != SENDER_TICK:
+                return <sender_event>event
+        elif found:
             continue
-        if n < 0 and sender_failed(s, <int>-n) == SENDER_GONE:
-            return SENDER_GONE
         passed = now_ns() - start
         if passed >= ns:
             return SENDER_TICK
         sender_wait(s, s.linked & 1, ns - passed)
 
 
-# ------------------------------------------------------------------ ring to device
+# ------------------------------------------------------------------ ring to devices
 
 cdef struct receiver_counters:
-    uint64_t packets
+    uint64_t packets        # elements, as `bytes` is of what they hold
     uint64_t bytes
     uint64_t over           # times the ring was overrun; the elements that cost are the reader's `lost_total`
     uint64_t length         # dropped, as the rest is: a length that cannot be
@@ -323,14 +698,19 @@ cdef struct receiver_counters:
 
 cdef struct receiver_t:
     reader_t r
-    int fd
+    port_t *ports
+    mark_table_t *marks
     int kind
+    bint offload
+    bint merges             # what comes is merged: `c` instead of `stage`
     uint32_t size
     uint64_t batch
     uint64_t stride         # of packets in private memory
     uint8_t *stage
+    coalescer c
+    uint8_t *memory         # the coalescer's
     int32_t lengths[BATCH]
-    uint32_t marks[BATCH]
+    uint32_t tags[BATCH]
     uint32_t stop
     bint connected
     uint64_t refused        # incompatible epoch that was reported
@@ -346,56 +726,145 @@ cdef enum receiver_event:
     RECEIVER_STOPPED = 5
     RECEIVER_BROKEN = 6
     RECEIVER_GONE = 7
+    RECEIVER_CHILD = 8
 
 
-cdef inline int receiver_port(const receiver_t *v, uint32_t mark) noexcept nogil:
-    """The device that takes packets of that mark."""
-    return v.fd
+cdef int receiver_write(receiver_t *v, uint32_t number, uint32_t mark, uint8_t *packet, size_t n, vnet_header *vnet,
+                        uint32_t segments) noexcept nogil:
+    """Gives a packet, which is private and was checked, to a port; -EBADFD where that is gone, else 0.
 
-
-cdef int receiver_write(receiver_t *v, uint64_t k) noexcept nogil:
-    """Gives packet k of the batch, which is private and was checked, to its device; -EBADFD where that is gone, else 0."""
-    cdef uint8_t *packet = v.stage + k * v.stride + HEADROOM + frame_start(v.kind)
-    cdef size_t n = v.lengths[k]
-    cdef int fd = receiver_port(v, v.marks[k])
+    Before it HEADROOM bytes are ours. vnet: NULL where devices take none. segments: elements that it was.
+    """
+    cdef port_t *p = &v.ports[number]
+    cdef int fd = port_fd(p)
+    cdef uint64_t bytes = n
+    cdef uint8_t *begin = packet
+    cdef vnet_header moved
     cdef ssize_t done
+    if segments > 1:
+        bytes += (segments - 1) * <uint64_t>vnet.headers
     if v.kind == FRAME_RAW:     # what stands before it is zero: no flags, no ethertype
-        packet -= PACKET_INFORMATION
-        n += PACKET_INFORMATION
+        begin -= PACKET_INFORMATION
+    elif vnet != NULL:
+        moved = vnet[0]
+    if mark != 0 and p.way == PORT_FRONT:
+        begin -= MARKS_HEADER
+        marks_prefix(begin, packet[0], mark)
+        if vnet != NULL:
+            marks_vnet_in(<uint8_t *>&moved)
+    if vnet != NULL:
+        begin -= sizeof(moved)
+        memcpy(begin, &moved, sizeof(moved))
     while True:
-        done = c_write(fd, packet, n)
+        done = c_write(fd, begin, packet - begin + n)
         if done >= 0:
-            count64(&v.n.packets, 1)
-            count64(&v.n.bytes, v.lengths[k])
+            count64(&v.n.packets, segments)
+            count64(&v.n.bytes, bytes)
+            count64(&p.rx_packets, 1)
+            count64(&p.rx_bytes, n)
             return 0
         if errno != EINTR:
             break
     if errno == EBADFD:
         return -EBADFD
-    count64(&v.n.down if errno == EIO else &v.n.refused, 1)
+    count64(&v.n.down if errno == EIO else &v.n.refused, segments)
     return 0
 
 
-cdef ring_status receiver_batch(receiver_t *v, bint *gone) noexcept nogil:
-    """One round: packets out of the ring, looked at once whether they were left alone, then to the device."""
+cdef inline void receiver_malformed(receiver_t *v, bint length) noexcept nogil:
+    count64(&v.n.length if length else &v.n.protocol, 1)
+
+
+cdef ring_status receiver_batch(receiver_t *v, int *gone) noexcept nogil:
+    """One round: packets out of the ring, looked at once whether they were left alone, then to the devices. gone: 1 more than
+    the number of a port that is no more."""
     cdef uint64_t n, k
+    cdef uint32_t mark, number
+    cdef uint8_t *packet
+    cdef vnet_header none
     cdef ring_status status = reader_peek(&v.r, &n)
     if status != SUCCESS:
         return status
     n = min(n, v.batch)
     for k in range(n):
-        v.lengths[k] = frame_take(v.kind, v.stage + k * v.stride + HEADROOM, reader_slot(&v.r, k), v.size, &v.marks[k])
+        v.lengths[k] = frame_take(v.kind, v.stage + k * v.stride + HEADROOM, reader_slot(&v.r, k), v.size, &v.tags[k])
     if not reader_intact(&v.r):
         return reader_recover(&v.r)
     reader_advance(&v.r, n)
     count_batch(v.n.batches, n)
+    memset(&none, 0, sizeof(none))
     for k in range(n):
         if v.lengths[k] < 0:
-            count64(&v.n.length if v.lengths[k] == FRAME_LENGTH else &v.n.protocol, 1)
-        elif receiver_write(v, k) != 0:
-            gone[0] = True
-            break
+            receiver_malformed(v, v.lengths[k] == FRAME_LENGTH)
+            continue
+        mark = v.tags[k]
+        number = marks_child(v.marks, mark)
+        packet = v.stage + k * v.stride + HEADROOM + frame_start(v.kind)
+        if receiver_write(v, number, mark, packet, v.lengths[k], &none if v.offload else NULL, 1) != 0:
+            gone[0] = <int>number + 1
     return SUCCESS
+
+
+cdef void receiver_ready(receiver_t *v, int *gone) noexcept nogil:
+    """Gives to the devices what the coalescer has ready."""
+    cdef const coalesce_ready *r
+    cdef vnet_header vnet
+    while True:
+        r = coalesce_take(&v.c)
+        if r == NULL:
+            return
+        memcpy(&vnet, r.packet - sizeof(vnet), sizeof(vnet))
+        if receiver_write(v, <uint32_t>(r.key >> 32), <uint32_t>r.key, r.packet, r.length, &vnet, r.segments) != 0:
+            gone[0] = <int>(r.key >> 32) + 1
+
+
+cdef bint receiver_place(receiver_t *v, uint64_t k, int *status) noexcept nogil:
+    """Copies element k to where it is going to be; whether it was whole. status: 0, or what is wrong with it."""
+    cdef const uint8_t *slot = reader_slot(&v.r, k)
+    cdef net_hdr h = frame_header(slot)
+    status[0] = coalesce_place(&v.c, slot + sizeof(h), v.size - <uint32_t>sizeof(h),
+                               <uint64_t>marks_child(v.marks, h.mark) << 32 | h.mark)
+    if status[0] == 0 and not frame_agrees(h, coalesce_version(&v.c)):
+        status[0] = COALESCE_NOT_IP
+    return reader_intact(&v.r)
+
+
+cdef ring_status receiver_merge(receiver_t *v, int *gone) noexcept nogil:
+    """One round: packets out of the ring to the end of their flow's super-packet, each looked at whether it was left alone;
+    those to the devices once nothing more comes. gone: as receiver_batch()."""
+    cdef uint64_t n, k = 0, taken = 0
+    cdef int wrong
+    cdef ring_status status = reader_peek(&v.r, &n)
+    if status != SUCCESS:
+        return status
+    while status == SUCCESS and taken < MERGE:
+        n = min(n, <uint64_t>TELL)
+        k = 0
+        while k < n:
+            if not receiver_place(v, k, &wrong):
+                # What was taken before is not asked for any more: it may be the only one that was not left alone.
+                reader_advance(&v.r, k)
+                taken += k
+                n -= k
+                k = 0
+                if not reader_intact(&v.r):
+                    status = reader_recover(&v.r)
+                    break
+            k += 1
+            if wrong != 0:
+                receiver_malformed(v, wrong == COALESCE_FRAME)
+            elif coalesce_commit(&v.c) != 0:
+                receiver_ready(v, gone)
+        if status != SUCCESS:
+            break
+        reader_advance(&v.r, k)
+        taken += k
+        status = reader_peek(&v.r, &n)
+    if coalesce_flush(&v.c) != 0:
+        receiver_ready(v, gone)
+    if taken != 0:
+        count_batch(v.n.batches, taken)
+    return SUCCESS if status == NO_DATA else status
 
 
 cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
@@ -403,15 +872,15 @@ cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
     cdef uint64_t start = now_ns(), passed = 0
     cdef uint32_t turns = 0
     cdef ring_status status
-    cdef bint gone = False
+    cdef int gone = 0
     while True:
         if load_relaxed32(&v.stop) != 0:
             return RECEIVER_STOPPED
         if load_acquire32(v.r.broken) != 0:
             return RECEIVER_BROKEN
-        status = receiver_batch(v, &gone)
-        if gone:
-            return RECEIVER_GONE
+        marks_enter(v.marks)
+        status = receiver_merge(v, &gone) if v.merges else receiver_batch(v, &gone)
+        marks_leave(v.marks)
         turns += 1
         if turns % 256 == 0 or status != SUCCESS:
             passed = now_ns() - start
@@ -429,6 +898,10 @@ cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
             v.connected = False
             v.refused = v.r.refused
             return RECEIVER_INCOMPATIBLE
+        if gone == 1:
+            return RECEIVER_GONE
+        if gone != 0:
+            return RECEIVER_CHILD
         if passed >= ns:
             return RECEIVER_TICK
         if status != SUCCESS:
@@ -443,15 +916,18 @@ cdef class Pump:
     cdef Mapping ring, bell
     cdef uint32_t busy
     cdef bint closed
+    cdef readonly Ports ports
     cdef readonly str framing
     cdef readonly uint32_t size     # of an element
 
-    cdef int check(self, str framing, uint32_t mtu) except -1:
+    cdef int check(self, str framing, uint32_t mtu, Ports ports) except -1:
         if framing not in FRAMINGS:
             raise UsageError(f"a framing is one of {', '.join(FRAMINGS)}", value=framing)
         if not FRAME_LEAST <= mtu <= FRAME_MOST:
             raise UsageError(f"an MTU is {FRAME_LEAST} to {FRAME_MOST} bytes", value=mtu)
-        self.framing = framing
+        if ports.offload and framing != "net_hdr":
+            raise UsageError("only net_hdr has offloads", value=framing)
+        self.framing, self.ports = framing, ports
         self.size = frame_size(FRAMINGS[framing], mtu)
         return 0
 
@@ -463,9 +939,9 @@ cdef class Pump:
             raise UsageError(f"this {type(self).__name__} is closed")
         return 0
 
-    cdef void drop(self) noexcept:
+    cdef void drop(self, Mapping paths=None) noexcept:
         """Lets go of the channel's memory."""
-        for m in (self.ring, self.bell):
+        for m in (self.ring, self.bell, paths):
             if m is not None:
                 (<Mapping>m).drop()
 
@@ -477,30 +953,37 @@ cdef class Pump:
 
 @cython.final
 cdef class Sender(Pump):
-    """Packets of a TUN or TAP device, into a ring while the link is up.
+    """Packets of TUN or TAP devices, into a ring while the link is up.
 
-    fd: the device, non-blocking, open as long as this is. memory: the channel, claimed by the caller, or None: what comes
-    is dropped. framing: one of FRAMINGS; a raw device gives packet information. pressed: whether a reader that tells how
-    far it is, by the bell, is waited for. marked: packets begin with their net_hdr.
+    memory: the channel, claimed by the caller, or None: what comes is dropped. framing: one of FRAMINGS; a raw device gives
+    packet information. pressed: whether a reader that tells how far it is, by the bell, is waited for. paths: the region of
+    path MTUs, or None.
     """
-    EVENTS = ("tick", "up", "down", "stopped", "broken", "gone")
+    EVENTS = ("tick", "up", "down", "stopped", "broken", "gone", "child")
     cdef sender_t s
+    cdef Mapping paths
+    cdef uint8_t *memory
 
     def __cinit__(self):
         self.s.wake = -1
 
-    def __init__(self, int fd, memory, *, str framing, uint32_t mtu, protocol=0, bell=None, bint pressed=True,
-                 bint marked=False):
+    def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol=0, bell=None,
+                 bint pressed=True, paths=None):
         if self.s.wake != -1:
             raise UsageError("a Sender is initialised once")
-        self.check(framing, mtu)
-        if marked and framing != "net_hdr":
-            raise UsageError("marks are of net_hdr", value=framing)
-        self.s.fd, self.s.kind, self.s.size, self.s.marked = fd, FRAMINGS[framing], self.size, marked
+        self.check(framing, mtu, ports)
+        self.s.ports, self.s.count, self.s.turn = ports.ports, &ports.count, &ports.turn
+        self.s.kind, self.s.size, self.s.offload = FRAMINGS[framing], self.size, ports.offload
         self.s.pressed = pressed
-        self.s.spill = <uint8_t *>calloc(1, SPILL)
-        if self.s.spill == NULL:
+        self.memory = <uint8_t *>malloc(4 * SPILL)
+        if self.memory == NULL:
             raise MemoryError
+        self.s.spill = self.memory + SPILL
+        self.s.piece, self.s.news = self.s.spill + SPILL, self.s.spill + 2 * SPILL
+        if paths is not None:
+            self.paths = hold(paths, False, sizeof(uint32_t))
+            self.s.paths = <const uint32_t *>self.paths.base
+            self.s.marks = <uint32_t>min(self.paths.length // sizeof(uint32_t), <uint64_t>1 << 24)
         self.s.batch = BATCH
         if memory is not None:
             self.ring = hold(memory, True, SHMSTREAM_HEADER_SIZE + self.size)
@@ -520,7 +1003,7 @@ cdef class Sender(Pump):
             raise OSError(errno, "eventfd")
 
     def __dealloc__(self):
-        free(self.s.spill)
+        free(self.memory)
         free(self.s.used)
         if self.s.wake >= 0:
             c_close(self.s.wake)
@@ -565,8 +1048,11 @@ cdef class Sender(Pump):
     def counters(self):
         """By name; `batches`: rounds by their size, 1, 2 to 3, 4 to 7, ..."""
         cdef sender_counters *n = &self.s.n
-        dropped = {"oversize": n.oversize, "not_ip": n.not_ip, "no_peer": n.no_peer, "down": n.down}
+        dropped = {"oversize": n.oversize, "not_ip": n.not_ip, "malformed": n.malformed, "path_mtu": n.too_big,
+                   "no_peer": n.no_peer, "down": n.down}
         return {"tx_packets": n.packets, "tx_bytes": n.bytes, "tx_dropped": sum(dropped.values()), "lost": dropped,
+                "split": {"supers": n.supers, "segments": n.segments},
+                "path_mtu": {"fragmented": n.fragmented, "fragments": n.fragments, "news": n.news},
                 "waits": n.waits, "given_up": n.given_up, "epochs": self.s.w.epochs, "wakes": self.s.w.wakes,
                 "batches": [n.batches[k] for k in range(CLASSES)]}
 
@@ -586,25 +1072,36 @@ cdef class Sender(Pump):
             writer_stop(&self.s.w)
             self.s.w.bell = NULL
             self.s.w.hdr = NULL
-        self.drop()
+        self.s.marks = 0
+        self.drop(self.paths)
         busy_leave(&self.busy)
 
 
 @cython.final
 cdef class Receiver(Pump):
-    """Packets of a ring, into a TUN or TAP device.
+    """Packets of a ring, into TUN or TAP devices.
 
-    fd: the device, non-blocking, open as long as this is. memory: the channel, read-only. framing: one of FRAMINGS. poll:
-    microseconds between looks at a channel whose writer does not ring, None: adaptive.
+    memory: the channel, read-only. framing: one of FRAMINGS. poll: microseconds between looks at a channel whose writer does
+    not ring, None: adaptive. merge: what the devices take as super-packets, of MERGES.
     """
-    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone")
+    EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone", "child")
     cdef receiver_t v
 
-    def __init__(self, int fd, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None):
+    def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None,
+                 merge=()):
         if self.ring is not None:
             raise UsageError("a Receiver is initialised once")
-        self.check(framing, mtu)
-        self.v.fd, self.v.kind, self.v.size = fd, FRAMINGS[framing], self.size
+        self.check(framing, mtu, ports)
+        self.v.ports, self.v.marks = ports.ports, &ports.marks.t
+        self.v.kind, self.v.size, self.v.offload = FRAMINGS[framing], self.size, ports.offload
+        if merge:
+            if not ports.offload:
+                raise UsageError("only a device with offloads takes what was merged", value=merge)
+            self.v.memory = <uint8_t *>malloc(COALESCE_MEMORY)      # touched as far as it is used
+            if self.v.memory == NULL:
+                raise MemoryError
+            coalesce_init(&self.v.c, self.v.memory, sum(MERGES[kind] for kind in merge))
+            self.v.merges = True
         self.v.batch = batch_of(self.size)
         self.v.stride = (HEADROOM + self.size + 63) & ~<uint64_t>63
         self.v.stage = <uint8_t *>calloc(self.v.batch, self.v.stride)
@@ -620,6 +1117,7 @@ cdef class Receiver(Pump):
 
     def __dealloc__(self):
         free(self.v.stage)
+        free(self.v.memory)
 
     def run(self, seconds=1.0):
         """Pumps for about `seconds` or until something happened; the event's name (one of EVENTS)."""
@@ -664,12 +1162,15 @@ cdef class Receiver(Pump):
                 "refused": n.refused}
         frame = n.length + n.protocol
         return {"rx_packets": n.packets, "rx_bytes": n.bytes, "rx_errors": n.over + frame, "rx_over_errors": n.over,
-                "rx_frame_errors": frame, "rx_dropped": n.down + n.refused, "lost": lost, "epochs": self.v.r.epochs,
+                "rx_frame_errors": frame, "rx_dropped": n.down + n.refused, "lost": lost,
+                "merged": {"supers": self.v.c.supers, "segments": self.v.c.supers + self.v.c.merged,
+                           "bad_checksums": self.v.c.rejected}, "epochs": self.v.r.epochs,
                 "sleeps": self.v.r.sleeps, "batches": [n.batches[k] for k in range(CLASSES)]}
 
     def inherit(self, Receiver other):
         """Goes on with the counters of another (closed) one."""
         self.v.n = other.v.n
+        self.v.c.supers, self.v.c.merged, self.v.c.rejected = other.v.c.supers, other.v.c.merged, other.v.c.rejected
         self.v.r.lost_total, self.v.r.epochs, self.v.r.sleeps = other.v.r.lost_total, other.v.r.epochs, other.v.r.sleeps
 
     def close(self):

@@ -47,6 +47,7 @@ cdef extern from "_segment.h" nogil:
         uint32_t left
 
     int segment_begin(segmenter *s, const vnet_header *v, const uint8_t *packet, uint32_t length, uint32_t mtu) noexcept
+    int segment_complete(segmenter *scratch, const vnet_header *v, uint8_t *packet, uint32_t length) noexcept
     uint32_t segment_longest(const segmenter *s) noexcept
     uint32_t segment_next(segmenter *s, uint8_t *to) noexcept
 
@@ -75,6 +76,7 @@ cdef extern from "_coalesce.h" nogil:
 
     void coalesce_init(coalescer *c, uint8_t *memory, uint32_t kinds) noexcept
     int coalesce_place(coalescer *c, const uint8_t *element, uint32_t limit, uint64_t key) noexcept
+    uint32_t coalesce_version(const coalescer *c) noexcept
     uint32_t coalesce_commit(coalescer *c) noexcept
     uint32_t coalesce_flush(coalescer *c) noexcept
     const coalesce_ready *coalesce_take(coalescer *c) noexcept

@@ -147,6 +147,18 @@ static inline int segment_begin(segmenter *s, const vnet_header *v, const uint8_
     return (int)s->left;
 }
 
+/* Completes, where it stands, the checksum of a packet that stays whole, unless it has it: 0 or a segment_status. Others may
+ * change the bytes meanwhile: none beyond `length` is touched. scratch: any segmenter, used up. */
+static inline int segment_complete(segmenter *scratch, const vnet_header *v, uint8_t *packet, uint32_t length) {
+    int status = segment_begin(scratch, v, packet, length, length);
+    scratch->left = 0;
+    if (status < 0)
+        return status;
+    if (scratch->check != 0)
+        put_udp_checksum(packet + scratch->check, sum_bytes(packet + scratch->transport, length - scratch->transport));
+    return 0;
+}
+
 static inline uint32_t segment_next_whole(segmenter *s, uint8_t *to) {
     uint64_t sum;
     uint8_t check[2];

@@ -10,20 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from muenfast import params
 from muenfast.errors import UsageError
 
 LEAST_MARKS = 100   # marks there are where the path-MTU region has no more entries
 MOST_CHILDREN = 255  # of one parent
-NAME_BYTES = 16     # IFNAMSIZ of linux/if.h: a name and its NUL
-
-
-def check_name(name: str, option: str) -> str:
-    """An interface's name as the kernel takes it (dev_valid_name; of a % it would make a number). Raises UsageError."""
-    encoded = name.encode(errors="surrogateescape")
-    if not 0 < len(encoded) < NAME_BYTES or name in (".", "..") or re.search(r"[\s/:%\0]", name):
-        raise UsageError(f"an interface's name has 1 to {NAME_BYTES - 1} bytes, no white space, `/`, `:` or `%`, and is "
-                         "not `.` or `..`", option=option, value=name)
-    return name
 
 
 def check_mark(text: str) -> int:
@@ -159,7 +150,7 @@ class Family:
         return child
 
     def _free(self, name: str, option: str) -> None:
-        check_name(name, option)
+        params.interface(option, None, name)
         if name in self._parents or name in self._children:
             raise UsageError("there is an interface of that name", option=option, value=name)
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from muenfast import marks, netns
+from muenfast import marks, netns, params
 from muenfast.control import Command, ControlServer
 from muenfast.errors import ClaimError, MuenfastError
 
@@ -172,9 +172,9 @@ def commands(interface: str, operations: Operations) -> dict[str, Command]:
 
 def request(operation: str, name: str, value: str | None) -> tuple[str, dict[str, Any]]:
     """Whom to ask what for `OPERATION NAME [VALUE]`. Raises UsageError."""
-    marks.check_name(name, "PARENT" if operation == "add_child" else "CHILD")
+    params.interface("PARENT" if operation == "add_child" else "CHILD", None, name)
     if operation == "add_child":
-        return name, {"command": operation, "child": marks.check_name(value or "", "CHILD")}
+        return name, {"command": operation, "child": params.interface("CHILD", None, value or "")}
     if operation == "del_child":
         return name, {"command": operation}
     return name, {"command": operation, "mark": marks.check_mark(value or "")}

@@ -11,18 +11,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from muenfast import params, shm, tuntap
-from muenfast._net import LEAST_MTU, MOST_MTU, Receiver, Sender, element_size
+from muenfast import netns, params, pathmtu, shm, tuntap
+from muenfast._marks import MarkTable
+from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.channel import End
 from muenfast.connection import MOST_POLL, blame, place
+from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, PeerError, PeerLog, UsageError
+from muenfast.marks import LEAST_MARKS
+from muenfast.ports import Children, Port
 from muenfast.threads import spawn
 
 __all__ = ["MOST_INTERFACES", "InterfaceConfig", "Interfaces", "interfaces_from_lists"]
@@ -67,9 +71,10 @@ class InterfaceConfig:
     """One interface, entry `index` of the lists.
 
     inp, out: channels; one of them may be None. framing: one of _net.FRAMINGS. mtu: bytes. netns: as
-    tuntap.open_namespace() takes it. poll: microseconds between looks at `inp` where its writer does not ring, None:
+    netns.named() takes it. poll: microseconds between looks at `inp` where its writer does not ring, None:
     adaptive. bells: False: strict one-way, nothing flows back. size: bytes of channels that are made, None: by the mtu.
-    carrier: one of CARRIERS. mac, addresses, up: set once the interface is made.
+    carrier: one of CARRIERS. mac, addresses, up: set once the interface is made. pmtu: the region of path MTUs.
+    offload: whether the device gives and takes super-packets, of net_hdr only.
     """
 
     name: str
@@ -89,6 +94,8 @@ class InterfaceConfig:
     addresses: tuple[str, ...] = ()
     up: bool = False
     options: Options = Options()
+    pmtu: shm.Locator | None = None
+    offload: bool = True
 
     @property
     def element_size(self) -> int:
@@ -123,7 +130,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                           pmtu: str | None = None, flags: str | None = None, poll: int | None = None,
                           netns: str | None = None, size: str | None = None, bells: bool = True,
                           carrier: str | None = None, mac: str | None = None, addr: str | None = None, up: bool = False,
-                          module: bool = False, options: Options | None = None) -> list[InterfaceConfig]:
+                          offload: bool = True, module: bool = False,
+                          options: Options | None = None) -> list[InterfaceConfig]:
     """Pairs comma lists by position; nothing is opened.
 
     inp, out: channels, an empty entry is none; default NAME_in and NAME_out, the other way round for the peer. Of the
@@ -162,7 +170,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
         return shm.Locator.parse(text, option=option, index=i) if text else None
 
     def interface(i: int) -> InterfaceConfig:
-        tuntap.check_name(names[i], called.name, i)
+        params.interface(called.name, i, names[i])
         if names[i] in names[:i] and entry(called.netns, i) in [entry(called.netns, k) for k in range(i)
                                                                if names[k] == names[i]]:
             raise UsageError("the name is given twice", option=called.name, index=i, value=names[i])
@@ -176,9 +184,10 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                          for option, locator in ((called.reader_protocol, inner), (called.writer_protocol, outer)))
         framing = framing_of(DEFAULT_FLAGS if lists[called.flags] is None and not module else entry(called.flags, i),
                              called.flags, i)
-        if (text := entry(called.pmtu, i)):
-            raise UsageError("path MTUs are not built yet: packets longer than a path's MTU would be sent as they are",
-                             option=called.pmtu, index=i, value=text, hint="leave it out")
+        text = entry(called.pmtu, i)
+        if text and framing != "net_hdr":
+            raise UsageError("only packets of net_hdr have marks, and a path MTU is a mark's", option=called.pmtu, index=i,
+                             value=text)
         wire = entry(called.carrier, i) or "peer"
         if wire not in CARRIERS:
             raise UsageError(f"a carrier is one of {', '.join(CARRIERS)}", option=called.carrier, index=i, value=wire)
@@ -194,12 +203,19 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             names[i], inner, outer, i, reads, writes, most, framing, entry(called.netns, i) or None, poll, bells,
             params.size(called.size, i, room, least=least) if room else None, wire,
             tuntap.check_mac(station, called.mac, i) if station else None,
-            tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called)
+            tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called,
+            shm.Locator.parse(text, option=called.pmtu, index=i) if text else None, offload and framing == "net_hdr")
 
     configs = [interface(i) for i in range(count)]
     params.apart([place(option, config.index, locator) for config in configs
                   for option, locator in ((called.inp, config.inp), (called.out, config.out)) if locator is not None],
                  "one channel serves one direction of one interface")
+    shared = {place(called.pmtu, 0, config.pmtu)[3:]: place(called.pmtu, config.index, config.pmtu)
+              for config in configs if config.pmtu is not None}     # several interfaces may have the same one
+    params.apart([*shared.values(), *(place(option, config.index, locator) for config in configs
+                                      for option, locator in ((called.inp, config.inp), (called.out, config.out))
+                                      if locator is not None)],
+                 "a region is a channel, or has path MTUs")
     return configs
 
 
@@ -263,13 +279,14 @@ class _Half:
                        least=_HEADER + config.element_size, bell=config.bells)
 
     def _engine(self, end: End | None) -> Sender | Receiver:
-        config, fd = self.interface.config, self.interface.device.fd
+        config, interface = self.interface.config, self.interface
         if self.writes:
-            return Sender(fd, None if end is None else end.view, framing=config.framing, mtu=config.mtu,
-                          protocol=config.writer_protocol, bell=None if end is None else end.bell_view)
+            paths = None if interface.paths is None else interface.paths.view
+            return Sender(interface.ports, None if end is None else end.view, framing=config.framing, mtu=config.mtu,
+                          protocol=config.writer_protocol, bell=None if end is None else end.bell_view, paths=paths)
         assert end is not None
-        return Receiver(fd, end.view, framing=config.framing, mtu=config.mtu, protocol=config.reader_protocol,
-                        bell=end.bell_view, poll=config.poll)
+        return Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu, protocol=config.reader_protocol,
+                        bell=end.bell_view, poll=config.poll, merge=interface.own.device.merges)
 
     # -------------------------------------------------------------- its thread
 
@@ -285,7 +302,9 @@ class _Half:
                 self.interface.removed()
                 return
             try:
-                if event not in ("tick", "stopped"):
+                if event == "child":    # one of them was removed, which we are told of
+                    self._stop.wait(0.001)
+                elif event not in ("tick", "stopped"):
                     self._happened(event)
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
@@ -398,21 +417,40 @@ class Interface:
             self._namespace: int | None = None
             if config.netns is not None:
                 with blame(config.options.netns, config.index, config.netns):
-                    self._namespace = tuntap.open_namespace(config.netns)
+                    self._namespace = netns.named(config.netns)
                 stack.callback(os.close, self._namespace)
+            self.paths: shm.Region | None = None
+            if config.pmtu is not None:
+                with blame(config.options.pmtu, config.index, config.pmtu.text):
+                    self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True))
+            path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
+            self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)
+            self.children = Children(config.name, self.ports, self._child, links, net_hdr=config.framing == "net_hdr",
+                                     path_mtus=path_mtus, carrier=lambda: self.carrier)
             with blame(config.options.name, config.index, config.name):
-                self.device = tuntap.Device(config.name, config.framing, config.mtu, namespace=self._namespace)
-            stack.callback(self.device.close)
+                self.own = Port(config.name, config.framing, config.mtu, namespace=self._namespace, offload=config.offload,
+                                answers=self.children.answers(config.name), told=self._told)
+            stack.callback(self.own.close)
+            self.own.join(self.ports, 0)
             self.sender = _Half(self, config.out, writes=True)
             self._own(stack, self.sender)
             self.receiver: _Half | None = None
             if config.inp is not None:
                 self.receiver = _Half(self, config.inp, writes=False)
                 self._own(stack, self.receiver)
-            links.add(self.device, self._told)
-            stack.callback(links.remove, self.device)
+            self.own.watch(links)
+            stack.callback(self.children.close)
             self.set_carrier()
             self._stack = stack.pop_all()
+
+    def _child(self, name: str, answers: Mapping[str, Command], told: Callable[[bool | None], None]) -> Port:
+        """The port of a new child, in the network namespace where the interface is now."""
+        namespace = self.own.device.namespace()
+        try:
+            return Port(name, self.config.framing, self.config.mtu, namespace=namespace, offload=self.config.offload,
+                        answers=answers, told=told)
+        finally:
+            os.close(namespace)
 
     def _own(self, stack: ExitStack, half: _Half) -> None:
         self._halves.append(half)
@@ -425,7 +463,7 @@ class Interface:
             half.start()
         config = self.config
         with blame(config.options.name, config.index, config.name):
-            self.device.configure(namespace=self._namespace, addresses=config.addresses, mac=config.mac, up=config.up)
+            self.own.device.configure(namespace=self._namespace, addresses=config.addresses, mac=config.mac, up=config.up)
 
     def _told(self, state: bool | None) -> None:
         if state is None:
@@ -443,8 +481,10 @@ class Interface:
 
     def set_carrier(self) -> None:
         """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
-        with self._carrier, contextlib.suppress(OSError):   # the device is gone, which is told elsewhere
-            self.device.set_carrier(self.carrier)
+        with self._carrier:
+            with contextlib.suppress(OSError):  # the device is gone, which is told elsewhere
+                self.own.device.set_carrier(self.carrier)
+            self.children.set_carrier(self.carrier)
 
     @property
     def carrier(self) -> bool:
@@ -463,16 +503,19 @@ class Interface:
         received = {} if incoming is None else incoming.counters
         flat = {**_NO_RECEIVER, **{name: value for name, value in received.items() if name in _NO_RECEIVER},
                 **{name: sent[name] for name in ("tx_packets", "tx_bytes", "tx_dropped")}}
-        return {"name": self.device.rename(), "in": None if config.inp is None else config.inp.text,
+        return {"name": self.own.device.rename(), "in": None if config.inp is None else config.inp.text,
                 "out": None if config.out is None else config.out.text, "mtu": config.mtu,
                 "flags": "" if config.framing == "raw" else config.framing, "netns": config.netns, "poll": config.poll,
+                "pmtu": None if config.pmtu is None else config.pmtu.text, "offload": config.offload,
+                "marks": None if self.own.attached is None else self.own.attached.way.value,
                 "state": "gone" if self.gone else "up" if self.up else "down", "carrier": self.carrier,
                 "writer": {"enabled": config.out is not None, "active": sender.active,
                            "element_size": 0 if config.out is None else sender.size, "elements": sender.elements,
                            "protocol": config.writer_protocol},
                 "reader": {"enabled": incoming is not None, "active": isinstance(incoming, Receiver) and incoming.connected,
                            "element_size": 0 if incoming is None else incoming.size, "protocol": config.reader_protocol},
-                "counters": flat,
+                "counters": flat, "interface": {**self.ports.counters(0), "lost": self.own.dropped()},
+                "children": self.children.status(),
                 "sent": {name: value for name, value in sent.items() if name not in flat},
                 "received": {name: value for name, value in received.items() if name not in flat}}
 

@@ -1,14 +1,17 @@
-"""Calls in another network namespace, from a thread of its own: nobody else's namespace changes."""
+"""Network namespaces: named as users name them; calls in another one, from a thread of its own: nobody else's changes."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from muenfast.threads import spawn
+
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
+_NAMED = "/run/netns"  # where `ip netns add` has them
 
 T = TypeVar("T")
 
@@ -16,6 +19,19 @@ T = TypeVar("T")
 def current() -> int:
     """A descriptor of the calling thread's network namespace, which lives as long as that is open. Raises OSError."""
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def named(text: str) -> int:
+    """A descriptor of a network namespace: a name of `ip netns`, a path, or a process's number. Raises OSError."""
+    if text.isdecimal():
+        path = f"/proc/{text}/ns/net"
+    else:
+        path = text if text.startswith("/") else f"{_NAMED}/{text}"
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "no such network namespace (`ip netns add NAME` makes one; a number is a "
+                                "process's, a path may name any)", path) from error
 
 
 def inside(namespace: int | None, call: Callable[[], T]) -> T:
@@ -35,16 +51,16 @@ def _apart(call: Callable[[], T], enter: str, *arguments: int) -> T:
 
     def run() -> None:
         try:
+            # os.setns() and os.unshare() came with Python 3.12.
             if getattr(ctypes.CDLL(None, use_errno=True), enter)(*arguments):
                 number = ctypes.get_errno()
-                raise OSError(number, f"{enter} to a network namespace: {os.strerror(number)}")
+                what = "not without the capability CAP_SYS_ADMIN" if number == errno.EPERM else os.strerror(number)
+                raise OSError(number, f"a network namespace cannot be entered ({enter}): {what}")
             results.append(call())
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="in a namespace")
-    thread.start()
-    thread.join()
+    spawn(run, "in a network namespace").join()
     if errors:
         raise errors[0]
     return results[0]

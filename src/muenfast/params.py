@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from muenfast.errors import UsageError
 
+MOST_NAME = 15  # bytes of an interface's name: IFNAMSIZ - 1 of linux/if.h
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,20}|[0-9]{1,20})(?:([KMGTkmgt])(?:i?B)?)?\Z")
 _UNIT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _YES, _NO = frozenset(("1", "y", "yes", "true", "on")), frozenset(("0", "n", "no", "false", "off"))
@@ -86,3 +87,14 @@ def flag(option: str | None, index: int | None, text: str) -> bool:
     if text.lower() in _NO:
         return False
     raise UsageError("an entry is yes or no", option=option, index=index, value=text)
+
+
+def interface(option: str | None, index: int | None, text: str) -> str:
+    """An interface's name as the kernel takes it (dev_valid_name; of a % it would make a number). Raises UsageError."""
+    if len(text.encode(errors="surrogatepass")) > MOST_NAME:
+        raise UsageError(f"interface name too long: a name has at most {MOST_NAME} bytes", option=option, index=index,
+                         value=text)
+    if text in ("", ".", "..") or not text.isprintable() or set(text) & set("/: %"):
+        raise UsageError("an interface's name has no blanks, control characters, '/', ':' or '%', and is neither . nor ..",
+                         option=option, index=index, value=text)
+    return text

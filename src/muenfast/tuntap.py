@@ -6,7 +6,6 @@ A device is made, and watched, by system calls alone; pyroute2 is loaded where a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import ipaddress
@@ -18,45 +17,32 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+from muenfast import netns
 from muenfast.errors import UsageError
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
 
 _TUN = "/dev/net/tun"
-_NAMESPACES = "/run/netns"  # where `ip netns add` has them
-MOST_NAME = 15  # characters: IFNAMSIZ - 1
 
 # <linux/if_tun.h>
-_IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_TUN_EXCL = 0x1, 0x2, 0x1000, 0x8000
+_IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x1, 0x2, 0x1000, 0x4000, 0x8000
 _TUNSETIFF, _TUNGETIFF, _TUNSETCARRIER, _TUNGETDEVNETNS = 0x400454CA, 0x800454D2, 0x400454E2, 0x54E3
+_TUNSETOFFLOAD = 0x400454D0
+_CSUM, _TSO4, _TSO6, _TSO_ECN, _USO4, _USO6 = 0x1, 0x2, 0x4, 0x8, 0x20, 0x40
 # <linux/sockios.h>, <linux/if.h>
 _SIOCGIFFLAGS, _SIOCSIFMTU, _SIOCGIFINDEX, _SIOCSIFTXQLEN = 0x8913, 0x8922, 0x8933, 0x8943
 _IFF_UP = 0x1
 # <linux/rtnetlink.h>: the header of a message and that of a link's
 _RTMGRP_LINK, _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 0x1, 16, 17, 18
 _NLMSG, _IFINFO = struct.Struct("IHHII"), struct.Struct("BxHiII")
-_CLONE_NEWNET = 0x40000000
 _EBADFD = 77
 # Packets that wait for us in the kernel: bursts of a window's length find room while a full ring holds us back.
 _QUEUE = 4096
 
 _MODES = {"net_hdr": _IFF_TUN | _IFF_NO_PI, "eth_dev": _IFF_TAP | _IFF_NO_PI, "raw": _IFF_TUN}
-
-_T = TypeVar("_T")
-
-
-def check_name(name: str, option: str, index: int) -> str:
-    """An interface's name, as the kernel takes it. Raises UsageError."""
-    if len(os.fsencode(name)) > MOST_NAME:
-        raise UsageError(f"interface name too long: a name has at most {MOST_NAME} bytes", option=option, index=index,
-                         value=name)
-    if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/: %"):
-        raise UsageError("an interface's name has no blanks, control characters, '/', ':' or '%', and is neither . nor ..",
-                         option=option, index=index, value=name)
-    return name
 
 
 def check_mac(text: str, option: str, index: int) -> str:
@@ -83,51 +69,6 @@ def check_addresses(text: str, option: str, index: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-# ------------------------------------------------------------------ network namespaces
-
-def open_namespace(text: str) -> int:
-    """A descriptor of a network namespace: a name of `ip netns`, a path, or a process's number. Raises OSError."""
-    if text.isdecimal():
-        path = f"/proc/{text}/ns/net"
-    else:
-        path = text if text.startswith("/") else f"{_NAMESPACES}/{text}"
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, "no such network namespace (`ip netns add NAME` makes one; a number is a "
-                                "process's, a path may name any)", path) from error
-
-
-def _enter(namespace: int) -> None:
-    """This thread, which makes nothing else, goes there. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)    # os.setns() came with Python 3.12
-    if libc.setns(namespace, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        what = "not without the capability CAP_SYS_ADMIN" if number == errno.EPERM else os.strerror(number)
-        raise OSError(number, f"the network namespace cannot be entered: {what}")
-
-
-def within(namespace: int | None, what: Callable[[], _T]) -> _T:
-    """What what() returns, or raises, in a thread that is in that namespace; no other thread goes there. None: where we
-    are."""
-    if namespace is None:
-        return what()
-    done: list[_T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            _enter(namespace)
-            done.append(what())
-        except BaseException as error:
-            failed.append(error)
-
-    spawn(run, "network namespace").join()
-    if failed:
-        raise failed[0]
-    return done[0]
-
-
 def _news() -> socket.socket:
     """A socket that tells of links in this thread's namespace, and takes requests about them."""
     news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
@@ -151,18 +92,20 @@ class Device:
     """A TUN or TAP device with one queue; it goes with close(), or with the process.
 
     framing: one of _net.FRAMINGS: "eth_dev" is a TAP, the others are TUN; "raw" has packet information before each packet.
-    fd: non-blocking. It is down, and without carrier, at first.
+    offload: a virtio_net_hdr stands before each packet, and packets may be super-packets: see `merges`. fd: non-blocking.
+    It is down, and without carrier, at first. moves: how often it was found in another namespace.
 
     Raises UsageError, OSError; EPERM says which capability is missing.
     """
 
-    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None) -> None:
-        self.name, self.framing, self.mtu = name, framing, mtu
+    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool = False) -> None:
+        self.name, self.framing, self.mtu, self.offload = name, framing, mtu, offload
+        self.merges: tuple[str, ...] = ()   # what it takes as super-packets, of _net.MERGES
         self.fd = -1
-        self.index = 0
+        self.index = self.moves = 0
         self.news: socket.socket | None = None
         try:
-            within(namespace, self._make)
+            netns.inside(namespace, self._make)
         except BaseException:
             self.close()
             raise
@@ -173,7 +116,8 @@ class Device:
         try:
             self.fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             fcntl.ioctl(self.fd, _TUNSETIFF, struct.pack("16sH22x", self.name.encode(),
-                                                         _MODES[self.framing] | _IFF_TUN_EXCL))
+                                                         _MODES[self.framing] | _IFF_TUN_EXCL
+                                                         | (_IFF_VNET_HDR if self.offload else 0)))
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise PermissionError(error.errno, f"the interface {self.name} cannot be made without the capability "
@@ -188,6 +132,32 @@ class Device:
         _request(self.news, _SIOCSIFMTU, self.name, self.mtu)
         _request(self.news, _SIOCSIFTXQLEN, self.name, _QUEUE)
         self.set_carrier(False)
+        if self.offload:
+            self._set_offload()
+
+    def _set_offload(self) -> None:
+        """Asks for super-packets of TCP, and of UDP where the kernel has them (Linux 6.2)."""
+        tcp = _CSUM | _TSO4 | _TSO6 | _TSO_ECN
+        try:
+            fcntl.ioctl(self.fd, _TUNSETOFFLOAD, tcp | _USO4 | _USO6)
+            self.merges = ("tcp4", "tcp6", "udp")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fcntl.ioctl(self.fd, _TUNSETOFFLOAD, tcp)
+            self.merges = ("tcp4", "tcp6")
+
+    def namespace(self) -> int:
+        """A descriptor of the namespace that it is in now. Raises OSError."""
+        return fcntl.ioctl(self.fd, _TUNGETDEVNETNS)
+
+    def exists(self) -> bool:
+        """Whether nobody removed it."""
+        try:
+            os.close(self.namespace())
+        except OSError:
+            return False
+        return True
 
     def set_carrier(self, on: bool) -> None:
         """Whether there is somebody at the other end, as the kernel is to see it. OSError where the device is gone."""
@@ -197,7 +167,7 @@ class Device:
                   up: bool = False) -> None:
         """What `ip link set` and `ip addr add` would do. Raises OSError."""
         if addresses or mac is not None or up:
-            within(namespace, lambda: self._configure(addresses, mac, up))
+            netns.inside(namespace, lambda: self._configure(addresses, mac, up))
 
     def _configure(self, addresses: Sequence[str], mac: str | None, up: bool) -> None:
         from pyroute2 import IPRoute  # type: ignore[import-untyped]
@@ -231,11 +201,11 @@ class Device:
         """After its namespace told that it is not there any more: looks for it in another; whether it is up there, None:
         it is nowhere."""
         try:
-            namespace = fcntl.ioctl(self.fd, _TUNGETDEVNETNS)
+            namespace = self.namespace()
         except OSError:
             return None
         try:
-            news = within(namespace, _news)
+            news = netns.inside(namespace, _news)
             name = self._named()
             try:
                 self.index = _request(news, _SIOCGIFINDEX, name)
@@ -245,6 +215,7 @@ class Device:
                 raise
         finally:
             os.close(namespace)
+        self.moves += 1
         old, self.news, self.name = self.news, news, name
         if old is not None:
             old.close()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
          "mac", "addr")
-_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up")
+_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reader-protocol", metavar="L", help="hexadecimal (default: 2)")
     add("--writer-protocol", metavar="L", help="hexadecimal (default: 2)")
     add("--mtu", metavar="L", help="bytes, the same at both ends (default: 1500)")
-    add("--pmtu", metavar="L", help="regions of path MTUs: not built yet, and refused")
+    add("--pmtu", metavar="L", help="regions of path MTUs, of net_hdr, made if they are missing; an empty entry: no limits")
     add("--flags", metavar="L", help="net_hdr: IP packets; eth_dev: an Ethernet device; several joined by +; an empty "
                                  "entry: raw, any payload of exactly mtu bytes (default: net_hdr)")
+    add("--no-offload", action="store_true", default=None,
+        help="one packet per system call: no super-packets between the kernel and us; what channels carry is the same")
     add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
                                      "(default: the caller's)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 "
@@ -80,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
             poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
         lists: dict[str, Any] = {name: getattr(arguments, name) for name in LISTS}
         return serve(interfaces_from_lists(**lists, poll=poll, bells=not arguments.strict_oneway,
-                                           peer=bool(arguments.peer), up=bool(arguments.up)), stop)
+                                           peer=bool(arguments.peer), up=bool(arguments.up),
+                                           offload=not arguments.no_offload), stop)
 
 
 def serve(configs: Sequence[InterfaceConfig], stop: Stop) -> int:
@@ -107,8 +110,8 @@ def _line(interface: Interface) -> str:
     config = interface.config
     ends = ["-" if end is None else word(end.text) for end in (config.inp, config.out)]
     where = [] if config.netns is None else ["netns", word(config.netns)]
-    return " ".join(["interface", interface.device.name, *ends, str(config.element_size), config.framing, str(config.mtu),
-                     *where])
+    return " ".join(["interface", interface.own.device.name, *ends, str(config.element_size), config.framing,
+                     str(config.mtu), *where])
 
 
 # ------------------------------------------------------------------ show

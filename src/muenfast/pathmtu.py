@@ -1,0 +1,58 @@
+"""Regions of path MTUs: 32-bit words in the machine's order, that of mark m being word m - 1 (docs/protocol.md).
+
+0 is no limit; a limit that no path may have (below 68 bytes of IPv4, 1280 of IPv6) counts as that one. Who sends reads the
+words, packet by packet; anybody who may write the region changes them, each in one store.
+"""
+
+from __future__ import annotations
+
+from muenfast import params, shm
+from muenfast.errors import UsageError
+
+__all__ = ["BYTES", "MOST", "entries", "get", "put"]
+
+BYTES = 4096    # of a region that is made: 1024 marks
+MOST = 65535    # a limit above no packet's length is none
+_WORD = 4
+
+
+def opened(locator: shm.Locator, *, writable: bool, make: bool) -> shm.Region:
+    """The region; make: of BYTES zeros where a POSIX name is missing. Raises UsageError, PeerError, OSError."""
+    if locator.offset % _WORD:
+        raise UsageError(f"a region of path MTUs starts at a multiple of {_WORD} bytes", value=locator.text)
+    region = shm.Region.open(locator, writable=writable, create=BYTES if make and locator.posix else None)
+    try:
+        if region.size < _WORD:
+            raise UsageError(f"a region of path MTUs has {_WORD} bytes for each mark", value=locator.text)
+    except BaseException:
+        region.close()
+        raise
+    return region
+
+
+def entries(region: shm.Region) -> int:
+    """Marks that the region has words for."""
+    return region.size // _WORD
+
+
+def check(option: str, text: str) -> int:
+    """A path MTU as it stands on a command line. Raises UsageError."""
+    return params.number(option, None, text, least=0, most=MOST, what="a path MTU in bytes, 0 for no limit,")
+
+
+def _words(region: shm.Region) -> memoryview:
+    return region.view[:entries(region) * _WORD].cast("I")
+
+
+def get(region: shm.Region) -> dict[int, int]:
+    """The limits by their mark, without those that are none."""
+    with _words(region) as words:
+        return {mark: limit for mark, limit in enumerate(words, 1) if limit}
+
+
+def put(region: shm.Region, mark: int, limit: int) -> None:
+    """One limit. Raises UsageError where the region has no such mark."""
+    with _words(region) as words:
+        if not 1 <= mark <= len(words):
+            raise UsageError(f"the region has words for the marks 1 to {len(words)}", option="MARK", value=mark)
+        words[mark - 1] = limit

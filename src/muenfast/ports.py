@@ -1,0 +1,230 @@
+"""The devices of one interface: its own and its children's, each with its marks and the name by which it is asked for.
+
+Names are those of the devices, and of the network namespace where they are, whatever becomes of them: who renames or
+moves a device finds it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from muenfast import bpf, netns
+from muenfast._net import Ports
+from muenfast.bpf import Way
+from muenfast.control import Command
+from muenfast.errors import MuenfastError, UsageError, describe
+from muenfast.marks import Family
+from muenfast.names import NameSocket, commands
+from muenfast.threads import spawn
+from muenfast.tuntap import Device, Links
+
+__all__ = ["Children", "Port"]
+
+log = logging.getLogger("muenfast")
+
+_IN_USE = 10.0  # seconds within which an engine's turn has ended
+
+
+class Port:
+    """A device with its marks, and what may be asked of it by name.
+
+    Packets of net_hdr have marks. answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises
+    UsageError, ClaimError, OSError; nothing is left behind then.
+    """
+
+    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool,
+                 answers: Mapping[str, Command], told: Callable[[bool | None], None]) -> None:
+        self._answers, self._told = answers, told
+        self._names: NameSocket | None = None
+        self.attached: bpf.Attached | None = None
+        with ExitStack() as stack:
+            # From the marks' beginning to the device's end: it would give packets with net_hdr to who expects none.
+            stack.callback(self._detach)
+            self.device = Device(name, framing, mtu, namespace=namespace, offload=offload)
+            stack.callback(self.device.close)
+            if framing == "net_hdr":
+                self._attach(namespace)
+            self._names = NameSocket(name, answers, namespace=namespace)
+            self._named = name, 0
+            stack.callback(self._unname)
+            self._stack = stack.pop_all()
+
+    def _attach(self, namespace: int | None) -> None:
+        try:
+            self.attached = netns.inside(namespace, lambda: bpf.attach(self.device.index, vnet=self.device.offload))
+        except (OSError, MuenfastError) as error:
+            log.warning("interface %s: its packets go out without their marks, and come in without: %s (`muenfast doctor` "
+                        "tells more)", self.device.name, describe(error))
+
+    @property
+    def way(self) -> str:
+        """As _net.Ports takes it."""
+        if self.attached is None:
+            return ""
+        return "tap" if self.attached.way is Way.TAP else "front"
+
+    def join(self, ports: Ports, number: int) -> None:
+        """Becomes a port of that number."""
+        tap = None if self.attached is None else self.attached.tap
+        ports.add(number, self.device.fd, self.way, -1 if tap is None else tap.fileno())
+
+    def watch(self, links: Links) -> None:
+        """From here on `told` is told, of what has happened, too."""
+        links.add(self.device, self._look)
+        self._stack.callback(links.remove, self.device)
+
+    def _look(self, state: bool | None) -> None:
+        """From the thread of Links, which must not wait for anybody here."""
+        if state is not None:
+            self._follow()
+        self._told(state)
+
+    def _follow(self) -> None:
+        """Is asked for by another name, or elsewhere, if that is where the device is now."""
+        now = self.device.rename(), self.device.moves
+        if now == self._named:
+            return
+        self._named = now
+        self._unname()
+        try:
+            namespace = self.device.namespace()
+            try:
+                self._names = NameSocket(self.device.name, self._answers, namespace=namespace)
+            finally:
+                os.close(namespace)
+        except (OSError, MuenfastError) as error:
+            log.error("interface %s: muennet_cfg does not reach it by that name: %s", self.device.name, describe(error))
+
+    def _unname(self) -> None:
+        names, self._names = self._names, None
+        if names is not None:
+            names.stop()
+
+    def _detach(self) -> None:
+        if self.attached is not None:
+            self.attached.close()
+
+    def dropped(self) -> dict[str, int]:
+        """Packets that were lost for their marks' sake, by bpf.DROPPED."""
+        return {} if self.attached is None else self.attached.dropped()
+
+    def close(self) -> None:
+        """The device goes. Precondition: no engine uses it."""
+        self._stack.close()
+
+
+class Children:
+    """The children of one interface, as muennet_cfg asks for them (names.Operations).
+
+    key: what the interface is called in messages, for life. make: makes the port of a child of that name, which is told and
+    asked as given; its device begins without carrier. carrier: whether there is one now. Of close() and of what is asked
+    only one goes on at a time.
+    """
+
+    def __init__(self, key: str, ports: Ports, make: Callable[..., Port], links: Links, *, net_hdr: bool, path_mtus: int,
+                 carrier: Callable[[], bool]) -> None:
+        self._key, self._all, self._make, self._links, self._carrier = key, ports, make, links, carrier
+        self._lock = threading.Lock()
+        self._ports: dict[int, Port] = {}
+        self._closed = False
+        self.family = Family()
+        self.family.add_parent(key, net_hdr=net_hdr, path_mtus=path_mtus, set_mark=ports.marks.set)
+
+    @property
+    def highest(self) -> int:
+        """The largest mark of a child."""
+        return self.family.parents[self._key].highest
+
+    def answers(self, name: str) -> dict[str, Command]:
+        """What a port of that name answers to."""
+        return commands(name, self)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise UsageError(f"the interface {self._key} is being taken away")
+
+    # -------------------------------------------------------------- names.Operations
+
+    def add_child(self, parent: str, child: str) -> None:
+        """Raises UsageError, ClaimError, OSError."""
+        with self._lock:
+            self._open()
+            number = self.family.add_child(parent, child).number
+            try:
+                port = self._make(child, self.answers(child), lambda state: self._told(child, state))
+            except BaseException:
+                self.family.del_child(child)
+                raise
+            self._ports[number] = port
+            port.join(self._all, number)
+            port.watch(self._links)
+            with contextlib.suppress(OSError):  # somebody removed it: we are told
+                port.device.set_carrier(self._carrier())
+        log.info("interface %s: child %s", self._key, child)
+
+    def del_child(self, child: str) -> None:
+        """Raises UsageError."""
+        with self._lock:
+            self._open()
+            self._remove(child)
+        log.info("interface %s: child %s was taken away", self._key, child)
+
+    def add_mark(self, child: str, mark: int) -> None:
+        """Raises UsageError."""
+        with self._lock:
+            self._open()
+            self.family.add_mark(child, mark)
+
+    def del_mark(self, child: str, mark: int) -> None:
+        """Raises UsageError."""
+        with self._lock:
+            self._open()
+            self.family.del_mark(child, mark)
+
+    # -------------------------------------------------------------- their life
+
+    def _remove(self, child: str) -> None:
+        number = self.family.del_child(child).number    # its marks are the parent's from here on
+        port = self._ports.pop(number)
+        while not self._all.remove(number, _IN_USE):
+            log.warning("interface %s: still uses its child %s after %g s", self._key, child, _IN_USE)
+        port.close()
+
+    def _told(self, child: str, state: bool | None) -> None:
+        if state is None:   # another thread: what is asked for may wait for the one that tells
+            spawn(lambda: self._gone(child), f"{child} gone")
+
+    def _gone(self, child: str) -> None:
+        with self._lock:
+            known = self.family.children.get(child)
+            if self._closed or known is None or self._ports[known.number].device.exists():
+                return
+            self._remove(child)
+        log.error("interface %s: its child %s was removed; its marks are the parent's", self._key, child)
+
+    def set_carrier(self, on: bool) -> None:
+        """Of all children."""
+        with self._lock:
+            for port in self._ports.values():
+                with contextlib.suppress(OSError):  # is gone: we are told
+                    port.device.set_carrier(on)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Name, marks and counters of each child, the eldest first."""
+        with self._lock:
+            return [{"name": self._ports[child.number].device.rename(), "marks": sorted(child.marks),
+                     "counters": self._all.counters(child.number), "lost": self._ports[child.number].dropped()}
+                    for child in self.family.children.values()]
+
+    def close(self) -> None:
+        """Takes all children away."""
+        with self._lock:
+            self._closed = True
+            for child in list(self.family.children):
+                self._remove(child)
