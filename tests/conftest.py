@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,9 @@ def _open_files() -> list[str]:
 class Program:
     """A `muenfast` process: started, waited for until ready, ended by signal; always gone at the end."""
 
-    def __init__(self, *words: str, ready: bool = True, cwd: str | None = None) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", "muenfast", *words], stdout=subprocess.PIPE,
+    def __init__(self, *words: str, ready: bool = True, cwd: str | None = None, within: Sequence[str] = ()) -> None:
+        """within: words of a program that becomes this one, elsewhere."""
+        self.process = subprocess.Popen([*within, sys.executable, "-m", "muenfast", *words], stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
                                         env=os.environ | {"PYTHONFAULTHANDLER": "1"})
         self.lines: list[str] = []

@@ -180,7 +180,9 @@ def test_two_namespaces_are_joined(pair: Callable[..., Pair], tmp_path: Path) ->
         assert set(link["flags"]) >= {"POINTOPOINT", "NOARP", "MULTICAST", "UP"}
         counters, kernel = entry["counters"], link["stats64"]
         assert (counters["rx_packets"], counters["rx_bytes"]) == (kernel["rx"]["packets"], kernel["rx"]["bytes"])
-        assert (counters["tx_packets"], counters["tx_bytes"]) == (kernel["tx"]["packets"], kernel["tx"]["bytes"])
+        # The kernel counts what it hands out: net_hdr, too.
+        assert (counters["tx_packets"], counters["tx_bytes"] + 8 * counters["tx_packets"]) == \
+            (kernel["tx"]["packets"], kernel["tx"]["bytes"])
         assert not any(counters[name] for name in ("rx_errors", "rx_over_errors", "rx_frame_errors", "rx_dropped",
                                                    "tx_dropped"))
         assert (entry["state"], entry["carrier"], entry["flags"]) == ("up", True, "net_hdr")

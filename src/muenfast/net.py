@@ -21,6 +21,7 @@ from muenfast import netns, params, pathmtu, shm, tuntap
 from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
+from muenfast.bpf import Way
 from muenfast.channel import End
 from muenfast.connection import MOST_POLL, blame, place
 from muenfast.control import Command
@@ -37,6 +38,8 @@ MOST_INTERFACES = 32  # the module's limit
 DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, 2
 DEFAULT_FLAGS = "net_hdr"
 CARRIERS = ("peer", "up")
+# How marks go between packets and net_hdr: what is asked for, and the ways that are tried for it.
+MARKS: dict[str, tuple[Way, ...]] = {"auto": tuple(Way), **{way.value: (way,) for way in Way}, "none": ()}
 _FLAGS = ("net_hdr", "eth_dev")
 _HEADER: int = layout()["header_size"]
 # Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
@@ -64,6 +67,7 @@ class Options:
     mac: str = "--mac"
     addr: str = "--addr"
     carrier: str = "--carrier"
+    marks: str = "--marks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class InterfaceConfig:
     netns.named() takes it. poll: microseconds between looks at `inp` where its writer does not ring, None:
     adaptive. bells: False: strict one-way, nothing flows back. size: bytes of channels that are made, None: by the mtu.
     carrier: one of CARRIERS. mac, addresses, up: set once the interface is made. pmtu: the region of path MTUs.
-    offload: whether the device gives and takes super-packets, of net_hdr only.
+    offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS.
     """
 
     name: str
@@ -96,6 +100,7 @@ class InterfaceConfig:
     options: Options = Options()
     pmtu: shm.Locator | None = None
     offload: bool = True
+    marks: str = "auto"
 
     @property
     def element_size(self) -> int:
@@ -130,7 +135,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                           pmtu: str | None = None, flags: str | None = None, poll: int | None = None,
                           netns: str | None = None, size: str | None = None, bells: bool = True,
                           carrier: str | None = None, mac: str | None = None, addr: str | None = None, up: bool = False,
-                          offload: bool = True, module: bool = False,
+                          offload: bool = True, marks: str = "auto", module: bool = False,
                           options: Options | None = None) -> list[InterfaceConfig]:
     """Pairs comma lists by position; nothing is opened.
 
@@ -160,6 +165,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
     params.same_length({called.name: names, **lists})
     if poll is not None and not 1 <= poll <= MOST_POLL:
         raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option=called.poll, value=poll)
+    if marks not in MARKS:
+        raise UsageError(f"marks go one of these ways: {', '.join(MARKS)}", option=called.marks, value=marks)
 
     def entry(option: str, i: int) -> str:
         entries = lists[option]
@@ -204,7 +211,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             params.size(called.size, i, room, least=least) if room else None, wire,
             tuntap.check_mac(station, called.mac, i) if station else None,
             tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called,
-            shm.Locator.parse(text, option=called.pmtu, index=i) if text else None, offload and framing == "net_hdr")
+            shm.Locator.parse(text, option=called.pmtu, index=i) if text else None, offload and framing == "net_hdr",
+            marks)
 
     configs = [interface(i) for i in range(count)]
     params.apart([place(option, config.index, locator) for config in configs
@@ -425,11 +433,11 @@ class Interface:
                     self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True))
             path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
             self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)
+            stack.callback(self.ports.close)
             self.children = Children(config.name, self.ports, self._child, links, net_hdr=config.framing == "net_hdr",
                                      path_mtus=path_mtus, carrier=lambda: self.carrier)
             with blame(config.options.name, config.index, config.name):
-                self.own = Port(config.name, config.framing, config.mtu, namespace=self._namespace, offload=config.offload,
-                                answers=self.children.answers(config.name), told=self._told)
+                self.own = self._port(config.name, self._namespace, self.children.answers(config.name), self._told)
             stack.callback(self.own.close)
             self.own.join(self.ports, 0)
             self.sender = _Half(self, config.out, writes=True)
@@ -443,12 +451,17 @@ class Interface:
             self.set_carrier()
             self._stack = stack.pop_all()
 
+    def _port(self, name: str, namespace: int | None, answers: Mapping[str, Command],
+              told: Callable[[bool | None], None]) -> Port:
+        config = self.config
+        return Port(name, config.framing, config.mtu, namespace=namespace, offload=config.offload, ways=MARKS[config.marks],
+                    answers=answers, told=told)
+
     def _child(self, name: str, answers: Mapping[str, Command], told: Callable[[bool | None], None]) -> Port:
         """The port of a new child, in the network namespace where the interface is now."""
         namespace = self.own.device.namespace()
         try:
-            return Port(name, self.config.framing, self.config.mtu, namespace=namespace, offload=self.config.offload,
-                        answers=answers, told=told)
+            return self._port(name, namespace, answers, told)
         finally:
             os.close(namespace)
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,11 +34,11 @@ _IN_USE = 10.0  # seconds within which an engine's turn has ended
 class Port:
     """A device with its marks, and what may be asked of it by name.
 
-    Packets of net_hdr have marks. answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises
+    ways: in which packets of net_hdr may get their marks, the first that is to be had; a single one is a must. answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises
     UsageError, ClaimError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool,
+    def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool, ways: Sequence[Way],
                  answers: Mapping[str, Command], told: Callable[[bool | None], None]) -> None:
         self._answers, self._told = answers, told
         self._names: NameSocket | None = None
@@ -48,17 +48,22 @@ class Port:
             stack.callback(self._detach)
             self.device = Device(name, framing, mtu, namespace=namespace, offload=offload)
             stack.callback(self.device.close)
-            if framing == "net_hdr":
-                self._attach(namespace)
+            if framing == "net_hdr" and ways:
+                self._attach(namespace, ways)
             self._names = NameSocket(name, answers, namespace=namespace)
             self._named = name, 0
             stack.callback(self._unname)
             self._stack = stack.pop_all()
 
-    def _attach(self, namespace: int | None) -> None:
+    def _attach(self, namespace: int | None, ways: Sequence[Way]) -> None:
+        def attach() -> bpf.Attached:
+            return bpf.attach(self.device.index, ways=ways, vnet=self.device.offload)
+
         try:
-            self.attached = netns.inside(namespace, lambda: bpf.attach(self.device.index, vnet=self.device.offload))
+            self.attached = netns.inside(namespace, attach)
         except (OSError, MuenfastError) as error:
+            if len(ways) == 1:  # asked for
+                raise
             log.warning("interface %s: its packets go out without their marks, and come in without: %s (`muenfast doctor` "
                         "tells more)", self.device.name, describe(error))
 

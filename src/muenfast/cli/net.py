@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
          "mac", "addr")
-_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload")
+_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The interfaces' lists, and `show`."""
     add = parser.add_argument
-    add("words", nargs="*", metavar="show [NAME]", help="what the interfaces of this user's processes do, or that one's")
+    add("words", nargs="*", metavar="show [NAME] | pmtu show REGION | pmtu set REGION MARK BYTES",
+        help="what the interfaces of this user's processes do, or that one's; the limits of a region of path MTUs; to set "
+             "one, 0 for no limit")
     add("--name", metavar="L", help="interfaces to make, at most 32")
     add("--in", metavar="L", dest="inp", help="channels that they read, NAME (POSIX shared memory), /path or "
                                               "/path@OFFSET+SIZE; an empty entry: sends only (default: NAME_in)")
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                  "entry: raw, any payload of exactly mtu bytes (default: net_hdr)")
     add("--no-offload", action="store_true", default=None,
         help="one packet per system call: no super-packets between the kernel and us; what channels carry is the same")
+    add("--marks", metavar="WAY", help="how netfilter marks go between packets and net_hdr: tcx, clsact, tap (the first that "
+                                       "works: auto, the default; `muenfast doctor` tells what each lacks), or none: marks "
+                                       "are 0")
     add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
                                      "(default: the caller's)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 "
@@ -66,7 +71,7 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM, or shows."""
     if arguments.words:
-        return _show(arguments)
+        return _words(arguments)
     for name in ("json", "statistics"):
         if getattr(arguments, name):
             raise UsageError("goes with show", option="--" + name)
@@ -83,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         lists: dict[str, Any] = {name: getattr(arguments, name) for name in LISTS}
         return serve(interfaces_from_lists(**lists, poll=poll, bells=not arguments.strict_oneway,
                                            peer=bool(arguments.peer), up=bool(arguments.up),
-                                           offload=not arguments.no_offload), stop)
+                                           offload=not arguments.no_offload, marks=arguments.marks or "auto"), stop)
 
 
 def serve(configs: Sequence[InterfaceConfig], stop: Stop) -> int:
@@ -116,15 +121,52 @@ def _line(interface: Interface) -> str:
 
 # ------------------------------------------------------------------ show
 
-def _show(arguments: argparse.Namespace) -> int:
-    what, *names = arguments.words
-    if what != "show":
-        raise UsageError("the word is show; options make interfaces", value=what, hint="muenfast net --help tells more")
-    if len(names) > 1:
-        raise UsageError("show takes one name", value=names[1])
+def _words(arguments: argparse.Namespace) -> int:
+    what, *words = arguments.words
+    if what not in ("show", "pmtu"):
+        raise UsageError("the word is show or pmtu; options make interfaces", value=what,
+                         hint="muenfast net --help tells more")
     for name in _SERVING:
         if getattr(arguments, name) is not None:
-            raise UsageError("does not go with show", option="--" + name.replace("inp", "in").replace("_", "-"))
+            raise UsageError(f"does not go with {what}", option="--" + name.replace("inp", "in").replace("_", "-"))
+    return _show(arguments, words) if what == "show" else _pmtu(arguments, words)
+
+
+def _pmtu(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """`pmtu show REGION`, `pmtu set REGION MARK BYTES`."""
+    from muenfast import marks, pathmtu, shm
+
+    if len(words) != {"show": 2, "set": 4}.get(words[0] if words else "", 0):
+        raise UsageError("the words are: pmtu show REGION, or: pmtu set REGION MARK BYTES", value=" ".join(("pmtu", *words)))
+    if arguments.statistics:
+        raise UsageError("goes with show", option="--statistics")
+    change = words[0] == "set"
+    if change and arguments.json:
+        raise UsageError("goes with show", option="--json")
+    locator = shm.Locator.parse(words[1], option="REGION")
+    try:
+        region = pathmtu.opened(locator, writable=change, make=False)
+    except FileNotFoundError as error:
+        raise MuenfastError(f"{words[1]}: there is no such region (`muenfast net --pmtu` makes it, and `muenfast chan create "
+                            f"--size {pathmtu.BYTES}` one that stays)") from error
+    with region:
+        if change:
+            pathmtu.put(region, marks.check_mark(words[2]), pathmtu.check("BYTES", words[3]))
+            return 0
+        limits = pathmtu.get(region)
+        if arguments.json:
+            print(json.dumps({"region": words[1], "entries": pathmtu.entries(region),
+                              "limits": {str(mark): limit for mark, limit in limits.items()}}, indent=2))
+        else:
+            print(f"{word(words[1])}: {len(limits)} of {pathmtu.entries(region)} marks have a limit")
+            for mark, limit in limits.items():
+                print(f"  mark {mark}: {limit}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace, names: Sequence[str]) -> int:
+    if len(names) > 1:
+        raise UsageError("show takes one name", value=names[1])
     from muenfast.control import ask_all
 
     answers = ask_all({"command": "status"})
@@ -156,14 +198,30 @@ def _lines(entry: dict[str, Any], statistics: bool) -> list[str]:
         if end["enabled"]:
             lines.append(f"  {name}.element_size: {end['element_size']}")
             lines.append(f"  {name} is {'active' if end['active'] else 'inactive'}")
+    lines.append(f"  marks: {entry['marks'] or 'none'}")
+    lines.append(f"  offload: {'on' if entry['offload'] else 'off'}")
+    if entry["pmtu"] is not None:
+        lines.append(f"  pmtu: {word(entry['pmtu'])}")
+    for child in entry["children"]:
+        held = " ".join(map(str, child["marks"])) or "none"
+        lines.append(f"  child {child['name']}: marks {held}")
     if statistics:
         lines += [f"  stats.{name}: {value}" for name, value in entry["counters"].items()]
-        for name in ("sent", "received"):
-            for key, value in entry[name].items():
-                if isinstance(value, dict):
-                    lines += [f"  {name}.{key}.{cause}: {number}" for cause, number in value.items()]
-                elif isinstance(value, list):
-                    lines.append(f"  {name}.{key}: {' '.join(map(str, value))}")
-                else:
-                    lines.append(f"  {name}.{key}: {value}")
+        for name in ("sent", "received", "interface"):
+            lines += _flat(f"  {name}", entry[name])
+        for child in entry["children"]:
+            lines += _flat(f"  child {child['name']}", {**child["counters"], "lost": child["lost"]})
+    return lines
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> list[str]:
+    """One line for each number."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{prefix}.{key}.{cause}: {number}" for cause, number in value.items()]
+        elif isinstance(value, list):
+            lines.append(f"{prefix}.{key}: {' '.join(map(str, value))}")
+        else:
+            lines.append(f"{prefix}.{key}: {value}")
     return lines
