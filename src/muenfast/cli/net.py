@@ -136,7 +136,7 @@ def _pmtu(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """`pmtu show REGION`, `pmtu set REGION MARK BYTES`."""
     from muenfast import marks, pathmtu, shm
 
-    if len(words) != {"show": 2, "set": 4}.get(words[0] if words else "", 0):
+    if not words or len(words) != {"show": 2, "set": 4}.get(words[0]):
         raise UsageError("the words are: pmtu show REGION, or: pmtu set REGION MARK BYTES", value=" ".join(("pmtu", *words)))
     if arguments.statistics:
         raise UsageError("goes with show", option="--statistics")

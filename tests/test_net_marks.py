@@ -1,0 +1,288 @@
+"""Marks, children and path MTUs of `muenfast net`, between two network namespaces.
+
+Needs root, TUN devices and iproute2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from conftest import Program, run, unique
+from helpers import eventually
+from namespaces import SO_MARK, SO_RCVMARK
+from net_peer import Endpoint, checked
+from test_net import Pair, Space, pair, shown, spaces, told
+from test_net import pytestmark as pytestmark
+
+from muenfast import names, netns
+from muenfast.errors import MuenfastError
+
+__all__ = ["pair", "spaces"]    # fixtures
+
+Pairs = Callable[..., Pair]
+Start = Callable[..., Program]
+MARKS = [0, 1, 100, 101, 0xFFFFFFFF]
+
+
+def in_space(space: Space, kind: int = socket.SOCK_DGRAM, family: int = socket.AF_INET) -> socket.socket:
+    """A socket of that namespace."""
+    namespace = netns.named(space.name)
+    try:
+        made = netns.inside(namespace, lambda: socket.socket(family, kind))
+    finally:
+        os.close(namespace)
+    made.settimeout(20)
+    return made
+
+
+def cfg(space: Space, *words: str) -> bool:
+    """What muennet_cfg asks for there; whether it was done."""
+    namespace = netns.named(space.name)
+    try:
+        interface, request = names.request(words[0], words[1], words[2] if len(words) > 2 else None)
+        return bool(netns.inside(namespace, lambda: names.ask(interface, request))["ok"])
+    except MuenfastError:
+        return False
+    finally:
+        os.close(namespace)
+
+
+def received(target: socket.socket) -> tuple[bytes, int]:
+    data, ancillary, _, _ = target.recvmsg(1 << 16, 64)
+    [mark] = [struct.unpack("=I", value)[0] for level, kind, value in ancillary
+              if (level, kind) == (socket.SOL_SOCKET, SO_MARK)]
+    return data, mark
+
+
+@pytest.mark.parametrize("words", [("--marks", "tcx"), ("--marks", "clsact"), ("--marks", "tcx", "--no-offload"),
+                                   ("--marks", "tap"), ("--marks", "none")])
+def test_marks_cross(words: tuple[str, ...], pair: Pairs) -> None:
+    """All 32 bits, of single packets and of what the kernel cuts; a tap has them go out only, and none has none."""
+    two = pair(*words).both()
+    with in_space(two.spaces[0]) as source, in_space(two.spaces[1]) as target:
+        target.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
+        target.bind(("10.9.0.2", 700))
+        for mark in MARKS:
+            source.setsockopt(socket.SOL_SOCKET, SO_MARK, struct.pack("=I", mark))
+            for data in (b"x" * 18, b"y" * 1400, b"z" * 9000):
+                source.sendto(data, ("10.9.0.2", 700))
+                assert received(target) == (data, mark if words[1] in ("tcx", "clsact") else 0)
+    [way] = {entry["marks"] for entry in shown()}
+    assert way == (None if words[1] == "none" else words[1])
+    assert all(not any(entry["interface"]["lost"].values()) for entry in shown())
+    two.end()
+
+
+@pytest.mark.parametrize("words", [("--marks", "tcx"), ("--marks", "tap"), ("--marks", "tap", "--no-offload")])
+def test_marks_of_elements(words: tuple[str, ...], program: Start, spaces: Callable[[], Space]) -> None:
+    """What stands in them, of TCP's super-packets, too: each is one ordinary packet."""
+    space, out = spaces(), unique("out")
+    one = program("net", "--name", "net0", "--in", "", "--out", out, "--netns", space.name, "--addr", "10.9.0.1/24", "--up",
+                  *words)
+    with Endpoint(out, None, "net_hdr") as endpoint, in_space(space) as source:
+        endpoint.until(lambda: endpoint.reader is not None and endpoint.reader.synchronised)
+        for number, mark in enumerate(MARKS):
+            source.setsockopt(socket.SOL_SOCKET, SO_MARK, struct.pack("=I", mark))
+            source.sendto(b"0123456789" * (number + 1), ("10.9.0.2", 700))
+            endpoint.until(lambda: sum(element[17] == 17 for element in endpoint.seen) == number + 1)
+            [*_, element] = (element for element in endpoint.seen if element[17] == 17)
+            length = struct.unpack_from("<H", element, 4)[0]
+            assert struct.unpack_from("<I", element)[0] == mark and checked(element[8:8 + length])
+            assert element[8 + length:] == bytes(len(element) - 8 - length)
+        source.setsockopt(socket.SOL_UDP, 103, 1000)    # UDP_SEGMENT
+        before = len(endpoint.seen)
+        source.sendto(bytes(5500), ("10.9.0.2", 700))
+        endpoint.until(lambda: len(endpoint.seen) >= before + 6)
+        for element in endpoint.seen[before:]:
+            length = struct.unpack_from("<H", element, 4)[0]
+            assert struct.unpack_from("<I", element)[0] == MARKS[-1] and checked(element[8:8 + length])
+    assert one.end() == (0, "")
+
+
+def test_a_marked_stream(pair: Pairs) -> None:
+    """A megabyte each way through children, behind marks on both sides; the parent sees none of it."""
+    two = pair().both()
+    for number, space in enumerate(two.spaces, 1):
+        for words in (("add_child", "net0", "child1"), ("add_mark", "child1", "24"), ("add_mark", "child1", "25")):
+            assert cfg(space, *words)
+        space.ip("addr", "add", f"10.8.0.{number}/24", "dev", "child1")
+        space.ip("link", "set", "child1", "up")
+        subprocess.run(["ip", "netns", "exec", space.name, "iptables", "-t", "mangle", "-A", "OUTPUT", "-o", "child1",
+                        "-j", "MARK", "--set-mark", str(23 + number)], check=True)
+    for here, there, address in ((0, 1, "10.8.0.2"), (1, 0, "10.8.0.1")):
+        serving = two.spaces[there].program("serve", address, "5000")
+        sending = two.spaces[here].program("send", address, "5000", str(1 << 20), "1")
+        assert told(serving) == told(sending)
+    for entry in shown():
+        [child] = entry["children"]
+        assert child["name"] == "child1" and child["marks"] == [24, 25]
+        assert child["counters"]["rx_packets"] > 20 and child["counters"]["tx_packets"] > 20
+        assert entry["interface"]["rx_packets"] < 20    # of IPv6's own
+    two.end()
+
+
+def test_a_child_that_is_removed(pair: Pairs) -> None:
+    """By `ip link del`: its marks are the parent's, its name may be a new child's; one that is renamed or moved is found."""
+    two = pair().both()
+    space, other = two.spaces
+    for words in (("add_child", "net0", "child1"), ("add_mark", "child1", "24")):
+        assert cfg(space, *words)
+    space.ip("link", "del", "child1")
+    eventually(lambda: not shown()[0]["children"] and not shown()[-1]["children"])
+    for words in (("add_child", "net0", "child1"), ("add_mark", "child1", "24")):
+        assert eventually(lambda: cfg(space, *words))
+    space.ip("link", "set", "child1", "name", "other1")
+    assert eventually(lambda: cfg(space, "add_mark", "other1", "25"))
+    assert not cfg(space, "add_mark", "child1", "26")
+    space.ip("link", "set", "other1", "netns", other.name)
+    assert eventually(lambda: cfg(other, "del_mark", "other1", "25"))
+    assert not cfg(space, "add_mark", "other1", "26")
+    assert cfg(other, "del_child", "other1")
+    assert other.link("other1") is None
+    for one in two.programs:
+        assert one is not None
+        status, errors = one.end()
+        assert status == 0 and errors.count("\n") <= 1
+
+
+def test_a_parent_that_is_moved_makes_children_there(pair: Pairs, spaces: Callable[[], Space]) -> None:
+    two = pair().both()
+    third = spaces()
+    two.spaces[0].ip("link", "set", "net0", "netns", third.name)
+    assert eventually(lambda: cfg(third, "add_child", "net0", "child1"))
+    assert third.link("child1") is not None and not cfg(two.spaces[0], "del_child", "child1")
+    third.ip("link", "set", "net0", "name", "net9")
+    assert eventually(lambda: cfg(third, "add_child", "net9", "child2"))
+    assert cfg(third, "del_child", "child1") and cfg(third, "del_child", "child2")
+    two.end()
+
+
+def test_children_come_and_go_under_traffic(pair: Pairs) -> None:
+    """Nothing stands still, nothing is left, and what is the parent's arrives."""
+    two = pair().both()
+    serving = two.spaces[1].program("serve", "10.9.0.2", "5000")
+    sending = two.spaces[0].program("send", "10.9.0.2", "5000", str(20 << 20), "2")
+    for turn in range(8):
+        for space in two.spaces:
+            assert cfg(space, "add_child", "net0", f"c{turn % 2}")
+            assert cfg(space, "add_mark", f"c{turn % 2}", str(turn + 1))
+            space.ip("link", "set", f"c{turn % 2}", "up")
+            assert cfg(space, "del_child", f"c{turn % 2}")
+    assert told(serving) == told(sending)
+    assert all(not entry["children"] for entry in shown())
+    two.end()
+
+
+@pytest.mark.parametrize("words", [(), ("--no-offload",)])
+def test_counters_agree_with_the_kernels(words: tuple[str, ...], pair: Pairs) -> None:
+    """Packets of the interface always; those of the wire are the same ones where nothing is split or merged."""
+    two = pair(*words).both()
+    serving = two.spaces[1].program("serve", "10.9.0.2", "5000")
+    sending = two.spaces[0].program("send", "10.9.0.2", "5000", str(4 << 20), "3")
+    assert told(serving) == told(sending)
+
+    def agree() -> bool:
+        entries = {entry["pid"]: entry for entry in shown()}
+        for one, space in zip(two.programs, two.spaces, strict=True):
+            link = space.link()
+            assert one is not None and link is not None
+            entry, kernel = entries[one.pid], link["stats64"]
+            real = entry["interface"]
+            if (real["rx_packets"], real["tx_packets"]) != (kernel["rx"]["packets"], kernel["tx"]["packets"]):
+                return False
+            wire = entry["counters"]
+            if words and (wire["rx_packets"], wire["tx_packets"]) != (real["rx_packets"], real["tx_packets"]):
+                return False
+        return True
+
+    eventually(agree)
+    one, other = sorted(shown(), key=lambda entry: int(entry["sent"]["split"]["segments"]))
+    assert one["offload"] is (not words)
+    if not words:
+        assert other["sent"]["split"]["segments"] > other["sent"]["split"]["supers"] > 0
+        assert other["counters"]["tx_packets"] > other["interface"]["tx_packets"]
+        assert one["received"]["merged"]["segments"] > one["received"]["merged"]["supers"] > 0
+    two.end()
+
+
+def test_a_path_mtu(pair: Pairs) -> None:
+    """A sender hears of it and sends smaller packets; without DF they are fragmented. It may change at any time."""
+    region = unique("paths")
+    two = pair("--pmtu", region).both()
+    here, there = two.spaces
+    assert json.loads(run("net", "pmtu", "show", region, "--json").stdout) == {"region": region, "entries": 1024,
+                                                                               "limits": {}}
+    assert run("net", "pmtu", "set", region, "1024", "700").returncode == 0
+    assert run("net", "pmtu", "set", region, "7", "900").returncode == 0
+    assert run("net", "pmtu", "show", region).stdout == f"{region}: 2 of 1024 marks have a limit\n  mark 7: 900\n" \
+                                                         "  mark 1024: 700\n"
+    with in_space(here) as source, in_space(there) as target:
+        target.bind(("10.9.0.2", 700))
+        source.setsockopt(socket.SOL_SOCKET, SO_MARK, struct.pack("=I", 7))
+        source.setsockopt(socket.IPPROTO_IP, 10, 0)     # IP_MTU_DISCOVER, IP_PMTUDISC_DONT: no DF
+        source.sendto(b"a" * 1400, ("10.9.0.2", 700))
+        assert target.recv(2000) == b"a" * 1400
+        source.setsockopt(socket.IPPROTO_IP, 10, 2)     # IP_PMTUDISC_DO
+        source.connect(("10.9.0.2", 700))
+        source.send(b"b" * 1400)
+
+        def smaller() -> bool:
+            try:
+                source.send(b"c" * 1400)
+            except OSError:     # EMSGSIZE, of the news and from then on
+                return source.getsockopt(socket.IPPROTO_IP, 14) == 900      # IP_MTU
+            return False
+
+        def fits() -> bool:     # further news of what was sent before are told by further errors
+            try:
+                return source.send(b"d" * (900 - 28)) > 0
+            except OSError:
+                return False
+
+        eventually(smaller)
+        eventually(fits)
+        assert target.recv(2000) == b"d" * (900 - 28)
+    entry = next(entry for entry in shown() if entry["sent"]["path_mtu"]["news"])
+    assert entry["sent"]["path_mtu"]["fragmented"] == 1 and entry["sent"]["path_mtu"]["fragments"] == 2
+    assert entry["sent"]["lost"]["path_mtu"] >= 1 and entry["pmtu"] == region
+    # Marks beyond 100, for the region has words for them.
+    for words in (("add_child", "net0", "child1"), ("add_mark", "child1", "1024")):
+        assert cfg(here, *words)
+    assert not cfg(here, "add_mark", "child1", "1025")
+    # TCP goes through, by what the news tell it: MSS clamping is nobody's business here.
+    subprocess.run(["ip", "netns", "exec", here.name, "iptables", "-t", "mangle", "-A", "OUTPUT", "-p", "tcp", "-j", "MARK",
+                    "--set-mark", "7"], check=True)
+    here.ip("route", "flush", "cache")
+    serving = there.program("serve", "10.9.0.2", "5000")
+    sending = here.program("send", "10.9.0.2", "5000", str(1 << 20), "4")
+    assert told(serving) == told(sending)
+    two.end()
+
+
+@pytest.mark.parametrize(("words", "status", "parts"), [
+    (("pmtu",), 2, ["pmtu show REGION", "pmtu set REGION MARK BYTES"]),
+    (("pmtu", "set", "x", "1"), 2, ["pmtu set REGION MARK BYTES"]),
+    (("pmtu", "show", "{missing}"), 1, ["there is no such region", "muenfast chan create"]),
+    (("pmtu", "set", "{region}", "0", "1500"), 2, ["MARK '0'", "1 to 1024"]),
+    (("pmtu", "set", "{region}", "1025", "1500"), 2, ["MARK '1025'", "1 to 1024"]),
+    (("pmtu", "set", "{region}", "1", "65536"), 2, ["BYTES '65536'", "0 to 65535"]),
+    (("pmtu", "set", "{region}", "x", "1500"), 2, ["MARK 'x'"]),
+    (("pmtu", "show", "{region}", "--name", "net0"), 2, ["--name", "does not go with pmtu"]),
+    (("--name", "net0", "--marks", "bpf"), 2, ["--marks 'bpf'", "auto, tcx, clsact, tap, none"])])
+def test_misuse(words: tuple[str, ...], status: int, parts: list[str]) -> None:
+    region, missing = unique("paths"), unique("missing")
+    assert run("chan", "create", "--size", "4096", region).returncode == 0
+    try:
+        done = run("net", *(word.format(region=region, missing=missing) for word in words))
+        assert (done.returncode, done.stdout) == (status, "") and done.stderr.count("\n") == 1, done.stderr
+        for part in parts:
+            assert part in done.stderr
+        assert json.loads(run("net", "pmtu", "show", region, "--json").stdout)["limits"] == {}
+    finally:
+        assert run("chan", "rm", region).returncode == 0
