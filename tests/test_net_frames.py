@@ -179,7 +179,8 @@ def test_an_element_becomes_a_packet(name: str, device: Device, files: Callable[
     size = element_size(framing, mtu)
     file = files("in", region(size, 16))
     writer = ChannelWriter(file.path, size, PROTOCOL)
-    receiver = Receiver(device.ports, file.map(region(size, 16), writable=False), framing=framing, mtu=mtu, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(size, 16), writable=False), framing=framing, mtu=mtu,
+                        protocol=PROTOCOL)
     with running(receiver) as events:
         writer.activate()
         eventually(lambda: receiver.connected)
@@ -290,7 +291,8 @@ def test_a_malformed_packet_is_counted_and_goes_nowhere(name: str, device: Devic
     file = files("in", region(108, 16))
     writer = ChannelWriter(file.path, 108, PROTOCOL)
     writer.activate()
-    receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100,
+                        protocol=PROTOCOL)
     with running(receiver):
         eventually(lambda: receiver.connected)
         writer.write_many([element, net_element(GOOD, 108), element, net_element(FULL, 108)])
@@ -308,7 +310,8 @@ def test_the_packets_own_header_tells_its_length(length: int, device: Device, fi
     file = files("in", region(108, 16))
     writer = ChannelWriter(file.path, 108, PROTOCOL)
     writer.activate()
-    receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100,
+                        protocol=PROTOCOL)
     with running(receiver):
         eventually(lambda: receiver.connected)
         writer.write(_net(length=length, packet=GOOD))
@@ -335,7 +338,8 @@ def test_a_frame_of_impossible_length_is_counted(length: int, device: Device, fi
 def test_a_header_of_another_kind_is_refused(device: Device, files: Callable[[str, int], Files]) -> None:
     """Another MTU, another protocol; once it fits, packets come."""
     file = files("in", region(116, 16))
-    receiver = Receiver(device.ports, file.map(region(116, 16), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(116, 16), writable=False), framing="net_hdr", mtu=100,
+                        protocol=PROTOCOL)
     with running(receiver) as events:
         for size, protocol in ((107, PROTOCOL), (108, 3)):
             writer = ChannelWriter(file.path, size, protocol)
@@ -355,7 +359,8 @@ def test_an_overrun_is_counted_and_survived(device: Device, files: Callable[[str
     file = files("in", region(108, 8))
     writer = ChannelWriter(file.path, 108, PROTOCOL)
     writer.activate()
-    receiver = Receiver(device.ports, file.map(region(108, 8), writable=False), framing="net_hdr", mtu=100, protocol=PROTOCOL)
+    receiver = Receiver(device.ports, file.map(region(108, 8), writable=False), framing="net_hdr", mtu=100,
+                        protocol=PROTOCOL)
     assert receiver.run(0) == "connected"
     for _ in range(5):
         writer.write_many([net_element(GOOD, 108)] * 4)

@@ -128,7 +128,7 @@ def test_a_marked_stream(pair: Pairs) -> None:
 
 
 def test_a_child_that_is_removed(pair: Pairs) -> None:
-    """By `ip link del`: its marks are the parent's, its name may be a new child's; one that is renamed or moved is found."""
+    """By `ip link del`: its marks are the parent's, its name may be another's. One that is renamed or moved is found."""
     two = pair().both()
     space, other = two.spaces
     for words in (("add_child", "net0", "child1"), ("add_mark", "child1", "24")):

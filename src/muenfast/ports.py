@@ -34,7 +34,8 @@ _IN_USE = 10.0  # seconds within which an engine's turn has ended
 class Port:
     """A device with its marks, and what may be asked of it by name.
 
-    ways: in which packets of net_hdr may get their marks, the first that is to be had; a single one is a must. answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises
+    ways: in which packets of net_hdr may have their marks, the first that is to be had counts; a single one is a must.
+    answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises
     UsageError, ClaimError, OSError; nothing is left behind then.
     """
 

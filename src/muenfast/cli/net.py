@@ -35,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reader-protocol", metavar="L", help="hexadecimal (default: 2)")
     add("--writer-protocol", metavar="L", help="hexadecimal (default: 2)")
     add("--mtu", metavar="L", help="bytes, the same at both ends (default: 1500)")
-    add("--pmtu", metavar="L", help="regions of path MTUs, of net_hdr, made if they are missing; an empty entry: no limits")
+    add("--pmtu", metavar="L", help="regions of path MTUs, of net_hdr, made if they are missing; an empty entry: no "
+                                    "limits")
     add("--flags", metavar="L", help="net_hdr: IP packets; eth_dev: an Ethernet device; several joined by +; an empty "
                                  "entry: raw, any payload of exactly mtu bytes (default: net_hdr)")
     add("--no-offload", action="store_true", default=None,
         help="one packet per system call: no super-packets between the kernel and us; what channels carry is the same")
-    add("--marks", metavar="WAY", help="how netfilter marks go between packets and net_hdr: tcx, clsact, tap (the first that "
-                                       "works: auto, the default; `muenfast doctor` tells what each lacks), or none: marks "
-                                       "are 0")
+    add("--marks", metavar="WAY", help="how netfilter marks go between packets and net_hdr: tcx, clsact or tap (auto, the "
+                                       "default: the first that works; `muenfast doctor` tells what each lacks), or none: "
+                                       "marks are 0")
     add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
                                      "(default: the caller's)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 "
@@ -137,7 +138,8 @@ def _pmtu(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     from muenfast import marks, pathmtu, shm
 
     if not words or len(words) != {"show": 2, "set": 4}.get(words[0]):
-        raise UsageError("the words are: pmtu show REGION, or: pmtu set REGION MARK BYTES", value=" ".join(("pmtu", *words)))
+        raise UsageError("the words are: pmtu show REGION, or: pmtu set REGION MARK BYTES",
+                         value=" ".join(("pmtu", *words)))
     if arguments.statistics:
         raise UsageError("goes with show", option="--statistics")
     change = words[0] == "set"
@@ -147,8 +149,8 @@ def _pmtu(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     try:
         region = pathmtu.opened(locator, writable=change, make=False)
     except FileNotFoundError as error:
-        raise MuenfastError(f"{words[1]}: there is no such region (`muenfast net --pmtu` makes it, and `muenfast chan create "
-                            f"--size {pathmtu.BYTES}` one that stays)") from error
+        raise MuenfastError(f"{words[1]}: there is no such region (`muenfast net --pmtu` makes it, and `muenfast chan "
+                            f"create --size {pathmtu.BYTES}` one that stays)") from error
     with region:
         if change:
             pathmtu.put(region, marks.check_mark(words[2]), pathmtu.check("BYTES", words[3]))
