@@ -81,6 +81,8 @@ class Pair:
                 os.sched_setaffinity(0, {self.far})
                 child()
                 status = 0
+            except KeyboardInterrupt:   # of the terminal: the parent has it, too
+                pass
             except BaseException as error:
                 print(f"muenfast: bench: {error}", file=sys.stderr, flush=True)
             finally:

@@ -44,7 +44,9 @@ _ELEMENTS = 1024  # of a ring in memory, as `muenfast net` makes them of packets
 _BETWEEN_NS = 2_000_000  # idle ping: from an answer to the next echo
 _PATIENCE = 20.0  # seconds until a link has to answer
 _LATE_NS = 2_000_000_000  # an echo that takes longer was lost
+_GRACE_NS = 2_000_000_000  # a sender ends by itself so long after nobody receives any more
 _RECEIVE_BUFFER = 4 << 20
+_SO_RCVBUFFORCE = 33  # <asm-generic/socket.h>
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _TOTAL_RETRANS = 100  # offset in struct tcp_info, <linux/tcp.h>
@@ -122,7 +124,7 @@ class _Program:
                 self.process.wait()
             assert self.process.stdout is not None
             self.process.stdout.close()
-            if not told and self.process.returncode not in (-signal.SIGTERM, 128 + signal.SIGTERM): # as socat says it
+            if not told and self.process.returncode not in (-signal.SIGTERM, 128 + signal.SIGTERM):
                 print(self.said(), end="", file=sys.stderr)
 
 
@@ -309,7 +311,7 @@ class _Load:
 
     def __init__(self, spaces: Spaces, link: Link, scale: float) -> None:
         self.spaces, self.link = spaces, link
-        self.warm, self.seconds, self.scale = max(0.01, 0.3 * scale), max(0.02, scale), scale
+        self.warm, self.seconds = max(0.01, 0.2 * scale), max(0.02, 0.8 * scale)
         self.tail = 0.0
 
     def tcp(self, notes: dict[str, list[float]]) -> float:
@@ -323,15 +325,15 @@ class _Load:
 
             def send() -> None:
                 with ThreadPoolExecutor(len(ends)) as pool:
-                    list(pool.map(lambda pair: _netbench.tcp_send(pair[1].fileno(), end + 10_000_000_000), ends))
+                    list(pool.map(lambda pair: _netbench.tcp_send(pair[1].fileno(), end + _GRACE_NS), ends))
 
-            def one(pair: tuple[socket.socket, socket.socket]) -> tuple[int, int, int]:
+            def one(pair: tuple[socket.socket, socket.socket]) -> tuple[float, int, int]:
                 _netbench.tcp_receive(pair[0].fileno(), middle)
                 before = _sent_again(pair[1])
-                received = _netbench.tcp_receive(pair[0].fileno(), end)
-                return received, _sent_again(pair[1]) - before, before
+                each = _each_second(partial(_netbench.tcp_receive, pair[0].fileno()), end)
+                return each, _sent_again(pair[1]) - before, before
 
-            def receive() -> list[tuple[int, int, int]]:
+            def receive() -> list[tuple[float, int, int]]:
                 try:
                     with ThreadPoolExecutor(len(ends)) as pool:
                         return list(pool.map(one, ends))
@@ -343,11 +345,11 @@ class _Load:
                         receiver.close()
 
             found = self.spaces.pair.run(send, receive)
-            if not all(received for received, _, _ in found):
+            if not all(each for each, _, _ in found):
                 raise MuenfastError(f"{self.link.name}: a stream stands still")
             notes.setdefault("retransmits", []).append(sum(again for _, again, _ in found))
             notes.setdefault("retransmits before", []).append(sum(before for _, _, before in found))
-            return sum(received for received, _, _ in found) * 8 / (end - middle)
+            return sum(each for each, _, _ in found) * 8 / 1e9
 
     def _connect(self, stack: ExitStack, k: int) -> tuple[socket.socket, socket.socket]:
         """The near and the far end of a connection."""
@@ -372,21 +374,19 @@ class _Load:
             end = middle + int(self.seconds * 0.6 * 1e9)
 
             def send() -> None:
-                words[1] = _netbench.udp_send(far.fileno(), size, words, end + 10_000_000_000)
+                words[1] = _netbench.udp_send(far.fileno(), size, words, end + _GRACE_NS)
                 words[2] = time.monotonic_ns()
 
             def receive() -> float:
                 try:
                     _netbench.udp_receive(near.fileno(), size, middle)
-                    start = time.monotonic_ns()
-                    count = _netbench.udp_receive(near.fileno(), size, end)
-                    return count / (time.monotonic_ns() - start) * 1e9
+                    return _each_second(partial(_netbench.udp_receive, near.fileno(), size), end)
                 finally:
                     words[0] = 1
 
             figure = float(self.spaces.pair.run(send, receive))
             # What is still on its way is not for who comes next.
-            while time.monotonic_ns() < end + 3_000_000_000 and \
+            while time.monotonic_ns() < end + _GRACE_NS and \
                     _netbench.udp_receive(near.fileno(), size, time.monotonic_ns() + 20_000_000):
                 pass
             notes.setdefault("sent/s", []).append(words[1] / (words[2] - begin) * 1e9)
@@ -411,7 +411,13 @@ class _Load:
         return ordered[count // 2] / 1e3
 
 
-_SO_RCVBUFFORCE = 33  # <asm-generic/socket.h>
+def _each_second(receive: Callable[[int], int], until: int) -> float:
+    """What came per second until then, or until something has come; 0 where nothing does for long."""
+    start = time.monotonic_ns()
+    last = until + _GRACE_NS // 2
+    while not (came := receive(until)) and until < last:
+        until = time.monotonic_ns() + 20_000_000
+    return came / (time.monotonic_ns() - start) * 1e9
 
 
 def _sent_again(s: socket.socket) -> int:
@@ -493,7 +499,7 @@ def _rows(spaces: Spaces, links: Sequence[Link], many: Link, scale: float) -> It
     for load in loads:
         yield row("ping, flood", load, "us", partial(load.ping, flood, 0), less=True)
         yield row("ping, flood, p99", load, "us", partial(_tail, load), less=True)
-    for size, count in ((1508, 5_000_000), (128, 20_000_000)):
+    for size, count in ((1508, 4_000_000), (128, 10_000_000)):
         what = f"memory, {PACKET} bytes in {size}"
         pieces = max(1000, int(count * scale))
         yield Row(f"{what}: bare copies", "packets/s", partial(_slots, spaces.pair, size, pieces))

@@ -131,6 +131,6 @@ def _show(report: dict[str, object]) -> None:
             continue
         figure = (f"{row['median']:12.1f} {row['unit']}" if row["unit"] in measure.WHOLE
                   else f"{row['median'] / 1e3:12.1f} k{row['unit']}")
-        against = ", ".join(f"{ratio:.2f} of {limit}" for ratio, limit in measure.ratios(row))
+        against = ", ".join(f"{ratio:5.2f} of {limit}" for ratio, limit in measure.ratios(row))
         notes = "; ".join(f"{name} {note['median']:.0f}" for name, note in row["notes"].items())
-        print(f"  {row['name']:<50}{figure:<26} {against}{f' ({notes})' if notes else ''}".rstrip())
+        print(f"  {row['name']:<50}{figure:<26}  {against}{f' ({notes})' if notes else ''}".rstrip())
