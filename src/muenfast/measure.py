@@ -7,10 +7,12 @@ sample is kept; figures are medians. Each row names the limit it is held against
 from __future__ import annotations
 
 import array
+import ctypes
 import mmap
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ POLICY = ("one process per CPU, pinned; producers at most 256 KiB ahead; an empt
 _HEADER = 64
 _BLOCK = 4096
 _PIECE = 65536  # _bufclient.pyx, PIECE_BYTES
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RING_SHAPES = ((64, 4096), (1522, 1024), (4120, 512), (131072, 32))  # bytes of an element, elements
 BATCHES = (1, 8, 64)
 DEPTHS = (1, 8, 32)
@@ -73,30 +76,45 @@ class Pair:
         self.near, self.far = cpus[0], cpus[-1]
 
     def run(self, child: Callable[[], object], parent: Callable[[], Any]) -> Any:
-        """Runs both at once; what parent returned. Raises MuenfastError when the child failed."""
+        """Runs both at once; what parent returned. Raises MuenfastError when the child failed.
+
+        The child is gone when this returns, or raises; and when this process dies. An interrupt is the parent's: of two
+        that look at each other's memory, one alone would never end.
+        """
+        me, held = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
+                die_with(me, signal.SIGKILL)
                 os.sched_setaffinity(0, {self.far})
                 child()
                 status = 0
-            except KeyboardInterrupt:   # of the terminal: the parent has it, too
-                pass
             except BaseException as error:
                 print(f"muenfast: bench: {error}", file=sys.stderr, flush=True)
             finally:
                 os._exit(status)
         before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {self.near})
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            os.sched_setaffinity(0, {self.near})
             result = parent()
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
         finally:
             os.sched_setaffinity(0, before)
             _, status = os.waitpid(pid, 0)
         if status != 0:
             raise MuenfastError("the other process of a measurement failed")
         return result
+
+
+def die_with(parent: int, number: int) -> None:
+    """This process, just forked by that one, gets signal `number` when its parent (the thread that forked) ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def environment() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from muenfast import _bench, _netbench, netns
 from muenfast.errors import MuenfastError, UsageError
-from muenfast.measure import Pair, Row
+from muenfast.measure import Pair, Row, die_with
 
 POLICY = ("near: receiver, ping and near program on the first CPU; far: sender and far program on the second; echoes are "
           "ICMP, 64 bytes, from a raw socket, answered by the kernel, idle ones with 2 ms between; datagrams: as fast as "
@@ -47,7 +47,6 @@ _LATE_NS = 2_000_000_000  # an echo that takes longer was lost
 _GRACE_NS = 2_000_000_000  # a sender ends by itself so long after nobody receives any more
 _RECEIVE_BUFFER = 4 << 20
 _SO_RCVBUFFORCE = 33  # <asm-generic/socket.h>
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _TOTAL_RETRANS = 100  # offset in struct tcp_info, <linux/tcp.h>
 # <linux/sockios.h>, <linux/ethtool.h>: checksums received and sent, TSO, GSO, GRO, as `ethtool -K DEVICE rx off tx off ...`
@@ -67,11 +66,11 @@ class _Program:
     """
 
     def __init__(self, words: Sequence[str], cpu: int, namespace: int | None = None, fds: Sequence[int] = ()) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
+        me, libc = os.getpid(), ctypes.CDLL(None, use_errno=True)
 
         def enter() -> None:
             os.sched_setaffinity(0, {cpu})
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            die_with(me, signal.SIGTERM)
             if namespace is not None and libc.setns(namespace, _CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
 
