@@ -71,12 +71,14 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection",
                  "export", "disk", "aio", "blk", "net"},
     "_bench": {"errors", "_wire", "_ring"},
+    "_netbench": {"errors", "_wire"},
     "measure": {"__init__", "errors", "shm", "_bench", "_target", "attach", "blk"},
+    "netmeasure": {"errors", "netns", "_bench", "_netbench", "measure"},
     "doctor": {"__init__", "errors", "params", "shm", "_ring", "_store", "_blk", "_buffer", "backing", "attach._fuse",
                "attach._nbd", "attach", "control", "bpf"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
             "attach._fuse", "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk",
-            "serving", "_bench", "measure", "doctor", "counts", "threads", "marks", "names", "pathmtu", "net"},
+            "serving", "_bench", "measure", "netmeasure", "doctor", "counts", "threads", "marks", "names", "pathmtu", "net"},
     "__main__": {"cli"},
 }
 

@@ -7,7 +7,8 @@ word. Waiting, on both sides: POLITE pauses between looks.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport errno
-from libc.stdlib cimport free
+from libc.stdint cimport int32_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._ring cimport *
@@ -21,6 +22,13 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t n, int64_t offset)
     ssize_t pwrite(int fd, const void *buf, size_t n, int64_t offset)
 
+cdef extern from "_frame.h" nogil:
+    enum: FRAME_NET
+    uint32_t frame_size(int kind, uint32_t mtu) noexcept
+    uint32_t frame_start(int kind) noexcept
+    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark, int marked) noexcept
+    int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
+
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 
@@ -32,6 +40,7 @@ cdef enum:
     AHEAD_BYTES = 256 << 10
 
 AHEAD = AHEAD_BYTES
+HEADER = SHMSTREAM_HEADER_SIZE
 
 # Words of the shared progress area, one cache line each.
 cdef enum:
@@ -245,6 +254,162 @@ cdef inline void put(writer_t *w, const uint8_t *data, uint64_t size) noexcept n
     writer_reserve(w, 1)
     copy_bytes(writer_slot(w, 0), data, size)
     writer_publish(w, 1)
+
+
+# ------------------------------------------------------------------ packets
+
+cdef enum:
+    PACKET = 64             # bytes of one
+    HEADROOM = 16           # as in _net.pyx, as are rounds
+    ROUND = 64
+    ROUND_BYTES = 16384
+
+
+cdef uint64_t round_of(uint64_t size) noexcept nogil:
+    """Most elements of a round."""
+    return min(<uint64_t>ROUND, max(<uint64_t>1, <uint64_t>ROUND_BYTES // size))
+
+
+def packets_write(region, bell, progress, uint32_t mtu, uint64_t count):
+    """What a Sender does, but for its device: `count` IPv4 packets of PACKET bytes out of private memory, each into an
+    element of mtu bytes behind its net_hdr, published in rounds; a full ring waits for the reader's progress, as the bell
+    has it."""
+    cdef uint32_t size = frame_size(FRAME_NET, mtu)
+    cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held b = _Held(bell, sizeof(bell_page))
+    cdef _Held p = _Held(progress, 4 * LINE)
+    cdef uint64_t *words = <uint64_t *>p.base
+    cdef bell_page *said = <bell_page *>b.base
+    cdef _Private own = _Private(PACKET * ROUND)
+    cdef writer_t w
+    cdef uint32_t *used
+    cdef uint8_t *slot
+    cdef uint64_t k, n, at, taken = 0, batch = round_of(size), wrong = 0
+    writer_init(&w, m.base, m.view.len, size, 1)
+    w.bell = said
+    for k in range(ROUND):
+        own.base[k * PACKET] = 0x45
+        own.base[k * PACKET + 2] = 0
+        own.base[k * PACKET + 3] = PACKET
+    used = <uint32_t *>calloc(w.elements, sizeof(uint32_t))
+    if used == NULL:
+        raise MemoryError()
+    writer_start(&w, random_epoch())
+    with nogil:
+        meet(words, 1)
+        while w.wc < count:
+            n = min(batch, count - w.wc)
+            while w.wc + n - taken > w.elements - 1:
+                taken = load_acquire64(&said.reader_rc)
+                if w.wc + n - taken > w.elements - 1:
+                    polite()
+            for k in range(n):
+                writer_reserve(&w, k + 1)
+                slot = writer_slot(&w, k)
+                at = w.index + k if w.index + k < w.elements else w.index + k - w.elements
+                copy_bytes(slot + frame_start(FRAME_NET), own.base + k * PACKET, PACKET)
+                if frame_finish(FRAME_NET, slot, size, PACKET, used[at], 0, 0) != 0:
+                    wrong += 1
+                used[at] = PACKET
+            writer_publish(&w, n)
+        while load_acquire64(&words[DONE]) < count:
+            polite()
+        writer_stop(&w)
+    free(used)
+    if wrong != 0:
+        raise UsageError(f"{wrong} packets do not go into elements of that MTU", value=mtu)
+
+
+def packets_read(region, bell, progress, uint32_t mtu, uint64_t count):
+    """What a Receiver does, but for its device: each packet is checked and copied to private memory, and the round looked
+    at once whether it was left alone; (seconds, how many were lost or wrong)."""
+    cdef uint32_t size = frame_size(FRAME_NET, mtu)
+    cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held b = _Held(bell, sizeof(bell_page))
+    cdef _Held p = _Held(progress, 4 * LINE)
+    cdef uint64_t *words = <uint64_t *>p.base
+    cdef uint64_t batch = round_of(size), stride = (HEADROOM + size + 63) & ~<uint64_t>63
+    cdef _Private stage = _Private(batch * stride)
+    cdef int32_t lengths[ROUND]
+    cdef uint32_t marks[ROUND]
+    cdef reader_t r
+    cdef uint64_t k, n, done = 0, good = 0, start
+    cdef ring_status status
+    reader_init(&r, m.base, m.view.len, size, 1)
+    r.bell = <bell_page *>b.base
+    with nogil:
+        while reader_peek(&r, &n) != EPOCH_CHANGED:
+            polite()
+        meet(words, 2)
+        start = now_ns()
+        while done < count:
+            status = reader_peek(&r, &n)
+            if status == NO_DATA:
+                polite()
+                continue
+            if status != SUCCESS:
+                break
+            n = min(n, batch)
+            for k in range(n):
+                lengths[k] = frame_take(FRAME_NET, stage.base + k * stride + HEADROOM, reader_slot(&r, k), size, &marks[k])
+            if not reader_intact(&r):
+                break
+            reader_advance(&r, n)
+            done += n
+            for k in range(n):
+                if lengths[k] == PACKET:
+                    good += 1
+        start = now_ns() - start
+        store_release64(&words[DONE], count)
+    return start / 1e9, count - good
+
+
+def slots_write(memory, progress, uint64_t size, uint64_t part, uint64_t count):
+    """The same bytes moved to the same places, and no more: `part` bytes into each slot of `size`, a flag per round."""
+    cdef _Held m = _Held(memory, size)
+    cdef _Held p = _Held(progress, 4 * LINE)
+    cdef uint64_t *words = <uint64_t *>p.base
+    cdef uint64_t slots = <uint64_t>m.view.len // size, batch = round_of(size), put = 0, taken = 0, slot = 0, k, n
+    cdef _Private own = _Private(part * ROUND)
+    with nogil:
+        meet(words, 1)
+        while put < count:
+            n = min(batch, count - put)
+            while put + n - taken > slots:
+                taken = load_acquire64(&words[DONE])
+                if put + n - taken > slots:
+                    polite()
+            for k in range(n):
+                copy_bytes(m.base + slot * size, own.base + k * part, part)
+                slot = slot + 1 if slot + 1 < slots else 0
+            put += n
+            store_release64(&words[PUT], put)
+
+
+def slots_read(memory, progress, uint64_t size, uint64_t part, uint64_t count):
+    """The other side of slots_write; seconds."""
+    cdef _Held m = _Held(memory, size)
+    cdef _Held p = _Held(progress, 4 * LINE)
+    cdef uint64_t *words = <uint64_t *>p.base
+    cdef uint64_t slots = <uint64_t>m.view.len // size, batch = round_of(size), put = 0, taken = 0, slot = 0, k, n, start
+    cdef _Private own = _Private(part * ROUND)
+    with nogil:
+        meet(words, 2)
+        start = now_ns()
+        while taken < count:
+            if put == taken:
+                put = load_acquire64(&words[PUT])
+                if put == taken:
+                    polite()
+                continue
+            n = min(batch, put - taken)
+            for k in range(n):
+                copy_bytes(own.base + k * part, m.base + slot * size, part)
+                slot = slot + 1 if slot + 1 < slots else 0
+            taken += n
+            store_release64(&words[DONE], taken)
+        start = now_ns() - start
+    return start / 1e9
 
 
 # ------------------------------------------------------------------ limits

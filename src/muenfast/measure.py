@@ -7,10 +7,12 @@ sample is kept; figures are medians. Each row names the limit it is held against
 from __future__ import annotations
 
 import array
+import ctypes
 import mmap
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,17 +33,23 @@ POLICY = ("one process per CPU, pinned; producers at most 256 KiB ahead; an empt
 _HEADER = 64
 _BLOCK = 4096
 _PIECE = 65536  # _bufclient.pyx, PIECE_BYTES
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RING_SHAPES = ((64, 4096), (1522, 1024), (4120, 512), (131072, 32))  # bytes of an element, elements
 BATCHES = (1, 8, 64)
 DEPTHS = (1, 8, 32)
 
 
-UNITS = ("ns", "%", "MiB")  # the others count something per second
+UNITS = ("ns", "us", "%", "MiB")  # less of it is better; the others count something per second
+WHOLE = (*UNITS, "Gb/s")  # not in thousands
 
 
 @dataclass
 class Row:
-    """One figure: samples of `unit`, more is better unless `less`, held against the row called `limit`."""
+    """One figure: samples of `unit`, more is better unless `less`, held against the row called `limit`, and those of
+    `beside`.
+
+    missing: why there can be no samples. notes: what was seen beside each sample, by name.
+    """
 
     name: str
     unit: str
@@ -49,10 +57,13 @@ class Row:
     limit: str | None = None
     less: bool = False
     samples: list[float] = field(default_factory=list)
+    beside: tuple[str, ...] = ()
+    missing: str | None = None
+    notes: dict[str, list[float]] = field(default_factory=dict)
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
+    def median(self) -> float | None:
+        return statistics.median(self.samples) if self.samples else None
 
 
 class Pair:
@@ -65,11 +76,17 @@ class Pair:
         self.near, self.far = cpus[0], cpus[-1]
 
     def run(self, child: Callable[[], object], parent: Callable[[], Any]) -> Any:
-        """Runs both at once; what parent returned. Raises MuenfastError when the child failed."""
+        """Runs both at once; what parent returned. Raises MuenfastError when the child failed.
+
+        The child is gone when this returns, or raises; and when this process dies. An interrupt is the parent's: of two
+        that look at each other's memory, one alone would never end.
+        """
+        me, held = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
+                die_with(me, signal.SIGKILL)
                 os.sched_setaffinity(0, {self.far})
                 child()
                 status = 0
@@ -78,9 +95,13 @@ class Pair:
             finally:
                 os._exit(status)
         before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {self.near})
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            os.sched_setaffinity(0, {self.near})
             result = parent()
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
         finally:
             os.sched_setaffinity(0, before)
             _, status = os.waitpid(pid, 0)
@@ -89,12 +110,19 @@ class Pair:
         return result
 
 
+def die_with(parent: int, number: int) -> None:
+    """This process, just forked by that one, gets signal `number` when its parent (the thread that forked) ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def environment() -> dict[str, Any]:
     """What a figure means nothing without."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
     return {"cpu": model, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release().split("-")[0],
-            "python": platform.python_version(), "load": os.getloadavg()[0], "policy": POLICY}
+            "python": platform.python_version(), "load": os.getloadavg()[0]}
 
 
 def _shared(size: int) -> mmap.mmap:
@@ -513,41 +541,54 @@ def _disk_rows(disk: Any, size: int, volume: int) -> Iterator[Row]:
 
 def take(rows: list[Row], rounds: int, step: Callable[[int, int], None]) -> None:
     """Takes all samples, round by round. step(done, all) is called after each."""
+    rows = [row for row in rows if row.missing is None]
     for number in range(rounds):
         for k, row in enumerate(rows):
             row.samples.append(row.sample())
             step(number * len(rows) + k + 1, rounds * len(rows))
 
 
-def ratio(row: Row, rows: list[Row]) -> float | None:
-    """The row held against its limit, for a time limit / figure: the median of the ratios within each round, for a
-    machine that is slower for some rounds is so for both."""
-    limit = next((other for other in rows if other.name == row.limit), None)
-    if limit is None:
+def ratio(row: Row, limit: str | None, rows: list[Row]) -> float | None:
+    """The row held against the one of that name, for a time that / figure: the median of the ratios within each round, for
+    a machine that is slower for some rounds is so for both. None where one of the two is missing."""
+    other = next((other for other in rows if other.name == limit), None)
+    if other is None or not row.samples or not other.samples:
         return None
-    pairs = zip(row.samples, limit.samples, strict=True)
+    pairs = zip(row.samples, other.samples, strict=True)
     return statistics.median(most / mine if row.less else mine / most for mine, most in pairs)
 
 
-def report(what: str, rows: list[Row]) -> dict[str, Any]:
+def report(what: str, rows: list[Row], policy: str = POLICY) -> dict[str, Any]:
     """Everything that was measured, for JSON."""
-    return {"benchmark": what, "environment": environment(),
-            "rows": [{"name": row.name, "unit": row.unit, "median": row.median, "limit": row.limit,
-                      "ratio": ratio(row, rows), "samples": row.samples} for row in rows]}
+    def entry(row: Row) -> dict[str, Any]:
+        against = ([] if row.limit is None else [row.limit]) + list(row.beside)
+        return {"name": row.name, "unit": row.unit, "median": row.median, "limit": row.limit,
+                "ratio": ratio(row, row.limit, rows), "ratios": {name: ratio(row, name, rows) for name in against},
+                "missing": row.missing, "samples": row.samples,
+                "notes": {name: {"median": statistics.median(seen), "samples": seen} for name, seen in row.notes.items()}}
+
+    return {"benchmark": what, "environment": {**environment(), "policy": policy}, "rows": [entry(row) for row in rows]}
+
+
+def ratios(row: dict[str, Any]) -> list[tuple[float, str]]:
+    """Those of a report's row, each with what it is of: of a name like the row's own, up to a colon, the rest."""
+    head = row["name"].partition(": ")[0] + ": "
+    return [(value, name.removeprefix(head)) for name, value in row["ratios"].items() if value is not None]
 
 
 def plot(reports: list[dict[str, Any]]) -> str:
     """An SVG of every ratio, drawn from the JSON."""
-    bars = [(r["benchmark"], row) for r in reports for row in r["rows"] if row["ratio"] is not None]
+    bars = [(f"{r['benchmark']}: {row['name']}", value, limit) for r in reports for row in r["rows"]
+            for value, limit in ratios(row)]
     height = 60 + 22 * len(bars)
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="960" height="{height}" font-family="sans-serif" '
              'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
              '<text x="10" y="22" font-size="15">muenfast / limit of the same run (1 = equal; longer is better)</text>']
-    scale = 400 / max(1.2, *(row["ratio"] for _, row in bars))
-    for k, (what, row) in enumerate(bars):
+    scale = 400 / max([1.2, *(value for _, value, _ in bars)])
+    for k, (what, value, limit) in enumerate(bars):
         y = 40 + 22 * k
-        lines.append(f'<text x="10" y="{y + 13}">{what}: {row["name"]}</text>')
-        lines.append(f'<rect x="300" y="{y + 2}" width="{row["ratio"] * scale:.1f}" height="15" fill="#4a7ab5"/>')
-        lines.append(f'<text x="{306 + row["ratio"] * scale:.1f}" y="{y + 14}">{row["ratio"]:.2f} of {row["limit"]}</text>')
+        lines.append(f'<text x="10" y="{y + 13}">{what}</text>')
+        lines.append(f'<rect x="300" y="{y + 2}" width="{value * scale:.1f}" height="15" fill="#4a7ab5"/>')
+        lines.append(f'<text x="{306 + value * scale:.1f}" y="{y + 14}">{value:.2f} of {limit}</text>')
     lines.append(f'<line x1="{300 + scale:.1f}" y1="36" x2="{300 + scale:.1f}" y2="{height - 12}" stroke="#b03030"/>')
     return "\n".join([*lines, "</svg>"]) + "\n"

@@ -28,7 +28,7 @@ COMMANDS = {
     "stat": "what the serving processes of this user do",
     "doctor": "what this machine offers, and what dead processes left (--fix removes that)",
     "demo": "the whole way once: export, attach, ext4, real files, checksums",
-    "bench": "rings and block I/O between two processes, beside the limits of the machine",
+    "bench": "rings, block I/O and interfaces between two processes, beside the limits of the machine",
 }
 
 

@@ -1,4 +1,4 @@
-"""muenfast bench: rings and block I/O, beside what the machine can do."""
+"""muenfast bench: rings, block I/O and network interfaces, beside what the machine and its peers can do."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import IO
 
 from muenfast.errors import UsageError
 
-SUBJECTS = ("ring", "blk", "shm", "disk")
+SUBJECTS = ("ring", "blk", "shm", "disk", "net")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, how often, where to put it."""
-    parser.add_argument("subject", nargs="*", metavar="ring|blk|shm|disk",
+    parser.add_argument("subject", nargs="*", metavar="ring|blk|shm|disk|net",
                         help="what to measure (default: ring and blk; shm: blk over a shared buffer; disk: a node, as "
-                             "root)")
+                             "root; net: interfaces between two namespaces, beside veth and socat, as root)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each figure, taken in turns (default: 5)")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="work per sample, of the usual: 0.01 is quick and rough (default: 1)")
@@ -52,19 +52,26 @@ def _measured(arguments: argparse.Namespace, subjects: list[str], files: dict[st
     reports = []
     quiet = arguments.json == "-"
     for subject in dict.fromkeys(subjects):
+        policy = measure.POLICY
         if subject == "ring":
             rows = measure.ring_rows(arguments.scale)
             measure.take(rows, arguments.rounds, _step)
         else:
-            session = measure.device_rows(arguments.scale) if subject == "disk" else \
-                measure.blk_rows(arguments.scale, shared=subject == "shm")
+            if subject == "net":
+                from muenfast import netmeasure
+
+                policy, session = netmeasure.POLICY, netmeasure.net_rows(arguments.scale)
+            elif subject == "disk":
+                session = measure.device_rows(arguments.scale)
+            else:
+                session = measure.blk_rows(arguments.scale, shared=subject == "shm")
             rows = next(session)
             try:
                 measure.take(rows, arguments.rounds, _step)
             finally:
                 session.close()  # type: ignore[attr-defined]
         _step(1, 1)
-        reports.append(measure.report(subject, rows))
+        reports.append(measure.report(subject, rows, policy))
         if not quiet:
             _show(reports[-1])
     text = json.dumps(reports, indent=2) + "\n"
@@ -119,7 +126,11 @@ def _show(report: dict[str, object]) -> None:
     assert isinstance(environment, dict)
     print(f"{report['benchmark']}: {environment['cpu']}, {environment['cpus']} CPUs; {environment['policy']}")
     for row in rows:
-        against = "" if row["ratio"] is None else f"   {row['ratio']:5.2f} of {row['limit']}"
-        figure = (f"{row['median']:12.1f} {row['unit']}" if row["unit"] in measure.UNITS
+        if row["missing"] is not None:
+            print(f"  {row['name']:<50}missing: {row['missing']}")
+            continue
+        figure = (f"{row['median']:12.1f} {row['unit']}" if row["unit"] in measure.WHOLE
                   else f"{row['median'] / 1e3:12.1f} k{row['unit']}")
-        print(f"  {row['name']:<40}{figure:<26}{against}")
+        against = ", ".join(f"{ratio:5.2f} of {limit}" for ratio, limit in measure.ratios(row))
+        notes = "; ".join(f"{name} {note['median']:.0f}" for name, note in row["notes"].items())
+        print(f"  {row['name']:<50}{figure:<26}  {against}{f' ({notes})' if notes else ''}".rstrip())
