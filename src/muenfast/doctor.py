@@ -360,7 +360,7 @@ def _huge_pages() -> Iterator[Check]:
 def _drivers() -> Iterator[Check]:
     """Drivers that one can do without, and those that later versions may use; said because people ask."""
     for name, path, lost, step in (
-            ("TUN", "/dev/net/tun", "no network interfaces, which this version does not make anyhow.",
+            ("TUN", "/dev/net/tun", "no network interfaces (`muenfast net`).",
              _node("/dev/net/tun", "tun", "tun", "CONFIG_TUN")),
             ("nbd", "/sys/module/nbd", "no `muenfast blk --client --attach nbd`; FUSE and loop do the same.",
              _load("nbd", "CONFIG_BLK_DEV_NBD")),
@@ -394,7 +394,7 @@ def _marks() -> Iterator[Check]:
     else:
         step = "boot Linux 6.6 or later, with CONFIG_BPF_SYSCALL and CONFIG_NET_XGRESS"
     if way is None:
-        yield Check("netfilter marks", MISSING, text, "network interfaces have no marks and no children.", step)
+        yield Check("netfilter marks", MISSING, text, "packets of network interfaces go out with mark 0 and come in without.", step)
     else:
         yield Check("netfilter marks", LIMITED, f"{way.value}; {text}", bpf.LOST[way], step)
 
