@@ -163,6 +163,18 @@ def test_a_parent_that_is_moved_makes_children_there(pair: Pairs, spaces: Callab
     two.end()
 
 
+def test_children_go_with_their_parent(pair: Pairs) -> None:
+    two = pair().both()
+    space = two.spaces[0]
+    assert cfg(space, "add_child", "net0", "child1") and space.link("child1") is not None
+    space.ip("link", "del", "net0")
+    eventually(lambda: space.link("child1") is None)
+    one, other = two.programs
+    assert one is not None and other is not None
+    eventually(lambda: one.process.poll() is not None)
+    assert one.end()[0] == 1 and other.end() == (0, "")
+
+
 def test_children_come_and_go_under_traffic(pair: Pairs) -> None:
     """Nothing stands still, nothing is left, and what is the parent's arrives."""
     two = pair().both()

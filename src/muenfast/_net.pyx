@@ -71,6 +71,10 @@ cdef uint64_t BATCH_BYTES = 16384
 # Between looks at a reader that has the ring full, and how long one that takes nothing is waited for: it may be dead.
 cdef uint64_t NAP_NS = 50_000
 cdef uint64_t STUCK_NS = 300_000_000
+# How long the next packet of a device is looked for, where that paid lately, before the sender sleeps: as a ring's reader does.
+cdef uint64_t SPIN_NS = 50_000
+cdef int SPIN_SCORE = 16
+cdef uint32_t SPIN_PROBE = 16
 
 
 def element_size(framing, mtu):
@@ -284,6 +288,9 @@ cdef struct sender_t:
     uint64_t full_rc        # the reader's progress when it was looked at last ...
     uint64_t full_since     # ... and since when that is so; 0: the ring is not full
     bint given_up           # full_rc is that of a reader that is waited for no longer
+    bint may_spin           # more than one CPU to run on
+    int spin_score          # > 0: recent spins ended with a packet
+    uint32_t spin_probe     # counts waits that did not spin
     pollfd polled[PORTS + 1]
     uint32_t numbers[PORTS + 1]
     sender_counters n
@@ -576,12 +583,12 @@ cdef bint sender_turn(sender_t *s) noexcept nogil:
     return False
 
 
-cdef void sender_wait(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
-    """Sleeps until a port has a packet (if `packets`) or somebody wakes us, at most ns nanoseconds. A turn: as long as it
-    is waited for, a device does not go with its descriptor."""
+cdef bint sender_poll(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
+    """Sleeps until a port has a packet (if `packets`) or somebody wakes us, at most ns nanoseconds; whether that is so. A
+    turn: as long as it is waited for, a device does not go with its descriptor."""
     cdef uint32_t count, k, n = 1
     cdef uint64_t value
-    cdef int fd
+    cdef int fd, found
     turn_enter(s.turn)
     count = load_acquire32(s.count)
     s.polled[0].fd = s.wake
@@ -597,13 +604,33 @@ cdef void sender_wait(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
             s.polled[n].revents = 0
             s.numbers[n] = k
             n += 1
-    if poll_ns(s.polled, n, ns) > 0:
+    found = poll_ns(s.polled, n, ns)
+    if found > 0:
         if s.polled[0].revents != 0:
             c_read(s.wake, &value, sizeof(value))
         for k in range(1, n):
             if s.polled[k].revents != 0:
                 s.ports[s.numbers[k]].ready = True
     turn_leave(s.turn)
+    return found > 0
+
+
+cdef void sender_wait(sender_t *s, uint64_t ns) noexcept nogil:
+    """Waits for a packet, or somebody, at most ns nanoseconds. Spins only while spinning paid lately."""
+    cdef uint64_t start, passed = 0
+    if s.may_spin and s.linked & 1 != 0:
+        s.spin_probe += 1
+        if s.spin_score > 0 or s.spin_probe % SPIN_PROBE == 0:
+            start = now_ns()
+            while passed < SPIN_NS and passed < ns:
+                spin_once(passed)
+                if sender_poll(s, True, 0):
+                    s.spin_score = SPIN_SCORE
+                    return
+                passed = now_ns() - start
+            s.spin_score -= 4
+    if passed < ns:
+        sender_poll(s, s.linked & 1, ns - passed)
 
 
 cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
@@ -689,7 +716,7 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
         if s.linked & 1 != 0:       # else packets that come from here on are for the epoch to come
             room = 1 if s.w.hdr == NULL else sender_room(s)
             if room == 0:
-                sender_wait(s, False, NAP_NS)
+                sender_poll(s, False, NAP_NS)
                 continue
             turn_enter(s.turn)
             found = sender_turn(s)
@@ -705,7 +732,7 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
         passed = now_ns() - start
         if passed >= ns:
             return SENDER_TICK
-        sender_wait(s, s.linked & 1, ns - passed)
+        sender_wait(s, ns - passed)
 
 
 # ------------------------------------------------------------------ ring to devices
@@ -997,6 +1024,8 @@ cdef class Sender(Pump):
         self.s.ports, self.s.count, self.s.turn, self.s.wake = ports.ports, &ports.count, &ports.turn, ports.wake
         self.s.kind, self.s.size, self.s.offload = FRAMINGS[framing], self.size, ports.offload
         self.s.pressed = pressed
+        self.s.may_spin = online_cpus() > 1
+        self.s.spin_score = SPIN_SCORE
         self.memory = <uint8_t *>malloc(4 * SPILL)
         if self.memory == NULL:
             raise MemoryError
@@ -1072,6 +1101,7 @@ cdef class Sender(Pump):
     def inherit(self, Sender other):
         """Goes on where another (closed) one ended: its counters, and whether the link is up."""
         self.s.n = other.s.n
+        count64(&self.s.n.down, other.s.left + other.s.cut.left)    # what was left of a packet goes with the channel
         self.s.w.epochs, self.s.w.wakes = other.s.w.epochs, other.s.w.wakes
         self.link(other.s.link & 1)
 

@@ -491,6 +491,8 @@ class Interface:
             before, self.gone = self.gone, True
         if not before:
             log.error("interface %s: was removed", self.config.name)
+            # Children have nobody who sends for them; another thread, for we may be one that it waits for.
+            spawn(self.children.close, f"{self.config.name} removed")
 
     def set_carrier(self) -> None:
         """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
