@@ -78,7 +78,8 @@ ALLOWED: dict[str, set[str]] = {
                "attach._nbd", "attach", "control", "bpf"},
     "cli": {"__init__", "errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing",
             "attach._fuse", "attach._nbd", "attach", "control", "connection", "modules", "export", "disk", "blk",
-            "serving", "_bench", "measure", "netmeasure", "doctor", "counts", "threads", "marks", "names", "pathmtu", "net"},
+            "serving", "_bench", "measure", "netmeasure", "doctor", "counts", "threads", "marks", "names", "pathmtu",
+            "net"},
     "__main__": {"cli"},
 }
 
