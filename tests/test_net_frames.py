@@ -211,7 +211,8 @@ def test_what_is_no_ip_is_dropped_and_counted(device: Device, files: Callable[[s
         assert eventually(lambda: reader.read()[1]) == net_element(good, size)
         counters = eventually(lambda: sender.counters["tx_packets"] and sender.counters)
         assert counters["tx_packets"] == 1 and counters["tx_dropped"] == 6
-        assert counters["lost"] == {"oversize": 2, "not_ip": 4, "malformed": 0, "path_mtu": 0, "no_peer": 0, "down": 0}
+        assert counters["lost"] == {"oversize": 2, "not_ip": 4, "malformed": 0, "path_mtu": 0, "no_peer": 0, "down": 0,
+                                      "untaken": 0}
         reader.close()
 
 
@@ -473,6 +474,30 @@ def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str,
         eventually(lambda: sender.counters["tx_packets"] == 80)
         assert sender.counters["given_up"] == 1
         bell.close()
+
+
+def test_what_is_not_taken_at_the_end_is_counted(device: Device, files: Callable[[str, int], Files]) -> None:
+    """Of a reader that tells how far it is, after a moment in which it may still take it; nothing of any other."""
+    file, bell_file = files("out", region(108, 64)), files("bell", BELL)
+    bell_map = bell_file.map(BELL, writable=True)
+    sender = Sender(device.ports, file.map(region(108, 64), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
+                    bell=bell_map)
+    bell = Bell(bell_map)
+    with running(sender):
+        for turn, (tells, taken, untaken) in enumerate(((True, 0, 10), (True, 7, 13), (True, 10, 13), (False, 0, 13),
+                                                        (True, 11, 13), (True, 1 << 63, 13))):
+            sender.link(True)
+            eventually(lambda: sender.active)
+            with open(file.path, "rb") as header:
+                epoch = struct.unpack_from("<Q", header.read(64), 8)[0]
+            bell[Bell.RC], bell[Bell.EPOCH] = taken, epoch if tells else epoch ^ 1
+            for _ in range(10):
+                device.ours.send(GOOD)
+            eventually(lambda: sender.counters["tx_packets"] == 10 * (turn + 1))
+            sender.link(False)
+            eventually(lambda: not sender.active)
+            eventually(lambda: sender.counters["lost"]["untaken"] == untaken)
+    bell.close()
 
 
 def test_a_reader_may_go_unheard(device: Device, files: Callable[[str, int], Files]) -> None:

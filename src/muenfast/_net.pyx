@@ -71,6 +71,8 @@ cdef uint64_t BATCH_BYTES = 16384
 # Between looks at a reader that has the ring full, and how long one that takes nothing is waited for: it may be dead.
 cdef uint64_t NAP_NS = 50_000
 cdef uint64_t STUCK_NS = 300_000_000
+# How long, at an epoch's end, a reader may take what is there.
+cdef uint64_t LEAVE_NS = 20_000_000
 # How long the next packet of a device is looked for, where that paid lately, before the sender sleeps: as a ring's reader does.
 cdef uint64_t SPIN_NS = 50_000
 cdef int SPIN_SCORE = 16
@@ -242,6 +244,7 @@ cdef struct sender_counters:
     uint64_t too_big        # longer than the path's MTU, and not to be fragmented
     uint64_t no_peer        # there is no channel to send on
     uint64_t down           # were on their way as the interface went down
+    uint64_t untaken        # elements that their reader had not taken at the end of their epoch, as far as it tells
     uint64_t supers         # super-packets that were split ...
     uint64_t segments       # ... and the elements of that
     uint64_t fragmented     # packets of which the path took fragments only ...
@@ -633,6 +636,27 @@ cdef void sender_wait(sender_t *s, uint64_t ns) noexcept nogil:
         sender_poll(s, s.linked & 1, ns - passed)
 
 
+cdef uint64_t sender_untaken(const sender_t *s, uint64_t epoch) noexcept nogil:
+    """How many elements of that epoch the ring's reader has not taken, 0 where it does not tell.
+
+    Trust: what it says is advice, and only counted.
+    """
+    cdef uint64_t n
+    if not s.pressed or s.w.bell == NULL or epoch == 0 or load_relaxed64(&s.w.bell.reader_epoch) != epoch:
+        return 0
+    n = s.w.wc - load_relaxed64(&s.w.bell.reader_rc)
+    return n if n <= s.w.elements else 0
+
+
+cdef void sender_leave(sender_t *s) noexcept nogil:
+    """Ends the epoch, whose elements nobody can take from then on: a reader is given a moment before that."""
+    cdef uint64_t epoch = s.w.epoch, start = now_ns()
+    while sender_untaken(s, epoch) != 0 and now_ns() - start < LEAVE_NS:
+        sleep_ns(NAP_NS)
+    writer_stop(&s.w)
+    count64(&s.n.untaken, sender_untaken(s, epoch))
+
+
 cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     """Does what the link's state asks for; SENDER_UP, SENDER_DOWN, or -errno."""
     cdef uint32_t k
@@ -646,7 +670,7 @@ cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
             memset(s.used, 0, s.w.elements * sizeof(uint32_t))
         return SENDER_UP
     if s.w.hdr != NULL:
-        writer_stop(&s.w)
+        sender_leave(s)
     count64(&s.n.down, s.left + s.cut.left)
     s.left = s.cut.left = 0
     for k in range(load_acquire32(s.count)):
@@ -1091,7 +1115,7 @@ cdef class Sender(Pump):
         """By name; `batches`: rounds by their size, 1, 2 to 3, 4 to 7, ..."""
         cdef sender_counters *n = &self.s.n
         dropped = {"oversize": n.oversize, "not_ip": n.not_ip, "malformed": n.malformed, "path_mtu": n.too_big,
-                   "no_peer": n.no_peer, "down": n.down}
+                   "no_peer": n.no_peer, "down": n.down, "untaken": n.untaken}
         return {"tx_packets": n.packets, "tx_bytes": n.bytes, "tx_dropped": sum(dropped.values()), "lost": dropped,
                 "split": {"supers": n.supers, "segments": n.segments},
                 "path_mtu": {"fragmented": n.fragmented, "fragments": n.fragments, "news": n.news},
@@ -1112,7 +1136,8 @@ cdef class Sender(Pump):
         self.enter()
         self.closed = True
         if self.s.w.hdr != NULL:
-            writer_stop(&self.s.w)
+            with nogil:
+                sender_leave(&self.s)
             self.s.w.bell = NULL
             self.s.w.hdr = NULL
         self.s.marks = 0

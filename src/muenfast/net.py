@@ -46,7 +46,6 @@ _HEADER: int = layout()["header_size"]
 _LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
 _PAGE = 4096
 _TICK = 0.2  # seconds between looks at names
-_GRACE = 0.05  # seconds for packets that were sent before the end to be taken
 
 
 @dataclass(frozen=True, slots=True)
