@@ -1,70 +1,37 @@
-"""Network namespaces without a name, each of one thread, and TUN devices in them: gone with their last user."""
+"""Namespaces (namespaces.py) with TUN devices whose packets come, and go, behind a virtio_net_hdr."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import select
 import struct
-import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
-T = TypeVar("T")
-
-CLONE_NEWNET = 0x40000000
-TUNSETIFF, TUNSETOFFLOAD = 0x400454ca, 0x400454d0
-IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x1000, 0x4000
-CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6 = 0x01, 0x02, 0x04, 0x08, 0x20, 0x40
+from namespaces import IFF_NO_PI, IFF_TUN, IFF_VNET_HDR, TUNSETIFF, TUNSETOFFLOAD, VNET, Namespace
 
 
-def why_not() -> str | None:
-    """Why there can be no namespace with a TUN device here."""
-    if os.geteuid() != 0:
-        return "needs root"
-    if not Path("/dev/net/tun").exists():
-        return "needs /dev/net/tun"
-    return None
-
-
-def _unshare() -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
-
-
-class Space:
-    """A namespace; do() runs something in it."""
+class Space(Namespace):
+    """A namespace and its devices; context manager."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, initializer=_unshare)
+        super().__init__()
         self._open: list[Tun] = []
-        self.do(self.ip, "link set lo up")
 
-    def do(self, what: Callable[..., T], *values: Any) -> T:
-        return self._thread.submit(what, *values).result(60)
-
-    def ip(self, words: str) -> None:
-        """Only by do()."""
-        subprocess.run(["ip", *words.split()], check=True, capture_output=True, timeout=60)
-
-    def run(self, *commands: str) -> None:
+    def ip(self, *commands: str) -> None:
         for words in commands:
-            self.do(self.ip, words)
+            self.run(f"ip {words}")
 
     def sysctl(self, name: str, value: int) -> None:
-        self.do(Path("/proc/sys/net", name).write_text, str(value))
+        self.write(f"/proc/sys/net/{name}", str(value))
 
     def tun(self, name: str, offloads: int) -> Tun:
-        """A TUN device with virtio_net_hdr, up."""
-        made = self.do(Tun, name, offloads)
+        """One that is up."""
+        made = self.do(lambda: Tun(name, offloads))
         self._open.append(made)
-        self.run(f"link set {name} up")
+        self.ip(f"link set {name} up")
         return made
 
     def __enter__(self) -> Space:
@@ -74,7 +41,7 @@ class Space:
                  traceback: TracebackType | None) -> None:
         for one in self._open:
             one.close()
-        self._thread.shutdown()
+        self.close()
 
 
 class Tun:
@@ -98,10 +65,10 @@ class Tun:
     def read(self) -> tuple[bytes, bytes] | None:
         """(header, packet), or None where there is none now."""
         try:
-            data = os.read(self.fd, 65535 + 10)
+            data = os.read(self.fd, 65535 + VNET)
         except BlockingIOError:
             return None
-        return data[:10], data[10:]
+        return data[:VNET], data[VNET:]
 
     def packets(self, count: int, wanted: Callable[[bytes], bool], seconds: float = 20) -> list[tuple[bytes, bytes]]:
         """The next ones that are wanted; the kernel has other news, too. Fewer, where no more came in time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 import select
 import socket
@@ -18,14 +19,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from namespaces import ALL_OFFLOADS
 from packets import ACK, CWR, ECE, ECN, FIN, NEEDS_CHECKSUM, NONE, PSH, TCP4, Packet, right, vnet, without_id
-from spaces import CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6, Space, Tun, why_not
+from spaces import Space, Tun
 
 from muenfast._packets import Coalescer, pmtu, split
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [pytest.mark.root, pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun"), reason="needs root and /dev/net/tun")]
 
-ALL = CSUM | TSO4 | TSO6 | TSO_ECN | USO4 | USO6
 IP_MTU_DISCOVER, IP_MTU, IPV6_MTU_DISCOVER, IPV6_MTU, PMTUDISC_DO = 10, 14, 23, 24, 2
 UDP_SEGMENT = 103
 DATA = random.Random(7).randbytes(65535)
@@ -38,8 +40,8 @@ V6: dict[str, Any] = {"source": "fd07::1", "target": "fd08::1"}
 class Router:
     def __init__(self, space: Space) -> None:
         self.space = space
-        self.inside, self.outside = space.tun("in", ALL), space.tun("out", 0)
-        space.run("link set out txqueuelen 10000", "addr add 10.7.0.254/24 dev in", "addr add 10.8.0.254/24 dev out",
+        self.inside, self.outside = space.tun("in", ALL_OFFLOADS), space.tun("out", 0)
+        space.ip("link set out txqueuelen 10000", "addr add 10.7.0.254/24 dev in", "addr add 10.8.0.254/24 dev out",
                   "addr add fd07::fe/64 dev in nodad", "addr add fd08::fe/64 dev out nodad")
         space.sysctl("ipv4/ip_forward", 1)
         space.sysctl("ipv6/conf/all/forwarding", 1)
@@ -137,9 +139,9 @@ def test_a_constant_identification(machine: Router) -> None:
 
 @pytest.fixture
 def narrow(machine: Router) -> Iterator[Router]:
-    machine.space.run("link set out mtu 700")
+    machine.space.ip("link set out mtu 700")
     yield machine
-    machine.space.run("link set out mtu 1500", "addr replace fd08::fe/64 dev out nodad")
+    machine.space.ip("link set out mtu 1500", "addr replace fd08::fe/64 dev out nodad")
 
 
 @pytest.mark.parametrize("options", [b"", bytes([0x9e, 4, 1, 2, 0x1e, 7, 1, 2, 3, 4, 5, 0])])
@@ -161,7 +163,7 @@ def test_datagrams_arrive(machine: Router) -> None:
     c = Coalescer()
     ready = [out for one in (*ones[:11], bytes(bad), *ones[12:]) for out in c.add(one)] + c.flush()
     assert len(ready) == 3
-    with machine.space.do(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as taker:
+    with machine.space.socket(socket.AF_INET, socket.SOCK_DGRAM) as taker:
         taker.bind(("10.7.0.254", 4000))
         taker.settimeout(20)
         for _, header, packet in ready:
@@ -186,7 +188,7 @@ def test_the_kernel_believes_the_news(machine: Router, family: socket.AddressFam
     """A socket that never fragments learns the path's MTU from them."""
     v4 = family == socket.AF_INET
     level, get = (socket.IPPROTO_IP, IP_MTU) if v4 else (socket.IPPROTO_IPV6, IPV6_MTU)
-    with machine.space.do(socket.socket, family, socket.SOCK_DGRAM) as sender:
+    with machine.space.socket(family, socket.SOCK_DGRAM) as sender:
         sender.setsockopt(level, IP_MTU_DISCOVER if v4 else IPV6_MTU_DISCOVER, PMTUDISC_DO)
         sender.connect((target, 4242))
         assert sender.getsockopt(level, get) == 1500
@@ -264,10 +266,10 @@ def pair() -> Iterator[tuple[Space, Space]]:
 def lay(pair: tuple[Space, Space], mtu: int, spoil: int = 0) -> Cable:
     ends = []
     for k, space in enumerate(pair, 1):
-        end = space.tun("net0", ALL)
-        space.run(f"link set net0 mtu {mtu}", f"addr add 10.9.0.{k}/24 dev net0")
+        end = space.tun("net0", ALL_OFFLOADS)
+        space.ip(f"link set net0 mtu {mtu}", f"addr add 10.9.0.{k}/24 dev net0")
         if mtu >= 1280:
-            space.run(f"addr add fd09::{k}/64 dev net0 nodad")
+            space.ip(f"addr add fd09::{k}/64 dev net0 nodad")
         ends.append(end)
     return Cable((ends[0], ends[1]), mtu, spoil)
 
@@ -289,7 +291,7 @@ def test_a_tcp_stream(pair: tuple[Space, Space], family: socket.AddressFamily, t
             left -= len(piece)
         found[name] = digest.hexdigest()
 
-    with (lay(pair, mtu, spoil) as cable, pair[0].do(socket.socket, family, socket.SOCK_STREAM) as dialler,
+    with (lay(pair, mtu, spoil) as cable, pair[0].socket(family, socket.SOCK_STREAM) as dialler,
           pair[1].do(lambda: socket.create_server((target, 5001), family=family)) as listener):
         dialler.settimeout(60)
         listener.settimeout(60)
@@ -319,8 +321,8 @@ def test_a_tcp_stream(pair: tuple[Space, Space], family: socket.AddressFamily, t
 @pytest.mark.parametrize(("family", "target"), [(socket.AF_INET, "10.9.0.2"), (socket.AF_INET6, "fd09::2")])
 def test_udp_in_super_packets(pair: tuple[Space, Space], family: socket.AddressFamily, target: str) -> None:
     """A sender's UDP_SEGMENT (USO), datagram by datagram; ordinary ones between."""
-    with (lay(pair, 1500) as cable, pair[0].do(socket.socket, family, socket.SOCK_DGRAM) as giver,
-          pair[1].do(socket.socket, family, socket.SOCK_DGRAM) as taker):
+    with (lay(pair, 1500) as cable, pair[0].socket(family, socket.SOCK_DGRAM) as giver,
+          pair[1].socket(family, socket.SOCK_DGRAM) as taker):
         taker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         taker.bind((target, 5002))
         taker.settimeout(0.2)
