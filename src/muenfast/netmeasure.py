@@ -40,7 +40,7 @@ POLICY = ("near: receiver, ping and near program on the first CPU; far: sender a
 MANY = 16  # interfaces of one process
 PACKET = 64  # bytes, _bench.pyx
 _DATAGRAMS = (18, 1400)  # bytes of payload
-_RUNS = 10  # short ones of a sample from memory to memory
+_RUNS = 20  # short ones of a sample from memory to memory
 _ELEMENTS = 1024  # of a ring in memory, as `muenfast net` makes them of packets of 1500 bytes
 _BETWEEN_NS = 2_000_000  # idle ping: from an answer to the next echo
 _PATIENCE = 20.0  # seconds until a link has to answer
@@ -512,7 +512,7 @@ def _rows(spaces: Spaces, links: Sequence[Link], many: Link, scale: float) -> It
     for load in loads:
         yield row("ping, flood", load, "us", partial(load.ping, flood, 0), less=True)
         yield row("ping, flood, p99", load, "us", partial(_tail, load), less=True)
-    for size, count in ((1508, 300_000), (128, 1_000_000)):
+    for size, count in ((1508, 60_000), (128, 160_000)):
         what = f"memory, {PACKET} bytes in {size}"
         packets = max(1000, int(count * scale))
         yield Row(f"{what}: bare copies", "packets/s", partial(_best, partial(_slots, spaces.pair, size, packets)))
