@@ -36,8 +36,8 @@ from muenfast.measure import Pair, Row, die_with
 
 POLICY = ("near: receiver, ping and near program on the first CPU; far: sender and far program on the second; echoes are "
           "ICMP, 64 bytes, from a raw socket, answered by the kernel, idle ones with 2 ms between; datagrams: as fast as "
-          "sendmmsg of 64 goes; memory: one process per CPU, an empty or full ring is looked at again after 128 pauses, the "
-          "best of 20 short runs")
+          "sendmmsg of 64 goes; memory: one process per CPU, an empty or full ring is looked at again after 128 pauses, "
+          "the best of 20 short runs")
 MANY = 16  # interfaces of one process
 PACKET = 64  # bytes, _bench.pyx
 _DATAGRAMS = (18, 1400)  # bytes of payload
