@@ -150,7 +150,7 @@ def test_veth_without_offloads_has_none_and_an_echo_that_nobody_answers_is_told(
             _netbench.ping(one.fileno(), 1, 0, 10**9, laps)
             assert all(laps)
             _netbench.ping(other.fileno(), 2, 0, 10**9, laps)   # twenty answers to the first one are before its own
-        with spaces.socket(False, socket.SOCK_RAW, socket.IPPROTO_ICMP) as nobody:
+        with spaces.bare(False, socket.SOCK_RAW, socket.IPPROTO_ICMP) as nobody:
             nobody.connect(("10.0.0.77", 0))
             start = time.monotonic()
             with pytest.raises(TimeoutError, match="echo 0"):

@@ -196,7 +196,7 @@ def test_an_object_that_is_closed_among_its_users(kind: str) -> None:
 
 if FREE:
     @pytest.mark.parametrize("module", ["_ring", "_target", "_store", "_engine", "_blk", "_buffer", "_client",
-                                        "_bufclient", "_bench"])
+                                        "_bufclient", "_bench", "_netbench"])
     def test_importing_leaves_the_gil_off(module: str) -> None:
         """The compiled modules declare that they do without."""
         code = f"import muenfast.{module}, sys; print(sys._is_gil_enabled())"

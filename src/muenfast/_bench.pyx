@@ -287,7 +287,7 @@ def packets_write(region, bell, progress, uint32_t mtu, uint64_t count):
     cdef uint64_t k, n, at, taken = 0, batch = round_of(size), wrong = 0
     writer_init(&w, m.base, m.view.len, size, 1)
     w.bell = said
-    for k in range(ROUND):
+    for k in range(<uint64_t>ROUND):
         own.base[k * PACKET] = 0x45
         own.base[k * PACKET + 2] = 0
         own.base[k * PACKET + 3] = PACKET

@@ -4,6 +4,7 @@ whatever network namespace.
 Every call ends by itself: at a time (`until`, nanoseconds of CLOCK_MONOTONIC), or after a number of echoes. A socket to
 receive on has SO_RCVTIMEO set, so that nothing waits for good.
 """
+from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, ENOBUFS, EPIPE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -27,7 +28,7 @@ cdef extern from "<sys/socket.h>" nogil:
         msghdr_t msg_hdr
         unsigned int msg_len
     enum: MSG_NOSIGNAL
-    enum: MSG_WAITFORONE
+    enum: MSG_DONTWAIT
     ssize_t send(int fd, const void *data, size_t n, int flags)
     ssize_t recv(int fd, void *data, size_t n, int flags)
     int sendmmsg(int fd, mmsghdr_t *list, unsigned int n, int flags)
@@ -41,6 +42,7 @@ cdef enum:
     ECHO_SIZE = 64          # with as much payload as ping has
     ECHO_REQUEST = 8
     IP_LEAST = 20
+    NAP_NS = 50_000         # between looks at an empty socket: 50 datagrams at a million a second
 
 
 cdef class _Memory:
@@ -54,6 +56,26 @@ cdef class _Memory:
 
     def __dealloc__(self):
         free(self.base)
+
+
+cdef class _Words:
+    """A writable buffer of at least one u64, for the length of one call."""
+    cdef Py_buffer view
+    cdef uint64_t *base
+    cdef uint64_t count
+    cdef bint held
+
+    def __cinit__(self, memory):
+        PyObject_GetBuffer(memory, &self.view, PyBUF_WRITABLE)
+        self.held = True
+        self.base = <uint64_t *>self.view.buf
+        self.count = <uint64_t>self.view.len // 8
+        if self.count == 0:
+            raise UsageError(f"{self.view.len} bytes of memory are too few, 8 are needed")
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
 
 
 cdef class _Datagrams:
@@ -120,8 +142,8 @@ def udp_send(int fd, uint32_t size, stop, uint64_t until):
     """Datagrams at full speed until the first word of `stop` is not 0, or `until`; how many the kernel took. Raises
     OSError."""
     cdef _Datagrams own = _Datagrams(size)
-    cdef const uint64_t[::1] words = stop
-    cdef const uint64_t *word = &words[0]
+    cdef _Words words = _Words(stop)
+    cdef const uint64_t *word = words.base
     cdef uint64_t sent = 0
     cdef int n, error = 0
     with nogil:
@@ -138,16 +160,21 @@ def udp_send(int fd, uint32_t size, stop, uint64_t until):
 
 
 def udp_receive(int fd, uint32_t size, uint64_t until):
-    """How many datagrams of that size came until then. Raises OSError."""
+    """How many datagrams of that size came until then. Raises OSError.
+
+    It does not sleep in the socket: the sender of each datagram would pay for waking it.
+    """
     cdef _Datagrams own = _Datagrams(size)
     cdef uint64_t received = 0
     cdef int n, k, error = 0
     with nogil:
         while now_ns() < until:
-            n = recvmmsg(fd, own.list, BATCH, MSG_WAITFORONE, NULL)
-            if n < 0 and errno not in (EINTR, EAGAIN):
-                error = errno
-                break
+            n = recvmmsg(fd, own.list, BATCH, MSG_DONTWAIT, NULL)
+            if n < 0:
+                if errno not in (EINTR, EAGAIN):
+                    error = errno
+                    break
+                sleep_ns(NAP_NS)
             for k in range(n):
                 if own.list[k].msg_len == size:
                     received += 1
@@ -182,16 +209,16 @@ def ping(int fd, uint16_t identifier, uint64_t pause, uint64_t patience, laps):
     u64) receives the nanoseconds of each. Raises OSError; TimeoutError where one is not answered in `patience`
     nanoseconds.
     """
-    cdef uint64_t[::1] times = laps
-    cdef uint64_t *lap = &times[0]
-    cdef uint64_t k, start, now, count = times.shape[0]
+    cdef _Words times = _Words(laps)
+    cdef uint64_t *lap = times.base
+    cdef uint64_t k, start, now, count = times.count
     cdef uint8_t echo[ECHO_SIZE]
     cdef uint8_t packet[256]
     cdef uint16_t total
     cdef ssize_t n = 0
     cdef bint late = False
     cdef int error = 0
-    for k in range(ECHO_SIZE):
+    for k in range(<uint64_t>ECHO_SIZE):
         echo[k] = <uint8_t>k
     with nogil:
         for k in range(count):
