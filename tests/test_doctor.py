@@ -161,7 +161,7 @@ def test_io_uring(monkeypatch: pytest.MonkeyPatch, number: int, disabled: str, s
 @pytest.mark.parametrize(("problems", "capable", "state", "words"), [
     ({Way.TCX: None}, True, "ok", ["tcx: the kernel takes"]),
     ({Way.TCX: "the kernel has no tcx", Way.CLSACT: None}, True, "limited",
-     ["clsact; no tcx: the kernel has no tcx", "takes its marks, too.", "boot Linux 6.6 or later"]),
+     ["clsact; no tcx: the kernel has no tcx", "takes its marks, too,", "boot Linux 6.6 or later"]),
     ({Way.TCX: "bpf: Operation not permitted", Way.CLSACT: "x", Way.TAP: None}, True, "limited",
      ["tap; no tcx: bpf: Operation not permitted; no clsact: x", "incoming packets get no mark", "--cap-add BPF"]),
     ({Way.TCX: "a", Way.CLSACT: "b", Way.TAP: "c"}, False, "missing",

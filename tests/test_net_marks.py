@@ -175,6 +175,33 @@ def test_children_go_with_their_parent(pair: Pairs) -> None:
     assert one.end()[0] == 1 and other.end() == (0, "")
 
 
+@pytest.mark.parametrize("way", ["tcx", "clsact", "tap"])
+def test_an_interface_that_is_moved_takes_its_marks_along(way: str, pair: Pairs, spaces: Callable[[], Space]) -> None:
+    """There, too, packets go out with them, and come in with them as far as the way has that; so it is with a child."""
+    two = pair("--marks", way).both()
+    third, (here, there) = spaces(), two.spaces
+    for space in two.spaces:
+        assert cfg(space, "add_child", "net0", "child1") and cfg(space, "add_mark", "child1", "24")
+    there.ip("addr", "add", "10.8.0.2/24", "dev", "child1")
+    there.ip("link", "set", "child1", "up")
+    for name, address, request in (("net0", "10.9.0.1/24", ("add_child", "net0", "child2")),
+                                   ("child1", "10.8.0.1/24", ("add_mark", "child1", "25"))):
+        here.ip("link", "set", name, "netns", third.name)
+        assert eventually(lambda request=request: cfg(third, *request))
+        third.ip("addr", "add", address, "dev", name)
+        third.ip("link", "set", name, "up")
+    eventually(lambda: third.carrier() and third.carrier("child1"))
+    for address, mark in (("10.9.0.2", 7), ("10.8.0.2", 24)):
+        with in_space(third) as source, in_space(there) as target:
+            target.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
+            target.bind((address, 700))
+            source.setsockopt(socket.SOL_SOCKET, SO_MARK, struct.pack("=I", mark))
+            source.sendto(b"z" * 9000, (address, 700))
+            assert received(target) == (b"z" * 9000, 0 if way == "tap" else mark)
+    assert all(not any(entry["interface"]["lost"].values()) for entry in shown())
+    two.end()
+
+
 def test_children_come_and_go_under_traffic(pair: Pairs) -> None:
     """Nothing stands still, nothing is left, and what is the parent's arrives."""
     two = pair().both()

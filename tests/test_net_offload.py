@@ -18,7 +18,7 @@ from peer import ChannelReader, ChannelWriter
 from test_net_frames import A4, A6, B4, B6, Device, Files, files, region, running
 
 from muenfast._marks import prefix
-from muenfast._net import MERGES, Receiver, Sender, element_size
+from muenfast._net import MERGES, Ports, Receiver, Sender, element_size
 
 __all__ = ["files"]     # the fixture
 
@@ -28,6 +28,7 @@ ALL = tuple(MERGES)
 NONE, TCP4, TCP6, UDP_L4 = 0, 1, 4, 5     # virtio_net_hdr's kinds
 
 Made = Callable[..., tuple[Device, Sender, ChannelReader]]
+Tapped = Callable[[Device, int, Ports], socket.socket]
 
 
 def vnet(kind: int = NONE, headers: int = 0, size: int = 0, start: int = 0, offset: int = 0) -> bytes:
@@ -172,6 +173,61 @@ def test_marks_of_a_super_packet(sending: Made) -> None:
         element = eventually(lambda: reader.read()[1])
         assert struct.unpack_from("<I", element)[0] == 0xDEADBEEF
         assert checked(element[8:8 + struct.unpack_from("<H", element, 4)[0]])
+
+
+@pytest.fixture
+def tapped() -> Iterator[Tapped]:
+    """Makes a port of a device whose packets come from a packet socket; the end that gives those."""
+    ends: list[socket.socket] = []
+
+    def make(device: Device, number: int, ports: Ports) -> socket.socket:
+        given, taken = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ends.extend((given, taken))
+        given.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        taken.setblocking(False)
+        ports.add(number, device.fd, "tap", taken.fileno())
+        return given
+
+    yield make
+    for end in ends:
+        end.close()
+
+
+def test_a_pending_super_packet_and_what_a_tap_doubles(sending: Made, tapped: Tapped) -> None:
+    """The device has the same once more: that is thrown away, and what goes out are the bytes of the packet socket."""
+    device = Device(offload=True)
+    assert device.ports.remove(0)
+    given = tapped(device, 0, device.ports)
+    _, sender, reader = sending(device)
+    payload = bytes(k * 7 & 0xFF for k in range(60_000))
+    packet = super_packet(4, payload, 500)
+    device.ours.send(packet)
+    given.send(packet)
+    found = packets(reader, 120)
+    assert b"".join(each[40:] for each in found) == payload
+    assert all(map(checked, found))
+
+
+def test_what_a_tap_missed_is_thrown_away_whole(sending: Made, tapped: Tapped) -> None:
+    """However much that is: else the device would be full in the end."""
+    device, child = Device(offload=True), Device(offload=True)
+    given = tapped(child, 1, device.ports)
+    _, _, reader = sending(device)
+    good = vnet() + ipv4(A4, B4, 17, udp(1, 2, b"good"))
+    for _ in range(200):
+        child.ours.send(good)
+    given.send(good)
+    packets(reader, 1)
+
+    def empty() -> bool:
+        try:
+            return not child.theirs.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+
+    eventually(empty)
+    assert device.ports.remove(1)
+    child.close()
 
 
 def test_several_ports_send(sending: Made) -> None:

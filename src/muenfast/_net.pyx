@@ -362,11 +362,13 @@ cdef ssize_t sender_read(sender_t *s, port_t *p, uint8_t *slot) noexcept nogil:
 
 
 cdef int sender_drain(sender_t *s, port_t *p) noexcept nogil:
-    """Throws away what a device holds whose packets come from its packet socket; 0, or -errno."""
+    """Throws away what a device holds whose packets come from its packet socket; 0, or -errno. What is left after BATCH
+    packets is the next round's."""
     cdef int fd = port_fd(p), turns
     for turns in range(BATCH):
-        if c_read(fd, s.spill, SPILL) < 0:
+        if c_read(fd, s.news, SPILL) < 0:   # a packet that is pending stands in s.spill
             return 0 if errno == EAGAIN or errno == EINTR else -errno
+    p.ready = True
     return 0
 
 

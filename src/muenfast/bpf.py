@@ -26,6 +26,7 @@ import os
 import platform
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any
@@ -80,8 +81,8 @@ class Way(str, Enum):
 # What one does without in each way, one sentence.
 LOST = {
     Way.TCX: "",
-    Way.CLSACT: "who takes filters from an interface (`tc filter del`, `tc qdisc del`), or moves it to another network "
-                "namespace, takes its marks, too.",
+    Way.CLSACT: "who takes filters from an interface (`tc filter del`, `tc qdisc del`) takes its marks, too, and its "
+                "outgoing packets are dropped from then on.",
     Way.TAP: "incoming packets get no mark (children get theirs all the same), outgoing ones are copied once more, and are "
              "lost, not held back, while the other side is behind.",
 }
@@ -339,11 +340,13 @@ class Attached:
     (SO_MARK), and once ENETDOWN after the interface went down.
     """
 
-    def __init__(self, way: Way, stack: contextlib.ExitStack, counters: mmap.mmap | None,
-                 tap: socket.socket | None = None) -> None:
+    def __init__(self, way: Way, stack: contextlib.ExitStack, counters: mmap.mmap | None, tap: socket.socket | None = None,
+                 filters: contextlib.ExitStack | None = None, vnet: bool = False) -> None:
         self.way, self.tap = way, tap
-        self._stack, self._counters = stack, counters
-        self._tap_lost = 0
+        self._stack, self._counters, self._vnet = stack, counters, vnet
+        self._filters = filters or contextlib.ExitStack()   # what is to be taken from the interface itself
+        self._earlier = dict.fromkeys((*DROPPED, "tap"), 0)     # counted before follow()
+        self._books = threading.Lock()
 
     @property
     def incoming(self) -> bool:
@@ -352,14 +355,36 @@ class Attached:
 
     def dropped(self) -> dict[str, int]:
         """Packets by DROPPED, and `tap`: those that the packet socket had no room for. From attach() to close()."""
-        values = struct.unpack_from(f"={len(DROPPED)}Q", self._counters) if self._counters else (0,) * len(DROPPED)
+        with self._books:
+            return self._dropped()
+
+    def _dropped(self) -> dict[str, int]:
         if self.tap is not None:
             _, lost = struct.unpack("=2I", self.tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))  # since last asked
-            self._tap_lost += lost
-        return {**dict(zip(DROPPED, values, strict=True)), "tap": self._tap_lost}
+            self._earlier["tap"] += lost
+        values = struct.unpack_from(f"={len(DROPPED)}Q", self._counters) if self._counters else (0,) * len(DROPPED)
+        return {name: self._earlier[name] + value for name, value in zip((*DROPPED, "tap"), (*values, 0), strict=True)}
+
+    def follow(self, interface: int) -> None:
+        """After the interface went to the calling thread's network namespace, where that is its number: the same there. It
+        has to be down still, or packets are lost; `tap` has the same descriptor. Raises OSError, VerifierError."""
+        if self.way is Way.TCX:     # its links went along
+            return
+        new = _ATTACH[self.way](interface, self._vnet)
+        with self._books:
+            self._earlier = self._dropped()
+            if self.tap is not None and new.tap is not None:
+                os.dup2(new.tap.fileno(), self.tap.fileno(), inheritable=False)
+                new.close()
+                return
+            old = self._stack
+            self._filters.pop_all()     # they are gone; by now another interface may have that number there
+            self._stack, self._filters, self._counters = new._stack, new._filters, new._counters
+        old.close()
 
     def close(self) -> None:
         """Detaches. The interface may have gone before."""
+        self._filters.close()
         self._stack.close()
 
     def __enter__(self) -> Attached:
@@ -476,7 +501,7 @@ class _Netlink:
 
 
 def _attach_clsact(interface: int, vnet: bool) -> Attached:
-    with _programs() as (stack, out, into, counters), _Netlink() as netlink:
+    with _programs() as (stack, out, into, counters), contextlib.ExitStack() as filters, _Netlink() as netlink:
         namespace = _held(stack, netns.current())
         made = True
         try:
@@ -485,11 +510,11 @@ def _attach_clsact(interface: int, vnet: bool) -> Attached:
             if error.errno != errno.EEXIST:
                 raise
             made = False
-        stack.callback(netns.inside, namespace, lambda: _detach_clsact(interface, made))
+        filters.callback(netns.inside, namespace, lambda: _detach_clsact(interface, made))
         for parent, priority, program, name in ((_EGRESS, _LAST, out, "mf_egress"), (_INGRESS, _FIRST, into, "mf_ingress")):
             netlink.tc("add-filter", "bpf", interface, 1, fd=program, name=name, parent=parent, prio=priority,
                        protocol=_ETH_P_ALL, classid=1, direct_action=True)
-        return Attached(Way.CLSACT, stack.pop_all(), counters)
+        return Attached(Way.CLSACT, stack.pop_all(), counters, filters=filters.pop_all(), vnet=vnet)
 
 
 def _detach_clsact(interface: int, made: bool) -> None:
@@ -527,7 +552,7 @@ def _attach_tap(interface: int, vnet: bool) -> Attached:
         tap.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(only)))
         tap.bind((socket.if_indextoname(interface), _ETH_P_ALL))
         tap.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # that the interface is down is no news
-        return Attached(Way.TAP, stack.pop_all(), None, tap)
+        return Attached(Way.TAP, stack.pop_all(), None, tap, vnet=vnet)
 
 
 _ATTACH: dict[Way, Callable[[int, bool], Attached]] = {

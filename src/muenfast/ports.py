@@ -92,20 +92,35 @@ class Port:
         self._told(state)
 
     def _follow(self) -> None:
-        """Is asked for by another name, or elsewhere, if that is where the device is now."""
+        """Is asked for by another name, or elsewhere, if that is where the device is now; so do its marks go along."""
         now = self.device.rename(), self.device.moves
         if now == self._named:
             return
-        self._named = now
+        moved, self._named = now[1] != self._named[1], now
         self._unname()
         try:
             namespace = self.device.namespace()
-            try:
-                self._names = NameSocket(self.device.name, self._answers, namespace=namespace)
-            finally:
-                os.close(namespace)
+        except OSError:     # it is gone, which is told next
+            return
+        try:
+            if moved:
+                self._take_marks(namespace)
+            self._names = NameSocket(self.device.name, self._answers, namespace=namespace)
         except (OSError, MuenfastError) as error:
             log.error("interface %s: muennet_cfg does not reach it by that name: %s", self.device.name, describe(error))
+        finally:
+            os.close(namespace)
+
+    def _take_marks(self, namespace: int) -> None:
+        """The device is in that namespace now."""
+        attached = self.attached
+        if attached is None:
+            return
+        try:
+            netns.inside(namespace, lambda: attached.follow(self.device.index))
+        except (OSError, MuenfastError) as error:
+            log.error("interface %s: its marks were not moved with it, and its packets do not go out: %s", self.device.name,
+                      describe(error))
 
     def _unname(self) -> None:
         names, self._names = self._names, None
