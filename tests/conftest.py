@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Tests that look at what the whole machine has (names in /dev, loop devices, mounts), in one worker where there are more.
-MACHINE = {"test_apart", "test_attach", "test_bench", "test_blk_shm", "test_buffer_device", "test_cli", "test_ctl",
-           "test_ctl_device", "test_device", "test_doctor", "test_durable", "test_fuse_uring", "test_modprobe", "test_nbd",
-           "test_partitioned", "test_pump", "test_recovery", "test_soak", "test_user"}
+# Tests that make /dev/muendiskX, or look at all that there are, one after the other in one worker: files, classes, tests.
+MACHINE = {"test_attach", "test_buffer_device", "test_ctl_device", "test_device", "test_doctor", "test_durable",
+           "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
+           "test_nbd::test_beside_a_block_device", "test_partitioned", "test_recovery", "test_soak",
+           "test_user::test_an_overlay_survives_its_server", "test_user::test_file_systems",
+           "test_user::test_parts_under_ext4"}
+# What takes longest begins first, so that no worker is left with it in the end: scopes, and files that have several.
+FIRST = ["machine", "test_packaging", "test_memory_model", "test_hostile", "test_torn"]
 
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()
@@ -39,17 +44,37 @@ def unique(word: str = "x") -> str:
     return f"{PREFIX}{next(_numbers)}-{word}"
 
 
+def scope(nodeid: str) -> str:
+    """What a test goes to a worker with: all of MACHINE, or the tests of its file."""
+    path, *names = nodeid.partition("[")[0].split("::")
+    file = Path(path).stem
+    return "machine" if {file, f"{file}::{names[0] if names else ''}"} & MACHINE else file
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file's tests go to one worker, and those of MACHINE to the same one."""
+    """Each scope's tests go to one worker, in the order in which they are collected."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            name = Path(nodeid.partition("::")[0]).stem
-            return "machine" if name in MACHINE else name
+            return scope(nodeid)
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FIRST, then the files with most tests."""
+    size = Counter(scope(item.nodeid) for item in items)
+    items.sort(key=lambda item: (FIRST.index(scope(item.nodeid)) if scope(item.nodeid) in FIRST else len(FIRST),
+                                 -size[scope(item.nodeid)]))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now lives to the end: the collections after each test need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -194,8 +219,9 @@ class Program:
 
 
 @pytest.fixture
-def program() -> Iterator[Callable[..., Program]]:
-    """Starts Programs; each one still running at the end is killed."""
+def program(request: pytest.FixtureRequest) -> Iterator[Callable[..., Program]]:
+    """Starts Programs; each one still running at the end is killed. One that made /dev/muendiskX beside other workers
+    fails a test that is none of MACHINE."""
     started: list[Program] = []
 
     def start(*words: str, **options: object) -> Program:
@@ -209,6 +235,8 @@ def program() -> Iterator[Callable[..., Program]]:
         if hasattr(one, "process") and one.process.poll() is None:
             one.process.kill()
             one.process.communicate()
+    if hasattr(request.config, "workerinput") and scope(request.node.nodeid) != "machine":
+        assert "/dev/muendisk" not in str([line for one in started for line in one.lines]), "to be one of conftest.MACHINE"
 
 
 def run(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FUSE = "muenfast/attach/_fuse"
 SUFFIX = EXTENSION_SUFFIXES[0]
 
+pytestmark = pytest.mark.timeout(600)   # of which the compiler takes most
+
 
 def git_files() -> list[str] | None:
     """The files git has or would add, or None where this is no checkout."""
@@ -41,26 +44,38 @@ def git_files() -> list[str] | None:
     return sorted(name for name in run.stdout.split("\0") if name and (ROOT / name).exists())
 
 
-def run(*command: str, cwd: Path, **environment: str) -> str:
+def outcome(*command: str, cwd: Path, **environment: str) -> tuple[int, str]:
+    """Exit status of a Python program, and what it printed."""
     done = subprocess.run([sys.executable, *command], cwd=cwd, env=os.environ | environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}", pytrace=False)
-    return done.stdout
+    return done.returncode, done.stdout
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    status, printed = outcome(*command, cwd=cwd, **environment)
+    if status:
+        pytest.fail(f"{' '.join(command)}: exit status {status}\n{printed}", pytrace=False)
+    return printed
+
+
+@dataclass
+class Sources:
+    hints: tuple[int, str]      # status and output of tools/check_hints.py
+    sdist: set[str]             # file names below the archive's top folder
+    unpacked: Path
 
 
 @dataclass
 class Shipped:
-    sdist: set[str]     # file names below the archive's top folder
     wheel: set[str]
-    source: Path        # the sdist, unpacked
+    source: Path        # the unpacked sdist that it was built in
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
-    """Sdist of a clean copy of the tree, and the wheel built from that sdist with C warnings fatal."""
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """A clean copy of the tree: Cython's hints, then, with the C that this left there, its sdist."""
     scratch = tmp_path_factory.mktemp("packaging")
-    tree, out = scratch / "tree", scratch / "out"
+    tree = scratch / "tree"
     files = git_files()
     if files is None:
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(
@@ -69,19 +84,35 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
         for name in files:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
+    hints = outcome("tools/check_hints.py", str(tree), cwd=ROOT)
     # What lies about in a working tree must not get into the archive.
     (tree / "src/muenfast/_left_over.c").touch()
     (tree / ("src/muenfast/_left_over" + SUFFIX)).touch()
-    run("-m", "build", "--no-isolation", "--outdir", str(out), str(tree), cwd=scratch, MUENFAST_WERROR="1")
-    [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")
+    run("-m", "build", "--no-isolation", "--sdist", "--outdir", str(scratch), str(tree), cwd=scratch)
+    [sdist] = scratch.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
         if sys.version_info >= (3, 12):
             archive.extractall(scratch, filter="data")
         else:
             archive.extractall(scratch)
+    return Sources(hints, names, scratch / sdist.name.removesuffix(".tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def shipped(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+    """The wheel built from the sdist with C warnings fatal."""
+    out = tmp_path_factory.mktemp("wheel")
+    run("-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), str(sources.unpacked), cwd=out,
+        MUENFAST_WERROR="1", CFLAGS=f"{os.environ.get('CFLAGS', '')} -g0")     # takes a quarter less of the compiler's time
+    return Shipped(contents(out), sources.unpacked)
+
+
+def contents(place: Path) -> set[str]:
+    """Names in the one wheel that is there."""
+    [wheel] = place.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return Shipped(names, set(archive.namelist()), scratch / sdist.name.removesuffix(".tar.gz"))
+        return set(archive.namelist())
 
 
 def extensions(names: set[str]) -> set[str]:
@@ -99,10 +130,10 @@ def pkg_config_knows_fuse() -> bool:
 
 
 @pytest.mark.skipif(git_files() is None, reason="not a git checkout: nothing to compare with")
-def test_sdist_holds_exactly_what_git_has(shipped: Shipped) -> None:
-    generated = {"PKG-INFO", "setup.cfg"} | {name for name in shipped.sdist if ".egg-info/" in name}
+def test_sdist_holds_exactly_what_git_has(sources: Sources) -> None:
+    generated = {"PKG-INFO", "setup.cfg"} | {name for name in sources.sdist if ".egg-info/" in name}
     expected = {name for name in git_files() or () if not name.startswith(".git")}
-    assert shipped.sdist - generated == expected
+    assert sources.sdist - generated == expected
 
 
 def test_wheel_from_the_sdist_holds_what_runs(shipped: Shipped) -> None:
@@ -118,20 +149,22 @@ def test_wheel_from_the_sdist_holds_what_runs(shipped: Shipped) -> None:
 
 
 def test_without_libfuse3_only_the_fuse_front_end_is_left_out(shipped: Shipped, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(shipped.source, tree)
-    output = run("-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(tree), cwd=tmp_path,
-                 PKG_CONFIG="/nonexistent")
+    """From the C that the wheel was built of, and compiled in a hurry: what is left out, not what the compiler says."""
+    tree, compiler, out = tmp_path / "tree", tmp_path / "cc", tmp_path / "out"
+    shutil.copytree(shipped.source, tree, ignore=shutil.ignore_patterns("lib.*", "temp.*", "bdist.*"))
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"} "$@" -O0 -g0\n')
+    compiler.chmod(0o755)
+    output = run("-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), str(tree), cwd=tmp_path,
+                 PKG_CONFIG="/nonexistent", CC=str(compiler))
     assert "building without the FUSE front end" in output
-    [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+    names = contents(out)
     assert extensions(names) == {name.removesuffix(".pyx") for name in in_source("*.pyx")} - {FUSE}
     assert shipped.wheel - names <= {FUSE + SUFFIX}
 
 
-def test_cython_has_no_performance_hint_and_no_warning() -> None:
-    run("tools/check_hints.py", cwd=ROOT)
+def test_cython_has_no_performance_hint_and_no_warning(sources: Sources) -> None:
+    status, printed = sources.hints
+    assert status == 0, printed
 
 
 def test_the_installed_package_is_what_is_tested() -> None:

@@ -4,7 +4,7 @@ function touches Python.
 Cython tells of a nogil call that re-takes the GIL in a "performance hint" on stderr only: not by
 its exit status, not in the annotated HTML. That HTML tells which lines make use of Python's C API
 (a score above 0), and names them by line: in a nogil function there must be none.
-C is generated from scratch, in a copy of the tree.
+C is generated from scratch, in a copy of the tree; or in the tree that is named, and stays in its build/cython.
 """
 
 from __future__ import annotations
@@ -65,37 +65,44 @@ def touching(name: str, source: str, html: str) -> tuple[int, list[str]]:
     return len(functions), complaints
 
 
+def check(tree: Path) -> int:
+    """Compiles what is in a tree that was not built yet, and says what is wrong with it; the exit status."""
+    # A pkg-config that knows every package: _fuse.pyx is compiled to C without libfuse3, too.
+    # The switches of other builds put lines of their own into the C.
+    run = subprocess.run([sys.executable, "-c", ANNOTATED], cwd=tree,
+                         env=os.environ | {"PKG_CONFIG": "true", "MUENFAST_COVERAGE": "", "MUENFAST_SANITIZE": ""},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    modules = {path.relative_to(tree).with_suffix("") for path in tree.glob("src/**/*.pyx")}
+    made = {path.relative_to(tree / "build/cython").with_suffix("") for path in tree.glob("build/cython/**/*.c")}
+    if run.returncode or COMPLAINT.search(run.stdout):
+        print(run.stdout)
+        return 1
+    if not modules or made != modules:
+        print(f"not compiled by setup.py: {sorted(map(str, modules - made)) or 'there is no .pyx'}\n{run.stdout}")
+        return 1
+    functions, complaints = 0, []
+    for module in sorted(modules):
+        html = (tree / "build/cython" / module).with_suffix(".html")
+        count, more = touching(f"{module}.pyx", (tree / f"{module}.pyx").read_text(), html.read_text())
+        functions += count
+        complaints += more
+    if complaints or not functions:
+        print("\n".join(complaints) or "no nogil function found")
+        return 1
+    print(f"{len(modules)} Cython modules: no performance hint, no warning; {functions} nogil functions: all scores 0")
+    return 0
+
+
 def main() -> int:
+    if len(sys.argv) > 1:
+        return check(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory(prefix="muenfast-hints-") as scratch:
         tree = Path(scratch)
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, tree)
         shutil.copytree(ROOT / "src", tree / "src",
                         ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__"))
-        # A pkg-config that knows every package: _fuse.pyx is compiled to C without libfuse3, too.
-        # The switches of other builds put lines of their own into the C.
-        run = subprocess.run([sys.executable, "-c", ANNOTATED], cwd=tree,
-                             env=os.environ | {"PKG_CONFIG": "true", "MUENFAST_COVERAGE": "", "MUENFAST_SANITIZE": ""},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        modules = {path.relative_to(tree).with_suffix("") for path in tree.glob("src/**/*.pyx")}
-        made = {path.relative_to(tree / "build/cython").with_suffix("") for path in tree.glob("build/cython/**/*.c")}
-        if run.returncode or COMPLAINT.search(run.stdout):
-            print(run.stdout)
-            return 1
-        if not modules or made != modules:
-            print(f"not compiled by setup.py: {sorted(map(str, modules - made)) or 'there is no .pyx'}\n{run.stdout}")
-            return 1
-        functions, complaints = 0, []
-        for module in sorted(modules):
-            html = (tree / "build/cython" / module).with_suffix(".html")
-            count, more = touching(f"{module}.pyx", (tree / f"{module}.pyx").read_text(), html.read_text())
-            functions += count
-            complaints += more
-    if complaints or not functions:
-        print("\n".join(complaints) or "no nogil function found")
-        return 1
-    print(f"{len(modules)} Cython modules: no performance hint, no warning; {functions} nogil functions: all scores 0")
-    return 0
+        return check(tree)
 
 
 if __name__ == "__main__":

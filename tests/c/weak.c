@@ -29,6 +29,7 @@ typedef struct {
     uint64_t value;
     view view;
 } message;
+static const message nothing;
 typedef struct {
     view now, acquired, released;
     uint32_t *futex; /* sleeps on it */
@@ -36,7 +37,6 @@ typedef struct {
 } thread;
 
 static struct {
-    int locations;
     int count[LOCATIONS];
     message stores[LOCATIONS][STORES];
     thread threads[THREADS];
@@ -52,14 +52,17 @@ static struct {
     int plain;
 } ranges[RANGES];
 static int nranges;
+/* Of a location in all executions of a scenario; in each of them it begins with its first access (count 0 until then). */
+static int numbered;
 static uintptr_t addresses[LOCATIONS];
 static size_t sizes[LOCATIONS];
 
 static int me, exploring, switching;
-/* A thread's first turn is a context of its own; further ones are jumps, which make no system call. */
+/* A thread's first turn ever is a context of its own; further ones are jumps, which make no system call: to where it
+ * paused, or, in another execution, to where its stack begins. */
 static ucontext_t contexts[THREADS];
-static jmp_buf places[THREADS], scheduler;
-static int begun[THREADS];
+static jmp_buf places[THREADS], starts[THREADS], scheduler;
+static int begun[THREADS], made[THREADS];
 static char stacks[THREADS][1 << 16];
 static void (*bodies[THREADS])(void);
 static int number_of_bodies;
@@ -164,33 +167,47 @@ static void see(void) {
 }
 
 static int location(const volatile void *p, size_t size) {
-    static int guesses[1024];
-    int i, *guess = &guesses[(uintptr_t)p / 4 % 1024];
+    static uint8_t places[1024]; /* of addresses: location + 1, or 0; a place that is taken is followed by the next */
+    unsigned place = (unsigned)((uintptr_t)p / 4 % 1024);
+    int i;
     see();
-    for (i = *guess < m.locations && addresses[*guess] == (uintptr_t)p ? *guess : 0; i < m.locations; i++)
-        if (addresses[i] == (uintptr_t)p) {
-            *guess = i;
-            if (sizes[i] != size)
-                weak_fail("accesses of different widths", (uintptr_t)p - ranges[0].start, size);
-            return i;
-        }
-    if (i == LOCATIONS - THREADS)
-        weak_fail("too many locations", i, 0);
-    m.locations++;
-    addresses[i] = (uintptr_t)p;
-    sizes[i] = size;
-    m.count[i] = 1;
-    memset(&m.stores[i][0], 0, sizeof(message));
-    memcpy(&m.stores[i][0].value, (const void *)p, size);
+    if (numbered == 0)
+        memset(places, 0, sizeof places);
+    while (places[place] != 0 && addresses[places[place] - 1] != (uintptr_t)p)
+        place = (place + 1) % 1024;
+    if (places[place] == 0) {
+        if (numbered == LOCATIONS - THREADS)
+            weak_fail("too many locations", (uint64_t)numbered, 0);
+        places[place] = (uint8_t)++numbered;
+        addresses[numbered - 1] = (uintptr_t)p;
+        sizes[numbered - 1] = size;
+    }
+    i = places[place] - 1;
+    if (sizes[i] != size)
+        weak_fail("accesses of different widths", (uintptr_t)p - ranges[0].start, size);
+    if (m.count[i] == 0) {
+        m.count[i] = 1;
+        m.stores[i][0] = nothing;
+        memcpy(&m.stores[i][0].value, (const void *)p, size);
+    }
     return i;
 }
 
 static int can_run(int i) { return i < number_of_bodies && !m.threads[i].over && m.threads[i].futex == NULL; }
 
+static void run_body(void);
 _Noreturn static void go_on(void) {
     if (begun[me])
         _longjmp(places[me], 1);
     begun[me] = 1;
+    if (made[me])
+        _longjmp(starts[me], 1);
+    made[me] = 1;
+    getcontext(&contexts[me]);
+    contexts[me].uc_stack.ss_sp = stacks[me];
+    contexts[me].uc_stack.ss_size = sizeof stacks[me];
+    contexts[me].uc_link = NULL;
+    makecontext(&contexts[me], run_body, 0);
     setcontext(&contexts[me]);
     weak_fail("setcontext", 0, 0);
 }
@@ -341,8 +358,8 @@ void *weak_set(void *dst, int value, size_t n) {
     for (size_t i = 0; i < n; i += 8) { /* of long elements what was touched before, each word by itself */
         if (i >= MOST_WORDS * 8) {
             int found = 0;
-            for (int k = 0; k < m.locations; k++)
-                found |= addresses[k] == (uintptr_t)dst + i;
+            for (int k = 0; k < numbered; k++)
+                found |= m.count[k] != 0 && addresses[k] == (uintptr_t)dst + i;
             if (!found)
                 continue;
         }
@@ -375,7 +392,7 @@ static void plain(void *p, size_t size, int store) {
     n = m.count[at]++;
     if (n == STORES)
         weak_fail("too many stores", (uint64_t)at, (uint64_t)n);
-    memset(&m.stores[at][n], 0, sizeof(message));
+    m.stores[at][n] = nothing;
     m.stores[at][n].view.at[at] = t->now.at[at] = t->acquired.at[at] = (uint8_t)n;
     unseen = at;
     say("plain", at, 0, 0);
@@ -512,14 +529,14 @@ void weak_thread(int number) { me = number; }
 int weak_asleep(int number) { return m.threads[number].futex != NULL; }
 
 static void run_body(void) {
+    _setjmp(starts[me]);
     bodies[me]();
     m.threads[me].over = 1;
     pause_here();
 }
 
 static void execute(int n) {
-    m.locations = scene.locations;
-    for (int i = 0; i < scene.locations; i++) {
+    for (int i = 0; i < numbered; i++) {
         m.count[i] = scene.count[i];
         memcpy(m.stores[i], scene.stores[i], (size_t)scene.count[i] * sizeof(message));
     }
@@ -545,14 +562,7 @@ static void execute(int n) {
         bodies[0]();
         return;
     }
-    for (int i = 0; i < n; i++) {
-        getcontext(&contexts[i]);
-        contexts[i].uc_stack.ss_sp = stacks[i];
-        contexts[i].uc_stack.ss_size = sizeof stacks[i];
-        contexts[i].uc_link = NULL;
-        makecontext(&contexts[i], run_body, 0);
-        begun[i] = 0;
-    }
+    memset(begun, 0, sizeof begun);
     me = weak_choose(n);
     if (_setjmp(scheduler) == 0)
         go_on();
@@ -574,7 +584,7 @@ static int run(const scenario *s) {
     name = s->name;
     memset(&m, 0, sizeof m);
     memset(counts, 0, sizeof counts);
-    nranges = me = exploring = known = nlogged = 0;
+    nranges = me = exploring = known = nlogged = numbered = 0;
     executions = 0;
     each = NULL;
     s->begin();

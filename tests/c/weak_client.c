@@ -8,13 +8,14 @@
 
 #define RING(name) __pyx_f_8muenfast_5_ring_##name
 
-enum { FIRST = 0, SECOND = 1, RING_BYTES = 64 + 4 * sizeof(block_event), BASE = 100, EPOCH = 5 };
+enum { FIRST = 0, SECOND = 1, REQUEST_BYTES = 64 + 2 * sizeof(block_event),
+       ANSWER_BYTES = 64 + 4 * sizeof(block_event), BASE = 100, EPOCH = 5 };
 static CLIENT_TYPE(client_t) c;
 static CLIENT_TYPE(queue_t) q;
 static CLIENT_TYPE(blocking_t) b;
 static CLIENT_TYPE(io_t) io[2];
 static struct __pyx_t_8muenfast_5_ring_writer_t w;
-static uint64_t requests[RING_BYTES / 8 + 1], answers[RING_BYTES / 8 + 1];
+static uint64_t requests[REQUEST_BYTES / 8 + 1], answers[ANSWER_BYTES / 8 + 1];
 static uint8_t pages[2][BLOCK_SIZE];
 static int ended[2];
 static uint64_t window;
@@ -72,7 +73,8 @@ static void answer(uint32_t number) {
 }
 static void reset_issue(void) {
     uint64_t n;
-    memset(&c, 0, sizeof c);
+    memset(&c, 0, offsetof(CLIENT_TYPE(client_t), entries)); /* of these two are in use, and nothing follows them */
+    memset(c.entries, 0, 2 * sizeof c.entries[0]);
     memset(ended, 0, sizeof ended);
     memset(io, 0, sizeof io);
     RING(writer_init)(&w, (uint8_t *)answers, sizeof answers, sizeof(block_event), 8);
