@@ -165,7 +165,7 @@ def test_io_uring(monkeypatch: pytest.MonkeyPatch, number: int, disabled: str, s
     ({Way.TCX: "bpf: Operation not permitted", Way.CLSACT: "x", Way.TAP: None}, True, "limited",
      ["tap; no tcx: bpf: Operation not permitted; no clsact: x", "incoming packets get no mark", "--cap-add BPF"]),
     ({Way.TCX: "a", Way.CLSACT: "b", Way.TAP: "c"}, False, "missing",
-     ["no tcx: a; no clsact: b; no tap: c", "no marks and no children.", "NET_ADMIN"])])
+     ["no tcx: a; no clsact: b; no tap: c", "network interfaces send mark 0, and set none.", "NET_ADMIN"])])
 def test_netfilter_marks(monkeypatch: pytest.MonkeyPatch, problems: dict[Way, str | None], capable: bool, state: str,
                          words: list[str]) -> None:
     """Which way marks go, why no better one, what that costs."""

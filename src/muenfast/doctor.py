@@ -394,8 +394,7 @@ def _marks() -> Iterator[Check]:
     else:
         step = "boot Linux 6.6 or later, with CONFIG_BPF_SYSCALL and CONFIG_NET_XGRESS"
     if way is None:
-        yield Check("netfilter marks", MISSING, text, "packets of network interfaces go out with mark 0 and come in without.",
-                    step)
+        yield Check("netfilter marks", MISSING, text, "network interfaces send mark 0, and set none.", step)
     else:
         yield Check("netfilter marks", LIMITED, f"{way.value}; {text}", bpf.LOST[way], step)
 
