@@ -581,14 +581,14 @@ def plot(reports: list[dict[str, Any]]) -> str:
     bars = [(f"{r['benchmark']}: {row['name']}", value, limit) for r in reports for row in r["rows"]
             for value, limit in ratios(row)]
     height = 60 + 22 * len(bars)
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="960" height="{height}" font-family="sans-serif" '
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{height}" font-family="sans-serif" '
              'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
              '<text x="10" y="22" font-size="15">muenfast / limit of the same run (1 = equal; longer is better)</text>']
     scale = 400 / max([1.2, *(value for _, value, _ in bars)])
     for k, (what, value, limit) in enumerate(bars):
         y = 40 + 22 * k
         lines.append(f'<text x="10" y="{y + 13}">{what}</text>')
-        lines.append(f'<rect x="300" y="{y + 2}" width="{value * scale:.1f}" height="15" fill="#4a7ab5"/>')
-        lines.append(f'<text x="{306 + value * scale:.1f}" y="{y + 14}">{value:.2f} of {limit}</text>')
-    lines.append(f'<line x1="{300 + scale:.1f}" y1="36" x2="{300 + scale:.1f}" y2="{height - 12}" stroke="#b03030"/>')
+        lines.append(f'<rect x="340" y="{y + 2}" width="{value * scale:.1f}" height="15" fill="#4a7ab5"/>')
+        lines.append(f'<text x="{346 + value * scale:.1f}" y="{y + 14}">{value:.2f} of {limit}</text>')
+    lines.append(f'<line x1="{340 + scale:.1f}" y1="36" x2="{340 + scale:.1f}" y2="{height - 12}" stroke="#b03030"/>')
     return "\n".join([*lines, "</svg>"]) + "\n"
