@@ -73,8 +73,9 @@ cdef uint64_t NAP_NS = 50_000
 cdef uint64_t STUCK_NS = 300_000_000
 # How long, at an epoch's end, a reader may take what is there.
 cdef uint64_t LEAVE_NS = 20_000_000
-# How long the next packet of a device is looked for, where that paid lately, before the sender sleeps: as a ring's reader does.
-cdef uint64_t SPIN_NS = 50_000
+# How long the next packet is looked for before an engine sleeps, where that paid lately: a round trip with two wake-ups from
+# another CPU takes 140 us here, so that one that began with them comes to do without.
+cdef uint64_t SPIN_NS = 200_000
 cdef int SPIN_SCORE = 16
 cdef uint32_t SPIN_PROBE = 16
 
@@ -1180,6 +1181,7 @@ cdef class Receiver(Pump):
         self.ring = hold(memory, False, SHMSTREAM_HEADER_SIZE + self.size)
         reader_init(&self.v.r, self.ring.base, self.ring.length, self.size, protocol)
         self.v.r.broken = self.ring.broken
+        self.v.r.spin_ns = SPIN_NS
         self.v.r.poll_ns = 0 if poll is None else poll * 1000
         if bell is not None:
             self.bell = hold(bell, True, sizeof(bell_page))
