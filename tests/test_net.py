@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from net_peer import MAC, SOLO5, Endpoint, checked, ipv4, net_element, udp
 from peer import ChannelReader, Result
 
 import muenfast
+from muenfast import names, netns, tuntap
 from muenfast.errors import UsageError
 
 pytestmark = [
@@ -587,6 +589,86 @@ def test_modprobe_muennet(program: Start, spaces: Callable[[], Space]) -> None:
         started.terminate()
         assert started.wait(20) == 0
         started.stdout.close()
+
+
+def made(space: Space) -> list[muenfast.InterfaceConfig]:
+    """net0 in that namespace, which nobody is at the other end of."""
+    return muenfast.interfaces_from_lists("net0", inp=unique("in"), out=unique("out"), netns=space.name)
+
+
+def asked(space: Space, name: str, **request: object) -> bool:
+    """Whether who serves an interface of that namespace did what was asked for."""
+    namespace = netns.named(space.name)
+    try:
+        return bool(netns.inside(namespace, lambda: names.ask(name, request))["ok"])
+    finally:
+        os.close(namespace)
+
+
+def test_a_child_that_is_asked_for_too_early(spaces: Callable[[], Space], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interface that is still being made refuses, and leaves nothing where that fails."""
+    space, answers = spaces(), []
+
+    def fail(*_: object, **__: object) -> None:
+        answers.append(asked(space, "net0", command="add_child", child="child1"))
+        raise UsageError("no channel")
+
+    monkeypatch.setattr("muenfast.net._Half", fail)
+    with pytest.raises(UsageError, match="no channel"):
+        muenfast.Interfaces(made(space))
+    assert answers == [False] and space.link() is None and space.link("child1") is None
+
+
+def test_an_interface_that_is_removed_while_children_are_busy(spaces: Callable[[], Space]) -> None:
+    """Who watches all interfaces waits for nobody who may wait for him."""
+    space = spaces()
+    with muenfast.Interfaces(made(space)) as interfaces:
+        [one] = interfaces.interfaces
+        assert asked(space, "net0", command="add_child", child="child1")
+        with one.children._lock:    # as adding and removing one has it
+            teller = threading.Thread(target=one.set_carrier)   # as the engine's thread, of a peer that came
+            teller.start()
+            eventually(one._carrier.locked)
+            space.ip("link", "del", "net0")
+            eventually(lambda: one.gone)
+        teller.join()
+
+
+def test_a_region_of_path_mtus_begins_as_all_do(spaces: Callable[[], Space], tmp_path: Path) -> None:
+    (tmp_path / "paths").write_bytes(bytes(4096))
+    with pytest.raises(UsageError, match=r"--pmtu, entry 0 .*multiple of 8"):
+        muenfast.Interfaces(muenfast.interfaces_from_lists("net0", inp=unique("in"), out="", netns=spaces().name,
+                                                           pmtu=f"{tmp_path}/paths@4+400"))
+
+
+@pytest.fixture
+def device(spaces: Callable[[], Space]) -> Iterator[tuple[Space, tuntap.Device]]:
+    space = spaces()
+    namespace = netns.named(space.name)
+    one = tuntap.Device("net0", "net_hdr", 1500, namespace=namespace)
+    os.close(namespace)
+    yield space, one
+    one.close()
+
+
+def test_more_news_of_links_than_there_is_room_for(device: tuple[Space, tuntap.Device]) -> None:
+    """What an interface came to is known all the same: up, or gone."""
+    space, one = device
+    assert one.news is not None
+    one.news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    for end in (True, None):
+        for state in ("down", "up", "down", "up", "down", "up"):
+            space.ip("link", "set", "net0", state)
+        if end is None:
+            space.ip("link", "del", "net0")
+        assert one.states()[-1] is end
+
+
+def test_a_name_of_any_bytes(device: tuple[Space, tuntap.Device]) -> None:
+    space, one = device
+    name = os.fsdecode(b"net\xff")
+    space.ip("link", "set", "net0", "name", name)
+    assert one.rename() == name
 
 
 def test_from_python(spaces: Callable[[], Space]) -> None:

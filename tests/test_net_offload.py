@@ -5,6 +5,7 @@ What the far side sees is looked at by code that shares none with muenfast (net_
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -206,6 +207,45 @@ def test_a_pending_super_packet_and_what_a_tap_doubles(sending: Made, tapped: Ta
     found = packets(reader, 120)
     assert b"".join(each[40:] for each in found) == payload
     assert all(map(checked, found))
+
+
+def test_what_is_pending_at_the_end_is_counted(files: Callable[[str, int], Files]) -> None:
+    """Of a super-packet of which elements were yet to be made: what went out, and what did not, is all of it."""
+    device, other = Device(offload=True), Device(offload=True)
+    file, bell = files("out", region(SIZE, 64)), files("bell", 4096)
+    sender = Sender(device.ports, file.map(region(SIZE, 64), writable=True), framing="net_hdr", mtu=MTU, protocol=PROTOCOL,
+                    bell=bell.map(4096, writable=True))
+    receiver = Receiver(other.ports, file.map(region(SIZE, 64), writable=False), framing="net_hdr", mtu=MTU,
+                        protocol=PROTOCOL, bell=bell.map(4096, writable=True))
+    sender.link(True)
+    assert sender.run(5) == "up" and receiver.run(5) == "connected"     # and takes nothing, so that it is waited for
+    device.ours.send(super_packet(4, bytes(60_000), 500))
+    sender.run(0.01)
+    assert sender.counters["waits"] == 1 and sender.counters["tx_packets"] < 64
+    for each in (sender, receiver, device, other):
+        each.close()
+    counters = sender.counters
+    assert counters["tx_packets"] + counters["lost"]["no_peer"] == 120 == counters["split"]["segments"]
+
+
+def test_going_down_ends_where_packets_do_not(files: Callable[[str, int], Files]) -> None:
+    """A child that is up sends on while its parent goes down."""
+    device = Device()
+    file = files("out", region(SIZE, 64))
+    sender = Sender(device.ports, file.map(region(SIZE, 64), writable=True), framing="net_hdr", mtu=MTU, protocol=PROTOCOL)
+    events: list[str] = []
+    with open("/dev/zero", "rb", buffering=0) as endless:
+        device.ports.add(1, endless.fileno())
+        sender.link(True)
+        assert sender.run(5) == "up"
+        sender.link(False)
+        thread = threading.Thread(target=lambda: events.append(sender.run(5)), daemon=True)
+        thread.start()
+        eventually(lambda: events)
+        assert events == ["down"] and sender.counters["lost"]["down"] >= 4096
+        assert device.ports.remove(1)
+    sender.close()
+    device.close()
 
 
 def test_what_a_tap_missed_is_thrown_away_whole(sending: Made, tapped: Tapped) -> None:
@@ -502,6 +542,21 @@ def test_a_packet_for_a_device_that_is_down_is_counted(receiving: Take) -> None:
         writer.write(net_element(packet, SIZE))
     receiver.run(0)
     assert receiver.counters["rx_dropped"] == 5 and receiver.counters["rx_packets"] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="needs TUN devices")
+def test_a_packet_for_a_device_that_was_removed_is_counted(receiving: Take) -> None:
+    """As any other that the kernel does not take."""
+    device, receiver, writer = receiving(Device(offload=True))
+    with open("/dev/net/tun", "r+b", buffering=0) as gone:      # of no device: EBADFD, as of one that was removed
+        device.ports.add(1, gone.fileno())
+        device.ports.marks.set(24, 1)
+        for packet in segments(4, 5):
+            writer.write(net_element(packet, SIZE, mark=24))
+        assert receiver.run(5) == "child"
+        assert receiver.counters["lost"]["refused"] == 5 and receiver.counters["rx_packets"] == 0
+        device.ports.marks.set(24, 0)
+        assert device.ports.remove(1)
 
 
 def test_two_engines_with_offloads_carry_everything(files: Callable[[str, int], Files]) -> None:

@@ -65,6 +65,7 @@ cdef enum:
     MERGE = 256             # most elements that are merged before all that is held goes to the devices
     TELL = 8                # elements of these after which the writer is told of the progress
     ANCILLARY = 64          # bytes for a message's mark
+    QUEUE = 4096            # packets that the kernel holds for us (tuntap.py)
 
 # Bytes of a round: published together, or copied out together and looked at once (docs/decisions/003).
 cdef uint64_t BATCH_BYTES = 16384
@@ -505,9 +506,9 @@ cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
     cdef uint8_t *slot = writer_slot(&s.w, k)
     cdef uint8_t *packet = slot + frame_start(s.kind)
     cdef uint64_t at = sender_index(s, k)
-    cdef uint32_t room = frame_room(s.kind, s.size), limit = 0
+    cdef uint32_t room = frame_room(s.kind, s.size), limit = 0, used = max(s.used[at], min(n, room))
     cdef int status
-    s.used[at] = room       # until it is known
+    s.used[at] = used       # where none is in it afterwards
     if s.kind == FRAME_NET and n != 0:
         limit = sender_limit(s, packet[0])
     if s.offload and (s.vnet.kind != VNET_NONE or limit != 0 and n > limit) or not s.offload and limit != 0 and limit < n <= room:
@@ -530,7 +531,7 @@ cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
         if status < 0:
             sender_refused(s, status)
             return False
-    status = frame_finish(s.kind, slot, s.size, n, room, s.mark)
+    status = frame_finish(s.kind, slot, s.size, n, used, s.mark)
     if status == FRAME_OVERSIZE:
         count64(&s.n.oversize, 1)
     elif status == FRAME_NOT_IP:
@@ -663,7 +664,7 @@ cdef void sender_leave(sender_t *s) noexcept nogil:
 cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     """Does what the link's state asks for; SENDER_UP, SENDER_DOWN, or -errno."""
     cdef uint32_t k
-    cdef ssize_t n = BATCH
+    cdef ssize_t n = BATCH, taken
     s.linked = link
     s.full_since = 0
     s.given_up = False
@@ -678,8 +679,10 @@ cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     s.left = s.cut.left = 0
     for k in range(load_acquire32(s.count)):
         n = BATCH
-        while n == BATCH and port_fd(&s.ports[k]) >= 0:
+        taken = 0       # what comes meanwhile, to a child that is up, say, may never end
+        while n == BATCH and taken < QUEUE and port_fd(&s.ports[k]) >= 0:
             n = sender_discard(s, &s.ports[k], &s.n.down)
+            taken += n
         if n < 0 and k == 0:
             return <int>n
     return SENDER_DOWN
@@ -844,10 +847,8 @@ cdef int receiver_write(receiver_t *v, uint32_t number, uint32_t mark, uint8_t *
             return 0
         if errno != EINTR:
             break
-    if errno == EBADFD:
-        return -EBADFD
     count64(&v.n.down if errno == EIO else &v.n.refused, segments)
-    return 0
+    return -EBADFD if errno == EBADFD else 0
 
 
 cdef inline void receiver_malformed(receiver_t *v, bint length) noexcept nogil:
@@ -1144,6 +1145,8 @@ cdef class Sender(Pump):
             self.s.w.bell = NULL
             self.s.w.hdr = NULL
         self.s.marks = 0
+        count64(&self.s.n.no_peer, self.s.left + self.s.cut.left)
+        self.s.left = self.s.cut.left = 0
         self.drop(self.paths)
         busy_leave(&self.busy)
 

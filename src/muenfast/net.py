@@ -418,7 +418,8 @@ class Interface:
         self.config = config
         self.up = False
         self.gone = False
-        self._carrier = threading.Lock()    # of what the device was told last; of `gone`
+        self._carrier = threading.Lock()    # of what the device was told last
+        self._end = threading.Lock()        # of `gone`; not that one: who tells of it must not wait for a child's being made
         self._halves: list[_Half] = []
         with ExitStack() as stack:
             self._namespace: int | None = None
@@ -448,6 +449,7 @@ class Interface:
             self.own.watch(links)
             stack.callback(self.children.close)
             self.set_carrier()
+            self.children.open()
             self._stack = stack.pop_all()
 
     def _port(self, name: str, namespace: int | None, answers: Mapping[str, Command],
@@ -486,7 +488,7 @@ class Interface:
 
     def removed(self) -> None:
         """The device is no more."""
-        with self._carrier:
+        with self._end:
             before, self.gone = self.gone, True
         if not before:
             log.error("interface %s: was removed", self.config.name)

@@ -14,12 +14,13 @@ __all__ = ["BYTES", "MOST", "entries", "get", "put"]
 BYTES = 4096    # of a region that is made: 1024 marks
 MOST = 65535    # a limit above no packet's length is none
 _WORD = 4
+_START = 8      # as every region (_ring.Mapping)
 
 
 def opened(locator: shm.Locator, *, writable: bool, make: bool) -> shm.Region:
     """The region; make: of BYTES zeros where a POSIX name is missing. Raises UsageError, PeerError, OSError."""
-    if locator.offset % _WORD:
-        raise UsageError(f"a region of path MTUs starts at a multiple of {_WORD} bytes", value=locator.text)
+    if locator.offset % _START:
+        raise UsageError(f"a region of path MTUs starts at a multiple of {_START} bytes", value=locator.text)
     region = shm.Region.open(locator, writable=writable, create=BYTES if make and locator.posix else None)
     try:
         if region.size < _WORD:

@@ -145,7 +145,7 @@ class Children:
 
     key: what the interface is called in messages, for life. make: makes the port of a child of that name, which is told and
     asked as given; its device begins without carrier. carrier: whether there is one now. Of close() and of what is asked
-    only one goes on at a time.
+    only one goes on at a time; before open() all is refused.
     """
 
     def __init__(self, key: str, ports: Ports, make: Callable[..., Port], links: Links, *, net_hdr: bool, path_mtus: int,
@@ -153,7 +153,7 @@ class Children:
         self._key, self._all, self._make, self._links, self._carrier = key, ports, make, links, carrier
         self._lock = threading.Lock()
         self._ports: dict[int, Port] = {}
-        self._closed = False
+        self._closed = True
         self.family = Family()
         self.family.add_parent(key, net_hdr=net_hdr, path_mtus=path_mtus, set_mark=ports.marks.set)
 
@@ -166,9 +166,14 @@ class Children:
         """What a port of that name answers to."""
         return commands(name, self)
 
+    def open(self) -> None:
+        """From here on children may be asked for; close() is due."""
+        with self._lock:
+            self._closed = False
+
     def _open(self) -> None:
         if self._closed:
-            raise UsageError(f"the interface {self._key} is being taken away")
+            raise UsageError(f"the interface {self._key} is being made, or taken away")
 
     # -------------------------------------------------------------- names.Operations
 

@@ -36,7 +36,7 @@ _CSUM, _TSO4, _TSO6, _TSO_ECN, _USO4, _USO6 = 0x1, 0x2, 0x4, 0x8, 0x20, 0x40
 _SIOCGIFFLAGS, _SIOCSIFMTU, _SIOCGIFINDEX, _SIOCSIFTXQLEN = 0x8913, 0x8922, 0x8933, 0x8943
 _IFF_UP = 0x1
 # <linux/rtnetlink.h>: the header of a message and that of a link's
-_RTMGRP_LINK, _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 0x1, 16, 17, 18
+_RTMGRP_LINK, _NLMSG_ERROR, _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 0x1, 2, 16, 17, 18
 _NLMSG, _IFINFO = struct.Struct("IHHII"), struct.Struct("BxHiII")
 _EBADFD = 77
 # Packets that wait for us in the kernel: bursts of a window's length find room while a full ring holds us back.
@@ -82,7 +82,7 @@ def _news() -> socket.socket:
 
 def _request(s: socket.socket, number: int, name: str, value: int = 0) -> int:
     """An ioctl(2) with a struct ifreq that holds one int; the int afterwards."""
-    filled = struct.pack("16si20x", name.encode(), value)
+    filled = struct.pack("16si20x", os.fsencode(name), value)
     return int(struct.unpack_from("i", fcntl.ioctl(s, number, filled), 16)[0])
 
 
@@ -195,7 +195,7 @@ class Device:
         return self.name
 
     def _named(self) -> str:
-        return fcntl.ioctl(self.fd, _TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+        return os.fsdecode(fcntl.ioctl(self.fd, _TUNGETIFF, bytes(40))[:16].partition(b"\0")[0])
 
     def follow(self) -> bool | None:
         """After its namespace told that it is not there any more: looks for it in another; whether it is up there, None:
@@ -225,23 +225,30 @@ class Device:
         """What was told of the device since the last call, in order: whether it is up, None: it went away, or elsewhere.
         """
         found: list[bool | None] = []
+        missed = False
         assert self.news is not None
         while True:
             try:
                 data = self.news.recv(65536)
             except BlockingIOError:
-                return found
+                if not missed:
+                    return found
+                # Something was not told: asked for, it is told once more. Before all was taken there is no room for that.
+                missed = False
+                self.news.send(_NLMSG.pack(_NLMSG.size + _IFINFO.size, _RTM_GETLINK, 1, 0, 0)
+                               + _IFINFO.pack(0, 0, self.index, 0, 0))
+                continue
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                # Something was not told: asked for, it is told once more.
-                self.news.send(_NLMSG.pack(_NLMSG.size + _IFINFO.size, _RTM_GETLINK, 1, 0, 0)
-                               + _IFINFO.pack(0, 0, self.index, 0, 0))
+                missed = True
                 continue
             at = 0
             while at + _NLMSG.size + _IFINFO.size <= len(data):
                 length, kind, *_ = _NLMSG.unpack_from(data, at)
-                if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+                if kind == _NLMSG_ERROR:    # asked for, it was not there
+                    found.append(None)
+                elif kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     family, _, index, flags, _ = _IFINFO.unpack_from(data, at + _NLMSG.size)
                     if index == self.index and family == socket.AF_UNSPEC:  # else of a bridge's port
                         found.append(None if kind == _RTM_DELLINK else bool(flags & _IFF_UP))

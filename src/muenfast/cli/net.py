@@ -189,7 +189,7 @@ def _show(arguments: argparse.Namespace, names: Sequence[str]) -> int:
 def _lines(entry: dict[str, Any], statistics: bool) -> list[str]:
     """An interface as text: the fields of the module's info file, then ours."""
     state = f"{entry['state']}, {'carrier' if entry['carrier'] else 'no carrier'}"
-    lines = [f"{entry['name']}: {state}, process {entry['pid']}" + ("" if entry["netns"] is None else
+    lines = [f"{word(entry['name'])}: {state}, process {entry['pid']}" + ("" if entry["netns"] is None else
                                                                    f", netns {word(entry['netns'])}"),
              f"  in/out: {word(entry['in'] or '')}:{word(entry['out'] or '')}", f"  mtu: {entry['mtu']}",
              f"  flags: {entry['flags'] or '(none)'}",
@@ -206,13 +206,13 @@ def _lines(entry: dict[str, Any], statistics: bool) -> list[str]:
         lines.append(f"  pmtu: {word(entry['pmtu'])}")
     for child in entry["children"]:
         held = " ".join(map(str, child["marks"])) or "none"
-        lines.append(f"  child {child['name']}: marks {held}")
+        lines.append(f"  child {word(child['name'])}: marks {held}")
     if statistics:
         lines += [f"  stats.{name}: {value}" for name, value in entry["counters"].items()]
         for name in ("sent", "received", "interface"):
             lines += _flat(f"  {name}", entry[name])
         for child in entry["children"]:
-            lines += _flat(f"  child {child['name']}", {**child["counters"], "lost": child["lost"]})
+            lines += _flat(f"  child {word(child['name'])}", {**child["counters"], "lost": child["lost"]})
     return lines
 
 
