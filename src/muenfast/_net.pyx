@@ -1129,7 +1129,6 @@ cdef class Sender(Pump):
     def inherit(self, Sender other):
         """Goes on where another (closed) one ended: its counters, and whether the link is up."""
         self.s.n = other.s.n
-        count64(&self.s.n.down, other.s.left + other.s.cut.left)    # what was left of a packet goes with the channel
         self.s.w.epochs, self.s.w.wakes = other.s.w.epochs, other.s.w.wakes
         self.link(other.s.link & 1)
 
