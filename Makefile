@@ -11,7 +11,7 @@ V := .venv
 PY := $(V)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 LOG := $(V)/build.log
-JOBS := 2
+JOBS := 3
 
 SOURCES := $(shell find src -type f ! -path '*.egg-info/*' \( \
 	-name '*.py' -o -name '*.py[xi]' -o -name '*.pxd' -o -name '*.h' -o -name py.typed \) | LC_ALL=C sort)
@@ -34,7 +34,7 @@ help: ## print this list
 demo: $(V)/.installed ## install what is missing, build, and show a disk crossing shared memory
 	@$(V)/bin/muenfast demo
 
-# Two at a time, but of those that look at the whole machine one (tests/conftest.py); JOBS=0: all in one process.
+# Three at a time, for many only wait, but of those that make devices one (tests/conftest.py); JOBS=0: all in one process.
 test: $(V)/.installed $(V)/.test-group ## install what is missing, build, and run the tests on the installed package
 	@$(PY) -m pytest -n $(JOBS) $(ARGS)
 

@@ -475,6 +475,39 @@ def place(tmp_path: Path) -> Iterator[Callable[..., fuse.FuseAttachment]]:
         assert each.detach() == []
 
 
+def write_table(attachment: fuse.FuseAttachment) -> None:
+    """One partition of 1 MiB at 1 MiB, by the FUSE file: sfdisk would ask the real kernel to re-read."""
+    with open(f"{attachment.mountpoint}/disk", "r+b", buffering=0) as file:
+        block = bytearray(4096)
+        struct.pack_into("<B3xB3xII", block, 446, 0, 0x83, 256, 256)
+        block[510:512] = b"\x55\xaa"
+        file.write(block)
+
+
+@pytest.mark.parametrize("behind", [1, 2])
+def test_who_writes_a_table_may_add_its_partitions(place: Callable[..., fuse.FuseAttachment],
+                                                   monkeypatch: pytest.MonkeyPatch, behind: int) -> None:
+    """Right behind our request for a re-reading, as sfdisk may: that is not taken for the kernel's own doing, which would
+    leave the partitions to it from then on."""
+    real, calls = fcntl.ioctl, []
+
+    def ioctl(fd: int, request: int, *arguments: object) -> object:
+        result = real(fd, request, *arguments)  # type: ignore[arg-type]
+        if request == partitions.BLKRRPART:
+            calls.append(request)
+            if len(calls) == behind:
+                partitions._blkpg(fd, partitions.ADD, 1, MIB, MIB)
+        return result
+
+    monkeypatch.setattr(partitions.fcntl, "ioctl", ioctl)
+    attachment = place("")
+    write_table(attachment)
+    become(attachment.device, {1: (MIB, MIB)})
+    until(lambda: len(calls) == 2, "both re-readings")
+    command("partx", "--delete", loop.path_of(attachment.loop))
+    become(attachment.device, {1: (MIB, MIB)})
+
+
 def test_a_kernel_that_parses_is_believed(place: Callable[..., fuse.FuseAttachment],
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its re-reading makes partitions, those are shown, whatever we think of the table, and none is changed."""
@@ -483,21 +516,17 @@ def test_a_kernel_that_parses_is_believed(place: Callable[..., fuse.FuseAttachme
     def ioctl(fd: int, request: int, *arguments: object) -> object:
         calls.append(request)
         if request == partitions.BLKRRPART:
-            partitions._blkpg(fd, partitions.ADD, 9, 8 * MIB, MIB)
+            with contextlib.suppress(OSError):      # there already
+                partitions._blkpg(fd, partitions.ADD, 9, 8 * MIB, MIB)
             return 0
         return real(fd, request, *arguments)   # type: ignore[arg-type]
 
     monkeypatch.setattr(partitions.fcntl, "ioctl", ioctl)
     attachment = place("")
-    table = attachment.mountpoint     # by the FUSE file: sfdisk would ask the real kernel to re-read
-    with open(f"{table}/disk", "r+b", buffering=0) as file:
-        block = bytearray(4096)
-        struct.pack_into("<B3xB3xII", block, 446, 0, 0x83, 256, 256)
-        block[510:512] = b"\x55\xaa"
-        file.write(block)
+    write_table(attachment)
     until(lambda: os.path.exists(f"{attachment.device}9"), "the kernel's partition")
     assert parts(attachment.device) == {9: (8 * MIB, MIB)}
-    assert calls.count(partitions.BLKRRPART) == 1
+    assert calls.count(partitions.BLKRRPART) == 2
     fd = os.open(attachment.device, os.O_RDONLY)
     partitions._blkpg(fd, partitions.ADD, 10, 16 * MIB, MIB)
     partitions._blkpg(fd, partitions.DELETE, 9)

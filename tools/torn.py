@@ -1,7 +1,7 @@
 """usage: tools/torn.py [--bytes N] [--seed S]
 
 Torn reads: a writer at full speed, in a process of its own, overruns a reader that checks every byte it is given. What
-is delivered comes to N (10^9) bytes, over elements of 64, 1522 and 4120 bytes (1, 6 and 9 parts of it: small ones take
+is delivered comes to N (10^9) bytes, over elements of 64, 1522 and 4120 bytes (1, 12 and 19 parts of it: small ones take
 longer for as many bytes) and rings of 4, 16 and 64 elements (1, 3 and 12 parts). Each element carries its number, which
 must be that of the reader's position, and a checksum of all its other bytes; what was delivered and what was reported
 lost must add up to what was written. The two have a CPU each, which others may use, too: on one they would take turns.
@@ -32,7 +32,7 @@ from pathlib import Path
 from muenfast import Reader, Result, Writer
 
 SOURCE = Path(__file__).resolve().parent.parent / "tests" / "c" / "elements.c"
-SIZES = {64: 1, 1522: 6, 4120: 9}   # bytes of an element, and the share of what is delivered
+SIZES = {64: 1, 1522: 12, 4120: 19}   # bytes of an element, and the share of what is delivered
 RINGS = {4: 1, 16: 3, 64: 12}   # elements, and the share of that
 CPUS = sorted(os.sched_getaffinity(0))
 HEADER = 64

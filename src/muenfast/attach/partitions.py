@@ -314,16 +314,18 @@ class Partitions:
         wanted = self._wanted(table)
         scheme = table.scheme if table else ""
         if wanted and scheme not in self._by_kernel:
+            parses = True
             try:
-                fcntl.ioctl(fd, BLKRRPART)  # a kernel with a parser has partitions then
+                for _ in range(2):  # behind the first one whoever wrote the table may add a partition by himself
+                    fcntl.ioctl(fd, BLKRRPART)  # a kernel with a parser has partitions then
+                    parses = parses and bool(of_kernel(self.disk))
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     return True
                 if error.errno not in (errno.EINVAL, errno.ENOTTY):
                     raise
-                self._by_kernel[scheme] = False
-            else:
-                self._by_kernel[scheme] = bool(of_kernel(self.disk))
+                parses = False
+            self._by_kernel[scheme] = parses
         if self._by_kernel.get(scheme, any(self._by_kernel.values())):
             return False
         return self._change(fd, wanted)
