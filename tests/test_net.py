@@ -497,11 +497,11 @@ def test_it_is_all_or_nothing(program: Start, spaces: Callable[[], Space], tmp_p
     writer = muenfast.open_writer(held, size=1508, protocol=2, region_size=1 << 19)
     before = leftovers(tmp_path)
     inp, out = f"{unique('i')},{unique('j')}", f"{unique('o')},{unique('p')}"
-    for names, netns, there, expected in (
+    for called, namespace, there, expected in (
             ("net0,net1", space.name, out, ["--name, entry 1 'net1'", "already"]),
             ("net0,net2", space.name, f"{unique('o')},{held}", [f"--out, entry 1 '{held}'", "held by"]),
             ("net0,net2", f"{space.name},{PREFIX}none", out, ["--netns, entry 1", "no such network namespace"])):
-        done = run("net", "--name", names, "--netns", netns, "--in", inp, "--out", there)
+        done = run("net", "--name", called, "--netns", namespace, "--in", inp, "--out", there)
         assert (done.returncode, done.stdout) == (1, "")
         for part in expected:
             assert part in done.stderr

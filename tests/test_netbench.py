@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 from conftest import run
-from spaces import why_not
 
 from muenfast import _netbench, netmeasure, netns
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [pytest.mark.root, pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun"), reason="needs root and /dev/net/tun")]
 
 LINKS = ("veth", "veth without offloads", "socat TUN pair", "muenfast net --no-offload", "muenfast net")
 WHATS = {"TCP, one stream": "Gb/s", "UDP received, 18 bytes": "packets/s", "UDP received, 1400 bytes": "packets/s",

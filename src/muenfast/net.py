@@ -419,7 +419,7 @@ class Interface:
         self.up = False
         self.gone = False
         self._carrier = threading.Lock()    # of what the device was told last
-        self._end = threading.Lock()        # of `gone`; not that one: who tells of it must not wait for a child's being made
+        self._end = threading.Lock()        # of `gone`; not that one: who tells of it waits for no child's being made
         self._halves: list[_Half] = []
         with ExitStack() as stack:
             self._namespace: int | None = None
