@@ -24,6 +24,7 @@ RING = PREFIX + "5_ring_"
 GLOBAL = re.compile(r"^cdef (?:uint64_t|uint32_t|int) ([A-Z]\w*) = (\w+)", re.MULTILINE)
 SCENARIOS = re.compile(r'^    \{"([\w-]+)", begin_', re.MULTILINE)
 DIRECTIVES = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
+pytestmark = pytest.mark.timeout(600)   # one scenario takes 40 s of CPU time
 NAMES = {part: SCENARIOS.findall((HARNESS / f"weak_{part}.c").read_text())
          for part in ("ring", "server", "client", "marks")}
 
