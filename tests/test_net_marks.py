@@ -151,6 +151,20 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
         assert status == 0 and errors.count("\n") <= 1
 
 
+def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
+    """Which somebody removes; other interfaces of that process, and theirs, stay."""
+    space = spaces()
+    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}", "--netns",
+                  space.name)
+    for number in (0, 1):
+        assert cfg(space, "add_child", f"net{number}", f"child{number}")
+    space.ip("link", "del", "net0")
+    eventually(lambda: space.link("child0") is None)
+    assert not cfg(space, "add_child", "net0", "child2") and not cfg(space, "add_mark", "child0", "1")
+    assert cfg(space, "add_mark", "child1", "1") and space.link("child1") is not None
+    assert one.end()[0] == 0
+
+
 def test_a_parent_that_is_moved_makes_children_there(pair: Pairs, spaces: Callable[[], Space]) -> None:
     two = pair().both()
     third = spaces()

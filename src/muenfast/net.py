@@ -488,11 +488,12 @@ class Interface:
         self.sender.link(state)
 
     def removed(self) -> None:
-        """The device is no more."""
+        """The device is no more, nor are its children: nobody would carry their packets."""
         with self._end:
             before, self.gone = self.gone, True
         if not before:
             log.error("interface %s: was removed", self.config.name)
+            spawn(self.children.close, f"{self.config.name} gone")  # which may wait for who tells of it
 
     def set_carrier(self) -> None:
         """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
