@@ -310,7 +310,8 @@ class _Half:
                 self.interface.removed()
                 return
             try:
-                if event == "child":    # one of them was removed, which we are told of
+                if event == "child":    # one of them was removed
+                    self.interface.children.look()
                     self._stop.wait(0.001)
                 elif event not in ("tick", "stopped"):
                     self._happened(event)
