@@ -5,6 +5,7 @@ Needs root, TUN devices and iproute2.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -591,9 +592,9 @@ def test_modprobe_muennet(program: Start, spaces: Callable[[], Space]) -> None:
         started.stdout.close()
 
 
-def made(space: Space) -> list[muenfast.InterfaceConfig]:
+def made(space: Space, *, up: bool = False) -> list[muenfast.InterfaceConfig]:
     """net0 in that namespace, which nobody is at the other end of."""
-    return muenfast.interfaces_from_lists("net0", inp=unique("in"), out=unique("out"), netns=space.name)
+    return muenfast.interfaces_from_lists("net0", inp=unique("in"), out=unique("out"), netns=space.name, up=up)
 
 
 def asked(space: Space, name: str, **request: object) -> bool:
@@ -632,6 +633,20 @@ def test_an_interface_that_is_removed_while_children_are_busy(spaces: Callable[[
             space.ip("link", "del", "net0")
             eventually(lambda: one.gone)
         teller.join()
+
+
+def test_a_child_of_which_nothing_is_told_any_more(spaces: Callable[[], Space], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because it went where we may not look, say: once it is removed the engines see that."""
+    space = spaces()
+
+    def follow(_: object) -> None:
+        raise PermissionError(errno.EPERM, "a network namespace cannot be entered")
+
+    monkeypatch.setattr(tuntap.Device, "follow", follow)
+    with muenfast.Interfaces(made(space, up=True)) as interfaces:
+        assert asked(space, "net0", command="add_child", child="child1")
+        space.ip("link", "del", "child1")
+        eventually(lambda: not interfaces.status()[0]["children"])
 
 
 def test_a_region_of_path_mtus_begins_as_all_do(spaces: Callable[[], Space], tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_a_marked_stream(pair: Pairs) -> None:
             assert cfg(space, *words)
         space.ip("addr", "add", f"10.8.0.{number}/24", "dev", "child1")
         space.ip("link", "set", "child1", "up")
-        subprocess.run(["ip", "netns", "exec", space.name, "iptables", "-t", "mangle", "-A", "OUTPUT", "-o", "child1",
-                        "-j", "MARK", "--set-mark", str(23 + number)], check=True)
+        subprocess.run(space.inside("iptables", "-t", "mangle", "-A", "OUTPUT", "-o", "child1", "-j", "MARK", "--set-mark",
+                                    str(23 + number)), check=True)
     for here, there, address in ((0, 1, "10.8.0.2"), (1, 0, "10.8.0.1")):
         serving = two.spaces[there].program("serve", address, "5000")
         sending = two.spaces[here].program("send", address, "5000", str(1 << 20), "1")
@@ -149,6 +149,20 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
         assert one is not None
         status, errors = one.end()
         assert status == 0 and errors.count("\n") <= 1
+
+
+def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
+    """Which somebody removes; other interfaces of that process, and theirs, stay."""
+    space = spaces()
+    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}", "--netns",
+                  space.name)
+    for number in (0, 1):
+        assert cfg(space, "add_child", f"net{number}", f"child{number}")
+    space.ip("link", "del", "net0")
+    eventually(lambda: space.link("child0") is None)
+    assert not cfg(space, "add_child", "net0", "child2") and not cfg(space, "add_mark", "child0", "1")
+    assert cfg(space, "add_mark", "child1", "1") and space.link("child1") is not None
+    assert one.end()[0] == 0
 
 
 def test_a_parent_that_is_moved_makes_children_there(pair: Pairs, spaces: Callable[[], Space]) -> None:
@@ -295,8 +309,8 @@ def test_a_path_mtu(pair: Pairs) -> None:
         assert cfg(here, *words)
     assert not cfg(here, "add_mark", "child1", "1025")
     # TCP goes through, by what the news tell it: MSS clamping is nobody's business here.
-    subprocess.run(["ip", "netns", "exec", here.name, "iptables", "-t", "mangle", "-A", "OUTPUT", "-p", "tcp", "-j", "MARK",
-                    "--set-mark", "7"], check=True)
+    subprocess.run(here.inside("iptables", "-t", "mangle", "-A", "OUTPUT", "-p", "tcp", "-j", "MARK", "--set-mark", "7"),
+                   check=True)
     here.ip("route", "flush", "cache")
     serving = there.program("serve", "10.9.0.2", "5000")
     sending = here.program("send", "10.9.0.2", "5000", str(1 << 20), "4")

@@ -352,6 +352,8 @@ def test_a_path_mtu_is_told(sending: Made, version: int) -> None:
     eventually(lambda: sender.counters["lost"]["path_mtu"] == 31)
     assert device.nothing() and reader.read()[1] is None
     assert sender.counters["path_mtu"]["news"] == 2
+    assert device.ports.counters(0)["rx_packets"] == 2      # as the kernel has it
+    assert device.ports.counters(0)["rx_bytes"] == 2 * len(news)
 
 
 def test_news_are_few(sending: Made) -> None:

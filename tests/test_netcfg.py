@@ -358,6 +358,17 @@ def test_another_user_is_not_answered(namespace: Namespace, serve: Callable[...,
     assert ask(namespace, {"command": "add_child", "child": "y"})["ok"] and calls == ["y"]
 
 
+def test_another_users_requests_are_few_lines(namespace: Namespace, serve: Callable[..., NameSocket],
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    """Anybody in a namespace may connect; how often is not how much is logged."""
+    serve({})
+    asking = "import socket\nfor _ in range(300):\n with socket.socket(socket.AF_UNIX) as s:\n" \
+             "  s.connect('\\0muenfast/interface/net0')\n  assert s.recv(1) == b''"
+    subprocess.run(namespace.words(*AS_NOBODY, sys.executable, "-c", asking), check=True, timeout=60)
+    lines = [record for record in caplog.records if "may not ask" in record.getMessage()]
+    assert 0 < len(lines) < 100
+
+
 def test_a_server_of_another_user_is_not_asked(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who took the name first sees no request, and its answer is not believed."""
     code = ("import socket; s = socket.socket(socket.AF_UNIX); s.bind(b'\\0muenfast/interface/net0'); s.listen()\n"

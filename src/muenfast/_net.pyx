@@ -124,6 +124,8 @@ cdef struct port_t:
     uint64_t tx_bytes
     uint64_t rx_packets     # the receiver's, as the next one: what the device took
     uint64_t rx_bytes
+    uint64_t news           # the sender's, as the next one: the same, of a path's MTU
+    uint64_t news_bytes
 
 
 cdef inline int port_fd(const port_t *p) noexcept nogil:
@@ -209,7 +211,8 @@ cdef class Ports:
     def counters(self, uint32_t number):
         """What the device gave and took; zeros where there never was one."""
         cdef port_t *p = &self.ports[number % PORTS]
-        return {"rx_packets": p.rx_packets, "rx_bytes": p.rx_bytes, "tx_packets": p.tx_packets, "tx_bytes": p.tx_bytes}
+        return {"rx_packets": p.rx_packets + p.news, "rx_bytes": p.rx_bytes + p.news_bytes, "tx_packets": p.tx_packets,
+                "tx_bytes": p.tx_bytes}
 
 
 # ------------------------------------------------------------------ devices to ring
@@ -454,12 +457,13 @@ cdef void sender_finished(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
 cdef void sender_tell(sender_t *s, const uint8_t *packet, uint32_t n) noexcept nogil:
     """Tells a packet's sender of its path's MTU, once for each packet that was read and not too often."""
     cdef uint8_t *begin = s.news
-    cdef uint32_t length
-    cdef int fd = port_fd(&s.ports[s.port])
+    cdef uint32_t length, news
+    cdef port_t *p = &s.ports[s.port]
+    cdef int fd = port_fd(p)
     if s.told or not pmtu_allowed(&s.bucket, now_ns()):
         return
     s.told = True
-    length = pmtu_news(packet, n, s.limit, begin + sizeof(vnet_header))
+    length = news = pmtu_news(packet, n, s.limit, begin + sizeof(vnet_header))
     if s.offload:
         memset(begin, 0, sizeof(vnet_header))
         length += sizeof(vnet_header)
@@ -467,6 +471,8 @@ cdef void sender_tell(sender_t *s, const uint8_t *packet, uint32_t n) noexcept n
         begin += sizeof(vnet_header)
     if fd >= 0 and c_write(fd, begin, length) >= 0:     # else nobody is there to be told
         count64(&s.n.news, 1)
+        count64(&p.news, 1)
+        count64(&p.news_bytes, news)
 
 
 cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcept nogil:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from muenfast import shm
-from muenfast.errors import MuenfastError, UsageError, describe
+from muenfast.errors import MuenfastError, PeerLog, UsageError, describe
 
 log = logging.getLogger("muenfast")
 
@@ -112,7 +112,8 @@ class ControlServer:
         self._answering: set[threading.Thread] = set()
         self._reading: set[socket.socket] = set()   # whose request has not come yet
         self._closing = False
-        self._books = threading.Lock()  # of these three
+        self._strangers = PeerLog("control")
+        self._books = threading.Lock()  # of these four
         self._socket = self._listen()
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()
@@ -172,8 +173,9 @@ class ControlServer:
             with connection:
                 try:
                     self._answer(connection)
-                except PermissionError as error:
-                    log.warning("control: a request was not answered: %s", error.strerror)
+                except PermissionError as error:    # whom a name in an abstract namespace keeps from nothing but this
+                    with self._books:
+                        self._strangers.warning("a request was not answered: %s", error.strerror)
                 except OSError as error:    # who asked has gone, or is slow: nobody else's business
                     log.info("control: a request was not answered: %s", error.strerror or error)
         finally:

@@ -309,7 +309,8 @@ class _Half:
                 self.interface.removed()
                 return
             try:
-                if event == "child":    # one of them was removed, which we are told of
+                if event == "child":    # one of them was removed
+                    self.interface.children.look()
                     self._stop.wait(0.001)
                 elif event not in ("tick", "stopped"):
                     self._happened(event)
@@ -487,7 +488,7 @@ class Interface:
         self.sender.link(state)
 
     def removed(self) -> None:
-        """The device is no more."""
+        """The device is no more, nor are its children: nobody would carry their packets."""
         with self._end:
             before, self.gone = self.gone, True
         if not before:

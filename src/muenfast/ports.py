@@ -226,6 +226,17 @@ class Children:
         if state is None:   # another thread: what is asked for may wait for the one that tells
             spawn(lambda: self._gone(child), f"{child} gone")
 
+    def look(self) -> None:
+        """One of them is no more, as an engine found, and we may not be told of. That engine's thread waits for nobody."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            gone = [child.name for child in self.family.children.values() if not self._ports[child.number].device.exists()]
+        finally:
+            self._lock.release()
+        for name in gone:
+            self._told(name, None)
+
     def _gone(self, child: str) -> None:
         with self._lock:
             known = self.family.children.get(child)
