@@ -154,8 +154,8 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
 def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
     """Which somebody removes; other interfaces of that process, and theirs, stay."""
     space = spaces()
-    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}", "--netns",
-                  space.name)
+    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}",
+                  "--netns", space.name)
     for number in (0, 1):
         assert cfg(space, "add_child", f"net{number}", f"child{number}")
     space.ip("link", "del", "net0")
