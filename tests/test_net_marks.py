@@ -177,18 +177,6 @@ def test_a_parent_that_is_moved_makes_children_there(pair: Pairs, spaces: Callab
     two.end()
 
 
-def test_children_go_with_their_parent(pair: Pairs) -> None:
-    two = pair().both()
-    space = two.spaces[0]
-    assert cfg(space, "add_child", "net0", "child1") and space.link("child1") is not None
-    space.ip("link", "del", "net0")
-    eventually(lambda: space.link("child1") is None)
-    one, other = two.programs
-    assert one is not None and other is not None
-    eventually(lambda: one.process.poll() is not None)
-    assert one.end()[0] == 1 and other.end() == (0, "")
-
-
 @pytest.mark.parametrize("way", ["tcx", "clsact", "tap"])
 def test_an_interface_that_is_moved_takes_its_marks_along(way: str, pair: Pairs, spaces: Callable[[], Space]) -> None:
     """There, too, packets go out with them, and come in with them as far as the way has that; so it is with a child."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,14 @@ def test_every_mutation_still_has_its_text(monkeypatch: pytest.MonkeyPatch) -> N
         assert mutation.tests or mutation.model or mutation.spare, mutation.name
         for test in mutation.tests:
             assert (ROOT / test.partition("::")[0]).is_file(), (mutation.name, test)
+
+
+def test_no_test_hides_another_one() -> None:
+    """By having its name; ruff looks away there, for fixtures of other files are imported and asked for by name."""
+    for path in sorted((ROOT / "tests").glob("**/*.py")):
+        tree = ast.parse(path.read_text())
+        for scope in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+            names = Counter(node.name for node in scope.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                            if not isinstance(node, ast.FunctionDef) or not node.decorator_list
+                            or node.name.startswith("test"))
+            assert [name for name, count in names.items() if count > 1] == [], path.name
