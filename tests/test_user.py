@@ -764,6 +764,37 @@ def test_bytes_that_are_returned_are_an_error(where: dict[str, Any], caplog: pyt
     assert "pread() returned bytes: it is to fill buf instead" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "result", "message"), [
+    ("pwrite", 10, "pwrite() returned 10, of 4096 bytes: it is to do all of them"), ("pwrite", -1, "pwrite() returned -1"),
+    ("pwrite", 0, "pwrite() returned 0"), ("pwrite", False, "pwrite() returned False"),
+    ("pread", 4095, "pread() returned 4095, of 4096 bytes"), ("pread", "error", "pread() returned str"),
+    ("flush", False, "flush() returned False"), ("flush", (k for k in ()), "flush() returned generator"),
+    ("pwrite", 4096, None), ("pread", 4096, None), ("pwrite", True, None), ("flush", 0, None), ("flush", object(), None)])
+def test_results(name: str, result: object, message: str | None, where: dict[str, Any],
+                 caplog: pytest.LogCaptureFixture) -> None:
+    """What says that not all was done is an I/O error, and told; nothing, and the number of bytes, say that it was."""
+    store = Ram()
+    setattr(store, name, lambda *_: result)
+    with muenfast.serve(store, **where), muenfast.BlockDevice(**where) as disk:
+        call = {"pread": lambda: disk.pread(BLOCK, 0), "pwrite": lambda: disk.pwrite(bytes(BLOCK), 0), "flush": disk.flush}[name]
+        if message is None:
+            call()
+        else:
+            assert failing(call) == errno.EIO
+    assert message is None or message in caplog.text
+
+
+@pytest.mark.parametrize("code", ["async def pwrite(self, buf, offset): pass", "async def flush(self): pass",
+                                  "async def get_size(self): pass", "def pread(self, buf, offset): yield",
+                                  "async def close(self): yield"])
+def test_what_a_call_would_not_run_is_refused(code: str, where: dict[str, Any]) -> None:
+    methods: dict[str, Any] = {}
+    exec(code, methods)
+    methods.pop("__builtins__")
+    with pytest.raises(UsageError, match=f"method {next(iter(methods))}\\(\\) is a.* of which a call runs nothing"):
+        muenfast.serve(type("Odd", (Ram,), methods)(), **where)
+
+
 def test_misspelt_methods_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     class Misspelt(Ram):
         def flsh(self) -> None:

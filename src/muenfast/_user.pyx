@@ -52,6 +52,18 @@ cdef class _Stage:
         free(self.base)
 
 
+cdef int understood(str name, found, uint64_t length) except -1:
+    """Raises where what a store's method returned says that it has not done what it was called for."""
+    if isinstance(found, (bytes, bytearray, memoryview)) and name == "pread":
+        raise TypeError(f"pread() returned {type(found).__name__}: it is to fill buf instead (buf[:] = ...)")
+    if isinstance(found, int) and (found is False or name in ("pread", "pwrite") and found is not True and found != length):
+        raise OSError(EIO, f"{name}() returned {found!r}, of {length} bytes: it is to do all of them, and return nothing "
+                           "(os.pwrite and os.preadv may do less: call them again), or to raise")
+    if isinstance(found, str) or hasattr(found, "__await__") or hasattr(found, "gi_frame") or hasattr(found, "ag_frame"):
+        raise TypeError(f"{name}() returned {type(found).__name__}: it is to do the work and return nothing")
+    return 0
+
+
 @cython.final
 cdef class UserStore(Store):
     """A store whose data Python code keeps.
@@ -146,6 +158,7 @@ cdef class UserStore(Store):
     cdef int execute(self, job *j) noexcept:
         """0 or a negative errno."""
         cdef str name = "flush"
+        cdef object found = None
         try:
             if j.kind == AIO_READ:
                 name = "pread"
@@ -155,23 +168,16 @@ cdef class UserStore(Store):
                 self.move(j, self.pwrite, self.write_flags, True)
             elif j.kind == AIO_DISCARD and self.trim is not None:
                 name = "trim"
-                if self.trim_flags:
-                    self.trim(j.length, j.start, 0)
-                else:
-                    self.trim(j.length, j.start)
+                found = self.trim(j.length, j.start, 0) if self.trim_flags else self.trim(j.length, j.start)
             elif j.kind == AIO_DISCARD:
                 name = "zero"
                 if self.zero is None:
                     return -EOPNOTSUPP
-                if self.zero_flags:
-                    self.zero(j.length, j.start, 0)
-                else:
-                    self.zero(j.length, j.start)
+                found = self.zero(j.length, j.start, 0) if self.zero_flags else self.zero(j.length, j.start)
             elif self.flush is not None:
-                if self.flush_flags:
-                    self.flush(0)
-                else:
-                    self.flush()
+                found = self.flush(0) if self.flush_flags else self.flush()
+            if found is not None:
+                understood(name, found, j.length)
         except BaseException as error:      # SystemExit, too: it ends no thread of a server's
             if getpid() != self.process:
                 leave_child(error)
@@ -197,8 +203,8 @@ cdef class UserStore(Store):
             stage.lent = False
         try:
             found = call(view, j.start, 0) if flags else call(view, j.start)
-            if not read_only and isinstance(found, (bytes, bytearray, memoryview)):
-                raise TypeError(f"pread() returned {type(found).__name__}: it is to fill buf instead (buf[:] = ...)")
+            if found is not None:
+                understood("pwrite" if read_only else "pread", found, j.length)
         finally:
             try:
                 view.release()

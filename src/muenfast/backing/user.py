@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -61,6 +62,7 @@ class UserBacking(Backing):
                                  value=device.text)
         if not 1 <= pool <= MOST_WORKERS:
             raise UsageError(f"a store has 1 to {MOST_WORKERS} threads", value=pool)
+        self._check()
         self._warn()
         self._threads: list[threading.Thread] = []
         self._asked: list[threading.Thread] = []    # calls of _ask() that have not returned in time
@@ -79,6 +81,17 @@ class UserBacking(Backing):
         except BaseException:
             self._end()
             raise
+
+    def _check(self) -> None:
+        """Raises UsageError for methods whose call would only make something that nobody runs."""
+        for name in (*_CALLBACKS, "get_size", *_OTHERS):
+            call = getattr(self._object, name, None)
+            for kind, is_one in (("a coroutine function", inspect.iscoroutinefunction),
+                                 ("a generator", inspect.isgeneratorfunction),
+                                 ("an asynchronous generator", inspect.isasyncgenfunction)):
+                if is_one(call):
+                    raise UsageError(f"its method {name}() is {kind}, of which a call runs nothing", value=self._device.text,
+                                     hint="plain methods are called, by several threads at a time")
 
     def _warn(self) -> None:
         """Tells of methods that look like misspelt callbacks: nothing ever calls them."""
@@ -297,9 +310,15 @@ def _within(timeout: float, store: str, name: str, call: Callable[..., Any], *ar
     if isinstance(error, (UsageError, StoreError)):
         raise error
     if error is not None:
-        log.debug("store %s", store, exc_info=error)
-        raise StoreError(store, _called(name), f"raised {type(error).__name__}: {error}") from error
+        log.info("store %s", store, exc_info=error)
+        raise StoreError(store, _called(name), f"raised {type(error).__name__}: {error}{_place(error)}") from error
     return found
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, for messages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}:{frames[-1].lineno}; all of it with -v)" if frames else ""
 
 
 def _called(name: str) -> str:
@@ -312,7 +331,11 @@ def _make(device: Device, timeout: float) -> Any:
     for name in device.attribute.split("."):
         found = getattr(found, name, None)
     if not callable(found):
-        raise UsageError(f"module {device.module} has no class {device.attribute}", value=device.text)
+        module = sys.modules.get(device.module)
+        where = getattr(module, "__file__", None) or "built in"
+        hint = f"yours is ./{device.module}.py" if os.path.isfile(f"{device.module}.py") else None
+        raise UsageError(f"module {device.module} has no class {device.attribute}" + ("" if module is None else f" ({where})"),
+                         value=device.text, hint=hint)
     arguments = [] if device.argument is None else [device.argument]
     try:
         inspect.signature(found).bind(*arguments)
@@ -334,15 +357,16 @@ def _module(device: Device) -> ModuleType:
         return importlib.import_module(device.module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{device.module}.".startswith(f"{error.name}."):
-            raise StoreError(device.text, "its module", f"could not be imported: {error}") from error
+            raise StoreError(device.text, "its module", f"could not be imported: {error}{_place(error)}") from error
         raise UsageError(f"there is no module {device.module}", value=device.text,
                          hint="modules are looked for in PYTHONPATH and the current directory; or give a path that ends in "
                               ".py") from None
     except UsageError:
         raise
     except Exception as error:
-        log.debug("store %s", device.text, exc_info=error)
-        raise StoreError(device.text, "its module", f"could not be imported: {type(error).__name__}: {error}") from error
+        log.info("store %s", device.text, exc_info=error)
+        raise StoreError(device.text, "its module", f"could not be imported: {type(error).__name__}: {error}{_place(error)}"
+                         ) from error
 
 
 def _file(device: Device) -> ModuleType:

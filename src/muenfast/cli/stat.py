@@ -85,13 +85,19 @@ def _names(answer: dict[str, Any], entry: dict[str, Any]) -> set[str]:
     return {str(word) for word in words if word is not None} - {"-"}
 
 
-def _once(names: list[str], as_json: bool) -> int:
+def _known(names: list[str]) -> list[dict[str, Any]]:
+    """_answers(). Raises UsageError where there is no entry of one of the names."""
     answers = _answers(names)
     known = {word for answer in answers for entry in answer.get("entries", ()) for word in _names(answer, entry)}
     for index, name in enumerate(names):
         if name not in known.union(str(answer["pid"]) for answer in answers):
             raise UsageError("nothing that this user serves or uses is called that", option="NAME", index=index, value=name,
                              hint="`muenfast stat` shows what there is")
+    return answers
+
+
+def _once(names: list[str], as_json: bool) -> int:
+    answers = _known(names)
     if as_json:
         print(json.dumps(answers, indent=2))
     elif not answers:
@@ -164,9 +170,9 @@ def _state(entry: dict[str, Any]) -> str:
 def _watch(names: list[str], seconds: float, as_json: bool, stop: Stop) -> None:
     """Shows what each interval brought, until a signal comes or stdout has no reader. Processes come and go."""
     screen = not as_json and sys.stdout.isatty()
+    before = dict(_disks(_known(names)))
     if not as_json and not screen:
         print(_HEAD, flush=True)
-    before = dict(_disks(_answers(names)))
     due = time.monotonic()
     while True:
         due = max(due + seconds, time.monotonic())  # intervals that were missed are not made up for
