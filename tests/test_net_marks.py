@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -304,6 +305,24 @@ def test_a_path_mtu(pair: Pairs) -> None:
     sending = here.program("send", "10.9.0.2", "5000", str(1 << 20), "4")
     assert told(serving) == told(sending)
     two.end()
+
+
+def test_limits_outlive_who_set_them(program: Start, spaces: Callable[[], Space]) -> None:
+    """Also while the interface's process was killed and has not come back: who sets and shows them is no user."""
+    space, region = spaces(), unique("paths")
+    words = ("net", "--name", "net0", "--in", "", "--out", unique("out"), "--netns", space.name, "--pmtu", region)
+    program(*words).end(signal.SIGKILL)
+    assert run("net", "pmtu", "set", region, "7", "900").returncode == 0
+
+    def limits() -> dict[str, int]:
+        found: dict[str, int] = json.loads(run("net", "pmtu", "show", region, "--json").stdout)["limits"]
+        return found
+
+    assert limits() == limits() == {"7": 900}
+    eventually(lambda: space.link() is None)
+    one = program(*words)
+    assert limits() == {"7": 900}
+    assert one.end() == (0, "") and not os.path.exists(f"/dev/shm/{region}")
 
 
 @pytest.mark.parametrize(("words", "status", "parts"), [
