@@ -653,6 +653,29 @@ def test_a_region_of_path_mtus_begins_as_all_do(spaces: Callable[[], Space], tmp
                                                            pmtu=f"{tmp_path}/paths@4+400"))
 
 
+@pytest.mark.parametrize("taken", ["truncated", "replaced"])
+def test_a_region_of_path_mtus_that_is_taken_away(taken: str, spaces: Callable[[], Space], tmp_path: Path,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    """Is said, once; packets go on."""
+    paths = tmp_path / "paths"
+    paths.write_bytes(bytes(4096))
+    here, there, a, b = spaces(), spaces(), unique("a"), unique("b")
+    configs = [*muenfast.interfaces_from_lists("net0", inp=a, out=b, netns=here.name, addr="10.9.0.1/24", up=True,
+                                               pmtu=str(paths)),
+               *muenfast.interfaces_from_lists("net0", inp=b, out=a, netns=there.name, addr="10.9.0.2/24", up=True)]
+    with muenfast.Interfaces(configs) as interfaces:
+        if taken == "truncated":
+            os.truncate(paths, 0)
+        else:
+            (tmp_path / "other").write_bytes(bytes(4096))
+            (tmp_path / "other").rename(paths)
+        eventually(lambda: "its region of path MTUs was taken away" in caplog.text)
+        eventually(lambda: all(entry["carrier"] for entry in interfaces.status()))
+        for _ in range(3):
+            assert here.ping("10.9.0.2", "-m", "7")
+        assert caplog.text.count("was taken away") == 1
+
+
 @pytest.fixture
 def device(spaces: Callable[[], Space]) -> Iterator[tuple[Space, tuntap.Device]]:
     space = spaces()
