@@ -28,8 +28,10 @@ from net_peer import MAC, SOLO5, Endpoint, checked, ipv4, net_element, udp
 from peer import ChannelReader, Result
 
 import muenfast
-from muenfast import names, netns, tuntap
+from muenfast import tuntap
 from muenfast.errors import UsageError
+from muenfast.names import ask
+from muenfast.netns import inside, named
 
 pytestmark = [
     pytest.mark.root,
@@ -596,9 +598,9 @@ def made(space: Space, *, up: bool = False) -> list[muenfast.InterfaceConfig]:
 
 def asked(space: Space, name: str, **request: object) -> bool:
     """Whether who serves an interface of that namespace did what was asked for."""
-    namespace = netns.named(space.name)
+    namespace = named(space.name)
     try:
-        return bool(netns.inside(namespace, lambda: names.ask(name, request))["ok"])
+        return bool(inside(namespace, lambda: ask(name, request))["ok"])
     finally:
         os.close(namespace)
 
@@ -679,7 +681,7 @@ def test_a_region_of_path_mtus_that_is_taken_away(taken: str, spaces: Callable[[
 @pytest.fixture
 def device(spaces: Callable[[], Space]) -> Iterator[tuple[Space, tuntap.Device]]:
     space = spaces()
-    namespace = netns.named(space.name)
+    namespace = named(space.name)
     one = tuntap.Device("net0", "net_hdr", 1500, namespace=namespace)
     os.close(namespace)
     yield space, one

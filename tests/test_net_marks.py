@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from conftest import Program, run, unique
@@ -155,8 +156,8 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
 def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
     """Which somebody removes; other interfaces of that process, and theirs, stay."""
     space = spaces()
-    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}", "--netns",
-                  space.name)
+    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}",
+                  "--netns", space.name)
     for number in (0, 1):
         assert cfg(space, "add_child", f"net{number}", f"child{number}")
     space.ip("link", "del", "net0")
@@ -190,7 +191,7 @@ def test_an_interface_that_is_moved_takes_its_marks_along(way: str, pair: Pairs,
     for name, address, request in (("net0", "10.9.0.1/24", ("add_child", "net0", "child2")),
                                    ("child1", "10.8.0.1/24", ("add_mark", "child1", "25"))):
         here.ip("link", "set", name, "netns", third.name)
-        assert eventually(lambda request=request: cfg(third, *request))
+        assert eventually(partial(cfg, third, *request))
         third.ip("addr", "add", address, "dev", name)
         third.ip("link", "set", name, "up")
     eventually(lambda: third.carrier() and third.carrier("child1"))

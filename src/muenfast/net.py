@@ -423,7 +423,7 @@ class Interface:
         self.up = False
         self.gone = False
         self._carrier = threading.Lock()    # of what the device was told last
-        self._end = threading.Lock()        # of `gone`; not that one: who tells of it must not wait for a child's being made
+        self._end = threading.Lock()        # of `gone`; not that one: who tells of it waits for no child that is being made
         self._halves: list[_Half] = []
         with ExitStack() as stack:
             self._namespace: int | None = None
@@ -497,8 +497,8 @@ class Interface:
         if paths is None or self._lost_paths or not (paths.truncated() or paths.replaced()):
             return
         self._lost_paths = True
-        log.error("interface %s: its region of path MTUs was taken away: the limits of %s count no longer, or as they last were; "
-                  "start it anew", self.config.name, paths.locator.text)
+        log.error("interface %s: its region of path MTUs was taken away: the limits of %s count no longer, or as they last "
+                  "were; start it anew", self.config.name, paths.locator.text)
 
     def removed(self) -> None:
         """The device is no more, nor are its children: nobody would carry their packets."""
