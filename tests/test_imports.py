@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "_net": {"errors", "_wire", "_thread", "_system", "_ring", "_marks", "_packets"},
     "tuntap": {"errors", "threads", "netns"},
     "pathmtu": {"errors", "params", "shm"},
-    "control": {"errors", "shm"},
+    "control": {"errors", "shm", "threads"},
     "names": {"errors", "params", "marks", "netns", "control"},
     "ports": {"errors", "threads", "netns", "marks", "bpf", "control", "names", "_marks", "_net", "tuntap"},
     "connection": {"errors", "params", "shm", "_ring", "channel"},

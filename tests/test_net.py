@@ -28,8 +28,10 @@ from net_peer import MAC, SOLO5, Endpoint, checked, ipv4, net_element, udp
 from peer import ChannelReader, Result
 
 import muenfast
-from muenfast import names, netns, tuntap
+from muenfast import tuntap
 from muenfast.errors import UsageError
+from muenfast.names import ask
+from muenfast.netns import inside, named
 
 pytestmark = [
     pytest.mark.root,
@@ -599,9 +601,9 @@ def made(space: Space, *, up: bool = False) -> list[muenfast.InterfaceConfig]:
 
 def asked(space: Space, name: str, **request: object) -> bool:
     """Whether who serves an interface of that namespace did what was asked for."""
-    namespace = netns.named(space.name)
+    namespace = named(space.name)
     try:
-        return bool(netns.inside(namespace, lambda: names.ask(name, request))["ok"])
+        return bool(inside(namespace, lambda: ask(name, request))["ok"])
     finally:
         os.close(namespace)
 
@@ -656,10 +658,33 @@ def test_a_region_of_path_mtus_begins_as_all_do(spaces: Callable[[], Space], tmp
                                                            pmtu=f"{tmp_path}/paths@4+400"))
 
 
+@pytest.mark.parametrize("taken", ["truncated", "replaced"])
+def test_a_region_of_path_mtus_that_is_taken_away(taken: str, spaces: Callable[[], Space], tmp_path: Path,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    """Is said, once; packets go on."""
+    paths = tmp_path / "paths"
+    paths.write_bytes(bytes(4096))
+    here, there, a, b = spaces(), spaces(), unique("a"), unique("b")
+    configs = [*muenfast.interfaces_from_lists("net0", inp=a, out=b, netns=here.name, addr="10.9.0.1/24", up=True,
+                                               pmtu=str(paths)),
+               *muenfast.interfaces_from_lists("net0", inp=b, out=a, netns=there.name, addr="10.9.0.2/24", up=True)]
+    with muenfast.Interfaces(configs) as interfaces:
+        if taken == "truncated":
+            os.truncate(paths, 0)
+        else:
+            (tmp_path / "other").write_bytes(bytes(4096))
+            (tmp_path / "other").rename(paths)
+        eventually(lambda: "its region of path MTUs was taken away" in caplog.text)
+        eventually(lambda: all(entry["carrier"] for entry in interfaces.status()))
+        for _ in range(3):
+            assert here.ping("10.9.0.2", "-m", "7")
+        assert caplog.text.count("was taken away") == 1
+
+
 @pytest.fixture
 def device(spaces: Callable[[], Space]) -> Iterator[tuple[Space, tuntap.Device]]:
     space = spaces()
-    namespace = netns.named(space.name)
+    namespace = named(space.name)
     one = tuntap.Device("net0", "net_hdr", 1500, namespace=namespace)
     os.close(namespace)
     yield space, one

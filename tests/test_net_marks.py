@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from conftest import Program, run, unique
@@ -189,7 +191,7 @@ def test_an_interface_that_is_moved_takes_its_marks_along(way: str, pair: Pairs,
     for name, address, request in (("net0", "10.9.0.1/24", ("add_child", "net0", "child2")),
                                    ("child1", "10.8.0.1/24", ("add_mark", "child1", "25"))):
         here.ip("link", "set", name, "netns", third.name)
-        assert eventually(lambda request=request: cfg(third, *request))
+        assert eventually(partial(cfg, third, *request))
         third.ip("addr", "add", address, "dev", name)
         third.ip("link", "set", name, "up")
     eventually(lambda: third.carrier() and third.carrier("child1"))
@@ -304,6 +306,24 @@ def test_a_path_mtu(pair: Pairs) -> None:
     sending = here.program("send", "10.9.0.2", "5000", str(1 << 20), "4")
     assert told(serving) == told(sending)
     two.end()
+
+
+def test_limits_outlive_who_set_them(program: Start, spaces: Callable[[], Space]) -> None:
+    """Also while the interface's process was killed and has not come back: who sets and shows them is no user."""
+    space, region = spaces(), unique("paths")
+    words = ("net", "--name", "net0", "--in", "", "--out", unique("out"), "--netns", space.name, "--pmtu", region)
+    program(*words).end(signal.SIGKILL)
+    assert run("net", "pmtu", "set", region, "7", "900").returncode == 0
+
+    def limits() -> dict[str, int]:
+        found: dict[str, int] = json.loads(run("net", "pmtu", "show", region, "--json").stdout)["limits"]
+        return found
+
+    assert limits() == limits() == {"7": 900}
+    eventually(lambda: space.link() is None)
+    one = program(*words)
+    assert limits() == {"7": 900}
+    assert one.end() == (0, "") and not os.path.exists(f"/dev/shm/{region}")
 
 
 @pytest.mark.parametrize(("words", "status", "parts"), [

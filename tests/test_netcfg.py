@@ -284,6 +284,24 @@ def test_a_name_belongs_to_one(namespace: Namespace, serve: Callable[..., NameSo
     assert ask(namespace, {"command": "ping"})["ok"]
 
 
+def test_a_name_for_which_there_is_no_thread_is_free(namespace: Namespace, serve: Callable[..., NameSocket],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error as any other, which leaves nothing."""
+    start = threading.Thread.start
+
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name == "control":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(OSError, match="no thread"):
+            serve(PING)
+    serve(PING)
+    assert ask(namespace, {"command": "ping"})["ok"]
+
+
 def test_the_name_is_in_its_namespace_only(namespace: Namespace, serve: Callable[..., NameSocket]) -> None:
     serve(PING)
     other = Namespace()

@@ -20,6 +20,7 @@ from typing import Any
 
 from muenfast import shm
 from muenfast.errors import MuenfastError, PeerLog, UsageError, describe
+from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
 
@@ -115,8 +116,12 @@ class ControlServer:
         self._strangers = PeerLog("control")
         self._books = threading.Lock()  # of these four
         self._socket = self._listen()
-        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = spawn(self._serve, "control")
+        except BaseException:
+            self._socket.close()
+            self._forget()
+            raise
 
     def _listen(self) -> socket.socket:
         """Where this process is asked. Raises OSError."""

@@ -62,6 +62,9 @@ class NameSocket(ControlServer):
             raise
         return listening
 
+    def _forget(self) -> None:
+        """Nothing: the name goes with its socket."""
+
     def stop(self) -> None:
         """Gives the name up; what was asked before is still answered. Of a command of its own (del_child), too, and with
         locks held for which others wait: it waits for none of them."""

@@ -314,6 +314,8 @@ class _Half:
                     self._stop.wait(0.001)
                 elif event not in ("tick", "stopped"):
                     self._happened(event)
+                if event == "tick" and self.writes:
+                    self.interface.look_at_paths()
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
             except Exception as error:  # nobody else would hear of it, and the interface goes on
@@ -428,6 +430,7 @@ class Interface:
                 with blame(config.options.netns, config.index, config.netns):
                     self._namespace = netns.named(config.netns)
                 stack.callback(os.close, self._namespace)
+            self._lost_paths = False
             self.paths: shm.Region | None = None
             if config.pmtu is not None:
                 with blame(config.options.pmtu, config.index, config.pmtu.text):
@@ -486,6 +489,15 @@ class Interface:
             return
         self.up = state
         self.sender.link(state)
+
+    def look_at_paths(self) -> None:
+        """Says so where the region of path MTUs is not what its name means any more."""
+        paths = self.paths
+        if paths is None or self._lost_paths or not (paths.truncated() or paths.replaced()):
+            return
+        self._lost_paths = True
+        log.error("interface %s: its region of path MTUs was taken away: the limits of %s count no longer, or as they last "
+                  "were; start it anew", self.config.name, paths.locator.text)
 
     def removed(self) -> None:
         """The device is no more, nor are its children: nobody would carry their packets."""

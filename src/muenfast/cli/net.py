@@ -151,7 +151,7 @@ def _pmtu(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     except FileNotFoundError as error:
         raise MuenfastError(f"{words[1]}: there is no such region (`muenfast net --pmtu` makes it, and `muenfast chan "
                             f"create --size {pathmtu.BYTES}` one that stays)") from error
-    with region:
+    try:
         if change:
             pathmtu.put(region, marks.check_mark(words[2]), pathmtu.check("BYTES", words[3]))
             return 0
@@ -163,6 +163,8 @@ def _pmtu(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             print(f"{word(words[1])}: {len(limits)} of {pathmtu.entries(region)} marks have a limit")
             for mark, limit in limits.items():
                 print(f"  mark {mark}: {limit}")
+    finally:
+        region.close(keep=True)     # who uses it may have been killed, and come back
     return 0
 
 
