@@ -321,6 +321,32 @@ def test_a_peer_may_be_late(pair: Callable[..., Pair]) -> None:
     two.end()
 
 
+def test_who_joins_loses_nothing_that_was_others(pair: Callable[..., Pair]) -> None:
+    """After a kill it goes on where the one before it was; beside another reader it is not waited for, and says so."""
+    two = pair().both()
+    assert two.spaces[0].ping("10.9.0.2", "-s", "1400", count=40, wait=5)
+    serving = two.spaces[1].program("serve", "10.9.0.2", "5000")
+    sending = two.spaces[0].program("send", "10.9.0.2", "5000", str(4 << 20), "5")
+    assert told(serving) == told(sending)
+    one = two.programs[1]
+    assert one is not None
+    one.process.kill()
+    one.process.communicate()
+    two.run(1)
+    two.answers()
+    [entry] = [entry for entry in shown() if two.programs[1] is not None and entry["pid"] == two.programs[1].pid]
+    assert entry["received"]["lost"]["overrun"] < 50 and entry["counters"]["rx_over_errors"] == 0
+    spy = two.start("net", "--name", "spy", "--in", two.channels[0], "--out", "", "--netns", two.spaces[1].name, "--up")
+    serving = two.spaces[1].program("serve", "10.9.0.2", "5001")
+    sending = two.spaces[0].program("send", "10.9.0.2", "5001", str(8 << 20), "6")
+    assert told(serving) == told(sending)
+    [entry] = [entry for entry in shown() if two.programs[1] is not None and entry["pid"] == two.programs[1].pid]
+    assert entry["received"]["lost"]["overrun"] < 50
+    status, errors = spy.end()
+    assert status == 0 and "waits for another reader" in errors
+    two.end()
+
+
 def test_channels_that_were_made_anew_are_followed(pair: Callable[..., Pair]) -> None:
     """One side ends, its channels are removed, and it comes back with new ones of that name."""
     two = pair().both()
@@ -513,11 +539,12 @@ def test_it_is_all_or_nothing(program: Start, spaces: Callable[[], Space], tmp_p
 
 
 def test_an_address_that_cannot_be_set_undoes_it(program: Start, spaces: Callable[[], Space], tmp_path: Path) -> None:
-    """The kernel takes no IPv6 where the MTU is below 1280."""
+    """The kernel takes no group for an address."""
     space = spaces()
-    done = run("net", "--name", "net0", "--in", unique("i"), "--out", unique("o"), "--netns", space.name, "--mtu", "576",
-               "--addr", "fd00::1/64")
-    assert done.returncode == 1 and "address fd00::1/64" in done.stderr and space.link() is None
+    done = run("net", "--name", "net0", "--in", unique("i"), "--out", unique("o"), "--netns", space.name, "--addr",
+               "10.0.0.1/24+ff02::1/64")
+    assert done.returncode == 1 and space.link() is None
+    assert "--addr, entry 0" in done.stderr and "address ff02::1/64" in done.stderr
 
 
 def test_without_the_capability_it_is_named(spaces: Callable[[], Space]) -> None:

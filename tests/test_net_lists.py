@@ -46,14 +46,15 @@ def test_every_list() -> None:
     one, two, three = interfaces_from_lists(
         "a,b,c", inp="x,,/z@64+8192", out=",y,w", reader_protocol="7ade5c549b08e814,,0x3", writer_protocol=",4,",
         mtu="576,,68", flags="eth_dev,net_hdr+eth_dev,", netns="space", size="1M,,", carrier="up",
-        mac="02:00:00:00:00:0A,,", addr="10.0.0.1/24+fd00::1/64,,10.1.0.1", poll=7, bells=False, up=True)
+        mac="02:00:00:00:00:0A,,", addr="10.0.0.1/24+10.2.0.1/16,,", poll=7, bells=False, up=True)
     assert [ends(each) for each in (one, two, three)] == [("x", None), (None, "y"), ("/z@64+8192", "w")]
     assert [each.framing for each in (one, two, three)] == ["eth_dev", "net_hdr", "raw"]
     assert [each.mtu for each in (one, two, three)] == [576, 1500, 68]
     assert [each.element_size for each in (one, two, three)] == [592, 1508, 68]
     assert (one.reader_protocol, two.writer_protocol, three.reader_protocol) == (0x7ADE5C549B08E814, 4, 3)
-    assert (one.region_size, one.mac, one.addresses) == (1 << 20, "02:00:00:00:00:0a", ("10.0.0.1/24", "fd00::1/64"))
-    assert three.addresses == ("10.1.0.1/32",)
+    assert (one.region_size, one.mac, one.addresses) == (1 << 20, "02:00:00:00:00:0a", ("10.0.0.1/24", "10.2.0.1/16"))
+    [last] = interfaces_from_lists("net0", addr="10.1.0.1+fd00::1/64")
+    assert last.addresses == ("10.1.0.1/32", "fd00::1/64") and three.addresses == ()
     for each in (one, two, three):
         assert (each.netns, each.carrier, each.poll, each.bells, each.up) == ("space", "up", 7, False, True)
 
@@ -106,6 +107,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "MAC of a group": ({"mac": "03:00:00:00:00:01", "flags": "eth_dev"}, ["even first byte"]),
     "MAC": ({"mac": "02-00-00-00-00-01", "flags": "eth_dev"}, ["six hexadecimal bytes"]),
     "address": ({"addr": "10.0.0.256/24"}, ["--addr, entry 0", "10.0.0.1/24"]),
+    "IPv6 and a small MTU": ({"addr": "fd00::1/64", "mtu": "1279"}, ["--addr, entry 0", "at least 1280 bytes"]),
+    "address twice": ({"addr": "10.0.0.1/24+10.0.0.1/24"}, ["--addr, entry 0", "given twice"]),
+    "address of a raw interface": ({"addr": "10.0.0.1/24", "flags": ""}, ["--addr, entry 0", "carries no IP"]),
     "no address": ({"addr": "10.0.0.1/24+"}, ["--addr, entry 0"]),
     "size": ({"size": "1000"}, ["--size, entry 0 '1000'", "1572"]),
     "channel": ({"inp": "x/y"}, ["--in, entry 0 'x/y'"]),

@@ -13,6 +13,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import Program, run, unique
@@ -22,6 +23,7 @@ from net_peer import Endpoint, checked
 from test_net import Pair, Space, pair, shown, spaces, told
 from test_net import pytestmark as pytestmark
 
+import muenfast
 from muenfast import names, netns
 from muenfast.errors import MuenfastError
 
@@ -154,16 +156,26 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
 
 
 def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
-    """Which somebody removes; other interfaces of that process, and theirs, stay."""
+    """Which somebody removes; other interfaces of that process, and theirs, stay. Its channel and its name are free."""
     space = spaces()
-    one = program("net", "--name", "net0,net1", "--in", f"{unique()},{unique()}", "--out", f"{unique()},{unique()}",
+    inp, out = unique("in"), unique("out")
+    one = program("net", "--name", "net0,net1", "--in", f"{inp},{unique()}", "--out", f"{out},{unique()}",
                   "--netns", space.name)
+    space.ip("link", "set", "net0", "up")
+    peer = program("net", "--name", "net0", "--in", out, "--out", inp, "--netns", spaces().name)
+    eventually(lambda: next(entry for entry in shown() if entry["pid"] == peer.pid)["carrier"])
     for number in (0, 1):
         assert cfg(space, "add_child", f"net{number}", f"child{number}")
     space.ip("link", "del", "net0")
     eventually(lambda: space.link("child0") is None)
     assert not cfg(space, "add_child", "net0", "child2") and not cfg(space, "add_mark", "child0", "1")
     assert cfg(space, "add_mark", "child1", "1") and space.link("child1") is not None
+    eventually(lambda: not next(entry for entry in shown() if entry["pid"] == peer.pid)["carrier"])
+    [gone] = [entry for entry in shown() if entry["pid"] == one.pid]
+    assert (gone["state"], gone["carrier"], gone["writer"]["active"]) == ("gone", False, False)
+    again = program("net", "--name", "net0", "--in", inp, "--out", out, "--netns", space.name, "--up")
+    eventually(lambda: next(entry for entry in shown() if entry["pid"] == peer.pid)["carrier"])
+    assert again.end() == peer.end() == (0, "")
     assert one.end()[0] == 0
 
 
@@ -347,3 +359,27 @@ def test_misuse(words: tuple[str, ...], status: int, parts: list[str]) -> None:
         assert json.loads(run("net", "pmtu", "show", region, "--json").stdout)["limits"] == {}
     finally:
         assert run("chan", "rm", region).returncode == 0
+
+
+def test_what_is_no_region_of_path_mtus_is_left_alone(tmp_path: Path, program: Start) -> None:
+    """Files with something in them, channels and disks that are served: nothing tells such a region but what it is not."""
+    text, disk, zeros = tmp_path / "text", tmp_path / "disk", tmp_path / "zeros"
+    text.write_bytes(b"important text in a file of mine")
+    disk.write_bytes(bytes(1 << 20))
+    zeros.write_bytes(bytes(64))
+    req, resp, ram = unique("a"), unique("b"), unique("ram")
+    server = program("blk", "--req", f"{req},{unique('c')}", "--resp", f"{resp},{unique('d')}", "--device",
+                     f"{disk},ram:1M:{ram}")
+    channel = unique("x")
+    writer = muenfast.open_writer(channel, size=1508, protocol=2, region_size=1 << 19)
+    for place, expected in ((str(text), "is no region of path MTUs"), (str(disk), "a server, as a disk"),
+                            (ram, "a server, as a disk"), (resp, "held by process"), (channel, "held by process")):
+        for words in (("pmtu", "set", place, "2", "1280"), ("pmtu", "show", place),
+                      ("--name", "net0", "--in", unique("y"), "--out", "", "--pmtu", place)):
+            done = run("net", *words)
+            assert done.returncode in (1, 2) and done.stdout == "" and expected in done.stderr, done.stderr
+    writer.close()
+    assert run("net", "pmtu", "set", str(zeros), "16", "1280").returncode == 0
+    assert text.read_bytes() == b"important text in a file of mine" and disk.read_bytes() == bytes(1 << 20)
+    assert zeros.read_bytes() == bytes(60) + struct.pack("=I", 1280)
+    assert server.end() == (0, "") and run("chan", "rm", ram).returncode == 0

@@ -776,7 +776,8 @@ def test_results(name: str, result: object, message: str | None, where: dict[str
     store = Ram()
     setattr(store, name, lambda *_: result)
     with muenfast.serve(store, **where), muenfast.BlockDevice(**where) as disk:
-        call = {"pread": lambda: disk.pread(BLOCK, 0), "pwrite": lambda: disk.pwrite(bytes(BLOCK), 0), "flush": disk.flush}[name]
+        call = {"pread": lambda: disk.pread(BLOCK, 0), "pwrite": lambda: disk.pwrite(bytes(BLOCK), 0),
+                "flush": disk.flush}[name]
         if message is None:
             call()
         else:

@@ -106,9 +106,9 @@ MUTATIONS = [
     relaxed("bells: the sequence's load", "readers_wait", "&r.bell.seq", spare="F5 and F6' order it"),
     fence("F7", "wake_callers", "seq_cst", "await"),
     fence("F8", "client_await", "seq_cst", "await"),
-    Mutation("F9", "marks_enter", "fence_seq_cst();", ";", (), ("marks",)),
-    Mutation("F10", "marks_turn", "fence_seq_cst();", ";", (), ("marks",)),
-    Mutation("marks: an odd turn is waited for", "marks_settled", "!(then & 1) ||", "1 ||", (), ("marks",)),
+    Mutation("F9", "turn_enter", "fence_seq_cst();", ";", (), ("marks",)),
+    Mutation("F10", "turn_now", "fence_seq_cst();", ";", (), ("marks",)),
+    Mutation("marks: an odd turn is waited for", "turn_over", "!(then & 1) ||", "1 ||", (), ("marks",)),
     Mutation("guard: fence of the handler", "guard_on_sigbus", "atomic_thread_fence(memory_order_acquire);", ";",
              (), ("guard", "guard-old")),
     Mutation("guard: fence of guard_add", "guard_add", "atomic_thread_fence(memory_order_release);", ";", (),
@@ -122,10 +122,10 @@ MUTATIONS = [
              "atomic_store_explicit(&g->base, base, memory_order_relaxed)", (), ("guard", "guard-old")),
     Mutation("guard: base loaded", "guard_on_sigbus", "atomic_load_explicit(&g->base, memory_order_acquire)",
              "atomic_load_explicit(&g->base, memory_order_relaxed)", (), ("guard", "guard-old")),
-    relaxed("marks: a turn begins", "marks_enter", "&t->turn", model=("marks",)),
-    relaxed("marks: a turn ends", "marks_leave", "&t->turn", model=("marks",)),
-    relaxed("marks: the turn behind a change", "marks_turn", "&t->turn", model=("marks",)),
-    relaxed("marks: another turn", "marks_settled", "&t->turn", model=("marks",)),
+    relaxed("marks: a turn begins", "turn_enter", "turn", model=("marks",)),
+    relaxed("marks: a turn ends", "turn_leave", "turn", model=("marks",)),
+    relaxed("marks: the turn behind a change", "turn_now", "turn", model=("marks",)),
+    relaxed("marks: another turn", "turn_over", "turn", model=("marks",)),
     relaxed("S3", "client_issue", "&e.state", model=("issue", "issue-full")),
     relaxed("S3, the other side", "client_reap", "&e.state", call="(load_acquire)", model=("issue", "issue-full")),
     relaxed("an entry is free", "client_settle", "&matched[k].state", call="(store_release)", model=("issue", "issue-full"),
@@ -474,7 +474,7 @@ def scenarios(names: tuple[str, ...]) -> tuple[str, ...]:
 def barriers(tree: Path, file: str) -> Counter[str]:
     """What orders memory in the arm64 code of the module that this file belongs to."""
     name = {".h": "_ring", ".pxd": "_blk"}.get(Path(file).suffix, Path(file).stem)
-    if file == "_marks.h":
+    if file in ("_marks.h", "_turns.h"):
         name = "_marks"
     code = tree / "arm64.c"
     subprocess.run([sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", "src", "-o", code,

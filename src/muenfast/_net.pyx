@@ -8,7 +8,7 @@ With offloads a device gives and takes super-packets, each behind a virtio_net_h
 """
 cimport cython
 from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, ENETDOWN, errno
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
@@ -801,6 +801,9 @@ cdef struct receiver_t:
     uint32_t tags[BATCH]
     uint32_t stop
     bint connected
+    bint joined             # it was connected once
+    uint64_t left_epoch     # where a reader before this one was, as the bell tells ...
+    uint64_t left_rc        # ... and how far
     uint64_t refused        # incompatible epoch that was reported
     receiver_counters n
 
@@ -953,6 +956,19 @@ cdef ring_status receiver_merge(receiver_t *v, int *gone) noexcept nogil:
     return SUCCESS if status == NO_DATA else status
 
 
+cdef void receiver_join(receiver_t *v) noexcept nogil:
+    """Begins an epoch that had begun before we came: where the reader before us was, else with what is there. What was sent
+    to nobody, or to another one, is no loss of ours.
+
+    Trust: what the bell says is advice; any position up to WC is one.
+    """
+    cdef uint64_t wc = load_acquire64(&v.r.hdr.wc)
+    if v.r.epoch == v.left_epoch and <int64_t>(wc - v.left_rc) >= 0:
+        reader_goto(&v.r, v.left_rc)
+    elif wc > v.r.elements:
+        reader_goto(&v.r, wc)
+
+
 cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
     """Pumps for at most ns nanoseconds, or until something happened that the caller looks after."""
     cdef uint64_t start = now_ns(), passed = 0
@@ -972,6 +988,9 @@ cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
             passed = now_ns() - start
         if status == EPOCH_CHANGED:
             v.connected = True
+            if not v.joined:
+                v.joined = True
+                receiver_join(v)
             v.refused = 0
             return RECEIVER_CONNECTED
         if status == OVERRUN_DETECTED:
@@ -1161,13 +1180,14 @@ cdef class Receiver(Pump):
     """Packets of a ring, into TUN or TAP devices.
 
     memory: the channel, read-only. framing: one of FRAMINGS. poll: microseconds between looks at a channel whose writer does
-    not ring, None: adaptive. merge: what the devices take as super-packets, of MERGES.
+    not ring, None: adaptive. merge: what the devices take as super-packets, of MERGES. tells: whether it is the one that tells
+    the writer, by the bell, how far it is.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone", "child")
     cdef receiver_t v
 
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None,
-                 merge=()):
+                 merge=(), bint tells=True):
         if self.ring is not None:
             raise UsageError("a Receiver is initialised once")
         self.check(framing, mtu, ports)
@@ -1194,6 +1214,9 @@ cdef class Receiver(Pump):
         if bell is not None:
             self.bell = hold(bell, True, sizeof(bell_page))
             self.v.r.bell = self.bell.as_bell()
+            self.v.r.mute = not tells
+            self.v.left_epoch = load_relaxed64(&self.v.r.bell.reader_epoch)
+            self.v.left_rc = load_relaxed64(&self.v.r.bell.reader_rc)
 
     def __dealloc__(self):
         free(self.v.stage)

@@ -59,6 +59,7 @@ cdef struct reader_t:
     uint64_t index          # rc mod elements
     uint64_t lost           # by the last overrun
     bell_page *bell
+    bint mute               # another reader tells the writer how far it is
     const uint32_t *broken
     uint64_t poll_ns        # 0: adaptive, else the pause between polls
     uint64_t idle_since_ns  # start of the current empty spell, 0: none

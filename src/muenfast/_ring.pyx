@@ -255,7 +255,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         r.epoch = epoch
         r.refused = 0
         count64(&r.epochs, 1)
-        if r.bell != NULL:
+        if r.bell != NULL and not r.mute:
             store_relaxed64(&r.bell.reader_rc, 0)
             store_relaxed64(&r.bell.reader_epoch, epoch)
         return EPOCH_CHANGED
@@ -320,7 +320,7 @@ cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil:
     """Goes on at element wc, which is the WC of a moment ago."""
     r.rc = r.wc = wc
     r.index = wc % r.elements
-    if r.bell != NULL:
+    if r.bell != NULL and not r.mute:
         store_relaxed64(&r.bell.reader_rc, wc)
 
 
@@ -392,7 +392,7 @@ cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil:
         r.index = r.rc % r.elements
     count64(&r.batches, 1)
     count64(&r.delivered, n)
-    if r.bell != NULL:
+    if r.bell != NULL and not r.mute:
         store_relaxed64(&r.bell.reader_rc, r.rc)
 
 

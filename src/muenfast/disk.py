@@ -51,8 +51,8 @@ class OnPeerLoss:
         except ValueError:
             seconds = -1.0
         if mode != "timeout" or not 0 < seconds < 1e6:
-            raise UsageError("what to do without a server is queue, fail or timeout:SECONDS, more than 0 and below a million",
-                             option=option, value=text)
+            raise UsageError("what to do without a server is queue, fail or timeout:SECONDS, more than 0 and below a "
+                             "million", option=option, value=text)
         return cls("timeout", seconds)
 
 

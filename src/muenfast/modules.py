@@ -73,7 +73,7 @@ _INTERFACES = (
     Parameter("name", "names of the interfaces, at most 32, each of at most 15 bytes"),
     Parameter("in", "channels that they read; an empty entry: the interface only sends", required=False),
     Parameter("out", "channels that they write; an empty entry: the interface only receives", required=False),
-    Parameter("pmtu", "regions of path MTUs (not built yet, and refused)", required=False),
+    Parameter("pmtu", "regions of path MTUs, of net_hdr (empty: no limits)", required=False),
     Parameter("mtu", "MTUs, decimal (default 1500)", required=False),
     Parameter("writer_protocol", "protocols of the channels in out, hexadecimal, required for each", required=False),
     Parameter("reader_protocol", "protocols of the channels in in, hexadecimal, required for each", required=False),

@@ -25,7 +25,7 @@ from muenfast.bpf import Way
 from muenfast.channel import End
 from muenfast.connection import MOST_POLL, blame, place
 from muenfast.control import Command
-from muenfast.errors import BrokenChannelError, PeerError, PeerLog, UsageError
+from muenfast.errors import BrokenChannelError, ClaimError, PeerError, PeerLog, UsageError
 from muenfast.marks import LEAST_MARKS
 from muenfast.ports import Children, Port
 from muenfast.threads import spawn
@@ -45,6 +45,7 @@ _HEADER: int = layout()["header_size"]
 # Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
 _LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
 _PAGE = 4096
+_IPV6_MTU = 1280    # RFC 8200
 _TICK = 0.2  # seconds between looks at names
 
 
@@ -124,8 +125,8 @@ def framing_of(text: str, option: str, index: int) -> str:
     given = text.split("+")
     for flag in given:
         if flag not in _FLAGS:
-            raise UsageError(f"Invalid flag name found in '{text}': the flags are {' and '.join(_FLAGS)}, joined by +",
-                             option=option, index=index, value=flag)
+            raise UsageError(f"Invalid flag name found in '{text}': the flags are {' and '.join(_FLAGS)}, joined by +; an "
+                             "empty entry is raw", option=option, index=index, value=flag)
     return "net_hdr" if "net_hdr" in given else "eth_dev"
 
 
@@ -205,6 +206,12 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
         room = entry(called.size, i)
         least = _HEADER + element_size(framing, most)
         addresses = entry(called.addr, i)
+        if most < _IPV6_MTU and ":" in addresses:
+            raise UsageError(f"IPv6 needs an MTU of at least {_IPV6_MTU} bytes, this interface has {most}",
+                             option=called.addr, index=i, value=addresses)
+        if addresses and framing == "raw":
+            raise UsageError("a raw interface carries no IP packets, so it has no addresses", option=called.addr, index=i,
+                             value=addresses)
         return InterfaceConfig(
             names[i], inner, outer, i, reads, writes, most, framing, entry(called.netns, i) or None, poll, bells,
             params.size(called.size, i, room, least=least) if room else None, wire,
@@ -268,13 +275,13 @@ class _Half:
         config = interface.config
         self._peer = PeerLog(f"interface {config.name}")
         self._comings = PeerLog(f"interface {config.name}", most=20)
+        self._teller: shm.Claim | None = None   # that our progress is the one that the channel's writer hears of
         if locator is not None:
             self.end = self._open()
         try:
             self.engine = self._engine(self.end)
         except BaseException:
-            if self.end is not None:
-                self.end.close()
+            self._leave()
             raise
 
     def _open(self) -> End:
@@ -285,6 +292,25 @@ class _Half:
             return End(self.locator, writes=self.writes, role="muenfast net", create=config.region_size,
                        least=_HEADER + config.element_size, bell=config.bells)
 
+    def _tells(self, end: End) -> bool:
+        """Whether the channel's writer is to wait for us: for one reader only."""
+        self._teller = None
+        if end.bell is None:
+            return False
+        try:
+            self._teller = shm.claim_reader(end.region, "muenfast net")
+        except ClaimError as error:
+            log.warning("interface %s: the writer of %s waits for another reader (%s), and may overrun this one",
+                        self.interface.config.name, end.locator.text, error.holder)
+        return self._teller is not None
+
+    def _leave(self) -> None:
+        """Leaves the channel."""
+        if self._teller is not None:
+            self._teller.release()
+        if self.end is not None:
+            self.end.close()
+
     def _engine(self, end: End | None) -> Sender | Receiver:
         config, interface = self.interface.config, self.interface
         if self.writes:
@@ -293,7 +319,8 @@ class _Half:
                           protocol=config.writer_protocol, bell=None if end is None else end.bell_view, paths=paths)
         assert end is not None
         return Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu, protocol=config.reader_protocol,
-                        bell=end.bell_view, poll=config.poll, merge=interface.own.device.merges)
+                        bell=end.bell_view, poll=config.poll, merge=interface.own.device.merges,
+                        tells=self._tells(end))
 
     # -------------------------------------------------------------- its thread
 
@@ -341,7 +368,8 @@ class _Half:
         protocol, size, elements = self.engine.fault
         return PeerError(self.locator.text, "header", f"protocol {protocol:x}, size {size}, elements {elements}",
                          f"protocol {config.reader_protocol:x}, size {config.element_size}, elements that fit",
-                         hint="mtu and flags are the same at both ends")
+                         hint="no carrier until mtu, flags and protocols (--reader-protocol, --writer-protocol) are the "
+                              "same at both ends")
 
     def _moved(self) -> bool:
         """Whether the channel's memory is to be followed: a peer may have made it anew, or truncated it."""
@@ -373,6 +401,9 @@ class _Half:
             end = old_end
         else:
             return
+        teller, self._teller = self._teller, None
+        if teller is not None:
+            teller.release()    # it is claimed anew, perhaps for the same memory
         try:
             new = self._engine(end)
         except BaseException:
@@ -407,8 +438,7 @@ class _Half:
         if self._thread is not None:
             self._thread.join()
         self.engine.close()
-        if self.end is not None:
-            self.end.close()
+        self._leave()
 
 
 class Interface:
@@ -422,6 +452,7 @@ class Interface:
         self.up = False
         self.gone = False
         self._carrier = threading.Lock()    # of what the device was told last
+        self._closing = threading.Lock()
         self._end = threading.Lock()        # of `gone`; not that one: who tells of it waits for no child's being made
         self._halves: list[_Half] = []
         with ExitStack() as stack:
@@ -480,7 +511,8 @@ class Interface:
         for half in self._halves:
             half.start()
         config = self.config
-        with blame(config.options.name, config.index, config.name):
+        with blame(*((config.options.addr, config.index, "+".join(config.addresses)) if config.addresses
+                     else (config.options.name, config.index, config.name))):
             self.own.device.configure(namespace=self._namespace, addresses=config.addresses, mac=config.mac, up=config.up)
 
     def _told(self, state: bool | None) -> None:
@@ -500,13 +532,12 @@ class Interface:
                   "were; start it anew", self.config.name, paths.locator.text)
 
     def removed(self) -> None:
-        """The device is no more, nor are its children: nobody would carry their packets."""
+        """The device is no more: nor are its children, and both channels are left."""
         with self._end:
             before, self.gone = self.gone, True
         if not before:
             log.error("interface %s: was removed", self.config.name)
-            # Children have nobody who sends for them; another thread, for we may be one that it waits for.
-            spawn(self.children.close, f"{self.config.name} removed")
+            spawn(self.close, f"{self.config.name} removed")    # another thread, for we may be one that it waits for
 
     def set_carrier(self) -> None:
         """There is one while the peer's channel has an epoch; always where nobody is to be heard, or it was asked for."""
@@ -518,6 +549,8 @@ class Interface:
     @property
     def carrier(self) -> bool:
         """Whether somebody is at the other end."""
+        if self.gone:
+            return False
         if self.receiver is None or self.config.carrier == "up":
             return True
         engine = self.receiver.engine
@@ -554,8 +587,10 @@ class Interface:
             half.stop()
 
     def close(self) -> None:
-        """The interface goes, and both channels are left."""
-        self._stack.close()
+        """The interface goes, and both channels are left; may be called twice, and by several threads."""
+        with self._closing:
+            self.stop()
+            self._stack.close()
 
 
 _NO_RECEIVER = dict.fromkeys(("rx_packets", "rx_bytes", "rx_errors", "rx_over_errors", "rx_frame_errors", "rx_dropped"), 0)

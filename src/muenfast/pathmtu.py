@@ -7,13 +7,14 @@ words, packet by packet; anybody who may write the region changes them, each in 
 from __future__ import annotations
 
 from muenfast import params, shm
-from muenfast.errors import UsageError
+from muenfast.errors import ClaimError, UsageError
 
 __all__ = ["BYTES", "MOST", "entries", "get", "put"]
 
 BYTES = 4096    # of a region that is made: 1024 marks
 MOST = 65535    # a limit above no packet's length is none
 _WORD = 4
+_UNLIMITED = 0xFFFFFFFF  # as others may write it
 _START = 8      # as every region (_ring.Mapping)
 
 
@@ -23,12 +24,26 @@ def opened(locator: shm.Locator, *, writable: bool, make: bool) -> shm.Region:
         raise UsageError(f"a region of path MTUs starts at a multiple of {_START} bytes", value=locator.text)
     region = shm.Region.open(locator, writable=writable, create=BYTES if make and locator.posix else None)
     try:
-        if region.size < _WORD:
-            raise UsageError(f"a region of path MTUs has {_WORD} bytes for each mark", value=locator.text)
+        with shm.apart(locator, disk=False):
+            _check(region)
     except BaseException:
-        region.close()
+        region.close(keep=not make)
         raise
     return region
+
+
+def _check(region: shm.Region) -> None:
+    """Raises UsageError, ClaimError where it is something else: no mark of its own tells such a region."""
+    if region.size < _WORD:
+        raise UsageError(f"a region of path MTUs has {_WORD} bytes for each mark", value=region.locator.text)
+    if (writer := shm.writer_holder(region)) is not None:
+        raise ClaimError(f"{region.locator.text}, a channel,", f"process {writer['pid']}", hint="name another region")
+    with _words(region) as words:
+        largest = max((word for word in words if word != _UNLIMITED), default=0)
+        if largest > MOST:
+            raise UsageError(f"is no region of path MTUs: it holds the word {largest:#x}, and a limit is at most {MOST} "
+                             f"(or {_UNLIMITED:#x}: none)", value=region.locator.text,
+                             hint=f"`muenfast chan create --size {BYTES} NAME` makes one")
 
 
 def entries(region: shm.Region) -> int:

@@ -44,6 +44,7 @@ class Port:
         self._answers, self._told = answers, told
         self._names: NameSocket | None = None
         self.attached: bpf.Attached | None = None
+        self._dropped: dict[str, int] | None = None     # by then, once it is closed
         with ExitStack() as stack:
             # From the marks' beginning to the device's end: it would give packets with net_hdr to who expects none.
             stack.callback(self._detach)
@@ -129,10 +130,13 @@ class Port:
 
     def _detach(self) -> None:
         if self.attached is not None:
+            self._dropped = self.attached.dropped()
             self.attached.close()
 
     def dropped(self) -> dict[str, int]:
         """Packets that were lost for their marks' sake, by bpf.DROPPED."""
+        if self._dropped is not None:
+            return self._dropped
         return {} if self.attached is None else self.attached.dropped()
 
     def close(self) -> None:

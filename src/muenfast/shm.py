@@ -843,6 +843,12 @@ def claim_buffer(region: Region, side: str, role: str) -> Claim:
                   {"role": role}, False, (start, start + len(region.view)))
 
 
+def claim_reader(region: Region, role: str) -> Claim:
+    """Claims to be the reader of a channel for whom its writer waits; there may be others. Raises ClaimError, OSError."""
+    return _claim(f"reader-{_writer_key(region).partition('-')[2]}", f"the reader's side of channel {region.locator.text}",
+                  {"role": role}, False)
+
+
 def writer_holder(region: Region) -> dict[str, Any] | None:
     """Who has claimed the writer's side of a channel, as holder() tells it; None: nobody."""
     return holder(_writer_key(region))

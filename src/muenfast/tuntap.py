@@ -62,6 +62,8 @@ def check_addresses(text: str, option: str, index: int) -> tuple[str, ...]:
     for each in text.split("+"):
         try:
             found.append(str(ipaddress.ip_interface(each)))
+            if found[-1] in found[:-1]:
+                raise ValueError(f"{each} is given twice")
         except ValueError as error:
             raise UsageError(f"an address is IPv4 or IPv6 with the bits of its network, like 10.0.0.1/24 or fd00::1/64, "
                              f"several of one interface joined by +: {error}", option=option, index=index,
@@ -161,6 +163,8 @@ class Device:
 
     def set_carrier(self, on: bool) -> None:
         """Whether there is somebody at the other end, as the kernel is to see it. OSError where the device is gone."""
+        if self.fd < 0:
+            raise OSError(errno.EBADF, "the device was closed", self.name)
         fcntl.ioctl(self.fd, _TUNSETCARRIER, struct.pack("i", on))
 
     def configure(self, *, namespace: int | None, addresses: Sequence[str] = (), mac: str | None = None,
@@ -190,8 +194,9 @@ class Device:
 
     def rename(self) -> str:
         """What it is called by now: somebody may have given it another name."""
-        with contextlib.suppress(OSError):  # it is gone
-            self.name = self._named()
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):  # it is gone
+                self.name = self._named()
         return self.name
 
     def _named(self) -> str:

@@ -90,8 +90,8 @@ class UserBacking(Backing):
                                  ("a generator", inspect.isgeneratorfunction),
                                  ("an asynchronous generator", inspect.isasyncgenfunction)):
                 if is_one(call):
-                    raise UsageError(f"its method {name}() is {kind}, of which a call runs nothing", value=self._device.text,
-                                     hint="plain methods are called, by several threads at a time")
+                    raise UsageError(f"its method {name}() is {kind}, of which a call runs nothing",
+                                     value=self._device.text, hint="plain methods are called, by several threads at a time")
 
     def _warn(self) -> None:
         """Tells of methods that look like misspelt callbacks: nothing ever calls them."""
@@ -334,8 +334,8 @@ def _make(device: Device, timeout: float) -> Any:
         module = sys.modules.get(device.module)
         where = getattr(module, "__file__", None) or "built in"
         hint = f"yours is ./{device.module}.py" if os.path.isfile(f"{device.module}.py") else None
-        raise UsageError(f"module {device.module} has no class {device.attribute}" + ("" if module is None else f" ({where})"),
-                         value=device.text, hint=hint)
+        raise UsageError(f"module {device.module} has no class {device.attribute}"
+                         + ("" if module is None else f" ({where})"), value=device.text, hint=hint)
     arguments = [] if device.argument is None else [device.argument]
     try:
         inspect.signature(found).bind(*arguments)

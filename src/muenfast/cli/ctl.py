@@ -114,7 +114,8 @@ def _request(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"command": what, **found, "strict_oneway": arguments.strict_oneway}
     if what == "destroy":
         if (arguments.which is None) != arguments.all:
-            raise UsageError("name the export or give --all, not both and not neither", option="NAME|ID", value=arguments.which)
+            raise UsageError("name the export or give --all, not both and not neither", option="NAME|ID",
+                             value=arguments.which)
         return {"command": what, "name": arguments.which, "every": arguments.all, "force": arguments.force}
     if what == "resize":
         disk = params.number("--disk", None, arguments.disk, least=0, most=65535, what="a disk's number")
