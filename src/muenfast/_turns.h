@@ -18,7 +18,9 @@ static inline void turn_enter(uint32_t *turn) {
     fence_seq_cst();
 }
 
-static inline void turn_leave(uint32_t *turn) { store_release32(turn, *turn + 1); }
+static inline void turn_leave(uint32_t *turn) {
+    store_release32(turn, *turn + 1);
+}
 
 /* What the taker's turn was behind a change; pairs with: turn_enter. */
 static inline uint32_t turn_now(const uint32_t *turn) {
@@ -27,6 +29,8 @@ static inline uint32_t turn_now(const uint32_t *turn) {
 }
 
 /* Whether nothing that was taken before turn_now() gave `then` is in use any more; pairs with: turn_leave, turn_enter. */
-static inline int turn_over(const uint32_t *turn, uint32_t then) { return !(then & 1) || load_acquire32(turn) != then; }
+static inline int turn_over(const uint32_t *turn, uint32_t then) {
+    return !(then & 1) || load_acquire32(turn) != then;
+}
 
 #endif
