@@ -484,19 +484,19 @@ def write_table(attachment: fuse.FuseAttachment) -> None:
         file.write(block)
 
 
-@pytest.mark.parametrize("behind", [1, 2])
+@pytest.mark.parametrize("behind", [{1: 1}, {2: 1}, {1: 1, 2: 2}])
 def test_who_writes_a_table_may_add_its_partitions(place: Callable[..., fuse.FuseAttachment],
-                                                   monkeypatch: pytest.MonkeyPatch, behind: int) -> None:
-    """Right behind our request for a re-reading, as sfdisk may: that is not taken for the kernel's own doing, which would
-    leave the partitions to it from then on."""
+                                                   monkeypatch: pytest.MonkeyPatch, behind: dict[int, int]) -> None:
+    """Right behind our requests for a re-reading, as sfdisk may, each of them once: that is not taken for the kernel's own
+    doing, which would leave the partitions to it from then on. behind: which request, and the partition's number."""
     real, calls = fcntl.ioctl, []
 
     def ioctl(fd: int, request: int, *arguments: object) -> object:
         result = real(fd, request, *arguments)  # type: ignore[arg-type]
         if request == partitions.BLKRRPART:
             calls.append(request)
-            if len(calls) == behind:
-                partitions._blkpg(fd, partitions.ADD, 1, MIB, MIB)
+            if (number := behind.get(len(calls))) is not None:
+                partitions._blkpg(fd, partitions.ADD, number, number * MIB, MIB)
         return result
 
     monkeypatch.setattr(partitions.fcntl, "ioctl", ioctl)

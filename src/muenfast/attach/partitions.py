@@ -314,18 +314,20 @@ class Partitions:
         wanted = self._wanted(table)
         scheme = table.scheme if table else ""
         if wanted and scheme not in self._by_kernel:
-            parses = True
+            seen = []
             try:
-                for _ in range(2):  # behind the first one whoever wrote the table may add a partition by himself
-                    fcntl.ioctl(fd, BLKRRPART)  # a kernel with a parser has partitions then
-                    parses = parses and bool(of_kernel(self.disk))
+                # A kernel with a parser has partitions then, the same ones each time. Whoever wrote the table may add some by
+                # himself right behind that, but each of them once.
+                for _ in range(2):
+                    fcntl.ioctl(fd, BLKRRPART)
+                    seen.append({(number, one.start, one.size) for number, one in of_kernel(self.disk).items()})
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     return True
                 if error.errno not in (errno.EINVAL, errno.ENOTTY):
                     raise
-                parses = False
-            self._by_kernel[scheme] = parses
+                seen = []
+            self._by_kernel[scheme] = len(seen) == 2 and bool(seen[0]) and seen[0] == seen[1]
         if self._by_kernel.get(scheme, any(self._by_kernel.values())):
             return False
         return self._change(fd, wanted)
