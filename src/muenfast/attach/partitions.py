@@ -316,8 +316,8 @@ class Partitions:
         if wanted and scheme not in self._by_kernel:
             seen = []
             try:
-                # A kernel with a parser has partitions then, the same ones each time. Whoever wrote the table may add some by
-                # himself right behind that, but each of them once.
+                # A kernel with a parser has partitions then, the same ones each time. Whoever wrote the table may add some
+                # by himself right behind that, but each of them once.
                 for _ in range(2):
                     fcntl.ioctl(fd, BLKRRPART)
                     seen.append({(number, one.start, one.size) for number, one in of_kernel(self.disk).items()})
