@@ -6,6 +6,7 @@ directory), so that several runs may share a machine.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import itertools
 import os
@@ -34,6 +35,9 @@ MACHINE = {"test_attach", "test_buffer_device", "test_ctl_device", "test_device"
            "test_user::test_parts_under_ext4"}
 # What takes longest begins first, so that no worker is left with it in the end: scopes, and files that have several.
 FIRST = ["machine", "test_packaging", "test_memory_model", "test_hostile", "test_torn"]
+
+# Tests beside which no other worker runs any: what they look at goes wrong beside tests of network namespaces.
+ALONE = {"test_partitioned"}
 
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()
@@ -92,7 +96,23 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest, tmp_path: Path, runtime: Path) -> Iterator[None]:
+def apart(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Waits until all other workers are out of their tests for one of ALONE, and keeps them out of the next ones."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    place = tmp_path_factory.getbasetemp().parent   # of all workers
+    alone = Path(request.node.nodeid.partition("::")[0]).stem in ALONE
+    with open(place / "gate", "a") as gate, open(place / "room", "a") as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest, tmp_path: Path, runtime: Path, apart: None) -> Iterator[None]:
     """After the test there is no region, claim, node, loop device, mount, process, thread or descriptor more."""
     attaches = scope(request.node.nodeid) in ("machine", "test_pump")
     before = leftovers(tmp_path, attaches)

@@ -524,7 +524,7 @@ def test_it_is_all_or_nothing(program: Start, spaces: Callable[[], Space], tmp_p
     space.ip("link", "add", "net1", "type", "bridge")
     held = unique("held")
     writer = muenfast.open_writer(held, size=1508, protocol=2, region_size=1 << 19)
-    before = leftovers(tmp_path)
+    before = leftovers(tmp_path)["shared memory"]
     inp, out = f"{unique('i')},{unique('j')}", f"{unique('o')},{unique('p')}"
     for called, namespace, there, expected in (
             ("net0,net1", space.name, out, ["--name, entry 1 'net1'", "already"]),
@@ -534,7 +534,7 @@ def test_it_is_all_or_nothing(program: Start, spaces: Callable[[], Space], tmp_p
         assert (done.returncode, done.stdout) == (1, "")
         for part in expected:
             assert part in done.stderr
-        assert space.link("net0") is None and leftovers(tmp_path) == before
+        assert space.link("net0") is None and leftovers(tmp_path)["shared memory"] == before
     writer.close()
 
 

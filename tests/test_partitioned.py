@@ -28,7 +28,8 @@ from muenfast.attach import fuse, loop, partitions, watchdog
 pytestmark = [pytest.mark.root, pytest.mark.fuse,
               pytest.mark.skipif(fuse.available() is not None, reason=f"no front end: {fuse.available()}"),
               pytest.mark.skipif(shutil.which("sfdisk", path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None,
-                                 reason="needs sfdisk")]
+                                 reason="needs sfdisk"),
+              pytest.mark.timeout(600)]     # it waits for others (conftest.ALONE)
 
 Start = Callable[..., Program]
 
