@@ -6,7 +6,6 @@ directory), so that several runs may share a machine.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import itertools
 import os
@@ -30,14 +29,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests that make /dev/muendiskX, or look at all that there are, one after the other in one worker: files, classes, tests.
 MACHINE = {"test_attach", "test_buffer_device", "test_ctl_device", "test_device", "test_doctor", "test_durable",
            "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
-           "test_nbd::test_beside_a_block_device", "test_partitioned", "test_pump", "test_recovery", "test_soak",
+           "test_nbd::test_beside_a_block_device", "test_partitioned", "test_recovery", "test_soak",
            "test_user::test_an_overlay_survives_its_server", "test_user::test_file_systems",
            "test_user::test_parts_under_ext4"}
 # What takes longest begins first, so that no worker is left with it in the end: scopes, and files that have several.
 FIRST = ["machine", "test_packaging", "test_memory_model", "test_hostile", "test_torn"]
-
-# Tests beside which no other worker runs any: what they look at goes wrong beside tests of network namespaces.
-ALONE = {"test_partitioned"}
 
 PREFIX = f"mf{os.getpid()}-"
 _numbers = itertools.count()
@@ -96,23 +92,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def apart(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Waits until all other workers are out of their tests for one of ALONE, and keeps them out of the next ones."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
-    place = tmp_path_factory.getbasetemp().parent   # of all workers
-    alone = Path(request.node.nodeid.partition("::")[0]).stem in ALONE
-    with open(place / "gate", "a") as gate, open(place / "room", "a") as room:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        if not alone:
-            fcntl.flock(gate, fcntl.LOCK_UN)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest, tmp_path: Path, runtime: Path, apart: None) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest, tmp_path: Path, runtime: Path) -> Iterator[None]:
     """After the test there is no region, claim, node, loop device, mount, process, thread or descriptor more."""
     attaches = scope(request.node.nodeid) in ("machine", "test_pump")
     before = leftovers(tmp_path, attaches)

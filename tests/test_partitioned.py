@@ -16,6 +16,7 @@ import signal
 import stat
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,13 +24,13 @@ import pytest
 from conftest import Program, leftovers, run, unique
 from test_device import clean, command, digests_of, disks, fill, free_name, mounted, until
 
+from muenfast import doctor
 from muenfast.attach import fuse, loop, partitions, watchdog
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse,
               pytest.mark.skipif(fuse.available() is not None, reason=f"no front end: {fuse.available()}"),
               pytest.mark.skipif(shutil.which("sfdisk", path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None,
-                                 reason="needs sfdisk"),
-              pytest.mark.timeout(600)]     # it waits for others (conftest.ALONE)
+                                 reason="needs sfdisk")]
 
 Start = Callable[..., Program]
 
@@ -227,6 +228,40 @@ def test_partitions_taken_from_the_kernel_come_back(attached: tuple[str, Program
         else:
             command("blockdev", ask, device, status=None)
         become(device, told)
+
+
+def test_nodes_of_a_living_client_are_nobodys_leftovers(attached: tuple[str, Program, Program], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its partitions are gone for a moment others, which have other books, clean up; and what somebody removes all
+    the same is made anew with the next look."""
+    device, _, _ = attached
+    sfdisk(device, "label: gpt\nsize=10MiB\nsize=10MiB\n")
+    told = {1: (MIB, 10 * MIB), 2: (11 * MIB, 10 * MIB)}
+    become(device, told)
+    take = ("partx", "--delete", loop.path_of(loop.loop_of(device) or 0))
+    monkeypatch.setenv("MUENFAST_RUNTIME_DIR", str(tmp_path / "elsewhere"))
+    stop, found = threading.Event(), []
+
+    def clean_up() -> None:
+        while not stop.is_set():
+            for left in doctor.leftovers():
+                if left.path.startswith(device):
+                    found.append(left)
+                    doctor.remove(left)
+
+    cleaner = threading.Thread(target=clean_up)
+    cleaner.start()
+    try:
+        for _ in range(10):
+            command(*take)
+            become(device, told)
+    finally:
+        stop.set()
+        cleaner.join()
+    assert not found
+    os.unlink(f"{device}2")
+    command(*take)
+    become(device, told)
 
 
 def test_a_partition_in_use_stays_until_it_is_free(attached: tuple[str, Program, Program], tmp_path: Path) -> None:

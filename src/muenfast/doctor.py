@@ -671,7 +671,7 @@ def _dead(path: str, disk: str, orphans: Any) -> str | None:
     except FileNotFoundError:       # it goes at this moment
         device = node
     if not whole and not block.sysfs(node).exists():
-        return "its partition is gone"
+        return None if _is_followed(f"{DEV}/{disk}", orphans) else "its partition is gone"
     driver = {block.LOOP_MAJOR: "loop", block.NBD_MAJOR: "nbd"}.get(os.major(device))
     if driver is None:
         return None
@@ -683,6 +683,14 @@ def _dead(path: str, disk: str, orphans: Any) -> str | None:
     if not whole and block.number_of(f"{DEV}/{disk}") != device:
         return f"its device is a partition of {driver}{name} by now"
     return None
+
+
+def _is_followed(path: str, orphans: Any) -> bool:
+    """Whether the disk of that node is attached: its client takes away nodes of partitions itself, or makes the partitions
+    anew. Who it is may stand in books that are not ours."""
+    device = block.number_of(path)
+    return device is not None and block.is_driven(device) and not (
+        os.major(device) == block.LOOP_MAJOR and os.minor(device) in orphans)
 
 
 @dataclass(frozen=True, slots=True)

@@ -364,8 +364,9 @@ class Partitions:
 
     def _follow_nodes(self) -> None:
         wanted = {f"/dev/{self.name}{number}": device.number for number, device in of_kernel(self.disk).items()}
-        for path in [path for path, number in self._nodes.items() if wanted.get(path) != number]:
-            self._remove(path)
+        for path in [path for path, number in self._nodes.items()
+                     if not wanted.get(path) == number == block.number_of(path)]:
+            self._remove(path)  # or what is left of it in our books: somebody may have removed a node
         for path, number in wanted.items():
             if path not in self._nodes and not self._stopping:
                 self._make(path, number)
