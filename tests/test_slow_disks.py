@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import mmap
 import os
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import Program
+from conftest import Program, run
 from helpers import block, eventually
 from peer import (
     BUFFER_READ,
@@ -462,6 +463,8 @@ def test_an_end_that_waits_for_its_disk_says_so(held: Held, link: Link) -> None:
     server = link.program(str(held.disk()))
     with link.device() as device:
         done = stuck_write(held, device)
+        eventually(lambda: any(entry["in_flight"] == 1 for answer in json.loads(run("stat", "--json").stdout)
+                               if answer["pid"] == server.pid for entry in answer["entries"]))   # the server has it
         server.process.terminate()
         assert server.process.stderr is not None
         eventually(lambda: f"export {link.req}/{link.resp}: waiting for its disk" in server.process.stderr.readline())
