@@ -4,7 +4,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from muenfast._jobs cimport faults, jobs
 from muenfast._ring cimport reader_ready, reader_t, reader_wait
 from muenfast._wire cimport (
-    fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, spin_once, store_relaxed32,
+    fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, spin_habit, spin_in_vain,
+    spin_once, spin_paid, spin_pays, store_relaxed32,
 )
 
 cdef extern from "_aio.h" nogil:
@@ -51,9 +52,7 @@ cdef extern from "_aio.h" nogil:
 
 
 cdef enum:
-    FLIGHT_SPIN_NS = 400000     # as long as a disk that is fast takes for a queue of requests ...
-    FLIGHT_SPIN_SCORE = 16      # ... and only while that paid lately, or, to see whether it would,
-    FLIGHT_SPIN_PROBE = 16      # once in so many waits
+    FLIGHT_SPIN_NS = 400000     # as long as a disk that is fast takes for a queue of requests
     FINISH_MOST = 4         # answered before new requests are looked for: a disk that has nothing to do loses most
 
 
@@ -68,8 +67,7 @@ cdef struct flights_t:
     uint64_t head           # number of the next request; number k has the place k % AIO_MOST until it is answered
     bint busy[AIO_MOST]
     flight_t flights[AIO_MOST]  # at the place of the first request
-    int32_t spin_score
-    uint32_t spin_probe
+    spin_habit spins
     bint blocked            # the next request waits for one that is under way
     bint leaving            # of a life that has ended: nobody gets their answers ...
     int pending             # ... and this status is dealt with once they are done
@@ -125,17 +123,16 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
     cdef uint64_t epoch, start, passed
     cdef uint32_t seen
     cdef bint takes = not f.blocked and not f.leaving and load_relaxed32(stop) == 0
-    f.spin_probe += 1
-    if r.may_spin and (f.spin_score > 0 or f.spin_probe % FLIGHT_SPIN_PROBE == 0):
+    if r.may_spin and spin_pays(&f.spins):
         start = now_ns()
         passed = 0
         while passed < FLIGHT_SPIN_NS:
             spin_once(passed)
             if aio_ready(&f.aio) or takes and reader_ready(r):
-                f.spin_score = FLIGHT_SPIN_SCORE
+                spin_paid(&f.spins)
                 return
             passed = now_ns() - start
-        f.spin_score -= 4
+        spin_in_vain(&f.spins)
     if not takes or load_relaxed32(stop) != 0:
         aio_wait(&f.aio, NULL, 0, ns)
         return

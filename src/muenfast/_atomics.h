@@ -82,6 +82,17 @@ static inline void spin_once(uint64_t passed) {
         for (n = 0; n < SPIN_PAUSES; n++)
             cpu_pause();
 }
+/* Whether a wait spins before it sleeps: only while that paid lately or, to see whether it would, once in SPIN_PROBE waits. Of
+ * one thread. */
+enum { SPIN_SCORE = 16, SPIN_PROBE = 16 };
+typedef struct {
+    int score; /* > 0: recent spins ended with what was waited for */
+    uint32_t probe; /* counts waits */
+} spin_habit;
+static inline int spin_pays(spin_habit *h) { return (++h->probe % SPIN_PROBE == 0) | (h->score > 0); }
+static inline void spin_paid(spin_habit *h) { h->score = SPIN_SCORE; }
+static inline void spin_in_vain(spin_habit *h) { h->score -= h->score > 0 ? 4 : 0; }
+
 /* Asks for a line that will be written. The builtin asks x86 for a shared copy only, unless the compiler may assume
  * prefetchw; processors without that take it for a no-op. */
 static inline void prefetch_write(const void *p) {

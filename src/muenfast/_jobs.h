@@ -27,7 +27,7 @@ enum {
  * while that paid lately. docs/decisions/013. */
 #define JOBS_STALL_NS UINT64_C(200000)
 #define JOBS_SPIN_NS UINT64_C(50000)
-enum { JOBS_LOOKS = 50, JOBS_SPIN_SCORE = 16, JOBS_SPIN_PROBE = 16 };
+enum { JOBS_LOOKS = 50 };
 
 enum job_state { JOB_FREE = 0, JOB_QUEUED, JOB_RUNNING, JOB_READY };
 
@@ -271,11 +271,11 @@ static inline void jobs_spin(jobs *q) {
     uint32_t score = load_relaxed32(&q->spin_score), probe = load_relaxed32(&q->spin_probe) + 1;
     uint64_t start, passed = 0;
     store_relaxed32(&q->spin_probe, probe);
-    if (score == 0 && probe % JOBS_SPIN_PROBE != 0)
+    if (score == 0 && probe % SPIN_PROBE != 0)
         return;
     for (start = now_ns(); passed < JOBS_SPIN_NS; passed = now_ns() - start) {
         if (load_relaxed32(&q->queued) != 0) {
-            store_relaxed32(&q->spin_score, JOBS_SPIN_SCORE);
+            store_relaxed32(&q->spin_score, SPIN_SCORE);
             return;
         }
         spin_once(passed);

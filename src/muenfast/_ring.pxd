@@ -6,7 +6,7 @@ from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from muenfast._thread cimport pthread_mutex_t
-from muenfast._wire cimport bell_page, ring_header
+from muenfast._wire cimport bell_page, ring_header, spin_habit
 
 
 cpdef enum ring_status:
@@ -65,8 +65,7 @@ cdef struct reader_t:
     uint64_t idle_since_ns  # start of the current empty spell, 0: none
     bint may_spin           # more than one CPU to run on
     uint64_t spin_ns        # how long before it sleeps
-    int spin_score          # > 0: recent spins ended with data
-    uint32_t spin_probe     # counts waits that did not spin
+    spin_habit spins
     uint64_t batches
     uint64_t delivered
     uint64_t overruns
@@ -88,8 +87,7 @@ cdef struct waitset_t:
     reader_t **readers      # of one thread, at most FUTEX_LIST_MOST, each with a watch_stop
     uint64_t n
     uint64_t idle_since_ns  # start of the current empty spell of all, 0: none
-    int spin_score
-    uint32_t spin_probe
+    spin_habit spins
     bint polls              # the system has no futex_waitv
     uint64_t sleeps
 

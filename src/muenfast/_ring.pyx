@@ -46,8 +46,6 @@ cdef uint64_t SETTLE_NS = 10_000_000
 cdef uint64_t SETTLE_READER_NS = 2_000_000
 # An epoch is looked at twice this far apart before it is believed, for the same reason.
 cdef int SETTLE_PAUSES = 64
-cdef int SPIN_SCORE = 16
-cdef uint32_t SPIN_PROBE = 16
 # Python calls that move no more than this keep the GIL: releasing costs 13-24 ns, a copy of 16 KiB about 500.
 cdef uint64_t GIL_BYTES = 16384
 # A reader that took this many elements one by one without a pause takes the next ones ahead, at most STAGE_BYTES of
@@ -211,7 +209,7 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
     r.settle_ns = SETTLE_NS
     r.may_spin = online_cpus() > 1
     r.spin_ns = SPIN_NS
-    r.spin_score = SPIN_SCORE
+    spin_paid(&r.spins)
 
 
 cdef inline bint acceptable(const reader_t *r, uint64_t transport, uint64_t protocol, uint64_t size,
@@ -512,19 +510,17 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
     start = now = now_ns()
     if r.idle_since_ns == 0:
         r.idle_since_ns = start
-    if r.may_spin and r.epoch != 0:
-        r.spin_probe += 1
-        if r.spin_score > 0 or r.spin_probe % SPIN_PROBE == 0:
-            while True:
-                spin_once(now - start)
-                if reader_ready(r):
-                    r.spin_score = SPIN_SCORE
-                    r.idle_since_ns = 0
-                    return True
-                now = now_ns()
-                if now - start >= r.spin_ns or now - start >= ns or load_relaxed32(stop) != 0:
-                    break
-            r.spin_score -= 4
+    if r.may_spin and r.epoch != 0 and spin_pays(&r.spins):
+        while True:
+            spin_once(now - start)
+            if reader_ready(r):
+                spin_paid(&r.spins)
+                r.idle_since_ns = 0
+                return True
+            now = now_ns()
+            if now - start >= r.spin_ns or now - start >= ns or load_relaxed32(stop) != 0:
+                break
+        spin_in_vain(&r.spins)
     while not reader_ready(r):
         if load_relaxed32(stop) != 0 or now - start >= ns:
             return False
@@ -591,17 +587,15 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
     start = now = now_ns()
     if set.idle_since_ns == 0:
         set.idle_since_ns = start
-    if set.n != 0 and set.readers[0].may_spin:
-        set.spin_probe += 1
-        if set.spin_score > 0 or set.spin_probe % SPIN_PROBE == 0:
-            while now - start < SPIN_NS and now - start < ns:
-                spin_once(now - start)
-                if any_ready(set):
-                    set.spin_score = SPIN_SCORE
-                    set.idle_since_ns = 0
-                    return True
-                now = now_ns()
-            set.spin_score -= 4
+    if set.n != 0 and set.readers[0].may_spin and spin_pays(&set.spins):
+        while now - start < SPIN_NS and now - start < ns:
+            spin_once(now - start)
+            if any_ready(set):
+                spin_paid(&set.spins)
+                set.idle_since_ns = 0
+                return True
+            now = now_ns()
+        spin_in_vain(&set.spins)
     while True:
         now = now_ns()
         if now - start >= ns:

@@ -20,6 +20,11 @@ cdef extern from "_atomics.h" nogil:
     void fence_seq_cst() noexcept
     void cpu_pause() noexcept
     void spin_once(uint64_t passed) noexcept
+    ctypedef struct spin_habit:
+        pass
+    bint spin_pays(spin_habit *h) noexcept
+    void spin_paid(spin_habit *h) noexcept
+    void spin_in_vain(spin_habit *h) noexcept
     void prefetch_write(const void *p) noexcept
     uint64_t now_ns() noexcept
     void sleep_ns(uint64_t ns) noexcept

@@ -37,7 +37,8 @@ from muenfast._target cimport (
     COLLECT_OVER, COLLECT_SOME, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, Target, attendance_t, io_t, submit_fn,
 )
 from muenfast._thread cimport *
-from muenfast._wire cimport load_relaxed32, load_relaxed64, now_ns, online_cpus, store_relaxed64
+from muenfast._wire cimport (
+    load_relaxed32, load_relaxed64, now_ns, online_cpus, spin_habit, spin_in_vain, spin_paid, spin_pays, store_relaxed64)
 
 cdef extern from *:
     """
@@ -348,11 +349,8 @@ cdef enum:
 cdef double FOREVER = 86400.0   # seconds the kernel may cache names and attributes: they never change
 
 
-# A pump spins this long for the next request or answer, and only while that paid lately or, to see whether it would,
-# once in so many waits: as a reader of a ring does (_ring.pyx).
+# A pump spins this long for the next request or answer, where that pays: as a reader of a ring does (_ring.pyx).
 cdef uint64_t SPIN_NS = 50_000
-cdef int SPIN_SCORE = 16
-cdef uint32_t SPIN_PROBE = 16
 # Answers go to the kernel together: once as many are there as are still out, or the first of them has waited so long. Each
 # batch wakes a softirq thread, the load and the loop device's workers (docs/decisions/011).
 cdef uint64_t GATHER_NS = 20_000
@@ -1148,9 +1146,11 @@ cdef int pump(disk_t *d, pump_t *p, request_t **spare) noexcept nogil:
     cdef uint32_t seen = 0
     cdef uint32_t *word
     cdef unsigned moved
-    cdef int n, got, score = SPIN_SCORE
-    cdef uint32_t probes = 0
+    cdef int n, got
+    cdef spin_habit habit
     cdef bint attends = False, worked, full, spins = False, may_spin = online_cpus() > 1
+    memset(&habit, 0, sizeof(habit))
+    spin_paid(&habit)
     fcntl(d.fuse_fd, F_SETFL, fcntl(d.fuse_fd, F_GETFL) | O_NONBLOCK)
     pumping = d
     if d.ring != NULL:
@@ -1188,15 +1188,14 @@ cdef int pump(disk_t *d, pump_t *p, request_t **spare) noexcept nogil:
                 continue
         if worked:
             if spins:
-                score = SPIN_SCORE
+                spin_paid(&habit)
             spins = False
             since = 0
             continue
         now = now_ns()
         if since == 0:
             since = now
-            probes += 1
-            spins = may_spin and (score > 0 or probes % SPIN_PROBE == 0)
+            spins = may_spin and spin_pays(&habit)
             if full and (attends or d.ring != NULL):    # else take() counts it
                 pthread_mutex_lock(&d.lock)
                 d.waits += 1
@@ -1206,7 +1205,7 @@ cdef int pump(disk_t *d, pump_t *p, request_t **spare) noexcept nogil:
                 sched_yield()           # those whose requests we wait for have the CPU, or want it
                 continue
             spins = False
-            score -= 4
+            spin_in_vain(&habit)
         word = NULL
         if attends:
             if now - since >= IDLE_NS and load_relaxed32(&d.in_flight) == 0:
