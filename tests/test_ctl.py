@@ -122,7 +122,7 @@ def test_answers_as_json(server: Program) -> None:
 
 
 @pytest.mark.parametrize(("words", "text"), [
-    (["destroy"], "NAME|ID: name the export or give --all"),
+    (["destroy"], "NAME|ID: either the export's name or --all"),
     (["resize", "x", "1M", "--disk", "y"], "--disk 'y': a disk's number is a number from 0"),
     (["create", "x", "--poll", "0"], "--poll '0': a pause in microseconds is a number"),
     (["create", "x", "--device", "rom:1M"], "--device, entry 0 'rom:1M': there is no kind of device"),

@@ -768,7 +768,8 @@ def test_bytes_that_are_returned_are_an_error(where: dict[str, Any], caplog: pyt
     ("pwrite", 10, "pwrite() returned 10, of 4096 bytes: it is to do all of them"), ("pwrite", -1, "pwrite() returned -1"),
     ("pwrite", 0, "pwrite() returned 0"), ("pwrite", False, "pwrite() returned False"),
     ("pread", 4095, "pread() returned 4095, of 4096 bytes"), ("pread", "error", "pread() returned str"),
-    ("flush", False, "flush() returned False"), ("flush", (k for k in ()), "flush() returned generator"),
+    ("flush", False, "flush() returned False"), ("flush", -1, "flush() returned -1"),
+    ("flush", (k for k in ()), "flush() returned generator"),
     ("pwrite", 4096, None), ("pread", 4096, None), ("pwrite", True, None), ("flush", 0, None), ("flush", object(), None)])
 def test_results(name: str, result: object, message: str | None, where: dict[str, Any],
                  caplog: pytest.LogCaptureFixture) -> None:

@@ -56,7 +56,8 @@ cdef int understood(str name, found, uint64_t length) except -1:
     """Raises where what a store's method returned says that it has not done what it was called for."""
     if isinstance(found, (bytes, bytearray, memoryview)) and name == "pread":
         raise TypeError(f"pread() returned {type(found).__name__}: it is to fill buf instead (buf[:] = ...)")
-    if isinstance(found, int) and (found is False or name in ("pread", "pwrite") and found is not True and found != length):
+    if isinstance(found, int) and (found is False or found < 0 or
+                                   name in ("pread", "pwrite") and found is not True and found != length):
         raise OSError(EIO, f"{name}() returned {found!r}, of {length} bytes: it is to do all of them, and return nothing "
                            "(os.pwrite and os.preadv may do less: call them again), or to raise")
     if isinstance(found, str) or hasattr(found, "__await__") or hasattr(found, "gi_frame") or hasattr(found, "ag_frame"):

@@ -114,7 +114,7 @@ def _request(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"command": what, **found, "strict_oneway": arguments.strict_oneway}
     if what == "destroy":
         if (arguments.which is None) != arguments.all:
-            raise UsageError("name the export or give --all, not both and not neither", option="NAME|ID",
+            raise UsageError("either the export's name or --all", option="NAME|ID",
                              value=arguments.which)
         return {"command": what, "name": arguments.which, "every": arguments.all, "force": arguments.force}
     if what == "resize":
