@@ -273,6 +273,8 @@ def test_a_path_mtu(pair: Pairs) -> None:
     here, there = two.spaces
     assert json.loads(run("net", "pmtu", "show", region, "--json").stdout) == {"region": region, "entries": 1024,
                                                                                "limits": {}}
+    done = run("blk", "--req", unique("a"), "--resp", unique("b"), "--device", f"/dev/shm/{region}")
+    assert done.returncode == 1 and "already held by" in done.stderr     # nor is it anybody's disk meanwhile
     assert run("net", "pmtu", "set", region, "1024", "700").returncode == 0
     assert run("net", "pmtu", "set", region, "7", "900").returncode == 0
     assert run("net", "pmtu", "show", region).stdout == f"{region}: 2 of 1024 marks have a limit\n  mark 7: 900\n" \
@@ -379,6 +381,11 @@ def test_what_is_no_region_of_path_mtus_is_left_alone(tmp_path: Path, program: S
             done = run("net", *words)
             assert done.returncode in (1, 2) and done.stdout == "" and expected in done.stderr, done.stderr
     writer.close()
+    large = tmp_path / "large"
+    with open(large, "wb") as file:
+        file.truncate(1 << 26)
+    done = run("net", "pmtu", "show", str(large))
+    assert done.returncode == 2 and "at most 16777215 marks" in done.stderr
     assert run("net", "pmtu", "set", str(zeros), "16", "1280").returncode == 0
     assert text.read_bytes() == b"important text in a file of mine" and disk.read_bytes() == bytes(1 << 20)
     assert zeros.read_bytes() == bytes(60) + struct.pack("=I", 1280)

@@ -51,6 +51,7 @@ SHARED = ("tests/test_buffer_client.py",)
 FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
 ATTACH = ("tests/test_attach.py",)
 COPIES = ("tests/test_copies.py",)
+NET = ("tests/test_net_frames.py", "tests/test_net_offload.py")
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
 
@@ -266,6 +267,25 @@ MUTATIONS = [
     Mutation("jobs: largest call, buffer", "buffer_joined", " or next.length > together - length[0]", "", USER),
     Mutation("jobs: another one at work", "jobs_next", " || stalled", "", USER),
     Mutation("files: threads for each", "aio_next", "a->working[op->file] == AIO_THREADS", "false", SLOW),
+    # ------------------------------------------------------------ network interfaces
+    Mutation("net: whole, merged", "receiver_merge", "if not receiver_place(v, k, &wrong):",
+             "receiver_place(v, k, &wrong)\n            if False:", NET),
+    Mutation("net: whole", "receiver_batch", "if not reader_intact(&v.r):", "if False:", NET),
+    Mutation("net: which IP", "receiver_place", "not frame_agrees(h, coalesce_version(&v.c))", "False", NET),
+    Mutation("net: cut short", "frame_finish", "own < 0 || (uint32_t)own > n", "own < 0", NET),
+    Mutation("net: nothing of an earlier one", "frame_finish", "if (used > n)", "if (false)", NET),
+    Mutation("net: progress beyond the ring", "sender_room", "used > w.elements or ", "", NET),
+    Mutation("net: a reader that stands", "sender_room", "now - s.full_since >= STUCK_NS", "False", NET),
+    Mutation("net: what is pending goes down", "sender_relink", "s.left = s.cut.left = 0", "pass", NET),
+    Mutation("net: marks without a word", "sender_limit", " or s.mark > s.marks", "", NET),
+    Mutation("net: told once", "sender_tell", "s.told or ", "", NET),
+    Mutation("net: told seldom", "sender_tell", " or not pmtu_allowed(&s.bucket, now_ns())", "", NET),
+    Mutation("net: a tap's copies", "sender_drain", "s.news", "s.spill", NET),
+    Mutation("net: untaken", "sender_leave", "count64(&s.n.untaken, sender_untaken(s, epoch))", "pass", NET),
+    Mutation("net: a port that ends", "remove", "turn_over(&self.turn, sender) and ", "",
+             ("tests/test_netcfg.py", "tests/test_net_marks.py")),
+    Mutation("net: where the one before was", "receiver_join", "reader_goto(&v.r, v.left_rc)", "pass",
+             ("tests/test_net.py::test_who_joins_loses_nothing_that_was_others",)),
     # ------------------------------------------------------------ the client
     Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),
     Mutation("answer: priv", "client_reap", "e.priv != h.priv or ", "", CLIENT),

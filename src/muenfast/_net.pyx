@@ -77,8 +77,6 @@ cdef uint64_t LEAVE_NS = 20_000_000
 # How long the next packet is looked for before an engine sleeps, where that paid lately: a round trip with two wake-ups from
 # another CPU takes 140 us here, so that one that began with them comes to do without.
 cdef uint64_t SPIN_NS = 200_000
-cdef int SPIN_SCORE = 16
-cdef uint32_t SPIN_PROBE = 16
 
 
 def element_size(framing, mtu):
@@ -251,7 +249,7 @@ cdef struct sender_counters:
     uint64_t down           # were on their way as the interface went down
     uint64_t untaken        # elements that their reader had not taken at the end of their epoch, as far as it tells
     uint64_t supers         # super-packets that were split ...
-    uint64_t segments       # ... and the elements of that
+    uint64_t segments       # ... and the elements of that, fragments aside
     uint64_t fragmented     # packets of which the path took fragments only ...
     uint64_t fragments      # ... and the elements of that
     uint64_t news           # senders who were told of the path's MTU
@@ -285,7 +283,8 @@ cdef struct sender_t:
     pmtu_fragments parts    # of the segment in `piece`
     uint32_t left           # fragments that are to come
     uint32_t limit          # of its path, where a segment may be longer; else 0
-    bint told               # its sender was told, or is not to be
+    bint super              # it is one that the kernel would have split
+    bint told               # its sender was told
     uint32_t port           # where it came from
     uint8_t *piece          # SPILL bytes, as the next one
     uint8_t *news           # to a packet's sender
@@ -297,8 +296,7 @@ cdef struct sender_t:
     uint64_t full_since     # ... and since when that is so; 0: the ring is not full
     bint given_up           # full_rc is that of a reader that is waited for no longer
     bint may_spin           # more than one CPU to run on
-    int spin_score          # > 0: recent spins ended with a packet
-    uint32_t spin_probe     # counts waits that did not spin
+    spin_habit spins
     pollfd polled[PORTS + 1]
     uint32_t numbers[PORTS + 1]
     sender_counters n
@@ -348,8 +346,8 @@ cdef ssize_t sender_read(sender_t *s, port_t *p, uint8_t *slot) noexcept nogil:
             got = readv(fd, parts, n)
         if got >= 0:
             break
-        if errno == ENETDOWN and p.way == PORT_TAP:     # told once, when it went down
-            continue
+        if errno == ENETDOWN and p.way == PORT_TAP:     # told once, when it went down: packets wait behind that
+            return -EAGAIN
         if errno != EINTR:
             return -errno
     got = max(<ssize_t>0, got - <ssize_t>before)
@@ -488,6 +486,7 @@ cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcep
             count64(&s.n.fragments, 1)
         elif s.limit == 0:
             n = segment_next(&s.cut, writer_slot(&s.w, filled) + frame_start(s.kind))
+            count64(&s.n.segments, s.super)
         else:
             n = segment_next(&s.cut, s.piece)
             verdict = pmtu_look(s.piece, n, s.limit)
@@ -501,6 +500,7 @@ cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcep
                     sender_tell(s, s.piece, n)
                 continue
             copy_bytes(writer_slot(&s.w, filled) + frame_start(s.kind), s.piece, n)
+            count64(&s.n.segments, s.super)
         sender_finished(s, filled, n)
         filled += 1
     return filled
@@ -528,9 +528,8 @@ cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
             return False
         s.limit = limit if segment_longest(&s.cut) > limit else 0
         s.told = False
-        if s.vnet.kind != VNET_NONE:
-            count64(&s.n.supers, 1)
-            count64(&s.n.segments, s.cut.left)
+        s.super = s.vnet.kind != VNET_NONE
+        count64(&s.n.supers, s.super)
         return False
     if s.offload and s.vnet.flags & VNET_NEEDS_CHECKSUM and n <= room:
         status = segment_complete(&s.cut, &s.vnet, packet, n)
@@ -631,17 +630,15 @@ cdef bint sender_poll(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
 cdef void sender_wait(sender_t *s, uint64_t ns) noexcept nogil:
     """Waits for a packet, or somebody, at most ns nanoseconds. Spins only while spinning paid lately."""
     cdef uint64_t start, passed = 0
-    if s.may_spin and s.linked & 1 != 0:
-        s.spin_probe += 1
-        if s.spin_score > 0 or s.spin_probe % SPIN_PROBE == 0:
-            start = now_ns()
-            while passed < SPIN_NS and passed < ns:
-                spin_once(passed)
-                if sender_poll(s, True, 0):
-                    s.spin_score = SPIN_SCORE
-                    return
-                passed = now_ns() - start
-            s.spin_score -= 4
+    if s.may_spin and s.linked & 1 != 0 and spin_pays(&s.spins):
+        start = now_ns()
+        while passed < SPIN_NS and passed < ns:
+            spin_once(passed)
+            if sender_poll(s, True, 0):
+                spin_paid(&s.spins)
+                return
+            passed = now_ns() - start
+        spin_in_vain(&s.spins)
     if passed < ns:
         sender_poll(s, s.linked & 1, ns - passed)
 
@@ -1078,7 +1075,7 @@ cdef class Sender(Pump):
         self.s.kind, self.s.size, self.s.offload = FRAMINGS[framing], self.size, ports.offload
         self.s.pressed = pressed
         self.s.may_spin = online_cpus() > 1
-        self.s.spin_score = SPIN_SCORE
+        spin_paid(&self.s.spins)
         self.memory = <uint8_t *>malloc(4 * SPILL)
         if self.memory == NULL:
             raise MemoryError

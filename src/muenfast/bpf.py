@@ -345,7 +345,8 @@ class Attached:
         self.way, self.tap = way, tap
         self._stack, self._counters, self._vnet = stack, counters, vnet
         self._filters = filters or contextlib.ExitStack()   # what is to be taken from the interface itself
-        self._earlier = dict.fromkeys((*DROPPED, "tap"), 0)     # counted before follow()
+        self._earlier = dict.fromkeys((*DROPPED, "tap"), 0)     # counted before follow(), or close()
+        self._closed = False
         self._books = threading.Lock()
 
     @property
@@ -354,9 +355,10 @@ class Attached:
         return self.way is not Way.TAP
 
     def dropped(self) -> dict[str, int]:
-        """Packets by DROPPED, and `tap`: those that the packet socket had no room for. From attach() to close()."""
+        """Packets by DROPPED, and `tap`: those that the packet socket had no room for. From attach() to close(), and as of
+        then afterwards."""
         with self._books:
-            return self._dropped()
+            return dict(self._earlier) if self._closed else self._dropped()
 
     def _dropped(self) -> dict[str, int]:
         if self.tap is not None:
@@ -383,7 +385,11 @@ class Attached:
         old.close()
 
     def close(self) -> None:
-        """Detaches. The interface may have gone before."""
+        """Detaches; may be called twice. The interface may have gone before."""
+        with self._books:
+            if self._closed:
+                return
+            self._earlier, self._closed = self._dropped(), True
         self._filters.close()
         self._stack.close()
 

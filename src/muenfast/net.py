@@ -466,6 +466,7 @@ class Interface:
             if config.pmtu is not None:
                 with blame(config.options.pmtu, config.index, config.pmtu.text):
                     self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True))
+                    stack.enter_context(shm.apart(config.pmtu, disk=False))     # as long as it is one, it is no disk
             path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
             self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)
             stack.callback(self.ports.close)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from muenfast import params, shm
 from muenfast.errors import ClaimError, UsageError
 
-__all__ = ["BYTES", "MOST", "entries", "get", "put"]
+__all__ = ["BYTES", "MOST", "MOST_MARKS", "check", "entries", "get", "opened", "put"]
 
 BYTES = 4096    # of a region that is made: 1024 marks
 MOST = 65535    # a limit above no packet's length is none
+MOST_MARKS = (1 << 24) - 1  # of a MarkTable
 _WORD = 4
 _UNLIMITED = 0xFFFFFFFF  # as others may write it
 _START = 8      # as every region (_ring.Mapping)
@@ -38,6 +39,9 @@ def _check(region: shm.Region) -> None:
         raise UsageError(f"a region of path MTUs has {_WORD} bytes for each mark", value=region.locator.text)
     if (writer := shm.writer_holder(region)) is not None:
         raise ClaimError(f"{region.locator.text}, a channel,", f"process {writer['pid']}", hint="name another region")
+    if entries(region) > MOST_MARKS:
+        raise UsageError(f"a region of path MTUs has words for at most {MOST_MARKS} marks, this one has {entries(region)}",
+                         value=region.locator.text)
     with _words(region) as words:
         largest = max((word for word in words if word != _UNLIMITED), default=0)
         if largest > MOST:

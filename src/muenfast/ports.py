@@ -35,8 +35,8 @@ class Port:
     """A device with its marks, and what may be asked of it by name.
 
     ways: in which packets of net_hdr may have their marks, the first that is to be had counts; a single one is a must.
-    answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises
-    UsageError, ClaimError, OSError; nothing is left behind then.
+    answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises UsageError, ClaimError, OSError;
+    nothing is left behind then.
     """
 
     def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool, ways: Sequence[Way],
@@ -44,7 +44,6 @@ class Port:
         self._answers, self._told = answers, told
         self._names: NameSocket | None = None
         self.attached: bpf.Attached | None = None
-        self._dropped: dict[str, int] | None = None     # by then, once it is closed
         with ExitStack() as stack:
             # From the marks' beginning to the device's end: it would give packets with net_hdr to who expects none.
             stack.callback(self._detach)
@@ -130,13 +129,10 @@ class Port:
 
     def _detach(self) -> None:
         if self.attached is not None:
-            self._dropped = self.attached.dropped()
             self.attached.close()
 
     def dropped(self) -> dict[str, int]:
         """Packets that were lost for their marks' sake, by bpf.DROPPED."""
-        if self._dropped is not None:
-            return self._dropped
         return {} if self.attached is None else self.attached.dropped()
 
     def close(self) -> None:
@@ -161,11 +157,6 @@ class Children:
         self.family = Family()
         self.family.add_parent(key, net_hdr=net_hdr, path_mtus=path_mtus, set_mark=ports.marks.set)
 
-    @property
-    def highest(self) -> int:
-        """The largest mark of a child."""
-        return self.family.parents[self._key].highest
-
     def answers(self, name: str) -> dict[str, Command]:
         """What a port of that name answers to."""
         return commands(name, self)
@@ -186,14 +177,14 @@ class Children:
         with self._lock:
             self._open()
             number = self.family.add_child(parent, child).number
-            try:
+            with ExitStack() as undo:
+                undo.callback(self.family.del_child, child)
                 port = self._make(child, self.answers(child), lambda state: self._told(child, state))
-            except BaseException:
-                self.family.del_child(child)
-                raise
+                undo.callback(port.close)
+                port.watch(self._links)
+                undo.pop_all()
             self._ports[number] = port
             port.join(self._all, number)
-            port.watch(self._links)
             with contextlib.suppress(OSError):  # somebody removed it: we are told
                 port.device.set_carrier(self._carrier())
         log.info("interface %s: child %s", self._key, child)
