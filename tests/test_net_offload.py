@@ -210,8 +210,10 @@ def test_a_pending_super_packet_and_what_a_tap_doubles(sending: Made, tapped: Ta
     assert all(map(checked, found))
 
 
-def test_what_is_pending_at_the_end_is_counted(files: Callable[[str, int], Files]) -> None:
-    """Of a super-packet of which elements were yet to be made: what went out, and what did not, is all of it."""
+@pytest.mark.parametrize("how", ["close", "down"])
+def test_what_is_pending_at_the_end_is_counted(how: str, files: Callable[[str, int], Files]) -> None:
+    """Of a super-packet of which elements were yet to be made: what went out, and what did not, is all of it. None of it
+    goes out in a later epoch."""
     device, other = Device(offload=True), Device(offload=True)
     file, bell = files("out", region(SIZE, 64)), files("bell", 4096)
     sender = Sender(device.ports, file.map(region(SIZE, 64), writable=True), framing="net_hdr", mtu=MTU, protocol=PROTOCOL,
@@ -222,12 +224,39 @@ def test_what_is_pending_at_the_end_is_counted(files: Callable[[str, int], Files
     assert sender.run(5) == "up" and receiver.run(5) == "connected"     # and takes nothing, so that it is waited for
     device.ours.send(super_packet(4, bytes(60_000), 500))
     sender.run(0.01)
-    assert sender.counters["waits"] == 1 and sender.counters["tx_packets"] < 64
+    sent = sender.counters["tx_packets"]
+    assert sender.counters["waits"] == 1 and sent < 64
+    if how == "down":
+        for up in (False, True):
+            sender.link(up)
+            assert sender.run(5) == ("up" if up else "down")
+        sender.run(0.01)
     for each in (sender, receiver, device, other):
         each.close()
     counters = sender.counters
-    assert counters["tx_packets"] + counters["lost"]["no_peer"] == 120
-    assert counters["split"] == {"supers": 1, "segments": counters["tx_packets"]}
+    assert counters["tx_packets"] == sent and counters["split"] == {"supers": 1, "segments": sent}
+    assert counters["lost"]["down" if how == "down" else "no_peer"] == 120 - sent
+
+
+def test_a_port_is_removed_once_nobody_uses_it() -> None:
+    """A sender that waits for its packets has its turn until it was woken."""
+    device = Device(offload=True)
+    sender = Sender(device.ports, bytearray(region(SIZE, 64)), framing="net_hdr", mtu=MTU, protocol=PROTOCOL)
+    thread = threading.Thread(target=lambda: [None for _ in iter(lambda: sender.run(20), "stopped")])
+    thread.start()
+    try:
+        at_once = []
+        for _ in range(100):    # it may have been woken, and be done, before we look
+            device.ports.add(1, device.fd)
+            time.sleep(0.001)
+            at_once.append(device.ports.remove(1, 0))
+            assert at_once[-1] or device.ports.remove(1)
+        assert not all(at_once)
+    finally:
+        sender.stop()
+        thread.join()
+        sender.close()
+        device.close()
 
 
 def test_going_down_ends_where_packets_do_not(files: Callable[[str, int], Files]) -> None:

@@ -274,7 +274,6 @@ MUTATIONS = [
     Mutation("net: which IP", "receiver_place", "not frame_agrees(h, coalesce_version(&v.c))", "False", NET),
     Mutation("net: cut short", "frame_finish", "own < 0 || (uint32_t)own > n", "own < 0", NET),
     Mutation("net: nothing of an earlier one", "frame_finish", "if (used > n)", "if (false)", NET),
-    Mutation("net: progress beyond the ring", "sender_room", "used > w.elements or ", "", NET),
     Mutation("net: a reader that stands", "sender_room", "now - s.full_since >= STUCK_NS", "False", NET),
     Mutation("net: what is pending goes down", "sender_relink", "s.left = s.cut.left = 0", "pass", NET),
     Mutation("net: marks without a word", "sender_limit", " or s.mark > s.marks", "", NET),
@@ -283,7 +282,7 @@ MUTATIONS = [
     Mutation("net: a tap's copies", "sender_drain", "s.news", "s.spill", NET),
     Mutation("net: untaken", "sender_leave", "count64(&s.n.untaken, sender_untaken(s, epoch))", "pass", NET),
     Mutation("net: a port that ends", "remove", "turn_over(&self.turn, sender) and ", "",
-             ("tests/test_netcfg.py", "tests/test_net_marks.py")),
+             ("tests/test_net_offload.py::test_a_port_is_removed_once_nobody_uses_it",)),
     Mutation("net: where the one before was", "receiver_join", "reader_goto(&v.r, v.left_rc)", "pass",
              ("tests/test_net.py::test_who_joins_loses_nothing_that_was_others",)),
     # ------------------------------------------------------------ the client
