@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Program, unique
+from conftest import Program, run, unique
 from helpers import eventually
 from namespaces import Namespace
 
@@ -112,6 +112,11 @@ def test_a_child_and_its_mark(ends: tuple[End, End]) -> None:
     for end in ends:
         end.done("add_child", "net0", "child1")
         end.done("add_mark", "child1", "24")
+        for name in ("net0", "child1"):
+            answer = [entry for entry in json.loads(run("net", "show", "--json", name).stdout)
+                      if end.process is not None and entry["pid"] == end.process.pid]
+            assert [(entry["name"], [(child["name"], child["marks"]) for child in entry["children"]])
+                    for entry in answer] == [("net0", [("child1", [24])])]
     addresses(ends, "child1", 1)
     for number, end in enumerate(ends, 1):
         end.namespace.run(f"iptables -t mangle -A OUTPUT -s 10.7.1.{number}/32 -j MARK --set-mark 24; "

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The interfaces' lists, and `show`."""
     add = parser.add_argument
     add("words", nargs="*", metavar="show [NAME] | pmtu show REGION | pmtu set REGION MARK BYTES",
-        help="what the interfaces of this user's processes do, or that one's; the limits of a region of path MTUs; to set "
-             "one, 0 for no limit")
+        help="what the interfaces of this user's processes do, or that one (or that child's); the limits of a region of "
+             "path MTUs; to set one, 0 for no limit")
     add("--name", metavar="L", help="interfaces to make, at most 32")
     add("--in", metavar="L", dest="inp", help="channels that they read, NAME (POSIX shared memory), /path or "
                                               "/path@OFFSET+SIZE; an empty entry: sends only (default: NAME_in)")
@@ -175,7 +175,7 @@ def _show(arguments: argparse.Namespace, names: Sequence[str]) -> int:
 
     answers = ask_all({"command": "status"})
     found = [{"pid": answer["pid"], **entry} for answer in answers for entry in answer.get("interfaces", ())
-             if not names or entry["name"] == names[0]]
+             if not names or names[0] in (entry["name"], *(child["name"] for child in entry["children"]))]
     silent = [answer for answer in answers if not answer["ok"]]
     if names and not found:
         raise MuenfastError(f"no process of this user serves an interface {names[0]}"
