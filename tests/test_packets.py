@@ -45,7 +45,7 @@ from packets import (
 )
 
 from muenfast import UsageError
-from muenfast._packets import BURST, FLOWS, RATE, Bucket, Coalescer, checksum, copy_checksum, pmtu, split
+from muenfast._packets import BURST, FLOWS, RATE, Bucket, Coalescer, Gather, checksum, copy_checksum, pmtu, split
 
 V6 = {"source": "fd00::1", "target": "fd00::2"}
 V4: dict[str, Any] = {"id": 0xfffe}
@@ -825,3 +825,68 @@ def test_news_are_few() -> None:
     assert sum(bucket.allowed(now + 10**9 + k * 1000) for k in range(10**6 // 1000)) == BURST
     count = sum(bucket.allowed(now + 2 * 10**9 + k * 10**5) for k in range(10**4))
     assert BURST + RATE - 2 <= count <= BURST + RATE
+
+
+class Looks:
+    """A sender's looks at its device, in time that is made up: how many packets, and how many looks gathered."""
+
+    def __init__(self) -> None:
+        self.gather, self.now, self.packets, self.gathered = Gather(), 10**9, 0, 0
+
+    def last(self, seconds: float, each: float, more: float, *, gathering: float = 150e-6, dialogue: int = 0) -> float:
+        """Packets/s of a load for so long. each: seconds between packets; more: what every look costs, besides;
+        dialogue: so many at a time, of which none comes before the last ones were seen."""
+        begin, before, end = self.now, self.packets, self.now + int(seconds * 1e9)
+        gathers = False
+        while self.now < end:
+            passed = (gathering if gathers else 0.0) + more + max(dialogue, 1) * each
+            count = dialogue or int((passed - more) / each)
+            self.now += int(passed * 1e9)
+            gathers = self.gather.now(count, self.now)
+            self.packets += count
+            self.gathered += gathers
+        return (self.packets - before) / (self.now - begin) * 1e9
+
+
+def test_packets_gather_where_more_come_that_way() -> None:
+    """Of who shares our CPU: a look costs him two packets. It is tried again and again whether that is still so."""
+    looks = Looks()
+    assert looks.last(1, each=5e-6, more=10e-6) > 0.85 / 5e-6    # and 1 / 15e-6 where none gather
+    assert looks.gathered > 1 / 165e-6 * 0.85
+    looks.last(1, each=5e-6, more=0)
+    count = looks.gathered
+    looks.last(1, each=5e-6, more=0)
+    assert looks.gathered - count < 1 / 150e-6 * 0.1
+
+
+@pytest.mark.parametrize("dialogue", [1, 8])
+def test_a_dialogue_does_not_wait(dialogue: int) -> None:
+    """It would slow down; so it is tried ever less often, and costs next to nothing."""
+    looks = Looks()
+    plain = dialogue / (dialogue * 2e-6 + 10e-6)
+    assert looks.last(4, each=2e-6, more=10e-6, dialogue=dialogue) > plain * 0.97
+    count, looks.gathered = looks.gathered, 0
+    assert 0 < looks.gathered + count
+    looks.last(4, each=2e-6, more=10e-6, dialogue=dialogue)
+    assert looks.gathered < 8 * 2e-3 / 150e-6 + 8
+
+
+def test_packets_that_are_few_do_not_gather() -> None:
+    """Nor is it tried; what gathers ceases with its packets, at once."""
+    looks = Looks()
+    assert looks.last(1, each=30e-6, more=0) > 0.99 / 30e-6 and looks.gathered == 0
+    looks.last(1, each=5e-6, more=10e-6)
+    looks.now += 150_000
+    assert looks.gathered and not looks.gather.now(0, looks.now)
+    for pause in (10**4, 10**9, 10**9):     # a break is no slow load
+        looks.now += pause
+        assert not looks.gather.now(1, looks.now)
+
+
+def test_a_load_that_slows_down_is_tried_at_once() -> None:
+    """What a trial showed holds no longer."""
+    looks = Looks()
+    looks.last(8, each=5e-6, more=0)    # gathering brings nothing
+    looks.gathered = 0
+    looks.last(0.01, each=5e-6, more=10e-6)
+    assert looks.gathered > 20

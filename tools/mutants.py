@@ -51,6 +51,9 @@ SHARED = ("tests/test_buffer_client.py",)
 FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
 ATTACH = ("tests/test_attach.py",)
 COPIES = ("tests/test_copies.py",)
+GATHER = tuple(f"tests/test_packets.py::{name}" for name in (
+    "test_packets_gather_where_more_come_that_way", "test_a_dialogue_does_not_wait", "test_packets_that_are_few_do_not_gather",
+    "test_a_load_that_slows_down_is_tried_at_once"))
 NET = ("tests/test_net_frames.py", "tests/test_net_offload.py")
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
@@ -285,6 +288,13 @@ MUTATIONS = [
              ("tests/test_net_offload.py::test_a_port_is_removed_once_nobody_uses_it",)),
     Mutation("net: where the one before was", "receiver_join", "reader_goto(&v.r, v.left_rc)", "pass",
              ("tests/test_net.py::test_who_joins_loses_nothing_that_was_others",)),
+    Mutation("gather: nothing comes", "gather_now", "g->phase != GATHER_PLAIN && packets == 0", "false", GATHER),
+    Mutation("gather: a break", "gather_now", "passed >= 2 * GATHER_WINDOW_NS", "false", GATHER),
+    Mutation("gather: few packets", "gather_now", "rate >= GATHER_FROM && ", "", GATHER),
+    Mutation("gather: a slower load", "gather_now", " || rate < g->plain - g->plain / 4", "", GATHER),
+    Mutation("gather: more than plain", "gather_now", "rate > g->plain + g->plain / 8", "true", GATHER),
+    Mutation("gather: how long", "gather_now", "g->holds * 2", "GATHER_HOLDS_NS", GATHER),
+    Mutation("gather: tried again", "gather_now", "if (now >= g->until)", "if (false)", GATHER),
     # ------------------------------------------------------------ the client
     Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),
     Mutation("answer: priv", "client_reap", "e.priv != h.priv or ", "", CLIENT),

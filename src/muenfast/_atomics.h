@@ -82,16 +82,30 @@ static inline void spin_once(uint64_t passed) {
         for (n = 0; n < SPIN_PAUSES; n++)
             cpu_pause();
 }
-/* Whether a wait spins before it sleeps: only while that paid lately or, to see whether it would, once in SPIN_PROBE waits. Of
- * one thread. */
-enum { SPIN_SCORE = 16, SPIN_PROBE = 16 };
+/* Whether a wait spins before it sleeps: only while that paid lately or, to see whether it would, once in SPIN_PROBE waits,
+ * and less often, down to once in SPIN_PROBE_LEAST, as it goes on not to. Of one thread; begins as zeros. */
+enum { SPIN_SCORE = 16, SPIN_PROBE = 16, SPIN_PROBE_LEAST = 512 };
 typedef struct {
-    int score; /* > 0: recent spins ended with what was waited for */
-    uint32_t probe; /* counts waits */
+    uint32_t score; /* > 0: recent spins ended with what was waited for */
+    uint32_t waits; /* since the last spin */
+    uint32_t every; /* so many of them between two probes; 0 is SPIN_PROBE */
 } spin_habit;
-static inline int spin_pays(spin_habit *h) { return (++h->probe % SPIN_PROBE == 0) | (h->score > 0); }
-static inline void spin_paid(spin_habit *h) { h->score = SPIN_SCORE; }
-static inline void spin_in_vain(spin_habit *h) { h->score -= h->score > 0 ? 4 : 0; }
+static inline int spin_pays(spin_habit *h) {
+    if (h->score == 0 && ++h->waits < (h->every == 0 ? SPIN_PROBE : h->every))
+        return 0;
+    h->waits = 0;
+    return 1;
+}
+static inline void spin_paid(spin_habit *h) {
+    h->score = SPIN_SCORE;
+    h->every = SPIN_PROBE;
+}
+static inline void spin_in_vain(spin_habit *h) {
+    if (h->score != 0)
+        h->score -= 4;
+    else if (h->every < SPIN_PROBE_LEAST)
+        h->every = h->every == 0 ? SPIN_PROBE : h->every * 2;
+}
 
 /* Asks for a line that will be written. The builtin asks x86 for a shared copy only, unless the compiler may assume
  * prefetchw; processors without that take it for a no-op. */

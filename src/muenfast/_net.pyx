@@ -252,6 +252,7 @@ cdef struct sender_counters:
     uint64_t segments       # ... and the elements of that, fragments aside
     uint64_t fragmented     # packets of which the path took fragments only ...
     uint64_t fragments      # ... and the elements of that
+    uint64_t gathers        # times packets were let come together
     uint64_t news           # senders who were told of the path's MTU
     uint64_t waits          # times the ring was full of what its reader had not taken
     uint64_t given_up       # such a reader took nothing for STUCK_NS, and is overrun
@@ -297,6 +298,9 @@ cdef struct sender_t:
     bint given_up           # full_rc is that of a reader that is waited for no longer
     bint may_spin           # more than one CPU to run on
     spin_habit spins
+    uint64_t since          # when a spin began; 0: none is under way
+    gather gathers
+    uint32_t spell          # packets read since the last wait
     pollfd polled[PORTS + 1]
     uint32_t numbers[PORTS + 1]
     sender_counters n
@@ -359,6 +363,7 @@ cdef ssize_t sender_read(sender_t *s, port_t *p, uint8_t *slot) noexcept nogil:
         got = max(<ssize_t>0, got - <ssize_t>MARKS_HEADER)
         if s.offload:
             marks_vnet_out(<uint8_t *>&s.vnet)
+    s.spell += 1
     count64(&p.tx_packets, 1)
     count64(&p.tx_bytes, got)
     return got
@@ -627,20 +632,37 @@ cdef bint sender_poll(sender_t *s, bint packets, uint64_t ns) noexcept nogil:
     return found > 0
 
 
+cdef void sender_glance(sender_t *s) noexcept nogil:
+    """Whether a port has a packet, without waiting. Where there is one port to read is cheaper than to ask."""
+    if load_acquire32(s.count) == 1 and s.ports[0].way != PORT_TAP:
+        s.ports[0].ready = True
+    else:
+        sender_poll(s, s.linked & 1, 0)
+
+
 cdef void sender_wait(sender_t *s, uint64_t ns) noexcept nogil:
-    """Waits for a packet, or somebody, at most ns nanoseconds. Spins only while spinning paid lately."""
-    cdef uint64_t start, passed = 0
-    if s.may_spin and s.linked & 1 != 0 and spin_pays(&s.spins):
-        start = now_ns()
-        while passed < SPIN_NS and passed < ns:
-            spin_once(passed)
-            if sender_poll(s, True, 0):
-                spin_paid(&s.spins)
-                return
-            passed = now_ns() - start
-        spin_in_vain(&s.spins)
-    if passed < ns:
-        sender_poll(s, s.linked & 1, ns - passed)
+    """Waits for a packet, or somebody, at most ns nanoseconds; returns early to have a look itself, where spinning paid
+    lately. Whoever else wants this CPU gets it: packets come from him, or from who he gets his from."""
+    cdef uint64_t now = now_ns()
+    if gather_now(&s.gathers, s.spell, now):
+        s.spell = 0
+        s.since = 0
+        count64(&s.n.gathers, 1)
+        sleep_ns(min(ns, GATHER_NS))
+        sender_glance(s)
+        return
+    s.spell = 0
+    if s.may_spin and s.linked & 1 != 0:
+        if s.since == 0 and spin_pays(&s.spins):
+            s.since = now
+        if s.since != 0 and now - s.since < SPIN_NS:
+            spin_once(SPIN_ALONE_NS)
+            sender_glance(s)
+            return
+        if s.since != 0:
+            spin_in_vain(&s.spins)
+            s.since = 0
+    sender_poll(s, s.linked & 1, ns)
 
 
 cdef uint64_t sender_untaken(const sender_t *s, uint64_t epoch) noexcept nogil:
@@ -761,6 +783,9 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
             if event != SENDER_TICK:
                 return <sender_event>event
         elif found:
+            if n > 0 and s.since != 0:
+                spin_paid(&s.spins)
+                s.since = 0
             continue
         passed = now_ns() - start
         if passed >= ns:
@@ -1145,8 +1170,8 @@ cdef class Sender(Pump):
         return {"tx_packets": n.packets, "tx_bytes": n.bytes, "tx_dropped": sum(dropped.values()), "lost": dropped,
                 "split": {"supers": n.supers, "segments": n.segments},
                 "path_mtu": {"fragmented": n.fragmented, "fragments": n.fragments, "news": n.news},
-                "waits": n.waits, "given_up": n.given_up, "epochs": self.s.w.epochs, "wakes": self.s.w.wakes,
-                "batches": [n.batches[k] for k in range(CLASSES)]}
+                "waits": n.waits, "given_up": n.given_up, "gathers": n.gathers,
+                "epochs": self.s.w.epochs, "wakes": self.s.w.wakes, "batches": [n.batches[k] for k in range(CLASSES)]}
 
     def inherit(self, Sender other):
         """Goes on where another (closed) one ended: its counters, and whether the link is up."""
@@ -1207,6 +1232,7 @@ cdef class Receiver(Pump):
         reader_init(&self.v.r, self.ring.base, self.ring.length, self.size, protocol)
         self.v.r.broken = self.ring.broken
         self.v.r.spin_ns = SPIN_NS
+        self.v.r.yields = True
         self.v.r.poll_ns = 0 if poll is None else poll * 1000
         if bell is not None:
             self.bell = hold(bell, True, sizeof(bell_page))

@@ -1,4 +1,4 @@
-"""Cython's view of _checksum.h, _inet.h, _segment.h, _coalesce.h and _pmtu.h; the headers own meaning and rules."""
+"""Cython's view of _checksum.h, _inet.h, _segment.h, _coalesce.h, _pmtu.h and _gather.h; the headers own meaning and rules."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 
@@ -105,3 +105,11 @@ cdef extern from "_pmtu.h" nogil:
     uint32_t pmtu_fragments_begin(pmtu_fragments *f, const uint8_t *packet, uint32_t length, uint32_t limit) noexcept
     uint32_t pmtu_fragments_next(pmtu_fragments *f, uint8_t *to) noexcept
     uint32_t pmtu_news(const uint8_t *packet, uint32_t length, uint32_t limit, uint8_t *to) noexcept
+
+
+cdef extern from "_gather.h" nogil:
+    const uint64_t GATHER_NS
+    ctypedef struct gather:
+        pass
+
+    bint gather_now(gather *g, uint64_t packets, uint64_t now) noexcept

@@ -224,3 +224,13 @@ cdef class Bucket:
     def allowed(self, now):
         """Whether one more may be sent; now: nanoseconds that never go back."""
         return pmtu_allowed(&self.b, now)
+
+
+@cython.final
+cdef class Gather:
+    """Whether a sender's packets are to gather, by what came."""
+    cdef gather g
+
+    def now(self, packets, now):
+        """packets: since it was asked last; now: nanoseconds that never go back."""
+        return gather_now(&self.g, packets, now)

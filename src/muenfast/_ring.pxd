@@ -65,6 +65,7 @@ cdef struct reader_t:
     uint64_t idle_since_ns  # start of the current empty spell, 0: none
     bint may_spin           # more than one CPU to run on
     uint64_t spin_ns        # how long before it sleeps
+    bint yields             # gives its CPU away between any two looks, not after SPIN_ALONE_NS only
     spin_habit spins
     uint64_t batches
     uint64_t delivered

@@ -512,7 +512,7 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
         r.idle_since_ns = start
     if r.may_spin and r.epoch != 0 and spin_pays(&r.spins):
         while True:
-            spin_once(now - start)
+            spin_once(SPIN_ALONE_NS if r.yields else now - start)
             if reader_ready(r):
                 spin_paid(&r.spins)
                 r.idle_since_ns = 0

@@ -19,6 +19,7 @@ cdef extern from "_atomics.h" nogil:
     void fence_release() noexcept
     void fence_seq_cst() noexcept
     void cpu_pause() noexcept
+    const uint64_t SPIN_ALONE_NS
     void spin_once(uint64_t passed) noexcept
     ctypedef struct spin_habit:
         pass
