@@ -890,3 +890,15 @@ def test_a_load_that_slows_down_is_tried_at_once() -> None:
     looks.gathered = 0
     looks.last(0.01, each=5e-6, more=10e-6)
     assert looks.gathered > 20
+
+
+def test_a_trial_with_a_break_is_none() -> None:
+    """What comes after it is tried anew, at once."""
+    looks = Looks()
+    while not looks.gathered:
+        looks.last(1e-6, each=5e-6, more=10e-6)
+    looks.now += 10**7
+    assert not looks.gather.now(1, looks.now)
+    looks.gathered = 0
+    looks.last(0.01, each=5e-6, more=10e-6)
+    assert looks.gathered > 20

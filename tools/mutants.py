@@ -52,8 +52,9 @@ FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
 ATTACH = ("tests/test_attach.py",)
 COPIES = ("tests/test_copies.py",)
 GATHER = tuple(f"tests/test_packets.py::{name}" for name in (
-    "test_packets_gather_where_more_come_that_way", "test_a_dialogue_does_not_wait", "test_packets_that_are_few_do_not_gather",
-    "test_a_load_that_slows_down_is_tried_at_once"))
+    "test_packets_gather_where_more_come_that_way", "test_a_dialogue_does_not_wait",
+    "test_packets_that_are_few_do_not_gather",
+    "test_a_load_that_slows_down_is_tried_at_once", "test_a_trial_with_a_break_is_none"))
 NET = ("tests/test_net_frames.py", "tests/test_net_offload.py")
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
