@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,23 @@ class Pair:
         """Traffic flows, soon."""
         eventually(lambda: self.spaces[0].ping("10.9.0.2", wait=0.2), seconds)
 
-    def end(self) -> None:
-        for one in self.programs:
-            assert one is not None and one.end() == (0, "")
+    def end(self, *, killed: Mapping[int, Sequence[int]] | None = None) -> None:
+        """killed: processes that a side's program is to have warned of, in order."""
+        for side, one in enumerate(self.programs):
+            assert one is not None
+            status, said = one.end()
+            assert (status, said.splitlines()) == (0, [
+                f"muenfast: interface net0: its peer, process {pid}, was killed: nothing comes until it is started again"
+                for pid in (killed or {}).get(side, ())])
+
+    def kill(self, side: int) -> int:
+        """The other side, which keeps its carrier, misses it; its process."""
+        one, other = self.programs[side], self.programs[1 - side]
+        assert one is not None and other is not None
+        one.end(signal.SIGKILL)
+        eventually(lambda: [entry["peer"] for entry in shown() if entry["pid"] == other.pid] == [None])
+        assert self.spaces[1 - side].carrier()
+        return one.pid
 
 
 @pytest.fixture
@@ -292,16 +306,22 @@ def test_either_side_may_end_and_return(side: int, number: int, pair: Callable[.
     """Killed or ended; the other one keeps its interface, and traffic flows again."""
     two = pair().both()
     two.answers()
+    killed = []
     for _ in range(3):
-        one = two.programs[side]
-        assert one is not None
-        one.end(number)
-        assert two.spaces[side].link() is None
+        one, other = two.programs[side], two.programs[1 - side]
+        assert one is not None and other is not None
+        assert [entry["peer"] for entry in shown() if entry["pid"] == other.pid] == [one.pid]
         if number == signal.SIGTERM:
+            one.end(number)
             eventually(lambda: not two.spaces[1 - side].carrier())
+        else:
+            killed.append(two.kill(side))
+            assert "no process that is known here writes" in run("net", "show").stdout
+        assert two.spaces[side].link() is None
         two.run(side)
         two.answers()
-    two.end()
+        eventually(lambda: all(entry["peer"] for entry in shown()))
+    two.end(killed={1 - side: killed})
 
 
 def test_a_peer_may_be_late(pair: Callable[..., Pair]) -> None:
@@ -310,6 +330,9 @@ def test_a_peer_may_be_late(pair: Callable[..., Pair]) -> None:
     two.run(0)
     eventually(lambda: shown()[0]["state"] == "up")
     assert not two.spaces[0].carrier() and shown()[0]["writer"]["active"]
+    assert not two.spaces[0].ping("10.9.0.2", wait=0.2)     # the kernel drops what there is no carrier for
+    link = two.spaces[0].link()
+    assert link is not None and shown()[0]["interface"]["queue_drops"] == link["stats64"]["tx"]["dropped"] > 0
     two.run(1, "--carrier", "up")
     two.answers()
     one = two.programs[0]
@@ -328,10 +351,7 @@ def test_who_joins_loses_nothing_that_was_others(pair: Callable[..., Pair]) -> N
     serving = two.spaces[1].program("serve", "10.9.0.2", "5000")
     sending = two.spaces[0].program("send", "10.9.0.2", "5000", str(4 << 20), "5")
     assert told(serving) == told(sending)
-    one = two.programs[1]
-    assert one is not None
-    one.process.kill()
-    one.process.communicate()
+    killed = two.kill(1)
     two.run(1)
     two.answers()
     [entry] = [entry for entry in shown() if two.programs[1] is not None and entry["pid"] == two.programs[1].pid]
@@ -344,20 +364,18 @@ def test_who_joins_loses_nothing_that_was_others(pair: Callable[..., Pair]) -> N
     assert entry["received"]["lost"]["overrun"] < 50
     status, errors = spy.end()
     assert status == 0 and "waits for another reader" in errors
-    two.end()
+    two.end(killed={0: [killed]})
 
 
 def test_channels_that_were_made_anew_are_followed(pair: Callable[..., Pair]) -> None:
     """One side ends, its channels are removed, and it comes back with new ones of that name."""
     two = pair().both()
-    one = two.programs[1]
-    assert one is not None
-    one.end(signal.SIGKILL)
+    killed = two.kill(1)
     for name in two.channels:
         assert run("chan", "rm", "--force", name).returncode == 0
     two.run(1)
     two.answers()
-    two.end()
+    two.end(killed={0: [killed]})
 
 
 def test_a_stopped_peer_holds_nothing_up(pair: Callable[..., Pair]) -> None:
@@ -680,7 +698,7 @@ def test_a_child_of_which_nothing_is_told_any_more(spaces: Callable[[], Space], 
 
 def test_a_region_of_path_mtus_begins_as_all_do(spaces: Callable[[], Space], tmp_path: Path) -> None:
     (tmp_path / "paths").write_bytes(bytes(4096))
-    with pytest.raises(UsageError, match=r"--pmtu, entry 0 .*multiple of 8"):
+    with pytest.raises(UsageError, match=r"^pmtu, entry 0 .*multiple of 8"):
         muenfast.Interfaces(muenfast.interfaces_from_lists("net0", inp=unique("in"), out="", netns=spaces().name,
                                                            pmtu=f"{tmp_path}/paths@4+400"))
 
@@ -754,3 +772,9 @@ def test_from_python(spaces: Callable[[], Space]) -> None:
     assert here.link() is None
     with pytest.raises(UsageError):
         muenfast.interfaces_from_lists("net0", mtu=str(_LEAST - 1))
+    with muenfast.Interfaces(configs[:1]) as interfaces:
+        remover = threading.Timer(0.1, lambda: here.ip("link", "del", "net0"))
+        remover.start()
+        assert interfaces.wait(20) and interfaces.gone
+        assert interfaces.status()[0]["interface"]["queue_drops"] is None
+        remover.join()

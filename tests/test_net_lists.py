@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from conftest import leftovers, run, unique
 
 from muenfast.errors import UsageError
-from muenfast.net import InterfaceConfig, interfaces_from_lists
+from muenfast.net import InterfaceConfig, Interfaces, Options, interfaces_from_lists
 
 
 def ends(config: InterfaceConfig) -> tuple[str | None, str | None]:
@@ -53,7 +54,7 @@ def test_every_list() -> None:
     assert [each.element_size for each in (one, two, three)] == [592, 1508, 68]
     assert (one.reader_protocol, two.writer_protocol, three.reader_protocol) == (0x7ADE5C549B08E814, 4, 3)
     assert (one.region_size, one.mac, one.addresses) == (1 << 20, "02:00:00:00:00:0a", ("10.0.0.1/24", "10.2.0.1/16"))
-    [last] = interfaces_from_lists("net0", addr="10.1.0.1+fd00::1/64")
+    [last] = interfaces_from_lists("net0", addr="10.1.0.1/32+fd00::1/64")
     assert last.addresses == ("10.1.0.1/32", "fd00::1/64") and three.addresses == ()
     for each in (one, two, three):
         assert (each.netns, each.carrier, each.poll, each.bells, each.up) == ("space", "up", 7, False, True)
@@ -108,6 +109,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "MAC": ({"mac": "02-00-00-00-00-01", "flags": "eth_dev"}, ["six hexadecimal bytes"]),
     "address": ({"addr": "10.0.0.256/24"}, ["--addr, entry 0", "10.0.0.1/24"]),
     "IPv6 and a small MTU": ({"addr": "fd00::1/64", "mtu": "1279"}, ["--addr, entry 0", "at least 1280 bytes"]),
+    "address without bits": ({"addr": "10.0.0.1"}, ["--addr, entry 0 '10.0.0.1'", "10.0.0.1 has no bits"]),
     "address twice": ({"addr": "10.0.0.1/24+10.0.0.1/24"}, ["--addr, entry 0", "given twice"]),
     "address of a raw interface": ({"addr": "10.0.0.1/24", "flags": ""}, ["--addr, entry 0", "carries no IP"]),
     "no address": ({"addr": "10.0.0.1/24+"}, ["--addr, entry 0"]),
@@ -120,9 +122,23 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_what_is_wrong_is_said(case: str) -> None:
     lists, expected = REFUSED[case]
     with pytest.raises(UsageError) as caught:
-        interfaces_from_lists(**{"name": "net0", **lists})
+        interfaces_from_lists(**{"name": "net0", "options": Options(), **lists})
     for part in expected:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "lists", "said"), [
+    ("net0", {"mtu": "9"}, "mtu, entry 0 '9'"), ("net0", {"inp": "x/y"}, "inp, entry 0 'x/y'"),
+    ("net0", {"mtu": 1500}, "mtu '1500': a list is one text"), (["net0"], {}, "name \"['net0']\": a list is one text")])
+def test_python_hears_of_arguments(name: Any, lists: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        interfaces_from_lists(name, **lists)
+
+
+def test_interfaces_are_made_of_their_configurations() -> None:
+    for wrong in ("net0", ["net0"]):
+        with pytest.raises(UsageError, match=r"interfaces_from_lists\(\)"):
+            Interfaces(wrong)   # type: ignore[arg-type]
 
 
 # ---- the command line

@@ -70,6 +70,10 @@ class Options:
     marks: str = "--marks"
 
 
+_IN_PYTHON = Options("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "poll", "netns",
+                     "size", "mac", "addr", "carrier", "marks")
+
+
 @dataclass(frozen=True, slots=True)
 class InterfaceConfig:
     """One interface, entry `index` of the lists.
@@ -146,7 +150,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
 
     Raises UsageError naming option, entry, value and rule.
     """
-    called = options or Options()
+    called = options or _IN_PYTHON
     names = params.split(called.name, name)
     if len(names) > MOST_INTERFACES:
         raise UsageError(f"at most {MOST_INTERFACES} interfaces", option=called.name, index=MOST_INTERFACES,
@@ -272,6 +276,8 @@ class _Half:
         self._swap = threading.Lock()       # the engine is taken, or made anew
         self._broken = False
         self._batches = -1
+        self._missed = False
+        self.writer = 0         # the process that writes what we read, as far as it is known; else 0
         config = interface.config
         self._peer = PeerLog(f"interface {config.name}")
         self._comings = PeerLog(f"interface {config.name}", most=20)
@@ -289,8 +295,14 @@ class _Half:
         assert self.locator is not None
         option = config.options.out if self.writes else config.options.inp
         with blame(option, config.index, self.locator.text):
-            return End(self.locator, writes=self.writes, role="muenfast net", create=config.region_size,
-                       least=_HEADER + config.element_size, bell=config.bells)
+            try:
+                return End(self.locator, writes=self.writes, role="muenfast net", create=config.region_size,
+                           least=_HEADER + config.element_size, bell=config.bells)
+            except ClaimError as error:
+                if error.hint is not None:
+                    raise
+                raise ClaimError(error.what, error.holder, hint="one of an interface's two ends has --peer, or --in and "
+                                                                "--out the other way round") from error
 
     def _tells(self, end: End) -> bool:
         """Whether the channel's writer is to wait for us: for one reader only."""
@@ -343,6 +355,8 @@ class _Half:
                     self._happened(event)
                 if event == "tick" and self.writes:
                     self.interface.look_at_paths()
+                elif event == "tick" and self.end is not None:
+                    self.look_at_writer()
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
             except Exception as error:  # nobody else would hear of it, and the interface goes on
@@ -361,6 +375,18 @@ class _Half:
                                self.engine.counters["lost"]["overrun"])
         elif event == "incompatible":
             self._peer.warning("%s", self._misfit())
+
+    def look_at_writer(self) -> None:
+        """Says so where the process that writes what we read ended without ending its epoch: our carrier stays."""
+        assert self.end is not None
+        writer = shm.writer_process(self.end.region)
+        lost = self.writer != 0 and writer == 0 and isinstance(self.engine, Receiver) and self.engine.connected
+        if lost and not self._missed:   # who leaves in order ends his epoch, then his claim: we may not have looked
+            self._missed = True
+            return
+        if lost:
+            self._comings.warning("its peer, process %d, was killed: nothing comes until it is started again", self.writer)
+        self.writer, self._missed = writer, False
 
     def _misfit(self) -> PeerError:
         assert isinstance(self.engine, Receiver) and self.locator is not None
@@ -572,15 +598,26 @@ class Interface:
                 "pmtu": None if config.pmtu is None else config.pmtu.text, "offload": config.offload,
                 "marks": None if self.own.attached is None else self.own.attached.way.value,
                 "state": "gone" if self.gone else "up" if self.up else "down", "carrier": self.carrier,
+                "peer": None if self.receiver is None else self.receiver.writer or None,
                 "writer": {"enabled": config.out is not None, "active": sender.active,
                            "element_size": 0 if config.out is None else sender.size, "elements": sender.elements,
                            "protocol": config.writer_protocol},
                 "reader": {"enabled": incoming is not None, "active": isinstance(incoming, Receiver) and incoming.connected,
                            "element_size": 0 if incoming is None else incoming.size, "protocol": config.reader_protocol},
-                "counters": flat, "interface": {**self.ports.counters(0), "lost": self.own.dropped()},
+                "counters": flat,
+                "interface": {**self.ports.counters(0), "queue_drops": self._queue_drops(), "lost": self.own.dropped()},
                 "children": self.children.status(),
                 "sent": {name: value for name, value in sent.items() if name not in flat},
                 "received": {name: value for name, value in received.items() if name not in flat}}
+
+    def _queue_drops(self) -> int | None:
+        """None: it cannot be told."""
+        if self.gone:
+            return None
+        try:
+            return self.own.device.queue_drops()
+        except OSError:
+            return None
 
     def stop(self) -> None:
         """Its threads end soon."""
@@ -609,6 +646,8 @@ class Interfaces:
     """
 
     def __init__(self, configs: Sequence[InterfaceConfig]) -> None:
+        if isinstance(configs, str) or not all(isinstance(config, InterfaceConfig) for config in configs):
+            raise UsageError("interfaces are a list of InterfaceConfig, as interfaces_from_lists() returns", value=configs)
         self._process = os.getpid()
         self._ended = threading.Event()
         self.interfaces: list[Interface] = []
@@ -634,9 +673,11 @@ class Interfaces:
         return all(interface.gone for interface in self.interfaces)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Returns once it is closed, by another thread or a signal's handler, or after `timeout` seconds; whether it is."""
+        """Returns once it is closed, by another thread or a signal's handler, or all interfaces were removed, or after
+        `timeout` seconds; whether one of the first two happened."""
         end = None if timeout is None else time.monotonic() + timeout
-        while not self._ended.is_set():     # in pieces: a signal may reach another thread than the one that waits
+        # In pieces: a signal may reach another thread than the one that waits.
+        while not self._ended.is_set() and not self.gone:
             left = 0.2 if end is None else min(0.2, end - time.monotonic())
             if left <= 0:
                 return False

@@ -15,6 +15,8 @@ _YES, _NO = frozenset(("1", "y", "yes", "true", "on")), frozenset(("0", "n", "no
 
 def split(option: str, text: str, *, empty: bool = False) -> list[str]:
     """The entries of a comma list. empty: whether an entry may be empty. Raises UsageError."""
+    if not isinstance(text, str):
+        raise UsageError("a list is one text, its entries joined by commas", option=option, value=text)
     entries = [entry.strip() for entry in text.split(",")]
     if not empty:
         for index, entry in enumerate(entries):

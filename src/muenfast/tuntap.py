@@ -61,6 +61,8 @@ def check_addresses(text: str, option: str, index: int) -> tuple[str, ...]:
     found = []
     for each in text.split("+"):
         try:
+            if "/" not in each:
+                raise ValueError(f"{each} has no bits")
             found.append(str(ipaddress.ip_interface(each)))
             if found[-1] in found[:-1]:
                 raise ValueError(f"{each} is given twice")
@@ -121,12 +123,15 @@ class Device:
                                                          _MODES[self.framing] | _IFF_TUN_EXCL
                                                          | (_IFF_VNET_HDR if self.offload else 0)))
         except OSError as error:
+            if error.errno == errno.EACCES and self.fd < 0:
+                raise PermissionError(error.errno, "may not be opened by this user (chmod, or a group, may grant it)",
+                                      _TUN) from error
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise PermissionError(error.errno, f"the interface {self.name} cannot be made without the capability "
                                       "CAP_NET_ADMIN (run as root, or grant it)", _TUN) from error
             if error.errno == errno.EBUSY:
-                raise FileExistsError(errno.EEXIST, f"there is an interface {self.name} already (`ip link del "
-                                      f"{self.name}` removes one)", self.name) from error
+                raise FileExistsError(errno.EEXIST, f"there is an interface {self.name} already: name another one",
+                                      self.name) from error
             if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
                 raise OSError(error.errno, "this kernel has no TUN devices, or no node for them", _TUN) from error
             raise OSError(error.errno, f"the interface {self.name} cannot be made: {error.strerror}", _TUN) from error
@@ -160,6 +165,24 @@ class Device:
         except OSError:
             return False
         return True
+
+    def queue_drops(self) -> int:
+        """Packets that the kernel threw away before they could be read: its queue was full, or there was no carrier. Of the
+        namespace's /proc/net/dev. Raises OSError; 0 where the device has gone there."""
+        def read() -> int:
+            with open("/proc/thread-self/net/dev", encoding="ascii", errors="replace") as file:
+                for line in file:
+                    name, colon, values = line.partition(":")
+                    if colon and name.strip() == self.name:
+                        return int(values.split()[11])     # after 8 of what is received: bytes, packets, errs, drop
+            return 0
+
+        namespace = self.namespace()
+        try:
+            self.rename()
+            return netns.inside(namespace, read)
+        finally:
+            os.close(namespace)
 
     def set_carrier(self, on: bool) -> None:
         """Whether there is somebody at the other end, as the kernel is to see it. OSError where the device is gone."""

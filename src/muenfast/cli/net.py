@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         raise UsageError("required: the interfaces to make", option="--name", hint="muenfast net --help tells more")
     with Stop() as stop:    # before modules are imported: an interrupt would be lost there
-        from muenfast.net import interfaces_from_lists
+        from muenfast.net import Options, interfaces_from_lists
 
         poll = arguments.poll
         if poll is not None:
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
             poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
         lists: dict[str, Any] = {name: getattr(arguments, name) for name in LISTS}
-        return serve(interfaces_from_lists(**lists, poll=poll, bells=not arguments.strict_oneway,
+        return serve(interfaces_from_lists(**lists, options=Options(), poll=poll, bells=not arguments.strict_oneway,
                                            peer=bool(arguments.peer), up=bool(arguments.up),
                                            offload=not arguments.no_offload, marks=arguments.marks or "auto"), stop)
 
@@ -185,6 +186,8 @@ def _show(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     else:
         for entry in found:
             print("\n".join(_lines(entry, bool(arguments.statistics))))
+    for answer in silent:
+        print(f"process {answer['pid']}: no answer: {answer.get('error')}", file=sys.stderr)
     return 1 if silent else 0
 
 
@@ -201,7 +204,11 @@ def _lines(entry: dict[str, Any], statistics: bool) -> list[str]:
         lines.append(f"  {name} is {'enabled' if end['enabled'] else 'disabled'}")
         if end["enabled"]:
             lines.append(f"  {name}.element_size: {end['element_size']}")
-            lines.append(f"  {name} is {'active' if end['active'] else 'inactive'}")
+            peer = ""
+            if name == "reader" and end["active"]:
+                peer = (f", process {entry['peer']} writes" if entry["peer"] is not None else
+                        ", but no process that is known here writes: it was killed, or is none of this machine's")
+            lines.append(f"  {name} is {'active' if end['active'] else 'inactive'}{peer}")
     lines.append(f"  marks: {entry['marks'] or 'none'}")
     lines.append(f"  offload: {'on' if entry['offload'] else 'off'}")
     if entry["pmtu"] is not None:
