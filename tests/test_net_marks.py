@@ -158,6 +158,31 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
         assert status == 0 and errors.count("\n") <= 1
 
 
+def test_children_that_take_each_others_names(pair: Pairs) -> None:
+    """However late the process hears of it: each is asked for by its name as it is by then."""
+    two = pair().both()
+    space, one = two.spaces[0], two.programs[0]
+    assert one is not None
+    for child in ("child1", "child2"):
+        assert cfg(space, "add_child", "net0", child)
+    assert cfg(space, "add_mark", "child1", "24")
+    os.kill(one.pid, signal.SIGSTOP)
+    for before, after in (("child1", "child3"), ("child2", "child1"), ("child3", "child2")):
+        space.ip("link", "set", "dev", before, "name", after)
+    os.kill(one.pid, signal.SIGCONT)
+    assert eventually(lambda: cfg(space, "del_mark", "child2", "24"))
+    assert eventually(lambda: cfg(space, "add_mark", "child1", "25"))
+    os.kill(one.pid, signal.SIGSTOP)
+    space.ip("link", "del", "child1")
+    space.ip("link", "set", "dev", "child2", "name", "child1")
+    os.kill(one.pid, signal.SIGCONT)
+    eventually(lambda: [child["name"] for child in shown()[0]["children"] + shown()[1]["children"]] == ["child1"])
+    assert eventually(lambda: cfg(space, "del_child", "child1"))
+    found = [each.end() for each in two.programs if each is not None]
+    errors = "".join(each for _, each in found)
+    assert [status for status, _ in found] == [0, 0] and errors.count("\n") == 1 and "was removed; its marks" in errors
+
+
 def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
     """Which somebody removes; other interfaces of that process, and theirs, stay. Its channel and its name are free."""
     space = spaces()
