@@ -18,14 +18,17 @@ from pathlib import Path
 import pytest
 from conftest import Program, run, unique
 from helpers import eventually
-from namespaces import SO_MARK, SO_RCVMARK
+from namespaces import SO_MARK, SO_RCVMARK, Namespace
 from net_peer import Endpoint, checked
 from test_net import Pair, Space, pair, shown, spaces, told
 from test_net import pytestmark as pytestmark
 
 import muenfast
-from muenfast import names, netns
+from muenfast import bpf, names, netns
+from muenfast._marks import MarkTable
+from muenfast._net import Ports, Sender
 from muenfast.errors import MuenfastError
+from muenfast.tuntap import Device
 
 __all__ = ["pair", "spaces"]    # fixtures
 
@@ -155,6 +158,31 @@ def test_a_child_that_is_removed(pair: Pairs) -> None:
         assert status == 0 and errors.count("\n") <= 1
 
 
+def test_children_that_take_each_others_names(pair: Pairs) -> None:
+    """However late the process hears of it: each is asked for by its name as it is by then."""
+    two = pair().both()
+    space, one = two.spaces[0], two.programs[0]
+    assert one is not None
+    for child in ("child1", "child2"):
+        assert cfg(space, "add_child", "net0", child)
+    assert cfg(space, "add_mark", "child1", "24")
+    os.kill(one.pid, signal.SIGSTOP)
+    for before, after in (("child1", "child3"), ("child2", "child1"), ("child3", "child2")):
+        space.ip("link", "set", "dev", before, "name", after)
+    os.kill(one.pid, signal.SIGCONT)
+    assert eventually(lambda: cfg(space, "del_mark", "child2", "24"))
+    assert eventually(lambda: cfg(space, "add_mark", "child1", "25"))
+    os.kill(one.pid, signal.SIGSTOP)
+    space.ip("link", "del", "child1")
+    space.ip("link", "set", "dev", "child2", "name", "child1")
+    os.kill(one.pid, signal.SIGCONT)
+    eventually(lambda: [child["name"] for child in shown()[0]["children"] + shown()[1]["children"]] == ["child1"])
+    assert eventually(lambda: cfg(space, "del_child", "child1"))
+    found = [each.end() for each in two.programs if each is not None]
+    errors = "".join(each for _, each in found)
+    assert [status for status, _ in found] == [0, 0] and errors.count("\n") == 1 and "was removed; its marks" in errors
+
+
 def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:
     """Which somebody removes; other interfaces of that process, and theirs, stay. Its channel and its name are free."""
     space = spaces()
@@ -216,6 +244,36 @@ def test_an_interface_that_is_moved_takes_its_marks_along(way: str, pair: Pairs,
             assert received(target) == (b"z" * 9000, 0 if way == "tap" else mark)
     assert all(not any(entry["interface"]["lost"].values()) for entry in shown())
     two.end()
+
+
+def test_what_waits_in_a_tap_goes_out_in_no_later_epoch() -> None:
+    """An error stands before it, of the interface's having gone down."""
+    space = Namespace()
+    device = Device("net0", "net_hdr", 1500, namespace=space.fd)
+    attached = space.do(lambda: bpf.attach(device.index, ways=(bpf.Way.TAP,)))
+    assert attached.tap is not None
+    ports = Ports(MarkTable(100))
+    ports.add(0, device.fd, "tap", attached.tap.fileno())
+    sender = Sender(ports, bytearray(1 << 16), framing="net_hdr", mtu=1500, protocol=2)
+    device.set_carrier(True)
+    space.run("ip addr add 10.9.0.1/24 dev net0; ip link set net0 up")
+    with space.socket(socket.AF_INET, socket.SOCK_DGRAM) as source:
+        sender.link(True)
+        assert sender.run(5) == "up"
+        for number in range(20):
+            source.sendto(b"%d" % number, ("10.9.0.2", 700))
+    space.run("ip link set net0 down")
+    for up in (False, True):
+        sender.link(up)
+        assert sender.run(5) == ("up" if up else "down")
+    sender.run(0.01)
+    sender.close()
+    assert ports.counters(0)["tx_packets"] >= 20        # IPv6 has something to say, too
+    assert (sender.counters["tx_packets"], sender.counters["lost"]["down"]) == (0, ports.counters(0)["tx_packets"])
+    attached.close()
+    device.close()
+    ports.close()
+    space.close()
 
 
 def test_children_come_and_go_under_traffic(pair: Pairs) -> None:

@@ -351,7 +351,7 @@ cdef ssize_t sender_read(sender_t *s, port_t *p, uint8_t *slot) noexcept nogil:
         if got >= 0:
             break
         if errno == ENETDOWN and p.way == PORT_TAP:     # told once, when it went down: packets wait behind that
-            return -EAGAIN
+            continue
         if errno != EINTR:
             return -errno
     got = max(<ssize_t>0, got - <ssize_t>before)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,7 +19,7 @@ from muenfast import bpf, netns
 from muenfast._net import Ports
 from muenfast.bpf import Way
 from muenfast.control import Command
-from muenfast.errors import MuenfastError, UsageError, describe
+from muenfast.errors import ClaimError, MuenfastError, UsageError, describe
 from muenfast.marks import Family
 from muenfast.names import NameSocket, commands
 from muenfast.threads import spawn
@@ -28,7 +29,7 @@ __all__ = ["Children", "Port"]
 
 log = logging.getLogger("muenfast")
 
-_IN_USE = 10.0  # seconds within which an engine's turn has ended
+_IN_USE = 10.0  # seconds within which an engine's turn has ended, or a name that was left is free
 
 
 class Port:
@@ -53,6 +54,7 @@ class Port:
                 self._attach(namespace, ways)
             self._names = NameSocket(name, answers, namespace=namespace)
             self._named = name, 0
+            self._since, self._given_up = 0.0, False    # when it was called so; whether that cannot be asked for
             stack.callback(self._unname)
             self._stack = stack.pop_all()
 
@@ -85,31 +87,38 @@ class Port:
         links.add(self.device, self._look)
         self._stack.callback(links.remove, self.device)
 
-    def _look(self, state: bool | None) -> None:
-        """From the thread of Links, which must not wait for anybody here."""
-        if state is not None:
-            self._follow()
+    def _look(self, state: bool | None) -> bool:
+        """From the thread of Links, which must not wait for anybody here; False: it is to be told again."""
+        done = state is None or self._follow()
         self._told(state)
+        return done
 
-    def _follow(self) -> None:
-        """Is asked for by another name, or elsewhere, if that is where the device is now; so do its marks go along."""
+    def _follow(self) -> bool:
+        """Is asked for by another name, or elsewhere, if that is where the device is now; so do its marks go along. False:
+        the name is somebody else's, who may be about to give it up: another device that was renamed, or removed."""
         now = self.device.rename(), self.device.moves
-        if now == self._named:
-            return
-        moved, self._named = now[1] != self._named[1], now
+        if now == self._named and (self._names is not None or self._given_up):
+            return True
+        before, self._named = self._named, now
+        if now != before:
+            self._since, self._given_up = time.monotonic(), False
         self._unname()
         try:
             namespace = self.device.namespace()
         except OSError:     # it is gone, which is told next
-            return
+            return True
         try:
-            if moved:
+            if now[1] != before[1]:
                 self._take_marks(namespace)
             self._names = NameSocket(self.device.name, self._answers, namespace=namespace)
         except (OSError, MuenfastError) as error:
+            if isinstance(error, ClaimError) and time.monotonic() - self._since < _IN_USE:
+                return False
+            self._given_up = True
             log.error("interface %s: muennet_cfg does not reach it by that name: %s", self.device.name, describe(error))
         finally:
             os.close(namespace)
+        return True
 
     def _take_marks(self, namespace: int) -> None:
         """The device is in that namespace now."""

@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from muenfast import netns
@@ -41,6 +42,7 @@ _NLMSG, _IFINFO = struct.Struct("IHHII"), struct.Struct("BxHiII")
 _EBADFD = 77
 # Packets that wait for us in the kernel: bursts of a window's length find room while a full ring holds us back.
 _QUEUE = 4096
+_AGAIN = 0.05    # seconds after which somebody is told again
 
 _MODES = {"net_hdr": _IFF_TUN | _IFF_NO_PI, "eth_dev": _IFF_TAP | _IFF_NO_PI, "raw": _IFF_TUN}
 
@@ -295,7 +297,8 @@ class Device:
 class Links:
     """A thread that looks whether devices are up, and tells; context manager.
 
-    Each device's `told` is called by that thread: True up, False down, None: the device is no more.
+    Each device's `told` is called by that thread: True up, False down, None: the device is no more. Where it returns False
+    it is told the same once more, soon.
     """
 
     def __init__(self) -> None:
@@ -303,14 +306,15 @@ class Links:
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._read, select.EPOLLIN)
         self._books = threading.Lock()
-        self._watched: dict[int, tuple[Device, Callable[[bool | None], None]]] = {}     # by the socket's descriptor
+        self._watched: dict[int, tuple[Device, Callable[[bool | None], bool]]] = {}     # by the socket's descriptor
+        self._again: dict[Device, tuple[Callable[[bool | None], bool], bool]] = {}      # what they are told again
         try:
             self._thread = spawn(self._run, "links")
         except BaseException:
             self._leave()
             raise
 
-    def add(self, device: Device, told: Callable[[bool | None], None]) -> None:
+    def add(self, device: Device, told: Callable[[bool | None], bool]) -> None:
         """Tells of that device from its making on, until remove()."""
         assert device.news is not None
         with self._books:
@@ -324,28 +328,41 @@ class Links:
             self._forget(device)
 
     def _forget(self, device: Device) -> None:
+        self._again.pop(device, None)
         for fd in [fd for fd, (each, _) in self._watched.items() if each is device]:
             del self._watched[fd]
             self._poll.unregister(fd)
 
     def _run(self) -> None:
         while True:
-            for fd, _ in self._poll.poll():
+            for fd, _ in self._poll.poll(_AGAIN if self._again else None):
                 if fd == self._read:
                     return
                 with self._books:
                     if fd in self._watched:
                         device, told = self._watched[fd]
-                        try:
-                            self._look(device, told)
-                        except Exception as error:  # nobody else would hear of it, and the others go on
-                            log.error("interface %s: cannot see whether it is up: %s", device.name, error)
-                            self._forget(device)
+                        self._try(device, partial(self._look, device, told))
+            with self._books:
+                for device, (told, state) in list(self._again.items()):
+                    self._try(device, partial(self._tell, device, told, state))
 
-    def _look(self, device: Device, told: Callable[[bool | None], None]) -> None:
+    def _try(self, device: Device, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # nobody else would hear of it, and the others go on
+            log.error("interface %s: cannot see whether it is up: %s", device.name, error)
+            self._forget(device)
+
+    def _tell(self, device: Device, told: Callable[[bool | None], bool], state: bool) -> None:
+        if told(state):
+            self._again.pop(device, None)
+        else:
+            self._again[device] = told, state
+
+    def _look(self, device: Device, told: Callable[[bool | None], bool]) -> None:
         for state in device.states():
             if state is not None:
-                told(state)
+                self._tell(device, told, state)
                 continue
             self._forget(device)
             told(False)
@@ -357,7 +374,7 @@ class Links:
             assert device.news is not None
             self._watched[device.news.fileno()] = device, told
             self._poll.register(device.news.fileno(), select.EPOLLIN)
-            told(now)
+            self._tell(device, told, now)
 
     def _leave(self) -> None:
         self._poll.close()
