@@ -902,3 +902,13 @@ def test_a_trial_with_a_break_is_none() -> None:
     looks.gathered = 0
     looks.last(0.01, each=5e-6, more=10e-6)
     assert looks.gathered > 20
+
+
+def test_bursts_are_tried_less_and_less() -> None:
+    """Of 100 packets in 200 microseconds, once in each millisecond: a trial ends with a look that finds nothing."""
+    looks = Looks()
+    for _ in range(2000):
+        looks.last(200e-6, each=2e-6, more=0)
+        looks.now += 800_000
+        looks.gather.now(0, looks.now)
+    assert 0 < looks.gathered < 40

@@ -54,7 +54,8 @@ COPIES = ("tests/test_copies.py",)
 GATHER = tuple(f"tests/test_packets.py::{name}" for name in (
     "test_packets_gather_where_more_come_that_way", "test_a_dialogue_does_not_wait",
     "test_packets_that_are_few_do_not_gather",
-    "test_a_load_that_slows_down_is_tried_at_once", "test_a_trial_with_a_break_is_none"))
+    "test_a_load_that_slows_down_is_tried_at_once", "test_a_trial_with_a_break_is_none",
+    "test_bursts_are_tried_less_and_less"))
 NET = ("tests/test_net_frames.py", "tests/test_net_offload.py")
 EVERYTHING = (*RING, *SERVER, *CLIENT)
 
@@ -294,7 +295,8 @@ MUTATIONS = [
     Mutation("gather: few packets", "gather_now", "rate >= GATHER_FROM && ", "", GATHER),
     Mutation("gather: a slower load", "gather_now", " || rate < g->plain - g->plain / 4", "", GATHER),
     Mutation("gather: more than plain", "gather_now", "rate > g->plain + g->plain / 8", "true", GATHER),
-    Mutation("gather: how long", "gather_now", "g->holds * 2", "GATHER_HOLDS_NS", GATHER),
+    Mutation("gather: how long", "gather_holds", "g->holds *= 2", "g->holds = GATHER_HOLDS_NS", GATHER),
+    Mutation("gather: nothing came in a trial", "gather_now", "if (g->phase == GATHER_TRIED)", "if (false)", GATHER),
     Mutation("gather: tried again", "gather_now", "if (now >= g->until)", "if (false)", GATHER),
     # ------------------------------------------------------------ the client
     Mutation("answer: in flight", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", "", CLIENT),

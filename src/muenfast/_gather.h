@@ -28,11 +28,22 @@ typedef struct {
     uint64_t until;   /* ... and when that ends */
 } gather;
 
+/* What a trial showed holds for a while. cost: that was packets. */
+static inline void gather_holds(gather *g, uint64_t now, bool cost) {
+    if (!cost || g->holds == 0)
+        g->holds = GATHER_HOLDS_NS;
+    else if (g->holds < GATHER_MOST_NS)
+        g->holds *= 2;
+    g->until = now + g->holds;
+}
+
 /* Whether packets are to gather now. packets: how many came since it was asked last; now: nanoseconds that never go back. */
 static inline bool gather_now(gather *g, uint64_t packets, uint64_t now) {
     uint64_t passed = now - g->since, rate;
     g->packets += packets;
-    if (g->phase != GATHER_PLAIN && packets == 0) {
+    if (g->phase != GATHER_PLAIN && packets == 0) { /* a trial that failed, or the load's end */
+        if (g->phase == GATHER_TRIED)
+            gather_holds(g, now, true);
         g->phase = GATHER_PLAIN;
     } else if (passed < GATHER_WINDOW_NS) {
         return g->phase != GATHER_PLAIN;
@@ -49,10 +60,7 @@ static inline bool gather_now(gather *g, uint64_t packets, uint64_t now) {
             break;
         case GATHER_TRIED:
             g->phase = rate > g->plain + g->plain / 8 ? GATHER_CHOSEN : GATHER_PLAIN;
-            g->holds = rate >= g->plain - g->plain / 4 || g->holds == 0 ? GATHER_HOLDS_NS
-                       : g->holds < GATHER_MOST_NS                      ? g->holds * 2
-                                                                        : GATHER_MOST_NS;
-            g->until = now + g->holds;
+            gather_holds(g, now, rate < g->plain - g->plain / 4);
             break;
         case GATHER_CHOSEN:
             if (now >= g->until)
