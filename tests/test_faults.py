@@ -126,6 +126,22 @@ def test_errors(export: Callable[..., Any]) -> None:
         disk.flush()
 
 
+def test_an_error_is_that_of_neighbours_that_were_merged(export: Callable[..., Any], device: Any) -> None:
+    """Requests that became one operation are not tried one by one: it was asked for so many errors, and no more."""
+    server, client = export("error,on=write")
+    with server, client() as disk:
+        def merged() -> int:
+            assert failing(lambda: disk.pwrite(bytes(128 * BLOCK), 0)) == errno.EIO
+            counters = server.status()[0]["counters"]
+            assert injected(server)["error"] + counters["merged"] == counters["failed"] == counters["writes"]
+            return int(counters["merged"])
+
+        if isinstance(device, str):
+            eventually(merged)
+        else:
+            merged()
+
+
 def test_errors_of_flushes(export: Callable[..., Any]) -> None:
     server, client = export("error,on=flush")
     with server, client() as disk:

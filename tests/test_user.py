@@ -337,9 +337,9 @@ def test_a_part_that_is_kept_is_nobody_elses(where: dict[str, Any]) -> None:
 
     class Keeps(Ram):
         def pread(self, buf: memoryview, offset: int) -> None:
-            for part in kept:
-                part[:] = bytes(len(part))  # late writes to answered memory
             super().pread(buf, offset)
+            for part in kept:
+                part[:] = bytes(len(part))  # late writes to answered memory, once this call's is filled
             kept.append(buf[:100])
 
     store = Keeps()
