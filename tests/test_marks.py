@@ -267,3 +267,20 @@ def test_no_number_is_in_use_once_a_change_has_settled() -> None:
         receiver.join()
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+def test_children_are_renamed() -> None:
+    """Also into each other's names; where two would be called alike, or as their parent, they are called as before."""
+    told: dict[int, int] = {}
+    family = Family()
+    family.add_parent("net0", net_hdr=True, set_mark=told.__setitem__)
+    one, two = family.add_child("net0", "c1"), family.add_child("net0", "c2")
+    family.add_mark("c1", 5)
+    family.rename({"c1": "c2", "c2": "c1"})
+    assert (one.name, two.name) == ("c2", "c1") and family.children == {"c2": one, "c1": two}
+    for wrong in ({"c1": "c2"}, {"c1": "net0"}, {"c1": "x", "c2": "x"}):
+        family.rename(wrong)
+        assert (one.name, two.name) == ("c2", "c1")
+    family.rename({"c2": "c3"})
+    family.add_mark("c3", 6)
+    assert family.del_child("c3") is one and told == {5: 0, 6: 0} and list(family.children) == ["c1"]

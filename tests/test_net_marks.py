@@ -48,16 +48,22 @@ def in_space(space: Space, kind: int = socket.SOCK_DGRAM, family: int = socket.A
     return made
 
 
-def cfg(space: Space, *words: str) -> bool:
-    """What muennet_cfg asks for there; whether it was done."""
+def asked(space: Space, *words: str) -> str:
+    """What muennet_cfg asks for there; what is wrong, "": it was done."""
     namespace = netns.named(space.name)
     try:
         interface, request = names.request(words[0], words[1], words[2] if len(words) > 2 else None)
-        return bool(netns.inside(namespace, lambda: names.ask(interface, request))["ok"])
-    except MuenfastError:
-        return False
+        answer = netns.inside(namespace, lambda: names.ask(interface, request))
+        return "" if answer["ok"] else str(answer["error"])
+    except MuenfastError as error:
+        return str(error)
     finally:
         os.close(namespace)
+
+
+def cfg(space: Space, *words: str) -> bool:
+    """Whether it was done."""
+    return not asked(space, *words)
 
 
 def received(target: socket.socket) -> tuple[bytes, int]:
@@ -181,6 +187,30 @@ def test_children_that_take_each_others_names(pair: Pairs) -> None:
     found = [each.end() for each in two.programs if each is not None]
     errors = "".join(each for _, each in found)
     assert [status for status, _ in found] == [0, 0] and errors.count("\n") == 1 and "was removed; its marks" in errors
+
+
+def test_a_renamed_child_is_called_so_everywhere(pair: Pairs) -> None:
+    """In rules and in what is said; its old name is another child's."""
+    two = pair().both()
+    space, one = two.spaces[0], two.programs[0]
+    assert one is not None
+    assert cfg(space, "add_child", "net0", "child1") and cfg(space, "add_mark", "child1", "5")
+    space.ip("link", "set", "dev", "child1", "name", "child9")
+    eventually(lambda: cfg(space, "add_child", "net0", "child1"))
+    assert cfg(space, "add_mark", "child1", "6")
+    for words, expected in (("add_mark child1 5", "child9 has it already"), ("add_mark child9 6", "child1 has it already"),
+                            ("add_child child9 x", "PARENT 'child9': it is a child itself"),
+                            ("add_child net0 child9", "there is an interface of that name")):
+        assert expected in asked(space, *words.split())
+    assert [(child["name"], child["marks"]) for entry in shown() for child in entry["children"]] == [
+        ("child9", [5]), ("child1", [6])]
+    space.ip("link", "del", "child9")
+    eventually(lambda: len([child for entry in shown() for child in entry["children"]]) == 1)
+    assert cfg(space, "add_mark", "child1", "5") and cfg(space, "del_child", "child1")
+    status, said = one.end()
+    assert status == 0 and "its child child9 was removed" in said
+    two.programs[0] = two.programs[1]
+    assert two.programs[1] is not None and two.programs[1].end() == (0, "")
 
 
 def test_children_go_with_their_parent(program: Start, spaces: Callable[[], Space]) -> None:

@@ -108,6 +108,18 @@ class Family:
         self._children[child] = above.children[child] = new
         return new
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Children that are called otherwise by now. names: new ones by old ones; where two would be called alike (in two
+        network namespaces), or as a parent, all keep those that they have here."""
+        found = {old: names.get(old, old) for old in self._children}
+        if len({*found.values(), *self._parents}) < len(found) + len(self._parents):
+            return
+        for parent in self._parents.values():
+            parent.children = {found[old]: child for old, child in parent.children.items()}
+        self._children = {found[old]: child for old, child in self._children.items()}
+        for name, child in self._children.items():
+            child.name = name
+
     def del_child(self, child: str) -> Child:
         """Takes it away; its marks are the parent's again. Its number may be the next child's: first MarkTable.settle().
         Raises UsageError."""

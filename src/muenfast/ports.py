@@ -20,7 +20,7 @@ from muenfast._net import Ports
 from muenfast.bpf import Way
 from muenfast.control import Command
 from muenfast.errors import ClaimError, MuenfastError, UsageError, describe
-from muenfast.marks import Family
+from muenfast.marks import Child, Family
 from muenfast.names import NameSocket, commands
 from muenfast.threads import spawn
 from muenfast.tuntap import Device, Links
@@ -149,30 +149,61 @@ class Port:
         self._stack.close()
 
 
+class _Called:
+    """A child, whatever it is called by now, as who asks for it by name means it (names.Operations)."""
+
+    def __init__(self, children: Children, child: Child) -> None:
+        self._children, self._child = children, child
+
+    def _do(self, operation: Callable[..., None], *words: str | int) -> None:
+        with self._children.lock:
+            self._children.follow_names()
+            if self._children.family.children.get(self._child.name) is not self._child:
+                raise UsageError("there is no such child", option="CHILD", value=self._child.name)
+            operation(self._child.name, *words)
+
+    def add_child(self, parent: str, child: str) -> None:
+        self._do(self._children.add_child, child)
+
+    def del_child(self, child: str) -> None:
+        self._do(self._children.del_child)
+
+    def add_mark(self, child: str, mark: int) -> None:
+        self._do(self._children.add_mark, mark)
+
+    def del_mark(self, child: str, mark: int) -> None:
+        self._do(self._children.del_mark, mark)
+
+
 class Children:
     """The children of one interface, as muennet_cfg asks for them (names.Operations).
 
     key: what the interface is called in messages, for life. make: makes the port of a child of that name, which is told and
     asked as given; its device begins without carrier. carrier: whether there is one now. Of close() and of what is asked
-    only one goes on at a time; before open() all is refused.
+    only one goes on at a time (lock); before open() all is refused.
     """
 
     def __init__(self, key: str, ports: Ports, make: Callable[..., Port], links: Links, *, net_hdr: bool, path_mtus: int,
                  carrier: Callable[[], bool]) -> None:
         self._key, self._all, self._make, self._links, self._carrier = key, ports, make, links, carrier
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._ports: dict[int, Port] = {}
         self._closed = True
         self.family = Family()
         self.family.add_parent(key, net_hdr=net_hdr, path_mtus=path_mtus, set_mark=ports.marks.set)
 
     def answers(self, name: str) -> dict[str, Command]:
-        """What a port of that name answers to."""
+        """What the interface's own port answers to."""
         return commands(name, self)
+
+    def follow_names(self) -> None:
+        """Takes notice of what children are called by now. Precondition: lock."""
+        self.family.rename({child.name: self._ports[child.number].device.rename()
+                            for child in self.family.children.values() if child.number in self._ports})
 
     def open(self) -> None:
         """From here on children may be asked for; close() is due."""
-        with self._lock:
+        with self.lock:
             self._closed = False
 
     def _open(self) -> None:
@@ -183,12 +214,14 @@ class Children:
 
     def add_child(self, parent: str, child: str) -> None:
         """Raises UsageError, ClaimError, OSError."""
-        with self._lock:
+        with self.lock:
             self._open()
-            number = self.family.add_child(parent, child).number
+            self.follow_names()
+            new = self.family.add_child(parent, child)
+            number = new.number
             with ExitStack() as undo:
                 undo.callback(self.family.del_child, child)
-                port = self._make(child, self.answers(child), lambda state: self._told(child, state))
+                port = self._make(child, commands(child, _Called(self, new)), lambda state: self._told(new, state))
                 undo.callback(port.close)
                 port.watch(self._links)
                 undo.pop_all()
@@ -200,20 +233,20 @@ class Children:
 
     def del_child(self, child: str) -> None:
         """Raises UsageError."""
-        with self._lock:
+        with self.lock:
             self._open()
             self._remove(child)
         log.info("interface %s: child %s was taken away", self._key, child)
 
     def add_mark(self, child: str, mark: int) -> None:
         """Raises UsageError."""
-        with self._lock:
+        with self.lock:
             self._open()
             self.family.add_mark(child, mark)
 
     def del_mark(self, child: str, mark: int) -> None:
         """Raises UsageError."""
-        with self._lock:
+        with self.lock:
             self._open()
             self.family.del_mark(child, mark)
 
@@ -226,46 +259,48 @@ class Children:
             log.warning("interface %s: still uses its child %s after %g s", self._key, child, _IN_USE)
         port.close()
 
-    def _told(self, child: str, state: bool | None) -> None:
+    def _told(self, child: Child, state: bool | None) -> None:
         if state is None:   # another thread: what is asked for may wait for the one that tells
-            spawn(lambda: self._gone(child), f"{child} gone")
+            spawn(lambda: self._gone(child), f"{child.name} gone")
 
     def look(self) -> None:
         """One of them is no more, as an engine found, and we may not be told of. That engine's thread waits for nobody."""
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             return
         try:
-            gone = [child.name for child in self.family.children.values() if not self._ports[child.number].device.exists()]
+            gone = [child for child in self.family.children.values() if not self._ports[child.number].device.exists()]
         finally:
-            self._lock.release()
-        for name in gone:
-            self._told(name, None)
+            self.lock.release()
+        for child in gone:
+            self._told(child, None)
 
-    def _gone(self, child: str) -> None:
-        with self._lock:
-            known = self.family.children.get(child)
-            if self._closed or known is None or self._ports[known.number].device.exists():
+    def _gone(self, child: Child) -> None:
+        with self.lock:
+            self.follow_names()
+            name = child.name
+            if (self._closed or self.family.children.get(name) is not child or child.number not in self._ports
+                    or self._ports[child.number].device.exists()):
                 return
-            self._remove(child)
-        log.error("interface %s: its child %s was removed; its marks are the parent's", self._key, child)
+            self._remove(name)
+        log.error("interface %s: its child %s was removed; its marks are the parent's", self._key, name)
 
     def set_carrier(self, on: bool) -> None:
         """Of all children."""
-        with self._lock:
+        with self.lock:
             for port in self._ports.values():
                 with contextlib.suppress(OSError):  # is gone: we are told
                     port.device.set_carrier(on)
 
     def status(self) -> list[dict[str, Any]]:
         """Name, marks and counters of each child, the eldest first."""
-        with self._lock:
+        with self.lock:
             return [{"name": self._ports[child.number].device.rename(), "marks": sorted(child.marks),
                      "counters": self._all.counters(child.number), "lost": self._ports[child.number].dropped()}
                     for child in self.family.children.values()]
 
     def close(self) -> None:
         """Takes all children away."""
-        with self._lock:
+        with self.lock:
             self._closed = True
             for child in list(self.family.children):
                 self._remove(child)
