@@ -673,7 +673,7 @@ def test_an_interface_that_is_removed_while_children_are_busy(spaces: Callable[[
     with muenfast.Interfaces(made(space)) as interfaces:
         [one] = interfaces.interfaces
         assert asked(space, "net0", command="add_child", child="child1")
-        with one.children._lock:    # as adding and removing one has it
+        with one.children.lock:    # as adding and removing one has it
             teller = threading.Thread(target=one.set_carrier)   # as the engine's thread, of a peer that came
             teller.start()
             eventually(one._carrier.locked)
