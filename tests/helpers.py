@@ -1,15 +1,20 @@
-"""What several tests of blocks say in one word."""
+"""What several tests say in one word."""
 
 from __future__ import annotations
 
 import os
 import random
 import struct
+import subprocess
+import sysconfig
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peer import BLOCK_BYTES
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
@@ -61,3 +66,15 @@ def no_ring() -> str | None:
     if not fuseuring.tried():
         return f"needs Linux {'.'.join(map(str, fuseuring.TRIED))}, or {fuseuring.PARAMETER} to be Y"
     return None
+
+
+def compiler() -> list[str]:
+    """Of C, as setup.py finds it."""
+    return (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
+
+
+def compiled(name: str, place: Path, *options: str) -> Path:
+    """The program of tests/c/NAME.c, about headers of the package; made there."""
+    subprocess.run([*compiler(), "-std=gnu11", "-Wall", "-Wextra", "-Werror", *options, f"-I{_ROOT / 'src/muenfast'}", "-o",
+                    place / name, _ROOT / "tests/c" / f"{name}.c", "-lpthread"], check=True)
+    return place / name

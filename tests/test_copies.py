@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
+from helpers import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,11 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program."""
-    target = tmp_path_factory.mktemp("copies") / "copies"
-    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
-    subprocess.run([*compiler, "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
-                    f"-I{ROOT / 'src/muenfast'}", "-o", target, ROOT / "tests/c/copies.c"], check=True)
-    return target
+    return compiled("copies", tmp_path_factory.mktemp("copies"), "-O2", "-g", "-fsanitize=address,undefined")
 
 
 def test_bytes(copies: Path) -> None:

@@ -7,7 +7,6 @@ included, and tries all of them. x86 shows next to none of these executions; arm
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from helpers import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "src/muenfast"
@@ -70,7 +70,7 @@ class Builder:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
+        self.compiler = compiler()
 
     def translated(self, name: str) -> None:
         """A module's C."""

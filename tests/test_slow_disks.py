@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Program, run
-from helpers import block, eventually
+from helpers import block, compiled, eventually
 from peer import (
     BUFFER_READ,
     BUFFER_WRITE,
@@ -349,6 +349,13 @@ def test_a_held_discard_of_a_device(held: Held, rig: Rig, stores: Callable[[Path
             break
     assert stood
     assert client.read(0, 31 * BLOCK, 2 * BLOCK) == bytes(BLOCK) + b"h" * BLOCK
+
+
+def test_the_pool_has_a_thread_for_each_operation(tmp_path: Path) -> None:
+    """Where io_uring is not to be had: one that was woken for a disk that stands still is nobody else's, though it has yet
+    to begin (tests/c/pool.c)."""
+    program = compiled("pool", tmp_path, "-O1", "-D_GNU_SOURCE")
+    assert subprocess.run([program, "20"], check=True, capture_output=True, text=True).stdout == "20\n"
 
 
 @pytest.mark.root

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import compiled
 
 
 @pytest.fixture(scope="module")
 def smart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program."""
-    target = tmp_path_factory.mktemp("smart") / "smart"
-    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
-    subprocess.run([*compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'src/muenfast'}", "-o",
-                    target, ROOT / "tests/c/smart.c"], check=True)
-    return target
+    return compiled("smart", tmp_path_factory.mktemp("smart"), "-O1")
 
 
 @pytest.mark.parametrize(("disk", "status", "data"), [

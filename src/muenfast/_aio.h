@@ -97,9 +97,10 @@ typedef struct aio {
     pthread_mutex_t lock;
     pthread_cond_t work;
     pthread_t threads[AIO_POOL];
-    uint32_t nthreads, idle;
+    uint32_t nthreads, idle; /* idle: all that execute nothing, be they woken or new and yet to look at `todo` */
     uint32_t working[AIO_FILES]; /* threads at work for each file */
     aio_op *todo, **todo_last;
+    uint32_t ntodo;
     aio_op *ready, **ready_last;
     bool ending;
     uint32_t finished; /* futex: goes up with each that is ready */
@@ -164,6 +165,7 @@ static inline aio_op *aio_next(aio *a) {
     *link = op->next;
     if (op->next == NULL)
         a->todo_last = link;
+    a->ntodo--;
     a->working[op->file]++;
     return op;
 }
@@ -173,16 +175,15 @@ static void *aio_work(void *argument) {
     aio_op *op;
     pthread_mutex_lock(&a->lock);
     for (;;) {
-        while ((op = aio_next(a)) == NULL && !a->ending) {
-            a->idle++;
+        while ((op = aio_next(a)) == NULL && !a->ending)
             pthread_cond_wait(&a->work, &a->lock);
-            a->idle--;
-        }
         if (op == NULL)
             break;
+        a->idle--;
         pthread_mutex_unlock(&a->lock);
         op->error = aio_execute(a, op);
         pthread_mutex_lock(&a->lock);
+        a->idle++;
         a->working[op->file]--;
         aio_append(&a->ready_last, op);
         fetch_add_acqrel32(&a->finished, 1);
@@ -202,29 +203,31 @@ static inline bool aio_grow(aio *a) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     status = pthread_create(&a->threads[a->nthreads], NULL, aio_work, a);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (status == 0)
+    if (status == 0) {
         a->nthreads++;
+        a->idle++;
+    }
     return status == 0;
 }
 
 static inline void aio_hand_out(aio *a) {
-    uint32_t n = 0;
     aio_op *op;
     pthread_mutex_lock(&a->lock);
     for (op = a->held; op != NULL; op = op->next)
-        n++;
+        a->ntodo++;
     *a->todo_last = a->held;
     if (a->held != NULL)
         a->todo_last = a->held_last;
     a->held = NULL;
     a->held_last = &a->held;
-    while (n > a->idle && aio_grow(a))
-        n--;
+    while (a->ntodo > a->idle && aio_grow(a))
+        ;
     if (a->nthreads != 0)
         pthread_cond_broadcast(&a->work);
     else /* no thread is to be had: one by one, then */
         while ((op = a->todo) != NULL) {
             a->todo = op->next;
+            a->ntodo--;
             op->error = aio_execute(a, op);
             aio_append(&a->ready_last, op);
         }
