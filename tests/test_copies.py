@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from helpers import compiled
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
