@@ -60,6 +60,7 @@ def test_bad_lists(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         faults_from_list("--inject", text)
     assert caught.value.option == "--inject" and caught.value.index is not None
+    assert caught.value.value == text.removeprefix(",")     # as it was written
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -547,7 +547,9 @@ def test_it_is_all_or_nothing(program: Start, spaces: Callable[[], Space], tmp_p
     for called, namespace, there, expected in (
             ("net0,net1", space.name, out, ["--name, entry 1 'net1'", "already"]),
             ("net0,net2", space.name, f"{unique('o')},{held}", [f"--out, entry 1 '{held}'", "held by"]),
-            ("net0,net2", f"{space.name},{PREFIX}none", out, ["--netns, entry 1", "no such network namespace"])):
+            ("net0,net2", f"{space.name},{PREFIX}none", out, ["--netns, entry 1", "no such network namespace"]),
+            ("net0,net2", f"{space.name},/proc/self/ns/uts", out, ["--netns, entry 1", "not a network namespace"]),
+            ("net0,net2", f"{space.name},/dev/zero", out, ["--netns, entry 1", "not a network namespace"])):
         done = run("net", "--name", called, "--netns", namespace, "--in", inp, "--out", there)
         assert (done.returncode, done.stdout) == (1, "")
         for part in expected:

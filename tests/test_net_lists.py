@@ -115,6 +115,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no address": ({"addr": "10.0.0.1/24+"}, ["--addr, entry 0"]),
     "size": ({"size": "1000"}, ["--size, entry 0 '1000'", "1572"]),
     "channel": ({"inp": "x/y"}, ["--in, entry 0 'x/y'"]),
+    "way of no marks": ({"flags": "eth_dev", "marks": "tap"}, ["--marks 'tap'", "only packets of net_hdr have marks"]),
 }
 
 

@@ -225,6 +225,9 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             marks)
 
     configs = [interface(i) for i in range(count)]
+    if marks not in ("auto", "none") and not any(config.framing == "net_hdr" for config in configs):
+        raise UsageError("only packets of net_hdr have marks, and no interface here has that flag", option=called.marks,
+                         value=marks)
     params.apart([place(option, config.index, locator) for config in configs
                   for option, locator in ((called.inp, config.inp), (called.out, config.out)) if locator is not None],
                  "one channel serves one direction of one interface")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,6 +12,7 @@ from typing import TypeVar
 from muenfast.threads import spawn
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
+_NS_GET_NSTYPE = 0xB703     # linux/nsfs.h
 _NAMED = "/run/netns"  # where `ip netns add` has them
 
 T = TypeVar("T")
@@ -28,10 +30,19 @@ def named(text: str) -> int:
     else:
         path = text if text.startswith("/") else f"{_NAMED}/{text}"
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, "no such network namespace (`ip netns add NAME` makes one; a number is a "
                                 "process's, a path may name any)", path) from error
+    try:
+        kind = fcntl.ioctl(descriptor, _NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != _CLONE_NEWNET:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a network namespace (a name of `ip netns`, a process's number or a path as "
+                      "/proc/PID/ns/net names one)", path)
+    return descriptor
 
 
 def inside(namespace: int | None, call: Callable[[], T]) -> T:

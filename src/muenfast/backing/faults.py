@@ -42,7 +42,7 @@ def faults_from_list(option: str, text: str) -> list[tuple[Fault, ...]]:
     entries: list[str] = []
     for part in params.split(option, text, empty=True):
         if entries and entries[-1] and part.partition("=")[0] in ("rate", "on"):
-            entries[-1] += "+" + part
+            entries[-1] += "," + part
         else:
             entries.append(part)
     return [_entry(option, index, entry) for index, entry in enumerate(entries)]
@@ -57,7 +57,7 @@ def _entry(option: str, index: int, text: str) -> tuple[Fault, ...]:
     def wrong(rule: str) -> UsageError:
         return UsageError(rule, option=option, index=index, value=text)
 
-    for word in text.split("+"):
+    for word in re.split("[+,]", text):
         key, equals, value = word.partition("=")
         if key in ("rate", "on"):
             if not faults:
