@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -57,17 +58,21 @@ class End:
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
     name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write,
     of one connection: "server" or "client" claims that side of it. create: bytes of the region when a POSIX name is
-    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way).
+    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way). permit: as
+    the region has to be, and its bell, but that its group writes, too; both must be there then.
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
     def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str, create: int | None = None,
                  least: int = _HEADER + 1, bell: bool = True, buffer: str | None = None,
-                 more: dict[str, Any] | None = None) -> None:
+                 more: dict[str, Any] | None = None, permit: shm.Permit | None = None) -> None:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
+        self.permit = permit
         self._process = os.getpid()
+        if permit is not None:
+            create = None
         self.bell: shm.Region | None = None
         what = "channel" if buffer is None else "buffer"
         if self.locator.offset % 8:
@@ -75,10 +80,13 @@ class End:
         with ExitStack() as stack:
             try:
                 self.region = shm.Region.open(self.locator, writable=writes,
-                                              create=create if self.locator.posix else None)
+                                              create=create if self.locator.posix else None, permit=permit)
             except FileNotFoundError as error:
                 if error.filename != self.locator.path:     # of the book-keeping
                     raise
+                if permit is not None:
+                    raise FileNotFoundError(error.errno, f"{error.strerror} (`muenfast policy apply` makes it)",
+                                            error.filename) from error
                 how = "`muenfast chan create`" if self.locator.posix else "`truncate -s 1M`, for example"
                 raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
                                         error.filename) from error
@@ -95,7 +103,10 @@ class End:
             elif writes:
                 self.claim = stack.enter_context(shm.claim_writer(self.region, role, more))
             where = self.locator.bell if bell else None
-            if where is not None:
+            if where is not None and permit is not None:
+                self.bell = stack.enter_context(shm.Region.open(where, writable=True, permit=dataclasses.replace(
+                    permit, mode=permit.mode | (permit.mode & 0o040) >> 1)))
+            elif where is not None:
                 try:
                     self.bell = stack.enter_context(shm.Region.open(where, writable=True, create=_BELL))
                 except OSError as error:
@@ -137,7 +148,7 @@ class End:
         """
         if self.region.truncated():
             return False
-        fresh = shm.Region.open(self.locator, writable=self.region.writable)
+        fresh = shm.Region.open(self.locator, writable=self.region.writable, permit=self.permit)
         if (fresh.device, fresh.inode) != (self.region.device, self.region.inode) or \
                 len(fresh.view) < len(self.region.view):
             fresh.close(keep=True)

@@ -55,7 +55,8 @@ class Channels:
 
     buffer: the region that both sides write; None: the inline transport. sizes: bytes of the request and the response
     channel where they are made; buffer_size: of the buffer. poll: microseconds between polls, None: adaptive. bells:
-    False: strict one-way, nothing flows back. options: of the lists.
+    False: strict one-way, nothing flows back. options: of the lists. permits: as the regions have to be, in their order;
+    then none of them is made.
     """
 
     req: shm.Locator
@@ -69,6 +70,7 @@ class Channels:
     options: Options = Options()
     buffer: shm.Locator | None = None
     buffer_size: int = BUFFER_SIZE
+    permits: tuple[shm.Permit, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -101,11 +103,12 @@ class Channels:
                 if old is not None and not old[i].replaced():
                     ends.append(old[i])
                     continue
+                permit = None if self.permits is None else self.permits[i]
                 with blame(option, self.index, locator.text):
                     end = End(locator, writes=serving == (i == 1), role=role, create=self.sizes[i], least=least[i],
-                              bell=self.bells, more={"buffer": self.buffer is not None}) if i < 2 else \
+                              bell=self.bells, more={"buffer": self.buffer is not None}, permit=permit) if i < 2 else \
                         End(locator, writes=True, role=role, create=self.buffer_size, least=BLOCK, bell=False,
-                            buffer="server" if serving else "client")
+                            buffer="server" if serving else "client", permit=permit)
                     ends.append(stack.enter_context(end))
             stack.pop_all()
             return tuple(ends)

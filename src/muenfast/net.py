@@ -82,7 +82,8 @@ class InterfaceConfig:
     netns.named() takes it. poll: microseconds between looks at `inp` where its writer does not ring, None:
     adaptive. bells: False: strict one-way, nothing flows back. size: bytes of channels that are made, None: by the mtu.
     carrier: one of CARRIERS. mac, addresses, up: set once the interface is made. pmtu: the region of path MTUs.
-    offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS.
+    offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS. permits: as the regions
+    inp, out and pmtu have to be; then none of them is made.
     """
 
     name: str
@@ -105,6 +106,7 @@ class InterfaceConfig:
     pmtu: shm.Locator | None = None
     offload: bool = True
     marks: str = "auto"
+    permits: tuple[shm.Permit | None, shm.Permit | None, shm.Permit | None] = (None, None, None)
 
     @property
     def element_size(self) -> int:
@@ -300,7 +302,7 @@ class _Half:
         with blame(option, config.index, self.locator.text):
             try:
                 return End(self.locator, writes=self.writes, role="muenfast net", create=config.region_size,
-                           least=_HEADER + config.element_size, bell=config.bells)
+                           least=_HEADER + config.element_size, bell=config.bells, permit=config.permits[self.writes])
             except ClaimError as error:
                 if error.hint is not None:
                     raise
@@ -494,7 +496,8 @@ class Interface:
             self.paths: shm.Region | None = None
             if config.pmtu is not None:
                 with blame(config.options.pmtu, config.index, config.pmtu.text):
-                    self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True))
+                    self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True,
+                                                                           permit=config.permits[2]))
                     stack.enter_context(shm.apart(config.pmtu, disk=False))     # as long as it is one, it is no disk
             path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
             self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
+from muenfast.cli._declared import Role, add_policy_options, by_policy, declared
 from muenfast.cli._serving import Stop, notify, say_ready, sweep
 from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
          "mac", "addr")
-_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
+_DECIDED = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
+# Devices, namespaces and programs for marks: of children, too, which come later.
+_ROLE = Role(_DECIDED, ("muenfast.doctor", "muenfast.net", "muenfast.control", "pyroute2", "pyroute2.netlink.exceptions"),
+             ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_BPF"))
+_SERVING = (*_DECIDED, "policy", "subject", "only")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--addr", metavar="L", help="addresses with the bits of their network, several of one interface joined by +: "
                                     "10.0.0.1/24+fd00::1/64")
     add("--up", action="store_true", default=None, help="set the interfaces up")
+    add_policy_options(parser, "interfaces")
     add_waiting_options(parser)
     add("--json", action="store_true", default=None, help="show: print everything as JSON")
     add("-s", "--statistics", action="store_true", default=None, help="show: counters, too")
@@ -77,6 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("json", "statistics"):
         if getattr(arguments, name):
             raise UsageError("goes with show", option="--" + name)
+    if by_policy(arguments):
+        with Stop() as stop:
+            part, only = declared(arguments, _ROLE)
+            return serve(part.interfaces(only), stop)
     if arguments.name is None:
         raise UsageError("required: the interfaces to make", option="--name", hint="muenfast net --help tells more")
     with Stop() as stop:    # before modules are imported: an interrupt would be lost there
