@@ -17,8 +17,8 @@ DOCUMENT = (ROOT / "docs/security.md").read_text()
 NAMED = re.findall(r"`(test_\w+\.py)::(test_\w+)`", DOCUMENT)
 # What the rings of others got wrong before us.
 MISTAKES = ["fetched twice", "is believed", "read back", "unbounded work", "wake-up storms", "stale data",
-            "without an answer", "a slot leaks", "a fence is missing", "an error is lost", "file is truncated", "offsets wrap",
-            "division", "bad checksum"]
+            "without an answer", "a slot leaks", "a fence is missing", "an error is lost", "file is truncated",
+            "offsets wrap", "division", "bad checksum"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -33,7 +33,8 @@ TABLE: list[tuple[str, str, str]] = [
      "server_forgotten server_batch server_finish server_launch server_take server_step"),
     ("a client's requests over a buffer, and the buffer", "_buffer.pyx",
      "moves repeatable check_request buffer_move checked_flow buffer_flow buffer_refused buffer_run buffer_smart "
-     "buffer_query buffer_answer buffer_answers buffer_sync buffer_batch buffer_finish buffer_launch buffer_take buffer_step"),
+     "buffer_query buffer_answer buffer_answers buffer_sync buffer_batch buffer_finish buffer_launch buffer_take "
+     "buffer_step"),
     ("a server's answers, inline", "_client.pyx",
      "client_reap client_settle client_introduced client_take_size client_connect client_answered client_rings"),
     ("a server's answers over a buffer", "_bufclient.pyx",
