@@ -170,7 +170,15 @@ MUTATIONS = [
              ("sync",)),
     Mutation("sync: epoch settles", "reader_sync", "cpu_pause()", "pass", PIECES),
     # ------------------------------------------------------------ the reader: counters
-    Mutation("peek: epoch", "reader_peek", "if r.epoch == 0 or wc != r.epoch:", "if r.epoch == 0:", RING),
+    Mutation("peek: epoch", "reader_peek", "if r.epoch == 0 or wc != r.epoch or out_of_patience(r):",
+             "if r.epoch == 0 or out_of_patience(r):", RING),
+    *(Mutation(f"quarantine: {what}", function, old, new, ("tests/test_quarantine.py",)) for what, function, old, new in (
+        ("a limit", "out_of_patience", "r.lately <= r.patience", "r.lately < r.patience"),
+        ("the epoch", "reader_sync", " or epoch == r.shut", ""),
+        ("what may be read", "reader_ready", "    if epoch == r.shut:\n        return r.epoch != 0\n", ""),
+        ("a second", "reader_blame", "if now - r.blamed_ns > BLAME_NS:", "if False:"),
+        ("read-only", "server_refused", "if error != -EROFS:", "if True:"),
+        ("the field", "event_fault", "return FAULT_KIND", "return FAULT_ID"))),
     Mutation("peek: WC < RC", "reader_peek", "if went_back(wc, r.wc):", "if False:", ("tests/test_ring.py",),
              spare="such a distance is an overrun, too, and reader_overrun looks for the restart itself"),
     Mutation("peek: overrun", "reader_peek", "if behind > r.elements:", "if False:", RING),

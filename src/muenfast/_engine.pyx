@@ -16,6 +16,7 @@ cdef class ServerEngine:
     run() belongs to one thread; stop(), counters and state may be used from others.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "unruly")
+    FIELDS = ()     # of a request, that a client can get wrong
 
     cdef int bind(self, object request, object response, object request_bell, object response_bell, uint64_t request_size,
                   uint64_t response_size, uint64_t request_protocol, uint64_t response_protocol, object poll,
@@ -134,6 +135,26 @@ cdef class ServerEngine:
                 load_relaxed64(&self.r.hdr.elements))
 
     @property
+    def offences(self):
+        """How many requests broke the rule of each of FIELDS."""
+        return {} if self.r == NULL else offences_of(self.r, self.FIELDS)
+
+    @property
+    def quarantined(self):
+        """Whether the client's epoch is taken for ended, for it broke more rules than it may."""
+        return self.r != NULL and load_relaxed64(&self.r.shut) != 0
+
+    @property
+    def patience(self):
+        """How many rules a client may break in a second, 0: any number. Set while nobody runs it."""
+        return 0 if self.r == NULL else self.r.patience
+
+    @patience.setter
+    def patience(self, uint64_t value):
+        if self.r != NULL:
+            self.r.patience = value
+
+    @property
     def batches(self):
         """Rounds in which requests came."""
         return 0 if self.r == NULL else load_relaxed64(&self.r.batches)
@@ -154,6 +175,8 @@ cdef class ServerEngine:
         """Goes on with the channels' counters of another (closed) engine."""
         self.r.overruns = other.r.overruns
         self.r.lost_total = other.r.lost_total
+        self.r.quarantines = other.r.quarantines
+        memcpy(self.r.offences, other.r.offences, sizeof(self.r.offences))
 
     def close(self, *, gone=False, resizing=False):
         """Deactivates the response channel. gone: for good, not "back later"; resizing: back at once, with another size."""

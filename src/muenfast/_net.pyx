@@ -884,6 +884,7 @@ cdef int receiver_write(receiver_t *v, uint32_t number, uint32_t mark, uint8_t *
 
 cdef inline void receiver_malformed(receiver_t *v, bint length) noexcept nogil:
     count64(&v.n.length if length else &v.n.protocol, 1)
+    reader_blame(&v.r, not length, 1)
 
 
 cdef ring_status receiver_batch(receiver_t *v, int *gone) noexcept nogil:
@@ -1206,6 +1207,7 @@ cdef class Receiver(Pump):
     the writer, by the bell, how far it is.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone", "child")
+    FIELDS = ("length", "protocol")
     cdef receiver_t v
 
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None,
@@ -1273,6 +1275,25 @@ cdef class Receiver(Pump):
         return self.v.r.batches
 
     @property
+    def offences(self):
+        """How many elements broke the rule of each of FIELDS."""
+        return offences_of(&self.v.r, self.FIELDS)
+
+    @property
+    def quarantined(self):
+        """Whether the peer's epoch is taken for ended, for it broke more rules than it may."""
+        return load_relaxed64(&self.v.r.shut) != 0
+
+    @property
+    def patience(self):
+        """How many rules a peer may break in a second, 0: any number. Set before run()."""
+        return self.v.r.patience
+
+    @patience.setter
+    def patience(self, uint64_t value):
+        self.v.r.patience = value
+
+    @property
     def fault(self):
         """What an incompatible channel's header holds: (protocol, size, elements), as read now."""
         if self.closed:
@@ -1291,13 +1312,15 @@ cdef class Receiver(Pump):
                 "rx_frame_errors": frame, "rx_dropped": n.down + n.refused, "lost": lost,
                 "merged": {"supers": self.v.c.supers, "segments": self.v.c.supers + self.v.c.merged,
                            "bad_checksums": self.v.c.rejected}, "epochs": self.v.r.epochs,
-                "sleeps": self.v.r.sleeps, "batches": [n.batches[k] for k in range(CLASSES)]}
+                "quarantines": self.v.r.quarantines, "sleeps": self.v.r.sleeps, "batches": [n.batches[k] for k in range(CLASSES)]}
 
     def inherit(self, Receiver other):
         """Goes on with the counters of another (closed) one."""
         self.v.n = other.v.n
         self.v.c.supers, self.v.c.merged, self.v.c.rejected = other.v.c.supers, other.v.c.merged, other.v.c.rejected
         self.v.r.lost_total, self.v.r.epochs, self.v.r.sleeps = other.v.r.lost_total, other.v.r.epochs, other.v.r.sleeps
+        self.v.r.quarantines = other.v.r.quarantines
+        memcpy(self.v.r.offences, other.v.r.offences, sizeof(self.v.r.offences))
 
     def close(self):
         """Lets go of the channel; may be called twice. Precondition: no run() is under way."""

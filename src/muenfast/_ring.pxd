@@ -18,6 +18,10 @@ cpdef enum ring_status:
     SUCCESS = 5
 
 
+cdef enum:
+    OFFENCES = 6            # fields of an element that a peer can get wrong, at most
+
+
 cdef struct writer_t:
     ring_header *hdr
     uint8_t *slots
@@ -54,6 +58,12 @@ cdef struct reader_t:
     uint64_t elements
     uint64_t epoch          # 0: not synchronised
     uint64_t refused        # epoch that was found incompatible, 0: none
+    uint64_t offences[OFFENCES]     # against the rules of what elements mean, by field (whose names are the engine's)
+    uint64_t lately         # of them in this epoch, since `blamed_ns`, which is a second ago at most
+    uint64_t blamed_ns
+    uint64_t patience       # how many of them the writer may commit in a second, 0: any number
+    uint64_t shut           # epoch that went beyond, and is as if it had ended, 0: none
+    uint64_t quarantines    # times that happened
     uint64_t rc
     uint64_t wc             # last seen, <= the shared one
     uint64_t index          # rc mod elements
@@ -110,6 +120,7 @@ cdef ring_status reader_recover(reader_t *r) noexcept nogil
 cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil
 cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
 cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
+cdef void reader_blame(reader_t *r, uint32_t field, uint64_t n) noexcept nogil
 cdef void reader_forgive(reader_t *r) noexcept nogil
 cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil
@@ -117,6 +128,7 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil
 cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil
 cdef void bell_kick(bell_page *bell) noexcept nogil
+cdef dict offences_of(const reader_t *r, tuple fields)
 
 
 cdef void watch_run(watch_t *watch) noexcept nogil

@@ -56,6 +56,8 @@ cdef uint64_t STAGE_BYTES = 16384
 # Of a long write_many, published together (docs/decisions/003).
 cdef uint64_t BATCH_BYTES = 12288
 cdef uint64_t SIGNAL_SLICE_NS = 50_000_000
+# In which offences of a writer are counted together.
+cdef uint64_t BLAME_NS = 1_000_000_000
 
 
 # ------------------------------------------------------------------ writer
@@ -231,7 +233,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     cdef int attempt, pause
     for attempt in range(4):
         epoch = load_acquire64(&r.hdr.epoch)
-        if epoch == 0:
+        if epoch == 0 or epoch == r.shut:
             break
         transport = load_relaxed64(&r.hdr.transport)
         protocol = load_relaxed64(&r.hdr.protocol)
@@ -251,7 +253,8 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         r.elements = elements
         r.rc = r.wc = r.index = 0
         r.epoch = epoch
-        r.refused = 0
+        r.refused = r.lately = 0
+        store_relaxed64(&r.shut, 0)
         count64(&r.epochs, 1)
         if r.bell != NULL and not r.mute:
             store_relaxed64(&r.bell.reader_rc, 0)
@@ -308,6 +311,35 @@ cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
     return OVERRUN_DETECTED
 
 
+cdef void reader_blame(reader_t *r, uint32_t field, uint64_t n) noexcept nogil:
+    """Notes n > 0 offences of the writer. More than `patience` of them in a second end its epoch for this reader, once all that
+    was seen of it is taken: then another one is waited for."""
+    cdef uint64_t now
+    count64(&r.offences[field], n)
+    if r.patience == 0:
+        return
+    now = now_ns()
+    if now - r.blamed_ns > BLAME_NS:
+        r.blamed_ns = now
+        r.lately = 0
+    r.lately += n
+
+
+cdef inline bint out_of_patience(reader_t *r) noexcept nogil:
+    """Whether the writer went beyond: then its epoch is shut."""
+    if r.patience == 0 or r.lately <= r.patience:
+        return False
+    store_relaxed64(&r.shut, r.epoch)
+    count64(&r.quarantines, 1)
+    r.lately = 0
+    return True
+
+
+cdef dict offences_of(const reader_t *r, tuple fields):
+    """By field."""
+    return {field: r.offences[k] for k, field in enumerate(fields)}
+
+
 cdef void reader_forgive(reader_t *r) noexcept nogil:
     """Takes the last overrun back: what it skipped was nobody's."""
     count64(&r.lost_total, 0 - r.lost)
@@ -332,7 +364,7 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
     behind = r.wc - r.rc
     if r.epoch == 0 or behind == 0:
         wc = load_acquire64(&r.hdr.epoch)
-        if r.epoch == 0 or wc != r.epoch:
+        if r.epoch == 0 or wc != r.epoch or out_of_patience(r):
             return reader_sync(r)
         wc = reader_settled(r, &r.hdr.wc)   # pairs with writer_publish
         behind = wc - r.rc
@@ -432,6 +464,8 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     epoch = load_acquire64(&r.hdr.epoch)
     if epoch == 0:
         return r.epoch != 0 or r.refused != 0
+    if epoch == r.shut:
+        return r.epoch != 0
     if epoch == r.refused:
         # By now there may be another header under the same epoch: a hint, reader_sync looks properly.
         return acceptable(r, load_relaxed64(&r.hdr.transport), load_relaxed64(&r.hdr.protocol),

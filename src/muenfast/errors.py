@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 
 log = logging.getLogger("muenfast")
 
@@ -90,6 +91,35 @@ def describe(error: BaseException) -> str:
     if path is None or os.fsdecode(path) in error.strerror:
         return error.strerror
     return f"{os.fsdecode(path)}: {error.strerror}"
+
+
+class Offences:
+    """Tells which rules a peer's elements break: a line a second for each field, at most.
+
+    prefix: what stands before each line. channel: its locator.
+    """
+
+    def __init__(self, prefix: str, channel: str) -> None:
+        self._prefix, self._channel = prefix, channel
+        self._told: dict[str, int] = {}
+        self._logs: dict[str, PeerLog] = {}
+        self._quarantines = 0
+
+    def look(self, counts: Mapping[str, int], quarantines: int, patience: int) -> None:
+        """counts: elements that broke the rule of each field so far. quarantines: times that they were more than `patience`
+        in a second."""
+        for field, count in counts.items():
+            if count > self._told.get(field, 0):
+                self._told[field] = count
+                self._log(field).warning("channel %s: field %s: %d elements so far break its rule", self._channel, field,
+                                         count)
+        if quarantines > self._quarantines:
+            self._quarantines = quarantines
+            self._log("").warning("channel %s: more than %d elements in a second broke a rule: nothing is taken from it "
+                                  "until its writer begins another epoch", self._channel, patience)
+
+    def _log(self, field: str) -> PeerLog:
+        return self._logs.setdefault(field, PeerLog(self._prefix))
 
 
 class PeerLog:

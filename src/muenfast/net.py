@@ -23,9 +23,9 @@ from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_
 from muenfast._ring import layout
 from muenfast.bpf import Way
 from muenfast.channel import End
-from muenfast.connection import MOST_POLL, blame, place
+from muenfast.connection import MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
-from muenfast.errors import BrokenChannelError, ClaimError, PeerError, PeerLog, UsageError
+from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
 from muenfast.marks import LEAST_MARKS
 from muenfast.ports import Children, Port
 from muenfast.threads import spawn
@@ -83,7 +83,8 @@ class InterfaceConfig:
     adaptive. bells: False: strict one-way, nothing flows back. size: bytes of channels that are made, None: by the mtu.
     carrier: one of CARRIERS. mac, addresses, up: set once the interface is made. pmtu: the region of path MTUs.
     offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS. permits: as the regions
-    inp, out and pmtu have to be; then none of them is made.
+    inp, out and pmtu have to be; then none of them is made. patience: rules that the peer may break in a second before it
+    is quarantined, 0: any number.
     """
 
     name: str
@@ -107,6 +108,7 @@ class InterfaceConfig:
     offload: bool = True
     marks: str = "auto"
     permits: tuple[shm.Permit | None, shm.Permit | None, shm.Permit | None] = (None, None, None)
+    patience: int = PATIENCE
 
     @property
     def element_size(self) -> int:
@@ -141,12 +143,13 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                           pmtu: str | None = None, flags: str | None = None, poll: int | None = None,
                           netns: str | None = None, size: str | None = None, bells: bool = True,
                           carrier: str | None = None, mac: str | None = None, addr: str | None = None, up: bool = False,
-                          offload: bool = True, marks: str = "auto", module: bool = False,
+                          offload: bool = True, marks: str = "auto", patience: int = PATIENCE, module: bool = False,
                           options: Options | None = None) -> list[InterfaceConfig]:
     """Pairs comma lists by position; nothing is opened.
 
     inp, out: channels, an empty entry is none; default NAME_in and NAME_out, the other way round for the peer. Of the
-    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. module:
+    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. patience: as
+    InterfaceConfig has it. module:
     lists mean what they mean to the kernel module: they may end early, and there are no default channels, protocols or
     flags.
 
@@ -224,7 +227,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             tuntap.check_mac(station, called.mac, i) if station else None,
             tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called,
             shm.Locator.parse(text, option=called.pmtu, index=i) if text else None, offload and framing == "net_hdr",
-            marks)
+            marks, patience=patience)
 
     configs = [interface(i) for i in range(count)]
     if marks not in ("auto", "none") and not any(config.framing == "net_hdr" for config in configs):
@@ -286,6 +289,7 @@ class _Half:
         config = interface.config
         self._peer = PeerLog(f"interface {config.name}")
         self._comings = PeerLog(f"interface {config.name}", most=20)
+        self._offences = Offences(f"interface {config.name}", "" if locator is None else locator.text)
         self._teller: shm.Claim | None = None   # that our progress is the one that the channel's writer hears of
         if locator is not None:
             self.end = self._open()
@@ -335,9 +339,11 @@ class _Half:
             return Sender(interface.ports, None if end is None else end.view, framing=config.framing, mtu=config.mtu,
                           protocol=config.writer_protocol, bell=None if end is None else end.bell_view, paths=paths)
         assert end is not None
-        return Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu, protocol=config.reader_protocol,
-                        bell=end.bell_view, poll=config.poll, merge=interface.own.device.merges,
-                        tells=self._tells(end))
+        engine = Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu,
+                          protocol=config.reader_protocol, bell=end.bell_view, poll=config.poll,
+                          merge=interface.own.device.merges, tells=self._tells(end))
+        engine.patience = config.patience
+        return engine
 
     # -------------------------------------------------------------- its thread
 
@@ -361,6 +367,7 @@ class _Half:
                 if event == "tick" and self.writes:
                     self.interface.look_at_paths()
                 elif event == "tick" and self.end is not None:
+                    self._blame()
                     self.look_at_writer()
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
@@ -373,6 +380,8 @@ class _Half:
             self.interface.set_carrier()
         if event == "connected":
             self._comings.info("its peer is there")
+        elif event == "disconnected" and isinstance(self.engine, Receiver) and self.engine.quarantined:
+            self._blame()
         elif event == "disconnected":
             self._comings.info("its peer has gone")
         elif event == "overrun":
@@ -380,6 +389,11 @@ class _Half:
                                self.engine.counters["lost"]["overrun"])
         elif event == "incompatible":
             self._peer.warning("%s", self._misfit())
+
+    def _blame(self) -> None:
+        """Says what the peer gets wrong."""
+        if isinstance(self.engine, Receiver):
+            self._offences.look(self.engine.offences, self.engine.counters["quarantines"], self.interface.config.patience)
 
     def look_at_writer(self) -> None:
         """Says so where the process that writes what we read ended without ending its epoch: our carrier stays."""
@@ -614,6 +628,7 @@ class Interface:
                 "interface": {**self.ports.counters(0), "queue_drops": self._queue_drops(), "lost": self.own.dropped()},
                 "children": self.children.status(),
                 "sent": {name: value for name, value in sent.items() if name not in flat},
+                "offences": incoming.offences if isinstance(incoming, Receiver) else {},
                 "received": {name: value for name, value in received.items() if name not in flat}}
 
     def _queue_drops(self) -> int | None:

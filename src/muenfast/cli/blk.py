@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._declared import Role, add_policy_options, by_policy, declared
-from muenfast.cli._serving import Stop, notify, say_ready, sweep
+from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
@@ -89,6 +89,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
                                     "most 1000 while active, 10000 idle)")
+    add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
+                                          "it until it begins anew; 0: it may break any (default: 10000)")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling, "
          "and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")
@@ -165,7 +167,7 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
     poll = arguments.poll
     if poll is not None:
         poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
-    return {"poll": poll, "bells": not arguments.strict_oneway}
+    return {"poll": poll, "bells": not arguments.strict_oneway, "patience": patience(arguments)}
 
 
 def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None, *, closed: bool = False) -> int:
