@@ -300,9 +300,12 @@ cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogi
 
 
 cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
-    """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped."""
+    """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped.
+
+    Ordering: WC before the epoch (acquire): a WC of another life comes with its epoch, or the 0 before that.
+    """
     cdef uint64_t wc = reader_settled(r, &r.hdr.wc)
-    if went_back(wc, r.wc):
+    if went_back(wc, r.wc) or load_acquire64(&r.hdr.epoch) != r.epoch:
         return reader_sync(r)
     r.lost = wc - r.rc
     count64(&r.lost_total, r.lost)

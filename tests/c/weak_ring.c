@@ -181,6 +181,22 @@ static void begin_sync(void) {
     put(1);
     explore(read_once_more);
 }
+/* A reader that is overrun while the writer starts anew: what is lost is the old epoch's, and none of it the new one's. */
+static void read_overrun(void) {
+    r = r_kept;
+    if (get(1) == STATUS(OVERRUN_DETECTED) && r.lost < 2) /* two were published before the third was announced */
+        weak_fail("a loss of another epoch", r.lost, r.rc);
+}
+static void begin_overrun_restart(void) {
+    scene();
+    start(16, 11);
+    follow();
+    put(2);
+    put(1);
+    start(8, 22);
+    put(1);
+    explore(read_overrun);
+}
 /* The same epoch once more: what was seen is taken back, zeros are never delivered. */
 static void begin_again(void) {
     scene();
@@ -355,6 +371,7 @@ const scenario ring_scenarios[] = {
     {"overrun", begin_overrun, {"delivered", "overrun", "no data"}},
     {"batch", begin_batch, {"delivered", "overrun", "no data"}},
     {"reserve", begin_reserve, {"delivered", "overrun", "no data"}},
+    {"overrun-restart", begin_overrun_restart, {"overrun", "synchronised", "inactive"}},
     {"restart", begin_restart, {"delivered", "synchronised", "inactive"}},
     {"sync", begin_sync, {"delivered", "synchronised", "inactive"}},
     {"again", begin_again, {"delivered", "synchronised"}},
