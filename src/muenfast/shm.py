@@ -214,7 +214,7 @@ def _read(fd: int) -> dict[str, Any]:
     """{} when there is no JSON object (its writer died)."""
     try:
         value = json.loads(os.pread(fd, 1 << 16, 0))
-    except ValueError:
+    except (ValueError, RecursionError):    # of the last: nested too deep
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -930,7 +930,7 @@ def writer_process(region: Region) -> int:
         pid = int(info["pid"])
         with open(f"/proc/{pid}/comm", errors="replace") as file:
             return pid if file.read().strip() == info["comm"] else 0
-    except (OSError, KeyError, TypeError, ValueError):  # no record, not yet written, or of one that has ended
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):  # no record, not yet written, or of one that has ended
         return 0
 
 
