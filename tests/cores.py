@@ -73,8 +73,8 @@ class Cores:
 
     def exported(self, name: str) -> list[str]:
         """The functions that other modules call without the GIL."""
-        return re.findall(r"^cdef (?!inline)[^\n(]*?\b(\w+)\([^)]*\) noexcept nogil$", self.source(name, ".pxd").read_text(),
-                          re.MULTILINE)
+        return re.findall(r"^cdef (?!inline)[^\n(]*?\b(\w+)\([^)]*\) noexcept nogil$",
+                          self.source(name, ".pxd").read_text(), re.MULTILINE)
 
     def constants(self, name: str) -> str:
         """Statements of C: the values of the module's globals."""

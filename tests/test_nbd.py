@@ -1350,8 +1350,8 @@ def test_attributes_of_netlink() -> None:
     assert watchdog.attributes(data + b"\1\0\4\0") == {1: b"abc", 2: b"", 3: b"12345678"}
 
 
-@pytest.mark.parametrize("text", ['{"socket": "/tmp/x", "pid": Infinity}', '{"socket": "/tmp/x", "pid": -1e999}', "[" * 100000, "[]",
-                                  '{"socket": 7}', '{"socket": "/tmp/x", "pid": "many"}', ""])
+@pytest.mark.parametrize("text", ['{"socket": "/tmp/x", "pid": Infinity}', '{"socket": "/tmp/x", "pid": -1e999}',
+                                  "[" * 100000, "[]", '{"socket": 7}', '{"socket": "/tmp/x", "pid": "many"}', ""])
 def test_a_record_of_a_socket_that_is_none(tmp_path: Path, text: str) -> None:
     """Whatever stands in the books is read, or taken for a record without contents; doctor goes on."""
     room = tmp_path / "sockets"

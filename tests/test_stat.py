@@ -453,7 +453,8 @@ def test_stat_json(served: Served) -> None:
             assert set(one) == {"requests", "bytes", "errors", "depth", "deepest", "latency"} | merged
             assert set(one["errors"]) == ERRORS and set(one["latency"]) == {"least_ns", "sampled", "counts"}
     text = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
-    for word in (*ERRORS, *DIRECTIONS, "offences", "quarantines", "least_ns", "sampled", "deepest", "merged", "waiting", "in_flight", "monotonic"):
+    for word in (*ERRORS, *DIRECTIONS, "offences", "quarantines", "least_ns", "sampled", "deepest", "merged", "waiting",
+                 "in_flight", "monotonic"):
         assert f"`{word}`" in text, word
 
 

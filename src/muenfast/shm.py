@@ -930,7 +930,7 @@ def writer_process(region: Region) -> int:
         pid = int(info["pid"])
         with open(f"/proc/{pid}/comm", errors="replace") as file:
             return pid if file.read().strip() == info["comm"] else 0
-    except (OSError, KeyError, TypeError, ValueError, OverflowError):  # no record, not yet written, or of one that has ended
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):  # no record, not yet written, of one that has ended
         return 0
 
 
