@@ -492,11 +492,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     paths = [Path(f"/run/muenfast-{pwd.getpwnam(user).pw_uid}") for user in USERS.values()]
     assert not any(path.exists() for path in paths)
     yield
+    left = []
     for path in paths:
         if path.exists():
-            left = [each for each in path.rglob("*") if not each.is_dir()]
+            left += [each for each in path.rglob("*") if not each.is_dir()]
             shutil.rmtree(path)
-            assert left == []
+    assert left == []
 
 
 def status_of(pid: int) -> dict[str, str]:
@@ -571,7 +572,7 @@ ASK = """if True:
     (("--req", "x"), "--req: is what the policy says"), (("--device", "ram:1M"), "--device: is what the policy says"),
     (("--strict-oneway",), "--strict-oneway: is what the policy says"),
     (("--only", "none"), "--only, entry 0 'none': "), (("--only", "disk,disk"), "--only, entry 1 'disk': is named twice"),
-    (("--client",), "--attach: a subject's client has no device nodes")])
+    (("--client", "--attach", "nbd"), "--attach 'nbd': a subject's block devices are made by FUSE")])
 def test_nothing_beside_a_policy(file: Path, words: tuple[str, ...], expected: str) -> None:
     done = run("blk", "--policy", str(file), "--subject", "storage", *words)
     assert done.returncode == 2 and expected in one_line(done.stderr)
