@@ -5,22 +5,28 @@ The subjects' users are ones that Debian has, which own nothing and run nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import PREFIX, Program, run, unique
 from helpers import block, eventually
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_policy import alone, status_of
 
+from muenfast import broker
 from muenfast.attach import fuse, loop, partitions
+from muenfast.broker import disks as disks_by_broker
+from muenfast.broker import net as net_by_broker
+from muenfast.net import interfaces_from_lists
 
 __all__ = ["alone"]     # fixtures
 
@@ -289,3 +295,86 @@ class TestInterfaces:
                                                           capture_output=True, check=False).stdout)
         assert "child1" in within(namespaces[1], "ip", "-o", "link")
         assert one.end()[0] == 0
+
+
+# ------------------------------------------------------------------ requests of all kinds
+
+def sent(lane: socket.socket, data: bytes, fds: list[int] | None = None) -> dict[str, object]:
+    """What a broker answers."""
+    socket.send_fds(lane, [data], fds or [])
+    answer, given, _, _ = socket.recv_fds(lane, 1 << 16, 4)
+    for fd in given:
+        os.close(fd)
+    found = json.loads(answer)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def brokers(prefix: str) -> Iterator[list[broker.Broker]]:
+    """One of each kind; of the interfaces none can be made, for their namespace is not there."""
+    config = interfaces_from_lists(f"{PREFIX[:8]}n", netns="/nowhere/namespace")
+    found = [broker.start(lambda: disks_by_broker.DiskService(os.getppid(), 2), 2, ("CAP_SYS_ADMIN",)),
+             broker.start(lambda: net_by_broker.NetService(config, {"child1": config[0].name}), 2, ("CAP_NET_ADMIN",))]
+    yield found
+    for each in found:
+        each.close()
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-1 << 70, 1 << 70), st.floats(), st.text(max_size=30),
+                   st.sampled_from(["muendiska", "muendiskzzz", "loop0", "../../etc", "auto", "lo", "child1", 1, 4096, 512]),
+                   st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+FIELDS = ("name", "number", "device", "thread", "size", "start", "operation", "read_only", "max_io", "uring", "force",
+          "milliseconds", "block_size", "discard", "but")
+OPERATIONS = ("counts", "release", "mount", "unmount", "rmdir", "resize file", "watch", "unwatch", "mounted", "loop",
+              "free loop", "resize loop", "open", "sync", "users", "make node", "remove node", "open part", "reread",
+              "change", "make part", "remove part", "device", "marks", "follow marks", "name", "follow", "configure", "drops",
+              "lost", "unmark", "close", "fork", "__init__")     # all but "claim" and "uevents", which may be asked for
+REQUESTS = st.one_of(
+    st.binary(min_size=1, max_size=5000),
+    st.builds(lambda operation, fields: json.dumps({"do": operation, **fields}).encode(), st.sampled_from(OPERATIONS),
+              st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)))
+
+
+def state() -> tuple[set[str], set[str], set[str]]:
+    """Of the machine, as far as a broker may change it for names of these tests."""
+    nodes = {each for each in os.listdir("/dev") if each.startswith(("muendiskzzz", "muendiska"))}
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        mounts = {line for line in file if "muendisk" in line}
+    return nodes, mounts, {each for each in os.listdir("/sys/class/net") if each.startswith(("child", PREFIX[:8]))}
+
+
+class TestRequests:
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=REQUESTS, with_fd=st.booleans())
+    def test_whatever_comes_is_answered(self, brokers: list[broker.Broker], data: bytes, with_fd: bool) -> None:
+        """Bytes, JSON, descriptors: nothing is done, nothing is kept, and the broker lives."""
+        before = state()
+        for each in brokers:
+            lane = each._lanes[0]
+            open_there = len(os.listdir(f"/proc/{each.pid}/fd"))
+            counts = each.ask("counts")
+            answer = sent(lane, data, [0] if with_fd else None)
+            after = each.ask("counts")
+            if not answer["ok"] and answer["kind"] == "refused":
+                assert after["refused"] == counts["refused"] + 1
+            else:
+                assert not answer["ok"] or json.loads(data)["do"] == "counts", (data, answer)
+            assert after["requests"] == counts["requests"] + 2
+            assert len(os.listdir(f"/proc/{each.pid}/fd")) == open_there
+        assert state() == before
+
+    @pytest.mark.parametrize("request_", [
+        {"do": "open", "name": "muendiska"}, {"do": "make node", "name": "muendiska"}, {"do": "unmount", "name": "loop0",
+                                                                                       "force": True},
+        {"do": "claim", "name": "../etc"}, {"do": "claim", "name": "muendiska\n"}, {"do": "claim", "name": "muendisk1"},
+        {"do": "change", "name": "muendiska", "operation": 1, "number": 1, "start": 0, "size": 1 << 20},
+        {"do": "watch", "name": "muendiska", "thread": 1}, {"do": "free loop", "name": "muendiska", "milliseconds": 1},
+        {"do": "mount", "name": "muendiska", "read_only": False, "max_io": 4097, "uring": "auto"},
+        {"do": "rmdir", "name": "muendiska"}, {"do": "device", "name": "lo"}, {"do": "device", "name": "child1"},
+        {"do": "configure", "device": 1}, {"do": "name", "device": True}, {"do": "close", "device": 1, "more": 1}])
+    def test_what_is_not_its_own(self, brokers: list[broker.Broker], request_: dict[str, object]) -> None:
+        """Refused by both of them, one of which does not know it at all."""
+        for each in brokers:
+            answer = sent(each._lanes[0], json.dumps(request_).encode())
+            assert (answer["ok"], answer["kind"]) == (False, "refused")
