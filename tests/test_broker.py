@@ -134,7 +134,8 @@ def gone(pid: int) -> bool:
 # ------------------------------------------------------------------ block devices
 
 @pytest.fixture
-def disks(program: Callable[..., Program], tmp_path: Path, prefix: str, alone: None) -> Callable[..., tuple[Program, Program]]:
+def disks(program: Callable[..., Program], tmp_path: Path, prefix: str,
+          alone: None) -> Callable[..., tuple[Program, Program]]:
     """Server and client of DISK, each its subject's user."""
     def start(device: str = "ram:16M") -> tuple[Program, Program]:
         path = policy(tmp_path, prefix, DISK, DEVICE=device)
@@ -154,7 +155,7 @@ class TestDevices:
         """Both disks are block devices; ext4 on one holds what it is given; all is gone in the end."""
         server, client = disks()
         assert without_privileges(client.pid, "list") and without_privileges(server.pid, "backup")
-        broker = broker_of(client.pid)
+        keeper = broker_of(client.pid)
         nodes = [line.split()[4] for line in client.lines]
         numbers = [loop.loop_of(node) for node in nodes]
         assert None not in numbers and len(set(numbers)) == 2
@@ -169,7 +170,7 @@ class TestDevices:
             subprocess.run(["umount", place], check=True)
         assert subprocess.run(["fsck.ext4", "-fn", nodes[0]], capture_output=True, check=False).returncode == 0
         status, said = client.end()
-        assert (status, said) == (0, "") and gone(broker)
+        assert (status, said) == (0, "") and gone(keeper)
         assert not any(map(os.path.lexists, nodes)) and not any(map(loop.is_bound, numbers))  # type: ignore[arg-type]
         assert server.end()[0] == 0
 
@@ -177,16 +178,16 @@ class TestDevices:
                                       program: Callable[..., Program]) -> None:
         """At once: the broker, and the watchdog, see to it; the next client has the same names."""
         server, client = disks()
-        broker, nodes = broker_of(client.pid), [line.split()[4] for line in client.lines]
+        keeper, nodes = broker_of(client.pid), [line.split()[4] for line in client.lines]
         numbers = [loop.loop_of(node) for node in nodes]
         client.process.kill()
         client.process.communicate()
-        eventually(lambda: gone(broker))
+        eventually(lambda: gone(keeper))
         assert not any(map(os.path.lexists, nodes))
         eventually(lambda: not any(map(loop.is_bound, numbers)))  # type: ignore[arg-type]
         with open("/proc/self/mountinfo", encoding="utf-8") as file:
             mounts = file.read()
-        assert not any(f"{Path(node).name}-{broker}" in mounts for node in nodes)
+        assert not any(f"{Path(node).name}-{keeper}" in mounts for node in nodes)
         again = program("blk", "--client", "--policy", str(tmp_path / "policy.toml"), "--subject", "linux", "--same-store")
         assert [line.split()[4] for line in again.lines] == nodes
         assert again.end()[0] == 0 and server.end()[0] == 0
@@ -194,10 +195,10 @@ class TestDevices:
     def test_killed_broker(self, disks: Callable[..., tuple[Program, Program]]) -> None:
         """The client ends and says so; what is left is taken away by the watchdog."""
         server, client = disks()
-        broker, nodes = broker_of(client.pid), [line.split()[4] for line in client.lines]
+        keeper, nodes = broker_of(client.pid), [line.split()[4] for line in client.lines]
         numbers = [loop.loop_of(node) for node in nodes]
-        os.kill(broker, signal.SIGKILL)
-        eventually(lambda: gone(broker) or status_of(broker)["State"].startswith("Z"))
+        os.kill(keeper, signal.SIGKILL)
+        eventually(lambda: gone(keeper) or status_of(keeper)["State"].startswith("Z"))
         _, said = client.end()
         assert "the process that kept privileges for this one has ended" in said
         eventually(lambda: not any(map(os.path.lexists, nodes)))
@@ -277,11 +278,12 @@ class TestInterfaces:
         assert two[0].end()[0] == 0
         two[1].process.kill()
         two[1].process.communicate()
-        for broker in brokers:
-            eventually(lambda broker=broker: gone(broker))
+        for each in brokers:
+            eventually(lambda each=each: gone(each))
         for name in namespaces:
             assert "net" not in within(name, "ip", "-o", "link") and "other" not in within(name, "ip", "-o", "link")
-        assert program("net", "--policy", path, "--subject", "right").end()[0] == 0     # takes away what the killed one left
+        # Takes away what the killed one left.
+        assert program("net", "--policy", path, "--subject", "right").end()[0] == 0
 
     def test_a_device_that_moves(self, program: Callable[..., Program], tmp_path: Path, prefix: str, alone: None,
                                  namespaces: list[str]) -> None:
@@ -322,14 +324,15 @@ def brokers(prefix: str) -> Iterator[list[broker.Broker]]:
 
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-1 << 70, 1 << 70), st.floats(), st.text(max_size=30),
-                   st.sampled_from(["muendiska", "muendiskzzz", "loop0", "../../etc", "auto", "lo", "child1", 1, 4096, 512]),
+                   st.sampled_from(["muendiska", "muendiskzzz", "loop0", "../../etc", "auto", "lo", "child1", 1, 4096,
+                                    512]),
                    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
 FIELDS = ("name", "number", "device", "thread", "size", "start", "operation", "read_only", "max_io", "uring", "force",
           "milliseconds", "block_size", "discard", "but")
 OPERATIONS = ("counts", "release", "mount", "unmount", "rmdir", "resize file", "watch", "unwatch", "mounted", "loop",
               "free loop", "resize loop", "open", "sync", "users", "make node", "remove node", "open part", "reread",
-              "change", "make part", "remove part", "device", "marks", "follow marks", "name", "follow", "configure", "drops",
-              "lost", "unmark", "close", "fork", "__init__")     # all but "claim" and "uevents", which may be asked for
+              "change", "make part", "remove part", "device", "marks", "follow marks", "name", "follow", "configure",
+              "drops", "lost", "unmark", "close", "fork", "__init__")      # not "claim" and "uevents", which give something
 REQUESTS = st.one_of(
     st.binary(min_size=1, max_size=5000),
     st.builds(lambda operation, fields: json.dumps({"do": operation, **fields}).encode(), st.sampled_from(OPERATIONS),

@@ -178,8 +178,7 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
 
 
 def _front_end(attach: str, root: Root | None) -> str:
-    """Which front end makes the block devices: "fuse", "nbd" or "none". root: of another process, or None. Raises UsageError.
-    """
+    """Which front end makes the block devices: "fuse", "nbd" or "none". root: another process's. Raises UsageError."""
     if attach not in ATTACHMENTS:
         raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
     if attach == "none":

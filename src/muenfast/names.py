@@ -34,8 +34,7 @@ def address(interface: str) -> bytes:
 
 
 def bound_to(interface: str, namespace: int | None) -> socket.socket:
-    """A socket that has that name in a namespace (None: the calling thread's). Raises ClaimError where it is taken, OSError.
-    """
+    """A socket that has that name in a namespace (None: the calling thread's). Raises ClaimError: it is taken, OSError."""
     # A socket belongs for ever to the namespace in which it was made.
     new = netns.inside(namespace, lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
     try:

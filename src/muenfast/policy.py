@@ -163,8 +163,8 @@ class Bell:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A block connection. devices: of the server, as `--device` takes them. paths: what else disks in Python reach. The rest
-    as the lists of `muenfast blk`."""
+    """A block connection. devices: of the server, as `--device` takes them. paths: what else disks in Python reach. The
+    rest as the lists of `muenfast blk`."""
 
     name: str
     client: str
@@ -671,11 +671,11 @@ def _connections(policy: Policy) -> Iterator[Finding]:
 def _interfaces(policy: Policy) -> Iterator[Finding]:
     for each in policy.interfaces.values():
         yield from _known(policy, each.where, (("subject", each.subject),))
-        for name in (each.name, *each.children):
+        for called in (each.name, *each.children):
             try:
-                params.interface(None, None, name)
+                params.interface(None, None, called)
             except UsageError as error:
-                yield Finding(each.where, error.rule if name == each.name else f"children, {name}: {error.rule}")
+                yield Finding(each.where, error.rule if called == each.name else f"children, {called}: {error.rule}")
         yield from _family(policy, each)
         element = element_size(each.framing, each.mtu)
         if each.inp is not None:

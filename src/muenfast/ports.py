@@ -60,9 +60,9 @@ class Makers:
 class Port:
     """A device with its marks, and what may be asked of it by name.
 
-    makers: of what takes privileges. ways: in which packets of net_hdr may have their marks, the first that is to be had counts; a single one is a must.
-    answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises UsageError, ClaimError, OSError;
-    nothing is left behind then.
+    ways: in which packets of net_hdr may have their marks, the first that is to be had counts; a single one is a must.
+    answers: what it answers to. told: as tuntap.Links has it, from watch() on. makers: of what takes privileges. Raises
+    UsageError, ClaimError, OSError; nothing is left behind then.
     """
 
     def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool, ways: Sequence[Way],

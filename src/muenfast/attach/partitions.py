@@ -92,8 +92,8 @@ def delete_all(fd: int, disk: str) -> None:
 
 
 class Acts:
-    """What of a disk's partitions takes privileges, done by this process; broker/disks.py has the same for one without. name,
-    disk, path: as Partitions has them. All raise OSError."""
+    """What of a disk's partitions takes privileges, done by this process; broker/disks.py has the same for one without.
+    name, disk, path: as Partitions has them. All raise OSError."""
 
     def __init__(self, name: str, disk: str, path: str) -> None:
         self.name, self.disk, self.path = name, disk, path

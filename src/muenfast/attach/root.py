@@ -1,4 +1,4 @@
-"""What takes privileges for /dev/muendiskX: claims on names, mounts, loop devices, nodes, the watchdog, done by this process.
+"""What takes privileges for /dev/muendiskX: claims on names, mounts, loop devices, nodes, the watchdog; by this process.
 
 All by the device's name, and only of what was made here under that name. broker/disks.py has the same for a process without
 privileges: there a Root does it in another one, for a client that it does not trust, whose file system it mounts.

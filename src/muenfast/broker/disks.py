@@ -1,4 +1,4 @@
-"""Block devices by a broker: it mounts, and makes loop devices and nodes, for a client that answers the disks' I/O as a user.
+"""Block devices by a broker: it mounts, and makes loop devices and nodes, for a user's client that answers the disks' I/O.
 
 What it is asked for is by a device's name, muendiskX, which it claimed itself first; of other names, other loop devices and
 other mounts it does nothing. It trusts nothing of the file system that it mounts: it opens one regular file of it, for the
@@ -67,7 +67,8 @@ class DiskService(Service):
             "resize file": Operation(self._resize_file, {**_NAME, "size": _BYTES, "read_only": flag}),
             "watch": Operation(self._watch, {**_NAME, "thread": number(1, 1 << 22)}),
             "unwatch": Operation(self._unwatch, _NAME),
-            "loop": Operation(self._loop, {**_NAME, "read_only": flag, "max_io": io, "block_size": blocks, "discard": flag}),
+            "loop": Operation(self._loop, {**_NAME, "read_only": flag, "max_io": io, "block_size": blocks,
+                                           "discard": flag}),
             "free loop": Operation(self._free_loop, {**_NAME, "milliseconds": number(0, _LONGEST)}),
             "resize loop": Operation(self._resize_loop, {**_NAME, "size": _BYTES}),
             "open": Operation(self._open, _NAME), "sync": Operation(self._sync, _NAME),

@@ -61,7 +61,8 @@ def by_policy(arguments: argparse.Namespace) -> bool:
     return False
 
 
-def declared(arguments: argparse.Namespace, role: Role, stack: ExitStack) -> tuple[Declared, list[str] | None, Broker | None]:
+def declared(arguments: argparse.Namespace, role: Role,
+             stack: ExitStack) -> tuple[Declared, list[str] | None, Broker | None]:
     """The subject's part of the policy, and what --only names; this process is the subject's user's from then on, and where
     it was root has a broker, if the role has one, until `stack` ends, and is held within the role's bounds. Raises
     UsageError, OSError."""
