@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,6 +133,32 @@ def gone(pid: int) -> bool:
     return not os.path.exists(f"/proc/{pid}")
 
 
+# Asks a server, as its user, for another size. Modules first: only root may be able to read them.
+RESIZE = """if True:
+    import os, sys
+    from muenfast import control
+    os.setresuid(*[int(sys.argv[1])] * 3)
+    print(control.ask(int(sys.argv[2]), {"command": "resize", "name": sys.argv[3], "size": "32M"}, timeout=30))
+"""
+
+
+COUNTS = """if True:
+    import os, sys
+    from muenfast import control
+    os.setresuid(*[int(sys.argv[1])] * 3)
+    print(control.ask(int(sys.argv[2]), {"command": "broker"}))
+"""
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder that the users may enter."""
+    path = Path(tempfile.mkdtemp(prefix="muenfast-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
 # ------------------------------------------------------------------ block devices
 
 @pytest.fixture
@@ -225,6 +253,55 @@ class TestDevices:
         assert not os.path.lexists(f"{node}1") and not os.path.lexists(f"{node}2")
 
 
+    def test_another_size(self, disks: Callable[..., tuple[Program, Program]], prefix: str, outside: Path) -> None:
+        """A file's disk grows, as its server's user asks for; the block device takes that over."""
+        image = outside / "image"
+        image.touch()
+        os.truncate(image, 16 << 20)
+        os.chown(image, pwd.getpwnam("backup").pw_uid, -1)
+        server, client = disks(str(image))
+        node = client.lines[0].split()[4]
+        done = subprocess.run([sys.executable, "-c", RESIZE, str(pwd.getpwnam("backup").pw_uid), str(server.pid),
+                               f"{prefix}req"], text=True, capture_output=True, check=False)
+        assert "'ok': True" in done.stdout, done.stdout + done.stderr
+
+        def size() -> int:
+            with open(node, "rb") as disk:
+                return disk.seek(0, os.SEEK_END)
+
+        eventually(lambda: size() == 32 << 20)
+        status, said = client.end()
+        assert status == 0 and "new size 33554432 bytes" in said and len(said.splitlines()) == 1
+        assert server.end()[0] == 0
+
+    @pytest.mark.parametrize("killed", [True, False])
+    def test_a_server_that_stands_still(self, disks: Callable[..., tuple[Program, Program]], killed: bool, tmp_path: Path,
+                                        program: Callable[..., Program]) -> None:
+        """A client that waits for it with requests under way is killed, or told to end: either way all is taken away."""
+        server, client = disks()
+        keeper, nodes = broker_of(client.pid), [line.split()[4] for line in client.lines]
+        numbers = [loop.loop_of(node) for node in nodes]
+        server.process.send_signal(signal.SIGSTOP)
+        with subprocess.Popen(["dd", f"if={nodes[0]}", "of=/dev/null", "bs=4096", "count=64", "iflag=direct"],
+                              stderr=subprocess.PIPE) as reader:
+            eventually(lambda: status_of(reader.pid)["State"].startswith("D"))
+            if killed:
+                client.process.kill()
+                client.process.communicate()
+            else:
+                assert client.end(timeout=60)[0] == 0
+            eventually(lambda: gone(keeper), 40)
+            assert b"rror" in reader.communicate(timeout=30)[1]
+        eventually(lambda: not any(map(os.path.lexists, nodes)))
+        eventually(lambda: not any(map(loop.is_bound, numbers)))  # type: ignore[arg-type]
+        server.process.send_signal(signal.SIGCONT)
+        if killed:  # takes away what the killed one left
+            again = program("blk", "--client", "--policy", str(tmp_path / "policy.toml"), "--subject", "linux",
+                            "--same-store")
+            assert again.end()[0] == 0
+        assert server.end()[0] == 0
+
+
 # ------------------------------------------------------------------ interfaces
 
 @pytest.fixture
@@ -267,7 +344,12 @@ class TestInterfaces:
 
         assert "'ok': True" in asked("add_child", "net0", "child1")
         assert "child1" in within(namespaces[0], "ip", "-o", "link")
+        asking = subprocess.run([sys.executable, "-c", COUNTS, str(pwd.getpwnam("list").pw_uid), str(two[0].pid)],
+                                text=True, capture_output=True, check=False)
+        assert "'refused': 0" in asking.stdout, asking.stderr
         refused = asked("add_child", "net0", "child2")
+        asking = subprocess.run(asking.args, text=True, capture_output=True, check=False)
+        assert "'refused': 1" in asking.stdout, asking.stderr
         assert "'ok': False" in refused and "the policy declares no interface" in refused
         assert "'ok': True" in asked("add_mark", "child1", "5") and "'ok': True" in asked("del_child", "child1")
         assert "'ok': True" in asked("add_child", "net0", "child1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -270,7 +271,8 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
                                                    root=None if broker is None else _root(broker)))
         control = ControlServer({
             "status": Command(lambda: {"command": "blk --client", "entries": clients.status()}),
-            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
+            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)}),
+            **({} if broker is None else {"broker": Command(functools.partial(broker.ask, "counts"))})})
         stack.callback(control.close)
         sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():

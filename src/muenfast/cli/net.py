@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None 
         sweep()
         control = ControlServer({
             "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status()}),
-            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)})})
+            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)}),
+            **({} if broker is None else {"broker": Command(functools.partial(broker.ask, "counts"))})})
         stack.callback(control.close)
         say_ready([_line(interface) for interface in interfaces.interfaces])
         stop.wait(lambda: interfaces.gone)
