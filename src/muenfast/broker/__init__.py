@@ -165,8 +165,11 @@ def _attend(service: Service, lane: socket.socket) -> None:
         answer = service.answer(data, strange)
         if answer.values.get("kind") == "refused":
             refusals.warning("refused: %s", answer.values["text"])
+        text = json.dumps(answer.values).encode()
+        if len(text) > _MOST_ANSWER:    # of whoever uses a device, say
+            text = json.dumps({"ok": False, "kind": "other", "text": "the answer is too long"}).encode()
         try:
-            socket.send_fds(lane, [json.dumps(answer.values).encode()], list(answer.fds), socket.MSG_NOSIGNAL)
+            socket.send_fds(lane, [text], list(answer.fds), socket.MSG_NOSIGNAL)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise

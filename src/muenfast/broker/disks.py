@@ -9,6 +9,7 @@ which the kernel checks.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -22,6 +23,8 @@ from muenfast.attach.root import Mount, Root
 from muenfast.broker import Answer, Broker, Kind, Operation, Refused, Service, flag, number, start, word
 
 __all__ = ["Brokered", "DiskService", "of_disks"]
+
+log = logging.getLogger("muenfast")
 
 _CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_DAC_OVERRIDE", "CAP_SYS_PTRACE", "CAP_KILL")
 _LANES = 4              # besides two for each disk, which may wait for it
@@ -333,9 +336,13 @@ class DiskService(Service):
         for name, disk in list(self._disks.items()):
             if disk.mounted:
                 self._root.mounted(name)
-                watchdog.release(self._root.mountpoint(name), f"/dev/{name}", disk.abort)
-            if disk.leash is not None:
-                disk.leash.wait()
+                for problem in watchdog.release(self._root.mountpoint(name), f"/dev/{name}", disk.abort):
+                    log.warning("/dev/%s: %s", name, problem)
+            if disk.leash is not None:      # it does the same, or sees that it is done
+                try:
+                    disk.leash.wait()
+                except TimeoutError as error:
+                    log.warning("/dev/%s: %s", name, error.strerror)
             disk.claim.release()
 
 
