@@ -11,7 +11,7 @@ from collections.abc import Collection
 __all__ = ["CAPABILITIES", "become", "held", "keep", "no_new"]
 
 # linux/capability.h: those that a serving process may need.
-CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3, "CAP_KILL": 5,
+CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3,
                 "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24,
                 "CAP_MKNOD": 27, "CAP_BPF": 39}
 _VERSION = 0x20080522           # _LINUX_CAPABILITY_VERSION_3

@@ -26,7 +26,7 @@ __all__ = ["Brokered", "DiskService", "of_disks"]
 
 log = logging.getLogger("muenfast")
 
-_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_DAC_OVERRIDE", "CAP_SYS_PTRACE", "CAP_KILL")
+_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_DAC_OVERRIDE", "CAP_SYS_PTRACE")
 _LANES = 4              # besides two for each disk, which may wait for it
 _LIMIT = 15.0           # seconds for the client to answer what the kernel asks as the loop device is made
 _OFFER = 5.0            # seconds in which the client answers the kernel's first request
