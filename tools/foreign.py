@@ -51,6 +51,7 @@ TABLE: list[tuple[str, str, str]] = [
      "take_request refuse accept_request advance_payload end_reception consume receive feed serve receive_all"),
     ("NBD clients: negotiation", "attach/nbd.py", ""),
     ("whoever asks a control socket", "control.py", "take _is_text _answer _read _execute _line"),
+    ("a serving process that was taken over: its broker", "broker/__init__.py", ""),
     ("whoever wrote the disk: partition tables", "partition.py", ""),
 ]
 

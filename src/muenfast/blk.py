@@ -18,16 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from muenfast import shm
 from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_POOL, DEFAULT_TIMEOUT, Device
 from muenfast.connection import IN_PYTHON, MOST_POLL, Channels, blame, channels_from_lists
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
-from muenfast.errors import ClaimError, UsageError
+from muenfast.errors import UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
 from muenfast.threads import spawn
+
+if TYPE_CHECKING:
+    from muenfast.attach.root import Root
 
 __all__ = ["ATTACHMENTS", "MOST_POLL", "AttachedDisk", "BlockClients", "BlockDevice", "BlockServer", "Channels",
            "Connection", "Export", "ExportConfig", "OnPeerLoss", "channels_from_lists", "exports_from_lists", "serve"]
@@ -38,7 +41,6 @@ ATTACHMENTS = ("auto", "fuse", "nbd", "none")
 _THREADS_PER_CPU = 4  # docs/decisions/006
 _WAIT_SILENTLY = 2.0  # seconds for a server to answer before the wait is said, and between looks for another reason
 _DETACH_PATIENCE = 2.0  # seconds without an answer until what is still dirty is given up
-_CLEANING = 5.0  # seconds for a process that cleans up after a dead client to give its name back
 _DETACH_LIMIT = 4.0  # seconds a device has to go away, once its disk stands still
 _DETACH_LOOK = 0.1  # seconds between looks whether it does
 
@@ -175,14 +177,20 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
                                      faults=faults)])
 
 
-def _front_end(attach: str) -> str:
-    """Which front end makes the block devices: "fuse", "nbd" or "none". Raises UsageError."""
+def _front_end(attach: str, root: Root | None) -> str:
+    """Which front end makes the block devices: "fuse", "nbd" or "none". root: another process's. Raises UsageError."""
     if attach not in ATTACHMENTS:
         raise UsageError(f"a front end is one of {', '.join(ATTACHMENTS)}", option="--attach", value=attach)
     if attach == "none":
         return attach
     from muenfast.attach import fuse, nbdkernel
 
+    if root is not None:
+        if attach == "nbd":
+            raise UsageError("another process makes block devices by FUSE only", option="--attach", value=attach)
+        if (why := root.available()) is None:
+            return "fuse"
+        raise UsageError("no front end for block devices is to be had here", option="--attach", value=attach, hint=why)
     reasons = []
     for name, reason in (("fuse", fuse.available), ("nbd", nbdkernel.available)):
         if attach in ("auto", name):
@@ -196,19 +204,6 @@ def _front_end(attach: str) -> str:
 def _check_sockets(paths: list[str], count: int | None) -> None:
     if count is not None and len(paths) != count:
         raise UsageError(f"there is one socket for each disk: {count}", option="--nbd", value=",".join(paths))
-
-
-def _claim_name(name: str) -> shm.Claim | None:
-    """The claim on a disk's name; None where it is somebody's. One who only cleans up after a dead client is waited for."""
-    end = time.monotonic() + _CLEANING
-    while True:
-        try:
-            return shm.claim(f"name-{name}", f"/dev/{name}")
-        except ClaimError:
-            holder = shm.holder(f"name-{name}")
-            if holder is not None and not holder.get("cleaning") or time.monotonic() > end:
-                return None
-        time.sleep(0.01)
 
 
 class AttachedDisk:
@@ -254,13 +249,16 @@ class BlockClients(_Group):
 
     disks: one for each connection until ready() knows how many each has. attach: one of ATTACHMENTS, afterwards what
     "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too. fuse_uring: when
-    the device's requests come by FUSE over io_uring: "auto", "kernel" (where its parameter says so) or "off".
+    the device's requests come by FUSE over io_uring: "auto", "kernel" (where its parameter says so) or "off". root: of what
+    takes privileges for block devices, None: this process does it.
     """
 
     def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
-                 on_peer_loss: OnPeerLoss | None = None, same_store: bool = False, fuse_uring: str = "auto") -> None:
+                 on_peer_loss: OnPeerLoss | None = None, same_store: bool = False, fuse_uring: str = "auto",
+                 root: Root | None = None) -> None:
         super().__init__()
-        self.attach = _front_end(attach)
+        self.attach = _front_end(attach, root)
+        self._root = root
         self._fuse_uring = fuse_uring
         if fuse_uring != "auto":
             from muenfast.attach import fuseuring
@@ -402,19 +400,22 @@ class BlockClients(_Group):
 
     def _attach(self, disk: AttachedDisk) -> None:
         from muenfast.attach import fuse, loop, nbdkernel
+        from muenfast.attach.root import Root
 
         disk.device.client.background = True
         directory = shm.runtime_dir()
+        root = self._root or Root(directory)
         for name in loop.device_names():
             # A name is free when nobody alive claims it; what a dead client left under it goes first.
-            claim = _claim_name(name)
+            claim = root.claim(name)
             if claim is None:
                 continue
             try:
-                for complaint in fuse.reclaim_name(directory, name) + nbdkernel.reclaim_name(directory, name):
+                for complaint in root.reclaim(name):
                     log.warning("/dev/%s: %s", name, complaint)
                 if self.attach == "fuse":
-                    disk.front = fuse.FuseAttachment.attach(disk.device.target, name, directory, uring=self._fuse_uring)
+                    disk.front = fuse.FuseAttachment.attach(disk.device.target, name, directory, uring=self._fuse_uring,
+                                                            root=root)
                 else:
                     disk.front = nbdkernel.NbdAttachment.attach(self._nbd(disk), name, directory)
             except FileExistsError:  # a device of somebody else, of the kernel's own module perhaps

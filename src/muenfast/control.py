@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import struct
 import threading
 import time
@@ -138,7 +139,8 @@ class ControlServer:
                         raise
                     os.unlink(self._path)
                     listening.bind(at)
-            os.chmod(self._path, 0o600)
+            if stat.S_IMODE(os.lstat(self._path).st_mode) & 0o077:     # as the umask left it
+                os.chmod(self._path, 0o600)
             listening.listen(64)
         except BaseException:
             listening.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from muenfast import shm
-from muenfast.connection import Channels, Options
+from muenfast import sandbox, shm
+from muenfast.backing import Device
+from muenfast.connection import PATIENCE, Channels, Options
 from muenfast.enforcement import Account, accounts, permit
 from muenfast.errors import UsageError
 from muenfast.export import ExportConfig, check_devices
@@ -24,11 +26,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What `subject` of a policy has to do here. known: the users of all subjects."""
+    """What `subject` of a policy has to do here. known: the users of all subjects. patience: as Channels has it."""
 
     policy: Policy
     subject: str
     known: Mapping[str, Account]
+    patience: int = PATIENCE
 
     @classmethod
     def load(cls, path: str, subject: str) -> Declared:
@@ -69,31 +72,88 @@ class Declared:
         called = Options(req=f"{where}: request", resp=f"{where}: response", buffer=f"{where}: buffer",
                          device=f"{where}: device", read_only=f"{where}: read_only")
         names = [each.request, each.response, *([] if each.buffer is None else [each.buffer])]
-        channels = replace(config.channels, index=index, options=called, permits=tuple(map(self._permit, names)))
+        channels = replace(config.channels, index=index, options=called, permits=tuple(map(self._permit, names)),
+                           patience=self.patience)
         return replace(config, channels=channels)
 
     def exports(self, only: Iterable[str] | None = None) -> list[ExportConfig]:
         """The connections that it serves. only: their names. Raises UsageError."""
-        chosen = self._chosen("connection", {name: each for name, each in self.policy.connections.items()
-                                             if each.server == self.subject}, "serves", only)
-        configs = [self._channels(index, each) for index, each in enumerate(chosen)]
+        configs = [self._channels(index, each) for index, each in enumerate(self._servers(only))]
         check_devices(configs)
         return configs
 
+    def _servers(self, only: Iterable[str] | None) -> list[Connection]:
+        return self._chosen("connection", {name: each for name, each in self.policy.connections.items()
+                                           if each.server == self.subject}, "serves", only)
+
     def channels(self, only: Iterable[str] | None = None) -> list[Channels]:
         """The connections whose disks it has. only: their names. Raises UsageError."""
-        chosen = self._chosen("connection", {name: each for name, each in self.policy.connections.items()
-                                             if each.client == self.subject}, "has the disks of", only)
-        return [self._channels(index, each).channels for index, each in enumerate(chosen)]
+        return [self._channels(index, each).channels for index, each in enumerate(self._clients(only))]
+
+    def _clients(self, only: Iterable[str] | None) -> list[Connection]:
+        return self._chosen("connection", {name: each for name, each in self.policy.connections.items()
+                                           if each.client == self.subject}, "has the disks of", only)
+
+    def files_of_exports(self, only: Iterable[str] | None = None) -> sandbox.Files:
+        """What exports() reach. Raises UsageError."""
+        found = sandbox.Files()
+        for each in self._servers(only):
+            self._reach(found, each.request, each.response, each.buffer)
+            for text in each.devices:
+                device = Device.parse(text)
+                if device.kind == "file":
+                    (found.read if each.read_only else found.write).append(device.path)
+                elif device.name:       # a region that is made, under a name that comes last
+                    found.change.append("/dev/shm")
+                elif device.kind == "py":
+                    found.read += [place for place in map(os.path.realpath, sys.path) if place != "/"]
+                    found.change += each.paths
+        return found
+
+    def files_of_clients(self, only: Iterable[str] | None = None) -> sandbox.Files:
+        """What channels() reach. Raises UsageError."""
+        found = sandbox.Files()
+        for each in self._clients(only):
+            self._reach(found, each.request, each.response, each.buffer)
+        return found
+
+    def files_of_interfaces(self, only: Iterable[str] | None = None) -> sandbox.Files:
+        """What interfaces() reach. Raises UsageError."""
+        found = sandbox.Files()
+        for each in self._own_interfaces(only):
+            self._reach(found, each.inp, each.out, each.pmtu)
+        return found
+
+    def _reach(self, found: sandbox.Files, *names: str | None) -> None:
+        """Adds regions, and their bells."""
+        for name in names:
+            if name is None:
+                continue
+            region = self.policy.regions[name]
+            (found.write if self.subject in region.writers else found.read).append(region.locator.path)
+            if region.kind == "channel" and region.bell and (bell := region.locator.bell) is not None:
+                found.write.append(bell.path)
+
+    def disks(self, only: Iterable[str] | None = None) -> int:
+        """How many disks channels() has. Raises UsageError."""
+        return sum(len(each.devices) for each in self._clients(only))
+
+    def children(self) -> dict[str, str]:
+        """The names that children of its interfaces may have, and whose they are then."""
+        return {child: each.name for each in self.policy.interfaces.values() if each.subject == self.subject
+                for child in each.children}
 
     def interfaces(self, only: Iterable[str] | None = None) -> list[InterfaceConfig]:
         """Its network interfaces. only: their names. Raises UsageError."""
-        chosen = self._chosen("interface", {name: each for name, each in self.policy.interfaces.items()
-                                            if each.subject == self.subject}, "has", only)
+        chosen = self._own_interfaces(only)
         if len(chosen) > MOST_INTERFACES:
             raise UsageError(f"{self.subject} has {len(chosen)} interfaces, one process has at most {MOST_INTERFACES}",
                              option="--subject", value=self.subject, hint="choose some by --only")
         return [self._interface(index, each) for index, each in enumerate(chosen)]
+
+    def _own_interfaces(self, only: Iterable[str] | None) -> list[Interface]:
+        return self._chosen("interface", {name: each for name, each in self.policy.interfaces.items()
+                                          if each.subject == self.subject}, "has", only)
 
     def _interface(self, index: int, each: Interface) -> InterfaceConfig:
         regions = self.policy.regions
@@ -112,7 +172,8 @@ class Declared:
             addr=each.addr, marks=each.marks or "auto", up=each.up, offload=each.offload, poll=each.poll,
             bells=all(region.bell for region in (inp, out) if region is not None), options=called)
         permits = [None if name is None else self._permit(name) for name in (each.inp, each.out, each.pmtu)]
-        return replace(config, index=index, permits=(permits[0], permits[1], permits[2]))
+        return replace(config, index=index, permits=(permits[0], permits[1], permits[2]),
+                       patience=self.patience)
 
     def _chosen(self, kind: str, all_of_it: Mapping[str, _T], verb: str, only: Iterable[str] | None) -> list[_T]:
         """Its entries of a kind, in the file's order, or those that `only` names, in that order."""

@@ -88,7 +88,7 @@ def describe(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     path = error.filename
-    if path is None or os.fsdecode(path) in error.strerror:
+    if path is None or isinstance(path, int) or os.fsdecode(path) in error.strerror:
         return error.strerror
     return f"{os.fsdecode(path)}: {error.strerror}"
 

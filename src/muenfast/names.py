@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from muenfast import marks, netns, params
@@ -32,31 +33,38 @@ def address(interface: str) -> bytes:
     return b"\0muenfast/interface/" + os.fsencode(interface)
 
 
+def bound_to(interface: str, namespace: int | None) -> socket.socket:
+    """A socket that has that name in a namespace (None: the calling thread's). Raises ClaimError: it is taken, OSError."""
+    # A socket belongs for ever to the namespace in which it was made.
+    new = netns.inside(namespace, lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+    try:
+        new.bind(address(interface))
+    except OSError as error:
+        new.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise ClaimError(f"the interface name {interface}", netns.inside(namespace, lambda: _holder(interface))) from None
+    return new
+
+
 class NameSocket(ControlServer):
     """What may be asked of one interface, from within its network namespace, until close().
 
-    namespace: a descriptor of that, None: the calling thread's; not needed afterwards. Raises ClaimError where the name is
-    taken, OSError.
+    namespace: a descriptor of that, None: the calling thread's; not needed afterwards. bound: makes its socket
+    (makers: ports.py), None: this process by itself. Raises ClaimError where the name is taken, OSError.
     """
 
-    def __init__(self, interface: str, commands: Mapping[str, Command], *, namespace: int | None = None) -> None:
-        self.interface, self._namespace = interface, namespace
+    def __init__(self, interface: str, commands: Mapping[str, Command], *, namespace: int | None = None,
+                 bound: Callable[[], socket.socket] | None = None) -> None:
+        self.interface = interface
+        self._bound = partial(bound_to, interface, namespace) if bound is None else bound
         self._stopped = False
         super().__init__(commands)
 
     def _listen(self) -> socket.socket:
-        # A socket belongs for ever to the namespace in which it was made.
-        listening = netns.inside(self._namespace, lambda: socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        listening = self._bound()
         try:
-            try:
-                listening.bind(address(self.interface))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                holder = netns.inside(self._namespace, lambda: _holder(self.interface))
-                raise ClaimError(f"the interface name {self.interface}", holder) from None
-            listening.listen(64)
+            listening.listen(64)    # who calls this is whom clients see (SO_PEERCRED)
         except BaseException:
             listening.close()
             raise

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from muenfast import netns, params, pathmtu, shm, tuntap
+from muenfast import params, pathmtu, shm, tuntap
 from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
@@ -27,7 +27,7 @@ from muenfast.connection import MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
 from muenfast.marks import LEAST_MARKS
-from muenfast.ports import Children, Port
+from muenfast.ports import Children, Makers, Port
 from muenfast.threads import spawn
 
 __all__ = ["MOST_INTERFACES", "InterfaceConfig", "Interfaces", "interfaces_from_lists"]
@@ -492,8 +492,8 @@ class Interface:
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, config: InterfaceConfig, links: tuntap.Links) -> None:
-        self.config = config
+    def __init__(self, config: InterfaceConfig, links: tuntap.Links, makers: Makers) -> None:
+        self.config, self._makers = config, makers
         self.up = False
         self.gone = False
         self._carrier = threading.Lock()    # of what the device was told last
@@ -504,8 +504,9 @@ class Interface:
             self._namespace: int | None = None
             if config.netns is not None:
                 with blame(config.options.netns, config.index, config.netns):
-                    self._namespace = netns.named(config.netns)
-                stack.callback(os.close, self._namespace)
+                    self._namespace = makers.namespace(config.netns)
+                if self._namespace is not None:
+                    stack.callback(os.close, self._namespace)
             self._lost_paths = False
             self.paths: shm.Region | None = None
             if config.pmtu is not None:
@@ -538,15 +539,12 @@ class Interface:
               told: Callable[[bool | None], None]) -> Port:
         config = self.config
         return Port(name, config.framing, config.mtu, namespace=namespace, offload=config.offload, ways=MARKS[config.marks],
-                    answers=answers, told=told)
+                    answers=answers, told=told, makers=self._makers)
 
     def _child(self, name: str, answers: Mapping[str, Command], told: Callable[[bool | None], None]) -> Port:
         """The port of a new child, in the network namespace where the interface is now."""
-        namespace = self.own.device.namespace()
-        try:
+        with self.own.device.place() as namespace:
             return self._port(name, namespace, answers, told)
-        finally:
-            os.close(namespace)
 
     def _own(self, stack: ExitStack, half: _Half) -> None:
         self._halves.append(half)
@@ -663,10 +661,11 @@ class Interfaces:
         with muenfast.Interfaces(muenfast.interfaces_from_lists("net0,net1")) as interfaces:
             interfaces.wait()
 
-    Raises UsageError, ClaimError, PeerError, OSError (EPERM without CAP_NET_ADMIN).
+    makers: of what takes privileges, None: this process does it. Raises UsageError, ClaimError, PeerError, OSError (EPERM
+    without CAP_NET_ADMIN).
     """
 
-    def __init__(self, configs: Sequence[InterfaceConfig]) -> None:
+    def __init__(self, configs: Sequence[InterfaceConfig], makers: Makers | None = None) -> None:
         if isinstance(configs, str) or not all(isinstance(config, InterfaceConfig) for config in configs):
             raise UsageError("interfaces are a list of InterfaceConfig, as interfaces_from_lists() returns", value=configs)
         self._process = os.getpid()
@@ -675,7 +674,7 @@ class Interfaces:
         with ExitStack() as stack:
             links = stack.enter_context(tuntap.Links())
             for config in configs:
-                interface = Interface(config, links)
+                interface = Interface(config, links, Makers() if makers is None else makers)
                 stack.callback(interface.close)
                 self.interfaces.append(interface)
             for interface in self.interfaces:

@@ -27,6 +27,7 @@ from muenfast.connection import (
     RESPONSE_PROTOCOL,
 )
 from muenfast.errors import UsageError
+from muenfast.marks import MOST_CHILDREN
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -162,7 +163,8 @@ class Bell:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A block connection. devices: of the server, as `--device` takes them. The rest as the lists of `muenfast blk`."""
+    """A block connection. devices: of the server, as `--device` takes them. paths: what else disks in Python reach. The
+    rest as the lists of `muenfast blk`."""
 
     name: str
     client: str
@@ -175,6 +177,7 @@ class Connection:
     poll: int | None = None
     pool: int | None = None
     timeout: int | None = None
+    paths: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -183,7 +186,8 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """A network interface of a subject, named as its table. inp, out: channels. The rest as the lists of `muenfast net`."""
+    """A network interface of a subject, named as its table. inp, out: channels. children: names of those that it may be
+    given. The rest as the lists of `muenfast net`."""
 
     name: str
     subject: str
@@ -200,6 +204,7 @@ class Interface:
     up: bool = False
     offload: bool = True
     poll: int | None = None
+    children: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -475,10 +480,14 @@ def _connection(name: str, table: _Table) -> Connection | None:
     poll = table.parsed("poll", _POLL, "microseconds")
     pool = table.parsed("pool", _number(1, 64, "a number of threads"), "threads of a disk written in Python")
     timeout = table.parsed("timeout", _number(1, 1200, "a time in seconds"), "seconds that such a disk has for an answer")
-    table.end("client, server, request, response, buffer, device, read_only, poll, pool, timeout")
+    paths = table.texts("paths", "files and folders that its disks in Python read and write")
+    for path in paths:
+        if not path.startswith("/") or os.path.realpath(path) == "/":
+            table.wrong(f"paths, {path}: is a path from / on, and not / itself")
+    table.end("client, server, request, response, buffer, device, read_only, poll, pool, timeout, paths")
     if client is None or server is None or request is None or response is None:
         return None
-    return Connection(name, client, server, request, response, buffer, devices, read_only, poll, pool, timeout)
+    return Connection(name, client, server, request, response, buffer, devices, read_only, poll, pool, timeout, paths)
 
 
 def _interface(name: str, table: _Table) -> Interface | None:
@@ -493,12 +502,14 @@ def _interface(name: str, table: _Table) -> Interface | None:
     up = table.take("up", bool, "true or false", False)
     offload = table.take("offload", bool, "true or false", True)
     poll = table.parsed("poll", _POLL, "microseconds")
-    table.end("subject, in, out, mtu, flags, pmtu, netns, carrier, mac, addr, marks, up, offload, poll")
+    children = table.texts("children", "names of interfaces that `muennet_cfg add_child` may make")
+    table.end("subject, in, out, mtu, flags, pmtu, netns, carrier, mac, addr, marks, up, offload, poll, children")
     if inp is None and out is None:
         table.wrong("has neither in nor out")
     if subject is None:
         return None
-    return Interface(name, subject, inp, out, mtu, flags, up=up, offload=offload, poll=poll, **texts)
+    return Interface(name, subject, inp, out, mtu, flags, up=up, offload=offload, poll=poll,
+                     children=children, **texts)
 
 
 # ------------------------------------------------------------------ what follows from the rest
@@ -660,10 +671,12 @@ def _connections(policy: Policy) -> Iterator[Finding]:
 def _interfaces(policy: Policy) -> Iterator[Finding]:
     for each in policy.interfaces.values():
         yield from _known(policy, each.where, (("subject", each.subject),))
-        try:
-            params.interface(None, None, each.name)
-        except UsageError as error:
-            yield Finding(each.where, error.rule)
+        for called in (each.name, *each.children):
+            try:
+                params.interface(None, None, called)
+            except UsageError as error:
+                yield Finding(each.where, error.rule if called == each.name else f"children, {called}: {error.rule}")
+        yield from _family(policy, each)
         element = element_size(each.framing, each.mtu)
         if each.inp is not None:
             yield from _ends(policy, each.where, "in", each.inp, "channel", writer=None, reader=each.subject,
@@ -685,6 +698,18 @@ def _interfaces(policy: Policy) -> Iterator[Finding]:
         for name in (interface.inp, interface.out):
             if name in of_disks:
                 yield Finding(interface.where, _used(name, of_disks[name]))
+
+
+def _family(policy: Policy, each: Interface) -> Iterator[Finding]:
+    if each.children and each.framing != "net_hdr":
+        yield Finding(each.where, "has children: only packets of net_hdr carry the marks that tell whose they are")
+    if len(each.children) > MOST_CHILDREN:
+        yield Finding(each.where, f"has {len(each.children)} children: an interface has at most {MOST_CHILDREN}")
+    taken = [name for other in policy.interfaces.values() if other.subject == each.subject
+             for name in (other.name, *(other.children if other.name < each.name else ()))]
+    for at, name in enumerate(each.children):
+        if name in taken or name in each.children[:at]:
+            yield Finding(each.where, f"children: {name} is an interface of {each.subject} already")
 
 
 def _devices(policy: Policy) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,54 +21,79 @@ from muenfast.bpf import Way
 from muenfast.control import Command
 from muenfast.errors import ClaimError, MuenfastError, UsageError, describe
 from muenfast.marks import Child, Family
-from muenfast.names import NameSocket, commands
+from muenfast.names import NameSocket, bound_to, commands
 from muenfast.threads import spawn
 from muenfast.tuntap import Device, Links
 
-__all__ = ["Children", "Port"]
+__all__ = ["Children", "Makers", "Port"]
 
 log = logging.getLogger("muenfast")
 
 _IN_USE = 10.0  # seconds within which an engine's turn has ended, or a name that was left is free
 
 
+class Makers:
+    """What takes privileges of a port, by this process itself; broker.py has others. Namespaces are descriptors, None: the
+    calling thread's. All raise OSError, and what else the function that does it says."""
+
+    def namespace(self, text: str) -> int | None:
+        """As the user names it, open."""
+        return netns.named(text)
+
+    def device(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool) -> Device:
+        """As Device."""
+        return Device(name, framing, mtu, namespace=namespace, offload=offload)
+
+    def marks(self, device: Device, namespace: int | None, ways: Sequence[Way]) -> bpf.Attached:
+        """bpf.attach() where the device is."""
+        return netns.inside(namespace, lambda: bpf.attach(device.index, ways=ways, vnet=device.offload))
+
+    def follow(self, attached: bpf.Attached, device: Device, namespace: int | None) -> None:
+        """attached.follow() where the device is now."""
+        netns.inside(namespace, lambda: attached.follow(device.index))
+
+    def name(self, device: Device, namespace: int | None) -> socket.socket:
+        """names.bound_to() the device's name."""
+        return bound_to(device.name, namespace)
+
+
 class Port:
     """A device with its marks, and what may be asked of it by name.
 
     ways: in which packets of net_hdr may have their marks, the first that is to be had counts; a single one is a must.
-    answers: what it answers to. told: as tuntap.Links has it, from watch() on. Raises UsageError, ClaimError, OSError;
-    nothing is left behind then.
+    answers: what it answers to. told: as tuntap.Links has it, from watch() on. makers: of what takes privileges. Raises
+    UsageError, ClaimError, OSError; nothing is left behind then.
     """
 
     def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool, ways: Sequence[Way],
-                 answers: Mapping[str, Command], told: Callable[[bool | None], None]) -> None:
-        self._answers, self._told = answers, told
+                 answers: Mapping[str, Command], told: Callable[[bool | None], None], makers: Makers) -> None:
+        self._answers, self._told, self._makers = answers, told, makers
         self._names: NameSocket | None = None
         self.attached: bpf.Attached | None = None
         with ExitStack() as stack:
             # From the marks' beginning to the device's end: it would give packets with net_hdr to who expects none.
             stack.callback(self._detach)
-            self.device = Device(name, framing, mtu, namespace=namespace, offload=offload)
+            self.device = makers.device(name, framing, mtu, namespace=namespace, offload=offload)
             stack.callback(self.device.close)
             if framing == "net_hdr" and ways:
                 self._attach(namespace, ways)
-            self._names = NameSocket(name, answers, namespace=namespace)
+            self._names = self._name(namespace)
             self._named = name, 0
             self._since, self._given_up = 0.0, False    # when it was called so; whether that cannot be asked for
             stack.callback(self._unname)
             self._stack = stack.pop_all()
 
     def _attach(self, namespace: int | None, ways: Sequence[Way]) -> None:
-        def attach() -> bpf.Attached:
-            return bpf.attach(self.device.index, ways=ways, vnet=self.device.offload)
-
         try:
-            self.attached = netns.inside(namespace, attach)
+            self.attached = self._makers.marks(self.device, namespace, ways)
         except (OSError, MuenfastError) as error:
             if len(ways) == 1:  # asked for
                 raise
             log.warning("interface %s: its packets go out without their marks, and come in without: %s (`muenfast doctor` "
                         "tells more)", self.device.name, describe(error))
+
+    def _name(self, namespace: int | None) -> NameSocket:
+        return NameSocket(self.device.name, self._answers, bound=lambda: self._makers.name(self.device, namespace))
 
     @property
     def way(self) -> str:
@@ -103,30 +128,29 @@ class Port:
         if now != before:
             self._since, self._given_up = time.monotonic(), False
         self._unname()
-        try:
-            namespace = self.device.namespace()
-        except OSError:     # it is gone, which is told next
-            return True
-        try:
-            if now[1] != before[1]:
-                self._take_marks(namespace)
-            self._names = NameSocket(self.device.name, self._answers, namespace=namespace)
-        except (OSError, MuenfastError) as error:
-            if isinstance(error, ClaimError) and time.monotonic() - self._since < _IN_USE:
-                return False
-            self._given_up = True
-            log.error("interface %s: muennet_cfg does not reach it by that name: %s", self.device.name, describe(error))
-        finally:
-            os.close(namespace)
+        with ExitStack() as stack:
+            try:
+                namespace = stack.enter_context(self.device.place())
+            except OSError:     # it is gone, which is told next
+                return True
+            try:
+                if now[1] != before[1]:
+                    self._take_marks(namespace)
+                self._names = self._name(namespace)
+            except (OSError, MuenfastError) as error:
+                if isinstance(error, ClaimError) and time.monotonic() - self._since < _IN_USE:
+                    return False
+                self._given_up = True
+                log.error("interface %s: muennet_cfg does not reach it by that name: %s", self.device.name, describe(error))
         return True
 
-    def _take_marks(self, namespace: int) -> None:
+    def _take_marks(self, namespace: int | None) -> None:
         """The device is in that namespace now."""
         attached = self.attached
         if attached is None:
             return
         try:
-            netns.inside(namespace, lambda: attached.follow(self.device.index))
+            self._makers.follow(attached, self.device, namespace)
         except (OSError, MuenfastError) as error:
             log.error("interface %s: its marks were not moved with it, and its packets do not go out: %s", self.device.name,
                       describe(error))

@@ -8,11 +8,12 @@ import os
 import threading
 from collections.abc import Collection
 
-__all__ = ["CAPABILITIES", "become", "held", "keep"]
+__all__ = ["CAPABILITIES", "become", "held", "keep", "no_new"]
 
 # linux/capability.h: those that a serving process may need.
-CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3, "CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21,
-                "CAP_SYS_RESOURCE": 24, "CAP_MKNOD": 27, "CAP_BPF": 39}
+CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3,
+                "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24,
+                "CAP_MKNOD": 27, "CAP_BPF": 39}
 _VERSION = 0x20080522           # _LINUX_CAPABILITY_VERSION_3
 _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 8, 38, 24, 47   # linux/prctl.h
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -59,9 +60,14 @@ def become(uid: int, gid: int, groups: Collection[int], capabilities: Collection
     os.setresuid(uid, uid, uid)
     _check(_prctl(_PR_SET_KEEPCAPS, 0), "capabilities cannot be dropped")
     keep(capabilities)
-    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "no-new-privileges cannot be set")
+    no_new()
     if uid and os.getresuid() != (uid, uid, uid):
         raise OSError(errno.EPERM, "the user is not what it should be")
+
+
+def no_new() -> None:
+    """From here on no program that is executed gives more than there is. Raises OSError."""
+    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "no-new-privileges cannot be set")
 
 
 def keep(capabilities: Collection[str]) -> None:

@@ -258,16 +258,7 @@ def runtime_dir(*, make: bool = True) -> str:
     without make FileNotFoundError (its path in filename) when it is not there.
     """
     uid = os.geteuid()
-    if given := os.environ.get("MUENFAST_RUNTIME_DIR"):
-        path = os.path.abspath(given)
-    elif uid == 0:
-        path = _RUN
-    elif os.path.lexists(f"{_RUN}-{uid}"):
-        path = f"{_RUN}-{uid}"
-    elif given := os.environ.get("XDG_RUNTIME_DIR"):
-        path = os.path.join(os.path.abspath(given), "muenfast")
-    else:
-        path = f"/tmp/muenfast-{uid}"
+    path = runtime_dir_of(uid)
     try:
         seen = os.lstat(path)
     except FileNotFoundError:
@@ -282,6 +273,19 @@ def runtime_dir(*, make: bool = True) -> str:
     if seen.st_mode & 0o022:
         raise PermissionError(errno.EPERM, f"others may write here (mode {seen.st_mode & 0o7777:o})", path)
     return path
+
+
+def runtime_dir_of(uid: int) -> str:
+    """Where runtime_dir() is for a user with this environment."""
+    if given := os.environ.get("MUENFAST_RUNTIME_DIR"):
+        return os.path.abspath(given)
+    if uid == 0:
+        return _RUN
+    if os.path.lexists(f"{_RUN}-{uid}"):
+        return f"{_RUN}-{uid}"
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        return os.path.join(os.path.abspath(given), "muenfast")
+    return f"/tmp/muenfast-{uid}"
 
 
 def give_runtime_dir(uid: int, gid: int) -> None:
@@ -522,7 +526,8 @@ def _make_inode(stack: contextlib.ExitStack, path: str, size: int, mode: int,
     with _named(path):
         if owner is not None:
             os.fchown(fd, *owner)
-        os.fchmod(fd, mode)
+        if stat.S_IMODE(os.fstat(fd).st_mode) != mode:  # may be refused to a process that serves by a policy
+            os.fchmod(fd, mode)
     return fd, source
 
 

@@ -16,7 +16,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -160,10 +160,20 @@ class Device:
         """A descriptor of the namespace that it is in now. Raises OSError."""
         return fcntl.ioctl(self.fd, _TUNGETDEVNETNS)
 
+    @contextlib.contextmanager
+    def place(self) -> Iterator[int | None]:
+        """namespace(), as long as this lasts. None: the device is another process's, which knows by itself. Raises OSError.
+        """
+        namespace = self.namespace()
+        try:
+            yield namespace
+        finally:
+            os.close(namespace)
+
     def exists(self) -> bool:
         """Whether nobody removed it."""
         try:
-            os.close(self.namespace())
+            self._named()
         except OSError:
             return False
         return True

@@ -1,9 +1,11 @@
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, final
 
 from typing_extensions import Self
 
 from muenfast._target import Target as Target
+
+def mount(mountpoint: str, read_only: bool, max_io: int) -> tuple[int, int, int]: ...
 
 @final
 class FuseDisk:
@@ -12,7 +14,9 @@ class FuseDisk:
     connection: Final[int]
     abort_fd: Final[int]
     def __new__(cls, target: Target, mountpoint: str, *, read_only: bool = False, depth: int = 64,
-                max_io: int = 131072, plain: bool = False, ring: bool = True) -> Self: ...
+                max_io: int = 131072, plain: bool = False, ring: bool = True,
+                mounted: tuple[int, int, int] | None = None, unmount: Callable[[bool], object] | None = None,
+                resize: Callable[[int, bool], object] | None = None) -> Self: ...
     def run(self) -> int: ...
     @property
     def attaching(self) -> bool: ...

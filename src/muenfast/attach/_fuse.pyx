@@ -273,7 +273,7 @@ cdef extern from "<sys/mount.h>" nogil:
     enum: MS_NOEXEC
     enum: MNT_FORCE
     enum: MNT_DETACH
-    int mount(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
+    int c_mount "mount"(const char *source, const char *target, const char *kind, unsigned long flags, const void *data)
     int umount2(const char *target, int flags)
 
 cdef extern from "<errno.h>" nogil:
@@ -1291,6 +1291,38 @@ def _possible_cpus():
         return int(file.read().replace(",", "-").rpartition("-")[2]) + 1
 
 
+def mount(str mountpoint not None, bint read_only, unsigned max_io):
+    """Mounts a session that nobody serves yet: (/dev/fuse, the kernel's number of the connection, its fusectl "abort" or -1),
+    two descriptors of the caller's. Raises OSError (filename set)."""
+    cdef bytes path = os.fsencode(mountpoint)
+    cdef unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | (MS_RDONLY if read_only else 0)
+    cdef unsigned major = 0, minor = 0
+    cdef int control, abort = -1, fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    cdef bytes options = (f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},"
+                          f"max_read={max_io}").encode()
+    try:
+        if c_mount("muenfast", path, "fuse.muenfast", flags, <char *>options) != 0:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, mountpoint)
+        try:
+            if root_device(path, &major, &minor) != 0:
+                PyErr_SetFromErrnoWithFilenameObject(OSError, mountpoint)
+            # fc->dev = new_decode_dev(s_dev), fs/fuse/inode.c; an anonymous device's major is 0
+            connection = (minor & 0xff) | (major << 8) | ((minor & ~0xffu) << 12)
+            control = fusectl_open()
+            if control >= 0:
+                try:
+                    abort = os.open(f"{connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+                finally:
+                    os.close(control)
+        except BaseException:
+            umount2(path, MNT_FORCE | MNT_DETACH)
+            raise
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, connection, abort
+
+
 @cython.final
 cdef class FuseDisk:
     """A mounted FUSE session whose file "disk" is *target*.
@@ -1304,6 +1336,9 @@ cdef class FuseDisk:
     plain: no pump, as in a kernel that cannot have one.
     ring: FUSE over io_uring where the kernel offers it; it then sends requests through as many as `depth` entries for each
     CPU, fewer where there are more than 16, and resident memory stays near that number of max_io + 4096.
+    mounted: what mount() returned for it, which is its own from here on, whatever becomes of this; unmount, resize: called in
+    place of umount2(2), with whether to abort, and for the file to be told its size, with that and whether it is read only:
+    where another process has mounted it.
 
     After construction the kernel's INIT has been answered and the file system waits for run().
     Raises ValueError for a bad depth, max_io or disk size, OSError (filename set) when the device, the
@@ -1315,12 +1350,49 @@ cdef class FuseDisk:
     cdef readonly int connection    # the kernel's id: the directory below /sys/fs/fuse/connections
     cdef readonly int abort_fd      # that connection's fusectl "abort", or -1 where there is no fusectl
     cdef bytes path
+    cdef object unmounting
+    cdef object resizing
 
     def __cinit__(self, Target target not None, str mountpoint not None, *, bint read_only=False,
-                  unsigned depth=64, unsigned max_io=131072, bint plain=False, bint ring=True):
-        cdef pthread_condattr_t attr
+                  unsigned depth=64, unsigned max_io=131072, bint plain=False, bint ring=True, mounted=None,
+                  unmount=None, resize=None):
         cdef disk_t *d
         self.abort_fd = -1
+        self.unmounting, self.resizing = unmount, resize
+        if mounted is not None:
+            fuse_fd, self.connection, self.abort_fd = mounted
+        try:
+            self._allocate(target, mountpoint, depth, max_io)
+        except BaseException:
+            if mounted is not None:
+                os.close(fuse_fd)
+            raise
+        d = self.d
+        if mounted is not None:
+            d.fuse_fd = fuse_fd
+        d.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if d.event < 0:
+            PyErr_SetFromErrno(OSError)
+        d.submit, d.ctx, d.attendance = target.submit, target.ctx, target.attendance
+        d.block = target.block_size
+        d.plain = plain
+        d.size, d.read_only = target.nblocks * target.block_size, read_only or target.read_only
+        d.discards, d.zeroes = target.discards, target.zeroes
+        d.depth, d.max_io = depth, max_io
+        if ring and CUSTOM_IO and not plain:
+            self._open_ring()
+        self._make_requests()
+        if mounted is None:
+            d.fuse_fd, self.connection, self.abort_fd = mount(mountpoint, d.read_only, max_io)
+        try:
+            self._start()
+        except BaseException:
+            self._unmount(True)
+            raise
+
+    cdef _allocate(self, Target target, str mountpoint, unsigned depth, unsigned max_io):
+        cdef pthread_condattr_t attr
+        cdef disk_t *d
         if not 1 <= depth <= 4096:
             raise ValueError(f"depth is {depth}: 1 to 4096")
         if not BLOCK <= max_io <= FUSE_MAX_WRITE or max_io % BLOCK:
@@ -1340,25 +1412,19 @@ cdef class FuseDisk:
         pthread_condattr_destroy(&attr)
         self.d = d                      # from here on __dealloc__ frees it
         d.fuse_fd = d.event = d.wake = -1
-        d.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if d.event < 0:
-            PyErr_SetFromErrno(OSError)
-        d.submit, d.ctx, d.attendance = target.submit, target.ctx, target.attendance
-        d.block = target.block_size
-        d.plain = plain
-        d.size, d.read_only = target.nblocks * target.block_size, read_only or target.read_only
-        d.discards, d.zeroes = target.discards, target.zeroes
-        d.depth, d.max_io = depth, max_io
-        if ring and CUSTOM_IO and not plain:
-            self._open_ring()
-        self._make_requests()
-        d.fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        self._mount()
-        try:
-            self._start()
-        except BaseException:
-            umount2(self.path, MNT_FORCE | MNT_DETACH)
-            raise
+
+    cdef _unmount(self, bint force):
+        """Takes the mount out of the tree, lazily, aborting its connection or not; nothing where it is gone. Raises OSError.
+        """
+        cdef const char *path = self.path
+        cdef int status, flags = MNT_FORCE | MNT_DETACH if force else MNT_DETACH
+        if self.unmounting is not None:
+            self.unmounting(force)
+            return
+        with nogil:
+            status = umount2(path, flags)
+        if status != 0 and errno != EINVAL and errno != ENOENT:
+            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
 
     cdef _open_ring(self):
         """Makes the pump that takes entries, where this kernel has all that it needs."""
@@ -1407,20 +1473,12 @@ cdef class FuseDisk:
                 r.queue = <int>((i - d.depth) // d.share)
                 r.entry = &d.headers[i]
 
-    cdef _mount(self):
-        cdef unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | (MS_RDONLY if self.d.read_only else 0)
-        cdef bytes options = (f"fd={self.d.fuse_fd},rootmode=40000,user_id={os.geteuid()},"
-                              f"group_id={os.getegid()},max_read={self.d.max_io}").encode()
-        if mount("muenfast", self.path, "fuse.muenfast", flags, <char *>options) != 0:
-            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
-
     cdef _start(self):
-        """Session, INIT, connection id, the abort file."""
+        """Session and INIT."""
         cdef disk_t *d = self.d
         cdef fuse_buf first
         cdef fuse_args args
-        cdef unsigned major = 0, minor = 0
-        cdef int n, control
+        cdef int n
         cdef bint offered = False
         cdef bytes option = f"-omax_read={d.max_io}".encode()   # must equal conn.max_read, else EPROTO
         cdef char *argv[3]
@@ -1449,16 +1507,6 @@ cdef class FuseDisk:
         if d.ring != NULL and (not offered or d.accepting):
             pump_close(d.ring)
             self._no_ring()
-        if root_device(self.path, &major, &minor) != 0:
-            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
-        # fc->dev = new_decode_dev(s_dev), fs/fuse/inode.c; an anonymous device's major is 0
-        self.connection = (minor & 0xff) | (major << 8) | ((minor & ~0xffu) << 12)
-        control = fusectl_open()
-        if control >= 0:
-            try:
-                self.abort_fd = os.open(f"{self.connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
-            finally:
-                os.close(control)
 
     def __dealloc__(self):
         if self.abort_fd >= 0:
@@ -1565,12 +1613,14 @@ cdef class FuseDisk:
         cdef uint64_t size = self.target.nblocks * self.target.block_size
         path = os.path.join(self.mountpoint, "disk")
         store_relaxed64(&d.size, size)
-        if not d.read_only:
-            os.truncate(path, size)
-        elif forget_attributes(d.fuse_fd, INO_DISK) != 0:
+        if d.read_only and forget_attributes(d.fuse_fd, INO_DISK) != 0:
             PyErr_SetFromErrnoWithFilenameObject(OSError, path)
-        else:
+        if self.resizing is not None:
+            self.resizing(size, bool(d.read_only))
+        elif d.read_only:
             os.stat(path)
+        else:
+            os.truncate(path, size)
 
     def exit(self):
         """End the session now: abort the connection, so that whoever waits for it gets an error.
@@ -1588,14 +1638,13 @@ cdef class FuseDisk:
 
     def abort(self):
         """Abort the connection (as exit()), leaving run() to see it by itself."""
-        cdef const char *path = self.path
         cdef int control = self.abort_fd
         cdef bint aborted
+        if control < 0:
+            self._unmount(True)
+            return
         with nogil:
-            if control >= 0:
-                aborted = c_write(control, "1", 1) == 1
-            else:
-                aborted = umount2(path, MNT_FORCE | MNT_DETACH) == 0
+            aborted = c_write(control, "1", 1) == 1
         if not aborted:
             PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
 
@@ -1604,12 +1653,7 @@ cdef class FuseDisk:
 
         Nothing is to be done when it is not mounted any more. Raises OSError (filename set).
         """
-        cdef const char *path = self.path
-        cdef int status
-        with nogil:
-            status = umount2(path, MNT_DETACH)
-        if status != 0 and errno != EINVAL and errno != ENOENT:
-            PyErr_SetFromErrnoWithFilenameObject(OSError, self.mountpoint)
+        self._unmount(False)
 
     @property
     def pumps(self):

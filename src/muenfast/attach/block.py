@@ -122,6 +122,15 @@ def flush(device: int, fds: Iterable[int], left: list[str]) -> None:
 
     Adds a sentence to *left* for each file system that could not be written. Raises OSError.
     """
+    left += sync_mounts(device)
+    for fd in fds:
+        os.fsync(fd)
+
+
+def sync_mounts(device: int) -> list[str]:
+    """Write down what is dirty of file systems mounted from a disk or its partitions; a sentence for each that could not be
+    written. Raises OSError."""
+    left = []
     libc = ctypes.CDLL(None, use_errno=True)
     for directory, _, _ in mounts_of(device):
         mounted = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
@@ -130,8 +139,7 @@ def flush(device: int, fds: Iterable[int], left: list[str]) -> None:
                 left.append(f"{directory}: not all data was written: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(mounted)
-    for fd in fds:
-        os.fsync(fd)
+    return left
 
 
 def users_of(device: int, path: str, but: int | None = None) -> list[str]:

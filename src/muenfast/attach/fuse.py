@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import threading
 import time
@@ -17,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from muenfast.attach import block, fuseuring, loop, partitions, watchdog
+from muenfast.attach import loop, partitions, watchdog
 from muenfast.attach.leash import AFTER_ABORT, Leash
+from muenfast.attach.root import Root
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,9 +75,9 @@ class FuseAttachment:
     device: its path. loop: number of the loop device behind it. disk: the FUSE session (counters).
     """
 
-    def __init__(self, name: str, mountpoint: str) -> None:
+    def __init__(self, name: str, mountpoint: str, root: Root) -> None:
         """For attach() only."""
-        self.name, self.mountpoint = name, mountpoint
+        self.name, self.mountpoint, self._root = name, mountpoint, root
         self.device = f"/dev/{name}"
         self.disk: FuseDisk
         self.loop: int
@@ -88,36 +90,39 @@ class FuseAttachment:
     @classmethod
     def attach(cls, target: Target, name: str, runtime_dir: str | os.PathLike[str], *, read_only: bool = False,
                threads: int = 1, depth: int = 64, max_io: int = 131072, plain: bool = False,
-               uring: str = "auto") -> FuseAttachment:
+               uring: str = "auto", root: Root | None = None) -> FuseAttachment:
         """Make *target* appear as /dev/*name*; all or nothing.
 
         The caller holds the claim on *name* and stores info() in it. runtime_dir: the private mount point
         becomes runtime_dir/mnt/NAME-PID. read_only: also where the target could be written. threads: receive
-        threads. depth, max_io, plain: see FuseDisk. uring: when to take FUSE over io_uring, see fuseuring.offered().
+        threads. depth, max_io, plain: see FuseDisk. uring: when to take FUSE over io_uring, see fuseuring.offered(). root:
+        of what takes privileges, None: this process does it.
         Raises UsageError where available() says why not, OSError (filename set) for what the kernel refuses.
         """
-        if reason := available():
+        if root is None:
+            root = Root(runtime_dir)
+        if reason := root.available():
             raise UsageError("the FUSE front end is not to be had here", option="--attach", value="fuse",
                              hint=reason)
-        directory = Path(os.path.abspath(runtime_dir), "mnt", f"{name}-{os.getpid()}")
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.exists():      # an earlier process of this number, for the name is claimed by us
-            _release(str(directory), name)
-        new = cls(name, str(directory))
+        read_only = read_only or target.read_only
         with contextlib.ExitStack() as undo:
-            directory.mkdir(mode=0o700)
-            undo.callback(directory.rmdir)
-            with fuseuring.offered(runtime_dir, uring) as ring:
+            made = root.mount(name, read_only=read_only, max_io=max_io, uring=uring)
+            undo.callback(root.rmdir, name)
+            undo.callback(root.unmount, name, True)
+            new = cls(name, made.mountpoint, root)
+            try:
                 new.disk = FuseDisk(target, new.mountpoint, read_only=read_only, depth=depth, max_io=max_io, plain=plain,
-                                    ring=ring)
+                                    ring=made.ring, mounted=(made.fd, made.connection, made.abort),
+                                    unmount=functools.partial(root.unmount, name),
+                                    resize=functools.partial(root.resize_file, name))
+            finally:
+                root.mounted(name)
             undo.callback(new._end_session)
             for number in range(threads):
                 thread = threading.Thread(target=new._receive, name=f"fuse-{name}-{number}", daemon=True)
                 thread.start()
                 new._threads.append(thread)
-            abort = new.disk.abort_fd
-            new._leash = Leash("fuse", new._threads[0].native_id or 0, [str(abort), new.mountpoint, new.device],
-                               [abort] if abort >= 0 else [])
+            new._leash = root.watch(name, new._threads[0].native_id or 0, new.disk.abort_fd)
             undo.callback(new._leash.end)
             # Nothing here may wait without end for a target that does not answer, as udev's probe of the device does.
             limit = threading.Timer(ATTACH_LIMIT, new.disk.abort)
@@ -126,15 +131,15 @@ class FuseAttachment:
             undo.callback(limit.join)
             undo.callback(limit.cancel)
             new.disk.attaching = True
-            new.loop = loop.attach(f"{new.mountpoint}/disk", read_only=new.disk.read_only, max_io=max_io,
-                                   block_size=target.block_size, discard=target.discards and target.zeroes)
-            undo.callback(loop.detach, new.loop)
-            loop.make_node(name, new.loop)
-            undo.callback(new._remove_node)
+            new.loop = root.loop(name, read_only=new.disk.read_only, max_io=max_io, block_size=target.block_size,
+                                 discard=target.discards and target.zeroes)
+            undo.callback(root.free_loop, name)
+            root.make_node(name)
+            undo.callback(root.remove_node, name)
             new.disk.attaching = False
             new.partitions = partitions.Partitions(name, f"loop{new.loop}", loop.path_of(new.loop),
                                                    block=target.block_size, watch=new.disk.watch,
-                                                   event=new.disk.watch_fd)
+                                                   event=new.disk.watch_fd, acts=root.partitions(name))
             undo.callback(new.partitions.stop, AFTER_ABORT)
             new.partitions.start()
             if limit.finished.is_set():
@@ -154,7 +159,7 @@ class FuseAttachment:
         """Gives the device the target's size, whoever uses it. May wait for the target. Raises OSError (filename set)."""
         self.disk.resized()
         if self._owns_loop():
-            loop.resized(self.loop, self.disk.target.nblocks * self.disk.target.block_size)
+            self._root.resize_loop(self.name, self.disk.target.nblocks * self.disk.target.block_size)
         self.partitions.look()
 
     @property
@@ -181,15 +186,17 @@ class FuseAttachment:
 
         def take_down() -> None:
             try:
-                self._remove_node()
+                self._root.remove_node(self.name)
                 opened = self.partitions.open_all()
                 try:
                     self.partitions.stop(min(GRACE, timeout / 2))
                     if not self._owns_loop():
                         freed.append(True)      # the watchdog or an administrator was faster
                         return
-                    opened.append(os.open(loop.path_of(self.loop), os.O_RDONLY | os.O_CLOEXEC))
-                    block.flush(self._number, opened, left)
+                    opened.append(self._root.open(self.name))
+                    left.extend(self._root.sync(self.name))
+                    for fd in opened:
+                        os.fsync(fd)
                 except OSError as problem:      # a disk that fails is taken down all the same
                     if self.disk.unflushed or not all(thread.is_alive() for thread in self._threads):
                         left.append(f"{self.device}: the last flush failed ({problem.strerror}): what was written since "
@@ -197,7 +204,7 @@ class FuseAttachment:
                 finally:
                     for fd in opened:
                         os.close(fd)
-                freed.append(loop.detach(self.loop, min(GRACE, timeout / 2)))
+                freed.append(self._root.free_loop(self.name, min(GRACE, timeout / 2)))
             except OSError as problem:
                 left.append(f"{self.device}: {problem}")
 
@@ -207,26 +214,18 @@ class FuseAttachment:
         if worker.is_alive():
             left.append(f"{self.device} did not answer for {timeout:g} s: its outstanding requests failed")
         if freed != [True]:
-            left += block.users_of(self._number, self.device, but=os.getpid() if worker.is_alive() else None)
+            left += self._root.users(self.name, os.getpid() if worker.is_alive() else None)
             left += self._try(self.disk.exit)
             worker.join(AFTER_ABORT)
         if not self.partitions.stop(AFTER_ABORT):
             left.append(f"{self.device}: the thread that reads its partition table did not end")
         left += self._try(self._end_session, max(AFTER_ABORT, end - time.monotonic()))
-        left += self._try(os.rmdir, self.mountpoint)
+        left += self._try(self._root.rmdir, self.name)
         left += self._try(self._leash.end)
         return left
 
-    def _remove_node(self) -> None:
-        if loop.loop_of(self.device) == self.loop:
-            os.unlink(self.device)
-
-    @property
-    def _number(self) -> int:
-        return os.makedev(loop.LOOP_MAJOR, self.loop)
-
     def _owns_loop(self) -> bool:
-        return loop.backing_file(self.loop) == f"{self.mountpoint}/disk"
+        return self._root.owns(self.name)
 
     def _receive(self) -> None:
         self._status.append(self.disk.run())
@@ -255,7 +254,8 @@ class FuseAttachment:
         return []
 
 
-def _release(mountpoint: str, name: str) -> list[str]:
+def release(mountpoint: str, name: str) -> list[str]:
+    """What is left of an attachment of that name; sentences on what could not be taken away."""
     return watchdog.release(mountpoint, f"/dev/{name}")
 
 
@@ -270,7 +270,7 @@ def reclaim(info: Info) -> list[str]:
     name, mountpoint = info["name"], info["mountpoint"]
     if "/" in name or not os.path.isabs(mountpoint) or os.path.basename(mountpoint) != f"{name}-{info['pid']}":
         raise ValueError(f"not the record of an attachment: {info!r}")
-    return _release(mountpoint, name)
+    return release(mountpoint, name)
 
 
 def reclaim_name(runtime_dir: str | os.PathLike[str], name: str) -> list[str]:
@@ -281,7 +281,7 @@ def reclaim_name(runtime_dir: str | os.PathLike[str], name: str) -> list[str]:
     left: list[str] = []
     for mountpoint, owner, _ in mountpoints(runtime_dir):
         if owner == name:
-            left += _release(mountpoint, name)
+            left += release(mountpoint, name)
     return left
 
 

@@ -21,15 +21,17 @@ AFTER_DONE = 5.0    # seconds the watchdog has to end; on a busy machine it may 
 class Leash:
     """A watchdog process of its own, which cleans up should this one die; see watchdog.py.
 
-    kind, arguments: what it watches over. thread: one that is gone soon after any kill. fds: descriptors passed on.
+    kind, arguments: what it watches over. thread: one that is gone soon after any kill. fds: descriptors passed on. pid: of
+    the process to watch, None: this one.
     """
 
-    def __init__(self, kind: str, thread: int, arguments: Sequence[str], fds: Sequence[int]) -> None:
+    def __init__(self, kind: str, thread: int, arguments: Sequence[str], fds: Sequence[int],
+                 pid: int | None = None) -> None:
         control, self._control = os.pipe()      # both close-on-exec; one is passed on
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", watchdog.__file__, kind, str(control), str(os.getpid()), str(thread),
-                 *arguments],
+                [sys.executable, "-I", "-S", watchdog.__file__, kind, str(control), str(pid or os.getpid()),
+                 str(thread), *arguments],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 pass_fds=[control, *fds], start_new_session=True, cwd="/")
         except BaseException:
@@ -68,6 +70,15 @@ class Leash:
         """Nothing is left to do for it. Raises TimeoutError when it had to be killed."""
         self.tell("done")
         os.close(self._control)
+        self.wait()
+
+    def give(self) -> int:
+        """What it is told through: another process's from here on, to which only wait() is left."""
+        control, self._control = self._control, -1
+        return control
+
+    def wait(self) -> None:
+        """It was told that nothing is left to do, or sees that there is nobody. Raises TimeoutError."""
         try:
             self._process.wait(AFTER_DONE)
         except subprocess.TimeoutExpired:

@@ -117,6 +117,16 @@ def orphans() -> dict[int, bytes]:
     return found
 
 
+def open_file(path: str, mode: int) -> int:
+    """A regular file; nothing that its name only leads to: who answers for the file system may be less than we are. Raises
+    OSError (filename set)."""
+    fd = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return fd
+
+
 def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, block_size: int = 4096,
            discard: bool = False, attempts: int = 64) -> int:
     """Bind a free loop device to *backing* with direct I/O and sectors of block_size bytes; returns its number.
@@ -127,7 +137,7 @@ def attach(backing: str, *, read_only: bool = False, max_io: int = 131072, block
     """
     flags = LO_FLAGS_DIRECT_IO | LO_FLAGS_PARTSCAN | (LO_FLAGS_READ_ONLY if read_only else 0)
     mode = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-    file = os.open(backing, mode)
+    file = open_file(backing, mode)
     try:
         # Buffered here: the file system decides (FOPEN_DIRECT_IO); the flag below makes loop submit directly.
         config = LOOP_CONFIG.pack(file, block_size, flags, given_name(backing))

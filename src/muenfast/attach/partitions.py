@@ -91,20 +91,78 @@ def delete_all(fd: int, disk: str) -> None:
                 raise
 
 
+class Acts:
+    """What of a disk's partitions takes privileges, done by this process; broker/disks.py has the same for one without.
+    name, disk, path: as Partitions has them. All raise OSError."""
+
+    def __init__(self, name: str, disk: str, path: str) -> None:
+        self.name, self.disk, self.path = name, disk, path
+
+    def open(self) -> int:
+        """The disk, to be read."""
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def open_part(self, number: int) -> int:
+        """A partition, by its node."""
+        return os.open(f"/dev/{self.name}{number}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def reread(self, fd: int) -> None:
+        """Has the kernel parse the table of the disk that is open there."""
+        fcntl.ioctl(fd, BLKRRPART)
+
+    def change(self, fd: int, operation: int, number: int, start: int, size: int) -> None:
+        """ADD, DELETE or RESIZE of a partition of that disk. start, size: bytes."""
+        _blkpg(fd, operation, number, start, size)
+
+    def make_node(self, number: int, device: int) -> bool:
+        """The node of a partition, which has that device number. False: somebody else's is there, and stays."""
+        path = f"/dev/{self.name}{number}"
+        for _ in range(2):
+            try:
+                os.mknod(path, stat.S_IFBLK | 0o600, device)
+                return True
+            except FileExistsError:
+                if not block.is_left(path):
+                    break
+                os.unlink(path)
+        return False
+
+    def remove_node(self, number: int, device: int) -> None:
+        """Nothing where it is another's, or gone."""
+        path = f"/dev/{self.name}{number}"
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path, follow_symlinks=False).st_rdev == device:
+                os.unlink(path)
+
+    def uevents(self) -> socket.socket:
+        """Where the kernel tells of block devices; non-blocking."""
+        made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+                             _NETLINK_KOBJECT_UEVENT)
+        try:
+            made.bind((0, _KERNEL_EVENTS))
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+
 class Partitions:
     """The partitions and nodes of one disk, from start() to stop().
 
     name: of the disk's node, to which the numbers are appended. disk: what the kernel calls it; path: a node of it. block:
     bytes of its sectors. watch: told the (first block, end) of the blocks whose writes matter; event: readable once one was
-    written. Without them only the kernel's uevents tell of a table that changed.
+    written. Without them only the kernel's uevents tell of a table that changed. acts: what takes privileges, None: this
+    process does it.
     """
 
     def __init__(self, name: str, disk: str, path: str, *, block: int,
-                 watch: Callable[[list[tuple[int, int]]], None] = lambda _: None, event: int = -1) -> None:
+                 watch: Callable[[list[tuple[int, int]]], None] = lambda _: None, event: int = -1,
+                 acts: Acts | None = None) -> None:
+        self._acts = Acts(name, disk, path) if acts is None else acts
         self.name, self.disk, self.path, self.block = name, disk, path, block
         self._watch, self._given, self._event = watch, event, -1
         self._spans: list[tuple[int, int]] = []     # where the table stood at the last look
-        self._nodes: dict[str, int] = {}        # path: number of the device that we made it for
+        self._nodes: dict[int, int] = {}        # number of the partition: of the device that we made a node for
         self._by_kernel: dict[str, bool] = {}   # scheme: whether the kernel parses it by itself
         self._said: dict[str, None] = {}        # complaints of the look before this one
         self._now: dict[str, None] = {}         # and of this one
@@ -139,8 +197,8 @@ class Partitions:
         if self._thread is not None:
             self._thread.join(timeout)
             alive = self._thread.is_alive()
-        for path in list(self._nodes):
-            self._remove(path)
+        for number in list(self._nodes):
+            self._remove(number)
         if alive:
             return False
         self._thread = None
@@ -161,10 +219,10 @@ class Partitions:
     def open_all(self) -> list[int]:
         """Descriptors of all partitions, by our nodes, for whoever has to flush them."""
         found = []
-        for path, number in list(self._nodes.items()):
+        for number, device in list(self._nodes.items()):
             with contextlib.suppress(OSError):      # it has gone, or its node has
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if os.fstat(fd).st_rdev == number:
+                fd = self._acts.open_part(number)
+                if os.fstat(fd).st_rdev == device:
                     found.append(fd)
                 else:
                     os.close(fd)
@@ -174,14 +232,9 @@ class Partitions:
 
     def _listen(self) -> None:
         try:
-            self._uevents = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC |
-                                          socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT)
-            self._uevents.bind((0, _KERNEL_EVENTS))
+            self._uevents = self._acts.uevents()
         except OSError as error:    # a namespace without them: we look now and then
             log.info("/dev/%s: no uevents (%s)", self.name, error.strerror)
-            if self._uevents is not None:
-                self._uevents.close()
-                self._uevents = None
 
     def _follow(self, busy: bool) -> None:
         poller = select.poll()
@@ -256,7 +309,7 @@ class Partitions:
 
     def _look(self) -> bool:
         """Table to kernel, kernel to nodes. True: something is in use, and it is worth trying again."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._acts.open()
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             table, usable = self._read(fd)
@@ -319,7 +372,7 @@ class Partitions:
                 # A kernel with a parser has partitions then, the same ones each time. Whoever wrote the table may add some
                 # by himself right behind that, but each of them once.
                 for _ in range(2):
-                    fcntl.ioctl(fd, BLKRRPART)
+                    self._acts.reread(fd)
                     seen.append({(number, one.start, one.size) for number, one in of_kernel(self.disk).items()})
             except OSError as error:
                 if error.errno == errno.EBUSY:
@@ -350,9 +403,9 @@ class Partitions:
             if self._stopping:
                 return False
             try:
-                _blkpg(fd, operation, number, start, size)
+                self._acts.change(fd, operation, number, start, size)
                 if operation == DELETE:     # at once: the number of its device may soon be another partition's
-                    self._remove(f"/dev/{self.name}{number}")
+                    self._remove(number)
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     self._say(f"partition {number} or one that it overlaps is in use: it stays as it is until it is "
@@ -363,31 +416,24 @@ class Partitions:
         return busy
 
     def _follow_nodes(self) -> None:
-        wanted = {f"/dev/{self.name}{number}": device.number for number, device in of_kernel(self.disk).items()}
-        for path in [path for path, number in self._nodes.items()
-                     if not wanted.get(path) == number == block.number_of(path)]:
-            self._remove(path)  # or what is left of it in our books: somebody may have removed a node
-        for path, number in wanted.items():
-            if path not in self._nodes and not self._stopping:
-                self._make(path, number)
+        wanted = {number: device.number for number, device in of_kernel(self.disk).items()}
+        for number in [number for number, device in self._nodes.items()
+                       if not wanted.get(number) == device == block.number_of(f"/dev/{self.name}{number}")]:
+            self._remove(number)    # or what is left of it in our books: somebody may have removed a node
+        for number, device in wanted.items():
+            if number not in self._nodes and not self._stopping:
+                self._make(number, device)
 
-    def _make(self, path: str, number: int) -> None:
-        for _ in range(2):
-            try:
-                os.mknod(path, stat.S_IFBLK | 0o600, number)
-                self._nodes[path] = number
-                return
-            except FileExistsError:
-                if not block.is_left(path):
-                    break
-                os.unlink(path)
-        self._say(f"{path} is somebody else's and stays")
+    def _make(self, number: int, device: int) -> None:
+        if self._acts.make_node(number, device):
+            self._nodes[number] = device
+        else:
+            self._say(f"/dev/{self.name}{number} is somebody else's and stays")
 
-    def _remove(self, path: str) -> None:
-        number = self._nodes.pop(path, None)
-        with contextlib.suppress(FileNotFoundError):
-            if number is not None and os.stat(path, follow_symlinks=False).st_rdev == number:
-                os.unlink(path)
+    def _remove(self, number: int) -> None:
+        device = self._nodes.pop(number, None)
+        if device is not None:
+            self._acts.remove_node(number, device)
 
 
 def _pread(fd: int, length: int, offset: int) -> bytes:

@@ -106,7 +106,12 @@ class Listener:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             undo.callback(self.socket.close)
             self.socket.setblocking(False)
-            os.fchmod(self.socket.fileno(), 0o600)  # bind(2) gives the file this mode, less the umask
+            try:
+                os.fchmod(self.socket.fileno(), 0o600)  # bind(2) gives the file this mode, less the umask
+            except PermissionError as error:            # to a process that serves by a policy, whose umask does it
+                refused: PermissionError | None = error
+            else:
+                refused = None
             try:
                 self.socket.bind(path)
             except OSError as error:
@@ -114,6 +119,8 @@ class Listener:
             seen = os.lstat(self._path)
             self._inode = seen.st_dev, seen.st_ino
             undo.callback(self._unlink)
+            if refused is not None and stat.S_IMODE(seen.st_mode) & 0o077:
+                raise refused
             self._undo = undo.pop_all()
 
     def _make_room(self) -> None:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from muenfast import params
+from muenfast.cli._serving import patience
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
+    from muenfast.broker import Broker
     from muenfast.declared import Declared
+    from muenfast.sandbox import Files, Landlock
+
+# Of every process: the interpreter, libraries, what the kernel tells of itself; devices without contents.
+_READ = ("/usr", "/lib", "/lib64", "/proc", "/sys", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf",
+         "/etc/ld.so.cache", "/dev/urandom")
+_WRITE = ("/dev/null",)
+_NAMES = ("/dev", "/run/muenfast")
+
 
 @dataclass(frozen=True, slots=True)
 class Role:
     """decided: options that are the policy's. modules: all that are loaded later: the interpreter's files may be root's
-    only. capabilities: those of root that set-up still needs."""
+    only. bounds: what the process may reach, and whether it may use io_uring, of the subject's part and what --only names.
+    broker: likewise, what makes the process that does what takes privileges."""
 
     decided: Collection[str]
     modules: Collection[str]
-    capabilities: Collection[str] = ()
+    bounds: Callable[[Declared, list[str] | None], tuple[Files, bool]]
+    broker: Callable[[Declared, list[str] | None], Broker] | None = None
 
 
 def add_policy_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -32,6 +46,8 @@ def add_policy_options(parser: argparse.ArgumentParser, what: str) -> None:
                                          "besides (docs/policy.md)")
     add("--subject", metavar="NAME", help="whose part of the policy; as root the process becomes its user")
     add("--only", metavar="L", help=f"of the subject's {what} these (default: all)")
+    add("--no-sandbox", action="store_true", default=None,
+        help="to debug: no filter of system calls, and no Landlock (strace, gdb, stores that start programs)")
 
 
 def by_policy(arguments: argparse.Namespace) -> bool:
@@ -41,11 +57,15 @@ def by_policy(arguments: argparse.Namespace) -> bool:
     for name in ("subject", "only"):
         if getattr(arguments, name) is not None:
             raise UsageError("goes with --policy", option=f"--{name}", value=getattr(arguments, name))
+    if arguments.no_sandbox is not None:
+        raise UsageError("goes with --policy", option="--no-sandbox")
     return False
 
 
-def declared(arguments: argparse.Namespace, role: Role) -> tuple[Declared, list[str] | None]:
-    """The subject's part of the policy, and what --only names; this process is the subject's user's from then on. Raises
+def declared(arguments: argparse.Namespace, role: Role,
+             stack: ExitStack) -> tuple[Declared, list[str] | None, Broker | None]:
+    """The subject's part of the policy, and what --only names; this process is the subject's user's from then on, and where
+    it was root has a broker, if the role has one, until `stack` ends, and is held within the role's bounds. Raises
     UsageError, OSError."""
     if arguments.subject is None:
         raise UsageError("required beside --policy: whose part of it", option="--subject")
@@ -56,15 +76,42 @@ def declared(arguments: argparse.Namespace, role: Role) -> tuple[Declared, list[
                              hint=f"change {arguments.policy}, or leave out --policy")
     only = None if arguments.only is None else params.split("--only", arguments.only)
     from muenfast.declared import Declared
-    from muenfast.privileges import become
-    from muenfast.shm import give_runtime_dir
+    from muenfast.privileges import become, no_new
+    from muenfast.shm import give_runtime_dir, runtime_dir
 
-    found = Declared.load(arguments.policy, arguments.subject)
+    found = replace(Declared.load(arguments.policy, arguments.subject), patience=patience(arguments))
+    broker: Broker | None = None
+    files, io_uring = role.bounds(found, only)
+    confined = not arguments.no_sandbox and (os.geteuid() == 0 or role.broker is None)
     if os.geteuid() == 0:
         for name in role.modules:
             import_module(name)
         account = found.account
         if not os.environ.get("MUENFAST_RUNTIME_DIR"):
             give_runtime_dir(account.uid, account.gid)
-        become(account.uid, account.gid, account.groups, role.capabilities)
-    return found, only
+        broker = None if role.broker is None else stack.enter_context(role.broker(found, only))
+        landlock = _landlock(files, account.uid) if confined else None      # while all paths can be looked up
+        become(account.uid, account.gid, account.groups)
+    else:
+        no_new()
+        runtime_dir()
+        landlock = _landlock(files, os.geteuid()) if confined else None
+    os.umask(0o077)     # chmod(2) is refused from here on
+    if landlock is not None:
+        from muenfast import sandbox
+
+        landlock.restrict()
+        sandbox.install(sandbox.CALLS | sandbox.IO_URING if io_uring else sandbox.CALLS)
+    return found, only, broker
+
+
+def _landlock(files: Files, uid: int) -> Landlock:
+    """What a role reaches, and what each process does."""
+    from muenfast.sandbox import Landlock
+    from muenfast.shm import runtime_dir_of
+
+    files.read += [*_READ, sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(__file__))]
+    files.write += _WRITE
+    files.names += _NAMES
+    files.change.append(runtime_dir_of(uid))
+    return Landlock(files)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,18 +17,22 @@ from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
+    from muenfast.attach.root import Root
     from muenfast.blk import Channels, Export, ExportConfig
+    from muenfast.broker import Broker
     from muenfast.control import Command
+    from muenfast.declared import Declared
+    from muenfast.sandbox import Files
 
 SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads", "control")
 LISTS = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "pool",
          "timeout", "inject")
 _DECIDED = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "poll",
             "strict_oneway", "pool", "timeout", "inject", "control")
-_SERVER = Role(_DECIDED, ("muenfast.doctor", "muenfast.serving", "muenfast.control", "muenfast.backing.ram",
-                          "muenfast.backing.null", "muenfast.backing.file", "muenfast.backing.user"))
-_CLIENT = Role(_DECIDED, ("muenfast.doctor", "muenfast.blk", "muenfast.control", "muenfast.attach.nbd",
-                          "muenfast.attach.sockets"))
+_SERVER_MODULES = ("muenfast.doctor", "muenfast.serving", "muenfast.control", "muenfast.backing.ram",
+                   "muenfast.backing.null", "muenfast.backing.file", "muenfast.backing.user")
+_CLIENT_MODULES = ("muenfast.doctor", "muenfast.blk", "muenfast.control", "muenfast.attach.nbd",
+                   "muenfast.attach.sockets", "muenfast.broker.disks", "concurrent.futures.thread")
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
@@ -111,8 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
     if by_policy(arguments):
-        with Stop() as stop:
-            return _as_declared(arguments, stop)
+        with Stop() as stop, ExitStack() as stack:
+            return _as_declared(arguments, stop, stack)
     lists_given = [name for name in LISTS if getattr(arguments, name) is not None]
     missing = [f"--{name}" for name in ("req", "resp") if getattr(arguments, name) is None]
     if arguments.control and len(missing) == 2 and lists_given:
@@ -143,15 +149,36 @@ def run(arguments: argparse.Namespace) -> int:
         return export_disks(exports_from_lists(**lists), stop, threads)
 
 
-def _as_declared(arguments: argparse.Namespace, stop: Stop) -> int:
+def _as_declared(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
     """As a policy says; until stop."""
-    if arguments.client and arguments.attach != "none":
-        raise UsageError("a subject's client has no device nodes: they are root's, and it is not", option="--attach",
-                         value=arguments.attach, hint="--attach none --nbd SOCKET,... serves its disks")
-    part, only = declared(arguments, _CLIENT if arguments.client else _SERVER)
     if arguments.client:
-        return attach_disks(arguments, part.channels(only), stop)
+        if arguments.attach == "nbd":
+            raise UsageError("a subject's block devices are made by FUSE", option="--attach", value=arguments.attach,
+                             hint="leave it out, or --attach none --nbd SOCKET,... serves its disks")
+        devices = arguments.attach != "none" and not (arguments.attach is None and arguments.nbd is not None)
+        sockets = [os.path.dirname(os.path.realpath(path)) for path in _sockets(arguments) or ()]
+
+        def bounds(part: Declared, only: list[str] | None) -> tuple[Files, bool]:
+            files = part.files_of_clients(only)
+            files.sockets += sockets
+            return files, devices
+
+        role = Role(_DECIDED, _CLIENT_MODULES, bounds, _disk_broker if devices else None)
+        part, only, broker = declared(arguments, role, stack)
+        return attach_disks(arguments, part.channels(only), stop, broker)
+    part, only, _ = declared(arguments, Role(_DECIDED, _SERVER_MODULES, _bounds), stack)
     return export_disks(part.exports(only), stop, _threads(arguments), closed=True)
+
+
+def _bounds(part: Declared, only: list[str] | None) -> tuple[Files, bool]:
+    """Of the server: io_uring is for files."""
+    return part.files_of_exports(only), any(device.kind == "file" for each in part.exports(only) for device in each.devices)
+
+
+def _disk_broker(part: Declared, only: list[str] | None) -> Broker:
+    from muenfast.broker.disks import of_disks
+
+    return of_disks(part.disks(only))
 
 
 def _threads(arguments: argparse.Namespace) -> int | None:
@@ -208,6 +235,12 @@ def _line(export: Export) -> str:
                        read_only=export.read_only, buffer=None if channels.buffer is None else channels.buffer.text)
 
 
+def _root(broker: Broker) -> Root:
+    from muenfast.broker.disks import Brokered
+
+    return Brokered(broker)
+
+
 def _buffer(channels: Channels) -> str:
     """` shm BUFFER` for a line, "" of an inline connection."""
     return "" if channels.buffer is None else f" shm {word(channels.buffer.text)}"
@@ -222,8 +255,10 @@ def _sockets(arguments: argparse.Namespace) -> list[str] | None:
     return paths_from_list("--nbd", arguments.nbd)
 
 
-def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], stop: Stop) -> int:
-    """The client, with the options CLIENT_ONLY; until stop, or all servers ended."""
+def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], stop: Stop,
+                 broker: Broker | None = None) -> int:
+    """The client, with the options CLIENT_ONLY, block devices by the broker if there is one; until stop, or all servers
+    ended."""
     from muenfast import __version__
     from muenfast.blk import BlockClients, OnPeerLoss
     from muenfast.control import Command, ControlServer
@@ -234,10 +269,12 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
     with ExitStack() as stack:
         clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
                                                    same_store=bool(arguments.same_store),
-                                                   fuse_uring=arguments.fuse_uring or "auto"))
+                                                   fuse_uring=arguments.fuse_uring or "auto",
+                                                   root=None if broker is None else _root(broker)))
         control = ControlServer({
             "status": Command(lambda: {"command": "blk --client", "entries": clients.status()}),
-            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
+            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)}),
+            **({} if broker is None else {"broker": Command(functools.partial(broker.ask, "counts"))})})
         stack.callback(control.close)
         sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():

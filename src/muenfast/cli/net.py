@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -16,15 +17,30 @@ from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
 
 if TYPE_CHECKING:
+    from muenfast.broker import Broker
+    from muenfast.declared import Declared
     from muenfast.net import Interface, InterfaceConfig
+    from muenfast.ports import Makers
+    from muenfast.sandbox import Files
 
 LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
          "mac", "addr")
 _DECIDED = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
-# Devices, namespaces and programs for marks: of children, too, which come later.
-_ROLE = Role(_DECIDED, ("muenfast.doctor", "muenfast.net", "muenfast.control", "pyroute2", "pyroute2.netlink.exceptions"),
-             ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_BPF"))
-_SERVING = (*_DECIDED, "policy", "subject", "only", "quarantine")
+
+
+def _broker(part: Declared, only: list[str] | None) -> Broker:
+    from muenfast.broker.net import of_interfaces
+
+    return of_interfaces(part.interfaces(only), part.children())
+
+
+def _bounds(part: Declared, only: list[str] | None) -> tuple[Files, bool]:
+    return part.files_of_interfaces(only), False
+
+
+_ROLE = Role(_DECIDED, ("muenfast.doctor", "muenfast.net", "muenfast.control", "muenfast.broker.net", "pyroute2",
+                        "pyroute2.netlink.exceptions"), _bounds, _broker)
+_SERVING = (*_DECIDED, "policy", "subject", "only", "no_sandbox", "quarantine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,9 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name):
             raise UsageError("goes with show", option="--" + name)
     if by_policy(arguments):
-        with Stop() as stop:
-            part, only = declared(arguments, _ROLE)
-            return serve(part.interfaces(only), stop)
+        with Stop() as stop, ExitStack() as stack:
+            part, only, broker = declared(arguments, _ROLE, stack)
+            return serve(part.interfaces(only), stop, broker)
     if arguments.name is None:
         raise UsageError("required: the interfaces to make", option="--name", hint="muenfast net --help tells more")
     with Stop() as stop:    # before modules are imported: an interrupt would be lost there
@@ -106,23 +122,30 @@ def run(arguments: argparse.Namespace) -> int:
                                            patience=patience(arguments)), stop)
 
 
-def serve(configs: Sequence[InterfaceConfig], stop: Stop) -> int:
-    """Makes the interfaces; until stop, or all were removed (status 1)."""
+def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None = None) -> int:
+    """Makes the interfaces, by the broker if there is one; until stop, or all were removed (status 1)."""
     from muenfast import __version__
     from muenfast.control import Command, ControlServer
     from muenfast.net import Interfaces
 
     with ExitStack() as stack:
-        interfaces = stack.enter_context(Interfaces(configs))
+        interfaces = stack.enter_context(Interfaces(configs, None if broker is None else _makers(broker)))
         sweep()
         control = ControlServer({
             "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status()}),
-            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)})})
+            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)}),
+            **({} if broker is None else {"broker": Command(functools.partial(broker.ask, "counts"))})})
         stack.callback(control.close)
         say_ready([_line(interface) for interface in interfaces.interfaces])
         stop.wait(lambda: interfaces.gone)
         notify("STOPPING=1")
         return 0 if stop.is_set() else 1
+
+
+def _makers(broker: Broker) -> Makers:
+    from muenfast.broker.net import Brokered
+
+    return Brokered(broker)
 
 
 def _line(interface: Interface) -> str:

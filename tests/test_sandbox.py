@@ -1,0 +1,174 @@
+"""What a process that serves by a policy can do: tried from within, by a disk in Python, which tells by what it reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbd_client
+import pytest
+from conftest import Program, run, unique
+from test_broker import policy
+from test_policy import alone, status_of
+
+from muenfast import sandbox
+from muenfast.errors import MuenfastError
+
+__all__ = ["alone"]     # fixtures
+
+# Tries what is forbidden, and what is not, as it is asked for its size; the disk holds what became of it.
+STORE = '''
+import ctypes, json, os, socket, threading
+
+class Probe:
+    def __init__(self, place):
+        libc = ctypes.CDLL(None, use_errno=True)
+        def call(name, *arguments):
+            if getattr(libc, name)(*arguments) < 0:
+                raise OSError(ctypes.get_errno(), name)
+        def thread():
+            t = threading.Thread(target=lambda: None)
+            t.start()
+            t.join()
+        own = os.open(place + "/own", os.O_RDWR)
+        tries = {
+            "chmod": lambda: os.chmod(place + "/own", 0o666), "fchmod": lambda: os.fchmod(own, 0o666),
+            "fchown": lambda: os.fchown(own, os.getuid(), os.getgid()), "setuid": lambda: os.setuid(0),
+            "ptrace": lambda: call("ptrace", 16, os.getppid(), 0, 0), "execve": lambda: os.execv("/bin/true", ["true"]),
+            "fork": os.fork, "mount": lambda: call("mount", b"none", b"/tmp", b"tmpfs", 0, None),
+            "unshare": lambda: call("unshare", 0x10000000), "kill": lambda: os.kill(os.getppid(), 0),
+            "xattr": lambda: os.setxattr(place + "/own", "user.x", b"y"),
+            "internet": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
+            "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
+            "packet": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW),
+            "io_uring": lambda: call("syscall", 425, 1, ctypes.create_string_buffer(120)),
+            "another file": lambda: open(os.path.dirname(place) + "/other").read(),
+            "another folder": lambda: os.listdir(os.path.dirname(place)),
+            "a region of others": lambda: os.open("/dev/shm/REGION", os.O_RDONLY),
+            "own file": lambda: os.pwrite(own, b"x", 0), "a new file": lambda: open(place + "/new", "w").write("x"),
+            "thread": thread, "unix": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)}
+        found = {}
+        for name, attempt in tries.items():
+            try:
+                attempt()
+                found[name] = 0
+            except OSError as error:
+                found[name] = error.errno
+        self.data = json.dumps(found).encode().ljust(1 << 16)
+
+    def get_size(self):
+        return len(self.data)
+
+    def pread(self, buf, offset):
+        buf[:] = self.data[offset:offset + len(buf)]
+'''
+POLICY = """
+version = 1
+[subjects.storage]
+user = "backup"
+[subjects.linux]
+user = "list"
+[channels.req]
+writer = "linux"
+reader = "storage"
+region = "NAMEreq"
+[channels.resp]
+writer = "storage"
+reader = "linux"
+region = "NAMEresp"
+[connections.disk]
+client = "linux"
+server = "storage"
+request = "req"
+response = "resp"
+device = "py:probe_store:Probe:PLACE"
+paths = ["PLACE"]
+"""
+ALLOWED = {"own file", "a new file", "thread", "unix"}
+# What the users' permissions allow anyway: refused by the sandbox only.
+ONLY_SANDBOXED = {"chmod", "fchmod", "fork", "xattr", "internet", "another file", "another folder", "a region of others"}
+
+
+@pytest.fixture
+def prefix() -> Iterator[str]:
+    name = unique("sandbox-")
+    yield name
+    for path in Path("/dev/shm").glob(f"{name}*"):
+        path.unlink()
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder that the users may enter."""
+    path = Path(tempfile.mkdtemp(prefix="muenfast-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def tried(program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str, monkeypatch: pytest.MonkeyPatch,
+          *words: str) -> tuple[dict[str, int], str]:
+    """What became of each; and how the server is held ("2": filtered)."""
+    place, modules = outside / "place", outside / "modules"
+    place.mkdir()
+    modules.mkdir()
+    modules.chmod(0o755)
+    (place / "own").touch()
+    (outside / "other").write_text("secret")
+    for path in (place, place / "own"):
+        os.chown(path, pwd.getpwnam("backup").pw_uid, -1)
+    region = Path("/dev/shm", f"{prefix}other")
+    region.touch(0o644)
+    region.chmod(0o644)
+    (modules / "probe_store.py").write_text(STORE.replace("REGION", region.name))
+    (modules / "probe_store.py").chmod(0o644)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    path = policy(tmp_path, prefix, POLICY, PLACE=str(place))
+    server = program("blk", "--policy", path, "--subject", "storage", *words)
+    held = status_of(server.pid)["Seccomp"]
+    socket = outside / "nbd"
+    client = program("blk", "--client", "--req", f"{prefix}req", "--resp", f"{prefix}resp", "--attach", "none", "--nbd",
+                     str(socket), "--same-store")
+    with nbd_client.connect(str(socket)) as connection:
+        found = json.loads(connection.read(0, 1 << 16))
+    assert client.end()[0] == 0 and server.end()[0] == 0
+    return found, held
+
+
+@pytest.mark.root
+class TestWithin:
+    def test_what_is_forbidden(self, program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str,
+                               monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+        """A store that goes astray reaches its own files, threads and Unix sockets; nothing else."""
+        found, held = tried(program, tmp_path, outside, prefix, monkeypatch)
+        assert held == "2"
+        landlock = sandbox.Landlock(sandbox.Files())
+        landlock.close()
+        if not landlock.version:
+            for name in ("another file", "another folder", "a region of others"):
+                del found[name]
+        assert {name for name, number in found.items() if number == 0} == ALLOWED
+
+    def test_without(self, program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str,
+                     monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+        """--no-sandbox: then permissions alone count, so that the other test tests something."""
+        harmless = STORE.replace('"fork": os.fork', '"fork": lambda: os.wait() if os.fork() else os._exit(0)')
+        harmless = harmless.replace('os.execv("/bin/true", ["true"])', 'open("/none")')
+        monkeypatch.setattr("test_sandbox.STORE", harmless)
+        found, held = tried(program, tmp_path, outside, prefix, monkeypatch, "--no-sandbox")
+        assert held == "0"
+        allowed = {name for name, number in found.items() if number == 0}
+        assert allowed >= ALLOWED | ONLY_SANDBOXED - {"xattr"} and not allowed & {"setuid", "mount", "packet"}
+
+
+def test_other_machines() -> None:
+    """The filter is made for their numbers; where those are not known, that is said."""
+    assert len(sandbox.compiled(sandbox.CALLS, "aarch64")) > 1000
+    with pytest.raises(MuenfastError, match="--no-sandbox"):
+        sandbox.compiled(sandbox.CALLS, "sparc")
+    assert run("blk", "--no-sandbox", "--req", "a", "--resp", "b").returncode == 2
