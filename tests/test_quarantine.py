@@ -68,7 +68,7 @@ def test_each_field_is_counted_and_told(link: Link, caplog: pytest.LogCaptureFix
 
 
 def test_a_flood_is_told_in_few_lines(caplog: pytest.LogCaptureFixture) -> None:
-    """One a second for each field, whatever comes."""
+    """One in ten seconds for each field, whatever comes."""
     offences = Offences("export x", "req")
     for count in range(1000):
         offences.look({"id": count, "kind": count // 2}, count // 100, 10)

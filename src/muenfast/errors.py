@@ -13,6 +13,7 @@ from collections.abc import Mapping
 log = logging.getLogger("muenfast")
 
 _QUIET = 1.0  # seconds between two lines of a PeerLog
+_AGAIN = 10.0  # seconds between two of the same kind of Offences
 
 class MuenfastError(Exception):
     """Root of everything muenfast raises on its own account."""
@@ -94,7 +95,7 @@ def describe(error: BaseException) -> str:
 
 
 class Offences:
-    """Tells which rules a peer's elements break: a line a second for each field, at most.
+    """Tells which rules a peer's elements break: a line in ten seconds for each field, at most.
 
     prefix: what stands before each line. channel: its locator.
     """
@@ -102,24 +103,27 @@ class Offences:
     def __init__(self, prefix: str, channel: str) -> None:
         self._prefix, self._channel = prefix, channel
         self._told: dict[str, int] = {}
-        self._logs: dict[str, PeerLog] = {}
-        self._quarantines = 0
+        self._when: dict[str, float] = {}
 
     def look(self, counts: Mapping[str, int], quarantines: int, patience: int) -> None:
         """counts: elements that broke the rule of each field so far. quarantines: times that they were more than `patience`
         in a second."""
         for field, count in counts.items():
-            if count > self._told.get(field, 0):
-                self._told[field] = count
-                self._log(field).warning("channel %s: field %s: %d elements so far break its rule", self._channel, field,
-                                         count)
-        if quarantines > self._quarantines:
-            self._quarantines = quarantines
-            self._log("").warning("channel %s: more than %d elements in a second broke a rule: nothing is taken from it "
-                                  "until its writer begins another epoch", self._channel, patience)
+            if self._is_due(field, count):
+                log.warning("%s: channel %s: field %s: %d elements so far break its rule", self._prefix, self._channel, field,
+                            count)
+        if self._is_due("", quarantines):
+            log.warning("%s: channel %s: more than %d elements in a second broke a rule: nothing is taken from it until its "
+                        "writer begins another epoch (%d times so far)", self._prefix, self._channel, patience, quarantines)
 
-    def _log(self, field: str) -> PeerLog:
-        return self._logs.setdefault(field, PeerLog(self._prefix))
+    def _is_due(self, what: str, count: int) -> bool:
+        if count <= self._told.get(what, 0):
+            return False
+        now = time.monotonic()
+        if now - self._when.get(what, -_AGAIN) < _AGAIN:
+            return False
+        self._told[what], self._when[what] = count, now
+        return True
 
 
 class PeerLog:
