@@ -110,11 +110,12 @@ class Offences:
         in a second."""
         for field, count in counts.items():
             if self._is_due(field, count):
-                log.warning("%s: channel %s: field %s: %d elements so far break its rule", self._prefix, self._channel, field,
-                            count)
+                log.warning("%s: channel %s: field %s: %d elements so far break its rule", self._prefix, self._channel,
+                            field, count)
         if self._is_due("", quarantines):
-            log.warning("%s: channel %s: more than %d elements in a second broke a rule: nothing is taken from it until its "
-                        "writer begins another epoch (%d times so far)", self._prefix, self._channel, patience, quarantines)
+            log.warning("%s: channel %s: more than %d elements in a second broke a rule: nothing is taken from it until "
+                        "its writer begins another epoch (%d times so far)", self._prefix, self._channel, patience,
+                        quarantines)
 
     def _is_due(self, what: str, count: int) -> bool:
         if count <= self._told.get(what, 0):
