@@ -375,9 +375,9 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
             return NO_DATA
         if went_back(wc, r.wc):
             return reader_sync(r)
+        r.wc = wc                       # first: an overrun loads WC anew, and what is below this one is another life's
         if behind > r.elements:
             return reader_overrun(r)
-        r.wc = wc
     if r.rc + behind < r.rc and r.rc + behind != 0:
         behind = 0 - r.rc               # a batch ends where the counter wraps: slots are RC mod elements
     available[0] = behind
@@ -452,11 +452,17 @@ cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t 
 
 
 cdef void reader_drain(reader_t *r) noexcept nogil:
-    """Skips to WC; synchronises first where that is due."""
-    if (r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_acquire64(&r.hdr.wc), r.wc)):
+    """Skips to WC, the one that was found not to have gone back; synchronises first where that is due."""
+    cdef uint64_t wc = 0
+    cdef bint due = r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch
+    if not due:
+        wc = load_acquire64(&r.hdr.wc)
+        due = went_back(wc, r.wc)
+    if due:
         if reader_sync(r) != EPOCH_CHANGED:
             return
-    reader_goto(r, load_acquire64(&r.hdr.wc))
+        wc = load_acquire64(&r.hdr.wc)
+    reader_goto(r, wc)
 
 
 cdef bint reader_ready(const reader_t *r) noexcept nogil:

@@ -228,6 +228,42 @@ static void begin_again_overrun(void) {
     start(16, 11);
     explore(read_one);
 }
+/* The same, of a reader that had seen nothing before it looks: two looks at WC are of one life, or tell of another. */
+static void begin_again_behind(void) {
+    scene();
+    start(16, 11);
+    follow();
+    for (int i = 0; i < 3; i++)
+        put(1);
+    same = 1;
+    start(16, 11);
+    explore(read_one);
+}
+/* Draining goes back only where it synchronises anew. */
+static void drain_one(void) {
+    r = r_kept;
+    uint64_t rc = r.rc, epochs = r.epochs;
+    CORE(reader_drain)(&r);
+    if (r.epochs != epochs)
+        weak_count("synchronised");
+    else if (r.rc < rc)
+        weak_fail("a position that went back", r.rc, rc);
+    else
+        weak_count("drained");
+}
+static void begin_again_drain(void) {
+    scene();
+    start(16, 11);
+    follow();
+    put(1);
+    weak_thread(READER);
+    if (get(1) != STATUS(SUCCESS))
+        weak_fail("not read", r.rc, 0);
+    weak_thread(WRITER);
+    same = 1;
+    start(16, 11);
+    explore(drain_one);
+}
 
 /* A reader sleeps when there is nothing to tell, and never beyond that: F5, F6, and the sequence. */
 static uint32_t stop;
@@ -376,6 +412,8 @@ const scenario ring_scenarios[] = {
     {"sync", begin_sync, {"delivered", "synchronised", "inactive"}},
     {"again", begin_again, {"delivered", "synchronised"}},
     {"again-overrun", begin_again_overrun, {"delivered", "overrun", "synchronised"}},
+    {"again-behind", begin_again_behind, {"overrun", "synchronised"}},
+    {"again-drain", begin_again_drain, {"drained", "synchronised"}},
     {"bell", begin_bell, {"told", "woken"}},
     {"bell-start", begin_bell_start, {"told", "woken"}},
     {"bell-stop", begin_bell_stop, {"told", "woken"}},
