@@ -342,7 +342,7 @@ class _Half:
         engine = Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu,
                           protocol=config.reader_protocol, bell=end.bell_view, poll=config.poll,
                           merge=interface.own.device.merges, tells=self._tells(end))
-        engine.patience = config.patience
+        engine.conduct.patience = config.patience
         return engine
 
     # -------------------------------------------------------------- its thread
@@ -380,7 +380,8 @@ class _Half:
             self.interface.set_carrier()
         if event == "connected":
             self._comings.info("its peer is there")
-        elif event == "disconnected" and isinstance(self.engine, Receiver) and self.engine.quarantined:
+            self.look_at_writer()       # now: it may be killed before the next tick, and then its end was nobody's
+        elif event == "disconnected" and isinstance(self.engine, Receiver) and self.engine.conduct.quarantined:
             self._blame()
         elif event == "disconnected":
             self._comings.info("its peer has gone")
@@ -393,7 +394,7 @@ class _Half:
     def _blame(self) -> None:
         """Says what the peer gets wrong."""
         if isinstance(self.engine, Receiver):
-            self._offences.look(self.engine.offences, self.engine.counters["quarantines"], self.interface.config.patience)
+            self._offences.look(self.engine.conduct)
 
     def look_at_writer(self) -> None:
         """Says so where the process that writes what we read ended without ending its epoch: our carrier stays."""
@@ -511,7 +512,7 @@ class Interface:
             if config.pmtu is not None:
                 with blame(config.options.pmtu, config.index, config.pmtu.text):
                     self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True,
-                                                                           permit=config.permits[2]))
+                                                                    permit=config.permits[2]))
                     stack.enter_context(shm.apart(config.pmtu, disk=False))     # as long as it is one, it is no disk
             path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
             self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)
@@ -628,7 +629,7 @@ class Interface:
                 "interface": {**self.ports.counters(0), "queue_drops": self._queue_drops(), "lost": self.own.dropped()},
                 "children": self.children.status(),
                 "sent": {name: value for name, value in sent.items() if name not in flat},
-                "offences": incoming.offences if isinstance(incoming, Receiver) else {},
+                "offences": incoming.conduct.offences if isinstance(incoming, Receiver) else {},
                 "received": {name: value for name, value in received.items() if name not in flat}}
 
     def _queue_drops(self) -> int | None:
