@@ -17,6 +17,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import nbd_client
@@ -26,6 +27,7 @@ from helpers import block
 from test_cli import one_line
 
 from muenfast import enforcement, flowgraph, shm
+from muenfast.declared import Declared
 from muenfast.policy import Policy, PolicyError, load
 
 USERS = {"storage": "backup", "linux": "list", "guest": "irc"}
@@ -568,8 +570,9 @@ ASK = """if True:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (("--req", "x"), "--req: is what the policy says"), (("--device", "ram:1M"), "--device: is what the policy says"),
-    (("--strict-oneway",), "--strict-oneway: is what the policy says"),
+    (("--req", ""), "--req: is the policy's to say"), (("--device", "ram:1M"), "--device: is the policy's to say"),
+    (("--strict-oneway",), "--strict-oneway: is the policy's to say"),
+    (("--inject", "late"), "--inject: is the policy's to say"), (("--quarantine", "x"), "--quarantine 'x': "),
     (("--only", "none"), "--only, entry 0 'none': "), (("--only", "disk,disk"), "--only, entry 1 'disk': is named twice"),
     (("--client",), "--attach: a subject's client has no device nodes")])
 def test_nothing_beside_a_policy(file: Path, words: tuple[str, ...], expected: str) -> None:
@@ -609,3 +612,11 @@ def test_a_region_made_anew_by_its_owner(file: Path, prefix: str) -> None:
     acl(str(path))
     with pytest.raises(PermissionError, match="access control list"):
         shm.Region.open(region.locator, writable=False, permit=wanted)
+
+
+@root
+def test_what_a_peer_may_do_wrong_is_the_operators(file: Path) -> None:
+    """--quarantine goes beside a policy."""
+    serves = replace(Declared.load(str(file), "storage"), patience=7)
+    assert [each.channels.patience for each in serves.exports()] == [7, 7]
+    assert [each.patience for each in replace(Declared.load(str(file), "linux"), patience=7).interfaces()] == [7]

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import block, eventually
@@ -48,6 +48,14 @@ def link(names: Callable[[str], str], program: Any) -> Iterator[Link]:
         yield link
 
 
+class Told(NamedTuple):
+    """A Conduct."""
+
+    offences: dict[str, int]
+    quarantines: int
+    patience: int
+
+
 def state(server: BlockServer) -> str:
     return str(server.status()[0]["state"])
 
@@ -70,7 +78,7 @@ def test_a_flood_is_told_in_few_lines(caplog: pytest.LogCaptureFixture) -> None:
     """One in ten seconds for each field, whatever comes."""
     offences = Offences("export x", "req")
     for count in range(1000):
-        offences.look({"id": count, "kind": count // 2}, count // 100, 10)
+        offences.look(Told({"id": count, "kind": count // 2}, count // 100, 10))
     lines = [line for line in caplog.messages if "field id" in line]
     assert len(lines) == 1 and "1 elements so far" in lines[0]
     assert len(caplog.messages) == 3
@@ -183,7 +191,7 @@ def test_an_interface_leaves_its_peer_alone(device: Device, files: Callable[[str
     writer.activate()
     receiver = Receiver(device.ports, file.map(region(108, 16), writable=False), framing="net_hdr", mtu=100,
                         protocol=PROTOCOL)
-    receiver.patience = PATIENCE
+    receiver.conduct.patience = PATIENCE
     with running(receiver) as events:
         eventually(lambda: receiver.connected)
         for _ in range(PATIENCE // 5):
@@ -191,11 +199,11 @@ def test_an_interface_leaves_its_peer_alone(device: Device, files: Callable[[str
             writer.write(net_element(GOOD, 108))
             assert device.got() == GOOD
         writer.write(bytes(108))
-        eventually(lambda: receiver.quarantined)
+        eventually(lambda: receiver.conduct.quarantined)
         eventually(lambda: not receiver.connected and "disconnected" in events)
         writer.write(net_element(GOOD, 108))
         assert device.nothing()
-        assert sum(receiver.offences.values()) == PATIENCE + 1 and receiver.counters["quarantines"] == 1
+        assert sum(receiver.conduct.offences.values()) == PATIENCE + 1 and receiver.conduct.quarantines == 1
         writer.activate()
         eventually(lambda: receiver.connected)
         writer.write(net_element(GOOD, 108))

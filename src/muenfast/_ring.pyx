@@ -338,9 +338,47 @@ cdef inline bint out_of_patience(reader_t *r) noexcept nogil:
     return True
 
 
-cdef dict offences_of(const reader_t *r, tuple fields):
-    """By field."""
-    return {field: r.offences[k] for k, field in enumerate(fields)}
+@cython.final
+@cython.auto_pickle(False)
+cdef class Conduct:
+    """How a channel's writer keeps to the rules of what its elements mean, as its reader has it; an engine's `conduct`."""
+
+    def __init__(self):
+        raise TypeError("a Conduct is an engine's")
+
+    @property
+    def offences(self):
+        """How many elements broke the rule of each field, by its name."""
+        return {field: self.r.offences[k] for k, field in enumerate(self.fields)}
+
+    @property
+    def quarantines(self):
+        """How many times those of a second were too many."""
+        return self.r.quarantines
+
+    @property
+    def quarantined(self):
+        """Whether the writer's epoch is taken for ended, for that reason."""
+        return load_relaxed64(&self.r.shut) != 0
+
+    @property
+    def patience(self):
+        """How many rules the writer may break in a second, 0: any number. Set while nobody runs the engine."""
+        return self.r.patience
+
+    @patience.setter
+    def patience(self, uint64_t value):
+        self.r.patience = value
+
+
+cdef Conduct conduct_of(object owner, reader_t *r, tuple fields):
+    """owner: whose memory *r is in."""
+    cdef Conduct c
+    if r == NULL:
+        raise UsageError(f"a {type(owner).__name__} has no reader")
+    c = Conduct.__new__(Conduct)
+    c.owner, c.r, c.fields = owner, r, fields
+    return c
 
 
 cdef void reader_forgive(reader_t *r) noexcept nogil:

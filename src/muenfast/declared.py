@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from muenfast import shm
-from muenfast.connection import Channels, Options
+from muenfast.connection import PATIENCE, Channels, Options
 from muenfast.enforcement import Account, accounts, permit
 from muenfast.errors import UsageError
 from muenfast.export import ExportConfig, check_devices
@@ -24,11 +24,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What `subject` of a policy has to do here. known: the users of all subjects."""
+    """What `subject` of a policy has to do here. known: the users of all subjects. patience: as Channels has it."""
 
     policy: Policy
     subject: str
     known: Mapping[str, Account]
+    patience: int = PATIENCE
 
     @classmethod
     def load(cls, path: str, subject: str) -> Declared:
@@ -69,7 +70,8 @@ class Declared:
         called = Options(req=f"{where}: request", resp=f"{where}: response", buffer=f"{where}: buffer",
                          device=f"{where}: device", read_only=f"{where}: read_only")
         names = [each.request, each.response, *([] if each.buffer is None else [each.buffer])]
-        channels = replace(config.channels, index=index, options=called, permits=tuple(map(self._permit, names)))
+        channels = replace(config.channels, index=index, options=called, permits=tuple(map(self._permit, names)),
+                           patience=self.patience)
         return replace(config, channels=channels)
 
     def exports(self, only: Iterable[str] | None = None) -> list[ExportConfig]:
@@ -112,7 +114,8 @@ class Declared:
             addr=each.addr, marks=each.marks or "auto", up=each.up, offload=each.offload, poll=each.poll,
             bells=all(region.bell for region in (inp, out) if region is not None), options=called)
         permits = [None if name is None else self._permit(name) for name in (each.inp, each.out, each.pmtu)]
-        return replace(config, index=index, permits=(permits[0], permits[1], permits[2]))
+        return replace(config, index=index, permits=(permits[0], permits[1], permits[2]),
+                       patience=self.patience)
 
     def _chosen(self, kind: str, all_of_it: Mapping[str, _T], verb: str, only: Iterable[str] | None) -> list[_T]:
         """Its entries of a kind, in the file's order, or those that `only` names, in that order."""

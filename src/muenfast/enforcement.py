@@ -216,7 +216,6 @@ def apply(policy: Policy, *, dry_run: bool = False) -> Iterator[Step]:
     Raises UsageError, PermissionError, OSError before anything was done, or where the system refuses.
     """
     known = _ready(policy, "to give regions to their users")
-    held = _holders()
     for thing in policy.objects():
         wanted, path = permit(thing, known, policy.path), thing.locator.path
         try:
@@ -229,7 +228,7 @@ def apply(policy: Policy, *, dry_run: bool = False) -> Iterator[Step]:
         difference, deep = _difference(thing, wanted, seen)
         if difference is None:
             yield Step(thing.where, path, "unchanged", f"{thing.size} bytes, {_whose(wanted)}")
-        elif holders := held.get((seen.st_dev, seen.st_ino)):
+        elif holders := _holders().get((seen.st_dev, seen.st_ino)):     # who came since apply() began, too
             yield Step(thing.where, path, "left", f"{difference}; it is in use by {_who(holders[0])}")
         elif not stat.S_ISREG(seen.st_mode):
             yield Step(thing.where, path, "left", f"{difference}: remove it, or name another")

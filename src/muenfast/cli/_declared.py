@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from muenfast import params
+from muenfast.cli._serving import patience
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,16 +51,16 @@ def declared(arguments: argparse.Namespace, role: Role) -> tuple[Declared, list[
     if arguments.subject is None:
         raise UsageError("required beside --policy: whose part of it", option="--subject")
     for name in role.decided:
-        if getattr(arguments, name):
+        if getattr(arguments, name) not in (None, False):
             option = "--" + name.replace("inp", "in").replace("_", "-")
-            raise UsageError("is what the policy says, and cannot be given besides", option=option,
+            raise UsageError("is the policy's to say, and cannot be given besides", option=option,
                              hint=f"change {arguments.policy}, or leave out --policy")
     only = None if arguments.only is None else params.split("--only", arguments.only)
     from muenfast.declared import Declared
     from muenfast.privileges import become
     from muenfast.shm import give_runtime_dir
 
-    found = Declared.load(arguments.policy, arguments.subject)
+    found = replace(Declared.load(arguments.policy, arguments.subject), patience=patience(arguments))
     if os.geteuid() == 0:
         for name in role.modules:
             import_module(name)
