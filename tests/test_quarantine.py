@@ -109,7 +109,8 @@ def test_who_breaks_too_many_rules_is_left_alone(link: Link, names: Callable[[st
         neighbour.write(3, block(3))
         assert neighbour.read(3) == block(3)
         time.sleep(0.3)
-        status = server.status()[0]
+        asleep, status = status["counters"]["sleeps"], server.status()[0]
+        assert status["counters"]["sleeps"] > asleep    # what lies there unread keeps nobody awake
         assert status["counters"]["reads"] == done and status["offences"]["id"] == PATIENCE + 1
         assert status["state"] == "quarantined"
         assert server.status()[1]["state"] == "connected"

@@ -196,7 +196,7 @@ MUTATIONS = [
     Mutation("overrun: WC < RC", "reader_overrun", "if went_back(wc, r.wc) or ", "if ", (),
              ("again-overrun",)),
     Mutation("overrun: epoch", "reader_overrun", " or load_acquire64(&r.hdr.epoch) != r.epoch", "", (),
-             ("overrun-restart",)),
+             ("restart-overrun",)),
     Mutation("recover: epoch", "reader_recover", "load_acquire64(&r.hdr.epoch) != r.epoch or ", "", (),
              ("restart",)),
     Mutation("recover: restart", "reader_recover", " or went_back(reader_settled(r, &r.hdr.wsc), r.wc)", "", RING),

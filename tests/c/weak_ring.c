@@ -208,11 +208,23 @@ static void begin_again(void) {
     start(16, 11);
     explore(read_two);
 }
-/* An overrun and then the same epoch: what is lost is not counted from one life to the other. */
 static void read_one(void) {
     r = r_kept;
     get(1);
 }
+/* Another epoch whose life has more than the ring holds: no element of the one before is lost by that. */
+static void begin_restart_overrun(void) {
+    scene();
+    start(16, 11);
+    follow();
+    put(1);
+    start(8, 22);
+    follows = 1;
+    for (int i = 0; i < 5; i++)
+        put(1);
+    explore(read_one);
+}
+/* An overrun and then the same epoch: what is lost is not counted from one life to the other. */
 static void begin_again_overrun(void) {
     scene();
     start(16, 11);
@@ -412,6 +424,7 @@ const scenario ring_scenarios[] = {
     {"sync", begin_sync, {"delivered", "synchronised", "inactive"}},
     {"again", begin_again, {"delivered", "synchronised"}},
     {"again-overrun", begin_again_overrun, {"delivered", "overrun", "synchronised"}},
+    {"restart-overrun", begin_restart_overrun, {"delivered", "synchronised", "inactive"}},
     {"again-behind", begin_again_behind, {"overrun", "synchronised"}},
     {"again-drain", begin_again_drain, {"drained", "synchronised"}},
     {"bell", begin_bell, {"told", "woken"}},
