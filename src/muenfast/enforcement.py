@@ -175,12 +175,7 @@ def _who_is(place: str) -> tuple[int, str]:
 
 def _open_in(place: str) -> Iterator[tuple[tuple[int, int], bool]]:
     """Device and inode of each file that a process has mapped or open, and whether for writing."""
-    with open(f"{place}/maps", errors="replace") as file:
-        for line in file:
-            _, mode, _, device, inode, *_ = line.split(None, 5)
-            if inode != "0":
-                major, _, minor = device.partition(":")
-                yield (os.makedev(int(major, 16), int(minor, 16)), int(inode)), "w" in mode and "s" in mode
+    yield from shm.mapped_by(place)
     for name in os.listdir(f"{place}/fd"):
         with contextlib.suppress(FileNotFoundError):
             seen = os.stat(f"{place}/fd/{name}")

@@ -22,7 +22,7 @@ from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.bpf import Way
-from muenfast.channel import End
+from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size
 from muenfast.connection import MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
@@ -35,16 +35,13 @@ __all__ = ["MOST_INTERFACES", "InterfaceConfig", "Interfaces", "interfaces_from_
 log = logging.getLogger("muenfast")
 
 MOST_INTERFACES = 32  # the module's limit
-DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, 2
+DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, NETWORK_PROTOCOL
 DEFAULT_FLAGS = "net_hdr"
 CARRIERS = ("peer", "up")
 # How marks go between packets and net_hdr: what is asked for, and the ways that are tried for it.
 MARKS: dict[str, tuple[Way, ...]] = {"auto": tuple(Way), **{way.value: (way,) for way in Way}, "none": ()}
 _FLAGS = ("net_hdr", "eth_dev")
 _HEADER: int = layout()["header_size"]
-# Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
-_LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
-_PAGE = 4096
 _IPV6_MTU = 1280    # RFC 8200
 _TICK = 0.2  # seconds between looks at names
 
@@ -120,8 +117,7 @@ class InterfaceConfig:
         """Bytes of a channel that is made."""
         if self.size is not None:
             return self.size
-        elements = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, _REGION_BYTES // self.element_size))
-        return -(-(_HEADER + elements * self.element_size) // _PAGE) * _PAGE
+        return network_region_size(self.element_size)
 
 
 # ------------------------------------------------------------------ from lists
