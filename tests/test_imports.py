@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
             "attach", "control", "connection", "export", "disk", "threads"},
     "net": {"errors", "params", "shm", "threads", "netns", "marks", "bpf", "_ring", "channel", "_marks", "_net", "tuntap",
             "pathmtu", "control", "ports", "connection"},
-    "policy": {"errors", "params", "marks", "shm", "_net", "_ring", "backing", "connection"},
+    "policy": {"errors", "params", "marks", "shm", "_net", "_ring", "channel", "pathmtu", "backing", "connection", "export"},
     "enforcement": {"errors", "shm", "_ring", "backing", "policy"},
     "flowgraph": {"policy"},
     "privileges": set(),

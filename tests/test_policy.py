@@ -571,8 +571,9 @@ ASK = """if True:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (("--req", "x"), "--req: is what the policy says"), (("--device", "ram:1M"), "--device: is what the policy says"),
-    (("--strict-oneway",), "--strict-oneway: is what the policy says"),
+    (("--req", ""), "--req: is the policy's to say"), (("--device", "ram:1M"), "--device: is the policy's to say"),
+    (("--strict-oneway",), "--strict-oneway: is the policy's to say"),
+    (("--inject", "late"), "--inject: is the policy's to say"), (("--quarantine", "x"), "--quarantine 'x': "),
     (("--only", "none"), "--only, entry 0 'none': "), (("--only", "disk,disk"), "--only, entry 1 'disk': is named twice"),
     (("--client", "--attach", "nbd"), "--attach 'nbd': a subject's block devices are made by FUSE")])
 def test_nothing_beside_a_policy(file: Path, words: tuple[str, ...], expected: str) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 from typing_extensions import Buffer, disjoint_base
 
-from muenfast._ring import Watch
+from muenfast._ring import Conduct, Watch
 from muenfast._target import Target
 
 @disjoint_base
@@ -24,6 +24,7 @@ class Disk(Target):
 
 @disjoint_base
 class ClientEngine:
+    FIELDS: tuple[str, ...]
     STATES: tuple[str, ...]
     background: bool
     @property
@@ -51,13 +52,7 @@ class ClientEngine:
     @property
     def in_flight(self) -> int: ...
     @property
-    def offences(self) -> dict[str, int]: ...
-    @property
-    def quarantined(self) -> bool: ...
-    @property
-    def patience(self) -> int: ...
-    @patience.setter
-    def patience(self, value: int) -> None: ...
+    def conduct(self) -> Conduct: ...
     @property
     def progress(self) -> int: ...
     @property

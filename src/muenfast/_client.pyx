@@ -1024,6 +1024,7 @@ cdef class ClientEngine:
 
     One background thread calls run() over and over; any number of threads use the disks.
     """
+    FIELDS = ()     # of an answer, that a server can get wrong
     STATES = ("connecting", "ready", "lost", "failed", "closed")
 
     def __cinit__(self):
@@ -1325,23 +1326,9 @@ cdef class ClientEngine:
         return load_relaxed64(&self.c.flying)
 
     @property
-    def offences(self):
-        """How many answers broke the rule of each of FIELDS."""
-        return offences_of(&self.c.r, self.FIELDS)
-
-    @property
-    def quarantined(self):
-        """Whether the server's epoch is taken for ended, for it broke more rules than it may."""
-        return load_relaxed64(&self.c.r.shut) != 0
-
-    @property
-    def patience(self):
-        """How many rules a server may break in a second, 0: any number. Set before run()."""
-        return self.c.r.patience
-
-    @patience.setter
-    def patience(self, uint64_t value):
-        self.c.r.patience = value
+    def conduct(self):
+        """Of the server, by its answers: FIELDS."""
+        return conduct_of(self, &self.c.r, self.FIELDS)
 
     @property
     def progress(self):

@@ -135,24 +135,9 @@ cdef class ServerEngine:
                 load_relaxed64(&self.r.hdr.elements))
 
     @property
-    def offences(self):
-        """How many requests broke the rule of each of FIELDS."""
-        return {} if self.r == NULL else offences_of(self.r, self.FIELDS)
-
-    @property
-    def quarantined(self):
-        """Whether the client's epoch is taken for ended, for it broke more rules than it may."""
-        return self.r != NULL and load_relaxed64(&self.r.shut) != 0
-
-    @property
-    def patience(self):
-        """How many rules a client may break in a second, 0: any number. Set while nobody runs it."""
-        return 0 if self.r == NULL else self.r.patience
-
-    @patience.setter
-    def patience(self, uint64_t value):
-        if self.r != NULL:
-            self.r.patience = value
+    def conduct(self):
+        """Of the client, by its requests: FIELDS."""
+        return conduct_of(self, self.r, self.FIELDS)
 
     @property
     def batches(self):

@@ -1036,7 +1036,7 @@ cdef void receiver_echo(receiver_t *v) noexcept nogil:
     """
     cdef sender_t *s
     cdef ssize_t n = 0
-    cdef uint64_t room
+    cdef uint64_t room, one = 1
     if exchange_acqrel32(&v.loan.taken, 1) != 0:    # it works
         return
     s = v.loan.sender
@@ -1048,6 +1048,9 @@ cdef void receiver_echo(receiver_t *v) noexcept nogil:
             n = sender_batch(s, room)
             if n > 0:
                 count64(&s.n.echoes, 1)
+            # The rest of a super-packet is no packet that a device has: its sender may be about to sleep on that.
+            if sender_pending(s):
+                c_write(s.wake, &one, sizeof(one))
     store_release32(&v.loan.taken, 0)
     if n > 0:
         spin_paid(&v.echoes)
@@ -1343,23 +1346,9 @@ cdef class Receiver(Pump):
         return self.v.r.batches
 
     @property
-    def offences(self):
-        """How many elements broke the rule of each of FIELDS."""
-        return offences_of(&self.v.r, self.FIELDS)
-
-    @property
-    def quarantined(self):
-        """Whether the peer's epoch is taken for ended, for it broke more rules than it may."""
-        return load_relaxed64(&self.v.r.shut) != 0
-
-    @property
-    def patience(self):
-        """How many rules a peer may break in a second, 0: any number. Set before run()."""
-        return self.v.r.patience
-
-    @patience.setter
-    def patience(self, uint64_t value):
-        self.v.r.patience = value
+    def conduct(self):
+        """Of the peer, by its elements: FIELDS."""
+        return conduct_of(self, &self.v.r, self.FIELDS)
 
     @property
     def fault(self):
@@ -1380,7 +1369,8 @@ cdef class Receiver(Pump):
                 "rx_frame_errors": frame, "rx_dropped": n.down + n.refused, "lost": lost,
                 "merged": {"supers": self.v.c.supers, "segments": self.v.c.supers + self.v.c.merged,
                            "bad_checksums": self.v.c.rejected}, "epochs": self.v.r.epochs,
-                "quarantines": self.v.r.quarantines, "sleeps": self.v.r.sleeps, "batches": [n.batches[k] for k in range(CLASSES)]}
+                "quarantines": self.v.r.quarantines, "sleeps": self.v.r.sleeps,
+                "batches": [n.batches[k] for k in range(CLASSES)]}
 
     def inherit(self, Receiver other):
         """Goes on with the counters of another (closed) one."""

@@ -128,7 +128,6 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil
 cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil
 cdef void bell_kick(bell_page *bell) noexcept nogil
-cdef dict offences_of(const reader_t *r, tuple fields)
 
 
 cdef void watch_run(watch_t *watch) noexcept nogil
@@ -138,6 +137,16 @@ cdef class Watch:
     """Polls for all readers that are idle, so that each of them need not."""
     cdef watch_t w
     cdef uint32_t busy
+
+
+cdef class Conduct:
+    """How a channel's writer keeps to the rules of what its elements mean, as its reader has it."""
+    cdef object owner       # of the reader
+    cdef reader_t *r
+    cdef tuple fields
+
+
+cdef Conduct conduct_of(object owner, reader_t *r, tuple fields)
 
 
 cdef class Mapping:

@@ -338,9 +338,47 @@ cdef inline bint out_of_patience(reader_t *r) noexcept nogil:
     return True
 
 
-cdef dict offences_of(const reader_t *r, tuple fields):
-    """By field."""
-    return {field: r.offences[k] for k, field in enumerate(fields)}
+@cython.final
+@cython.auto_pickle(False)
+cdef class Conduct:
+    """How a channel's writer keeps to the rules of what its elements mean, as its reader has it; an engine's `conduct`."""
+
+    def __init__(self):
+        raise TypeError("a Conduct is an engine's")
+
+    @property
+    def offences(self):
+        """How many elements broke the rule of each field, by its name."""
+        return {field: self.r.offences[k] for k, field in enumerate(self.fields)}
+
+    @property
+    def quarantines(self):
+        """How many times those of a second were too many."""
+        return self.r.quarantines
+
+    @property
+    def quarantined(self):
+        """Whether the writer's epoch is taken for ended, for that reason."""
+        return load_relaxed64(&self.r.shut) != 0
+
+    @property
+    def patience(self):
+        """How many rules the writer may break in a second, 0: any number. Set while nobody runs the engine."""
+        return self.r.patience
+
+    @patience.setter
+    def patience(self, uint64_t value):
+        self.r.patience = value
+
+
+cdef Conduct conduct_of(object owner, reader_t *r, tuple fields):
+    """owner: whose memory *r is in."""
+    cdef Conduct c
+    if r == NULL:
+        raise UsageError(f"a {type(owner).__name__} has no reader")
+    c = Conduct.__new__(Conduct)
+    c.owner, c.r, c.fields = owner, r, fields
+    return c
 
 
 cdef void reader_forgive(reader_t *r) noexcept nogil:
@@ -375,9 +413,9 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
             return NO_DATA
         if went_back(wc, r.wc):
             return reader_sync(r)
+        r.wc = wc                       # first: an overrun loads WC anew, and what is below this one is another life's
         if behind > r.elements:
             return reader_overrun(r)
-        r.wc = wc
     if r.rc + behind < r.rc and r.rc + behind != 0:
         behind = 0 - r.rc               # a batch ends where the counter wraps: slots are RC mod elements
     available[0] = behind
@@ -452,11 +490,17 @@ cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t 
 
 
 cdef void reader_drain(reader_t *r) noexcept nogil:
-    """Skips to WC; synchronises first where that is due."""
-    if (r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_acquire64(&r.hdr.wc), r.wc)):
+    """Skips to WC, the one that was found not to have gone back; synchronises first where that is due."""
+    cdef uint64_t wc = 0
+    cdef bint due = r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch
+    if not due:
+        wc = load_acquire64(&r.hdr.wc)
+        due = went_back(wc, r.wc)
+    if due:
         if reader_sync(r) != EPOCH_CHANGED:
             return
-    reader_goto(r, load_acquire64(&r.hdr.wc))
+        wc = load_acquire64(&r.hdr.wc)
+    reader_goto(r, wc)
 
 
 cdef bint reader_ready(const reader_t *r) noexcept nogil:

@@ -17,8 +17,13 @@ from muenfast.errors import ClaimError, UsageError
 
 log = logging.getLogger("muenfast")
 
-_HEADER, _TRANSPORT = layout()["header_size"], layout()["transport"]
-_BELL = 4096  # bytes of a bell region: one page
+_HEADER: int = layout()["header_size"]
+_TRANSPORT: int = layout()["transport"]
+BELL = 4096  # bytes of a bell region: one page
+NETWORK_PROTOCOL = 2  # of an interface's channels where none is named
+# Elements of an interface's channel that is made because it is missing: a window of long packets, as far as that stays in
+# caches.
+_LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
 # What the making of a bell may fail with where the channel is no place for one: a file system that takes no new
 # files (muenfs, sysfs), a directory or a peer's bell that we may not write. Then both sides poll.
 _NO_BELL = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTSUP, errno.EINVAL,
@@ -42,6 +47,12 @@ def remove(locator: shm.Locator, *, force: bool = False) -> None:
         raise UsageError("is no channel, by its first bytes", value=locator.text, hint="rm removes it")
     with shm.apart(locator, disk=False):
         shm.remove_region(locator, force=force)
+
+
+def network_region_size(element: int) -> int:
+    """Bytes of an interface's channel that is made, of elements of so many bytes."""
+    elements = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, _REGION_BYTES // element))
+    return -(-(_HEADER + elements * element) // BELL) * BELL
 
 
 def _contents(view: memoryview) -> str | None:
@@ -108,7 +119,7 @@ class End:
                     permit, mode=permit.mode | (permit.mode & 0o040) >> 1)))
             elif where is not None:
                 try:
-                    self.bell = stack.enter_context(shm.Region.open(where, writable=True, create=_BELL))
+                    self.bell = stack.enter_context(shm.Region.open(where, writable=True, create=BELL))
                 except OSError as error:
                     if error.errno not in _NO_BELL:
                         raise

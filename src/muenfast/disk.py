@@ -124,7 +124,7 @@ class Connection:
                 self.client = Client(self._ends[0].view, self._ends[1].view, **options)
             else:
                 self.client = BufferClient(*(end.view for end in self._ends), **options)
-            self.client.patience = channels.patience
+            self.client.conduct.patience = channels.patience
             if self._depth is not None:
                 self.client.depth = self._depth
         except BaseException:
@@ -172,7 +172,7 @@ class Connection:
         while not self._stop.is_set():
             state = self.client.run(_TICK)
             now = time.monotonic()
-            self._offences.look(self.client.offences, self.client.counters["quarantines"], self.channels.patience)
+            self._offences.look(self.client.conduct)
             if state == "answered":
                 if self._answered():
                     lost_since, self._dead, self._stuck = 0.0, False, False
@@ -647,7 +647,7 @@ class BlockDevice:
             "role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
             "state": self.connection.state, "read_only": disk is not None and self.read_only, "failure": self.failure,
             "in_flight": 0 if disk is None else disk.in_flight,
-            "offences": self.client.offences,
+            "offences": self.client.conduct.offences,
             "counters": self.client.counters | (disk.counters if disk is not None else {}),
             "devices": [] if disk is None else [
                 {"number": self.device, "size": self.size, "block_size": disk.block_size, "directions": disk.directions}]}

@@ -175,12 +175,7 @@ def _who_is(place: str) -> tuple[int, str]:
 
 def _open_in(place: str) -> Iterator[tuple[tuple[int, int], bool]]:
     """Device and inode of each file that a process has mapped or open, and whether for writing."""
-    with open(f"{place}/maps", errors="replace") as file:
-        for line in file:
-            _, mode, _, device, inode, *_ = line.split(None, 5)
-            if inode != "0":
-                major, _, minor = device.partition(":")
-                yield (os.makedev(int(major, 16), int(minor, 16)), int(inode)), "w" in mode and "s" in mode
+    yield from shm.mapped_by(place)
     for name in os.listdir(f"{place}/fd"):
         with contextlib.suppress(FileNotFoundError):
             seen = os.stat(f"{place}/fd/{name}")
@@ -216,7 +211,6 @@ def apply(policy: Policy, *, dry_run: bool = False) -> Iterator[Step]:
     Raises UsageError, PermissionError, OSError before anything was done, or where the system refuses.
     """
     known = _ready(policy, "to give regions to their users")
-    held = _holders()
     for thing in policy.objects():
         wanted, path = permit(thing, known, policy.path), thing.locator.path
         try:
@@ -229,7 +223,7 @@ def apply(policy: Policy, *, dry_run: bool = False) -> Iterator[Step]:
         difference, deep = _difference(thing, wanted, seen)
         if difference is None:
             yield Step(thing.where, path, "unchanged", f"{thing.size} bytes, {_whose(wanted)}")
-        elif holders := held.get((seen.st_dev, seen.st_ino)):
+        elif holders := _holders().get((seen.st_dev, seen.st_ino)):     # who came since apply() began, too
             yield Step(thing.where, path, "left", f"{difference}; it is in use by {_who(holders[0])}")
         elif not stat.S_ISREG(seen.st_mode):
             yield Step(thing.where, path, "left", f"{difference}: remove it, or name another")

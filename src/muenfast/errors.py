@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from typing import Protocol
 
 log = logging.getLogger("muenfast")
 
@@ -89,9 +90,20 @@ def describe(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     path = error.filename
-    if path is None or isinstance(path, int) or os.fsdecode(path) in error.strerror:
+    if path is None or isinstance(path, int) or os.fsdecode(path) in error.strerror:    # int: of a call on a descriptor
         return error.strerror
     return f"{os.fsdecode(path)}: {error.strerror}"
+
+
+class _Conduct(Protocol):
+    """What Offences needs of one."""
+
+    @property
+    def offences(self) -> Mapping[str, int]: ...
+    @property
+    def quarantines(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
 
 
 class Offences:
@@ -105,17 +117,16 @@ class Offences:
         self._told: dict[str, int] = {}
         self._when: dict[str, float] = {}
 
-    def look(self, counts: Mapping[str, int], quarantines: int, patience: int) -> None:
-        """counts: elements that broke the rule of each field so far. quarantines: times that they were more than `patience`
-        in a second."""
-        for field, count in counts.items():
+    def look(self, conduct: _Conduct) -> None:
+        """conduct: a Conduct of _ring."""
+        for field, count in conduct.offences.items():
             if self._is_due(field, count):
                 log.warning("%s: channel %s: field %s: %d elements so far break its rule", self._prefix, self._channel,
                             field, count)
-        if self._is_due("", quarantines):
+        if self._is_due("", conduct.quarantines):
             log.warning("%s: channel %s: more than %d elements in a second broke a rule: nothing is taken from it until "
-                        "its writer begins another epoch (%d times so far)", self._prefix, self._channel, patience,
-                        quarantines)
+                        "its writer begins another epoch (%d times so far)", self._prefix, self._channel, conduct.patience,
+                        conduct.quarantines)
 
     def _is_due(self, what: str, count: int) -> bool:
         if count <= self._told.get(what, 0):

@@ -311,7 +311,7 @@ class Export:
                 if old is None or end not in old:
                     undo.callback(end.close)
             self.server = self._engine(*ends)
-            self.server.patience = channels.patience
+            self.server.conduct.patience = channels.patience
             undo.pop_all()
         self._ends = ends
         for end in old or ():
@@ -382,7 +382,7 @@ class Export:
         if event == "connected":
             self._client, self._died = shm.writer_process(self._ends[0].region), False
             self._comings.info("client connected")
-        elif event == "disconnected" and self.server.quarantined:
+        elif event == "disconnected" and self.server.conduct.quarantined:
             self._client, self._died = 0, False
             self._blame()
         elif event == "disconnected":
@@ -398,7 +398,7 @@ class Export:
 
     def _blame(self) -> None:
         """Says what the client gets wrong."""
-        self._offences.look(self.server.offences, self.server.counters["quarantines"], self.config.channels.patience)
+        self._offences.look(self.server.conduct)
 
     def _moved(self) -> bool:
         """Whether the channels' memory is to be followed: a peer may have made them anew, or truncated one.
@@ -526,7 +526,7 @@ class Export:
     def state(self) -> str:
         """One of STATES. "waiting": for a client; "client died": without a word, and none has come since; "quarantined": it
         broke more rules than it may, and has not begun another epoch."""
-        if self.server.quarantined:
+        if self.server.conduct.quarantined:
             return "quarantined"
         return "waiting" if not self.server.connected else "client died" if self._died else "connected"
 
@@ -544,7 +544,8 @@ class Export:
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
                  "read_only": self.read_only, "state": self.state,
-                 "counters": self.server.counters, "offences": self.server.offences, "waiting": waiting, "devices": devices,
+                 "counters": self.server.counters, "offences": self.server.conduct.offences, "waiting": waiting,
+                 "devices": devices,
                  "in_flight": waiting + sum(way["depth"] for each in devices for way in each["directions"].values())}
         for key, of in (("injected", "injected"), ("store", "counters")):
             if entries := [each for backing in self.backings if (each := getattr(backing.store, of, None))]:

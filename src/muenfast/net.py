@@ -22,7 +22,7 @@ from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.bpf import Way
-from muenfast.channel import End
+from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size
 from muenfast.connection import MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
@@ -35,16 +35,13 @@ __all__ = ["MOST_INTERFACES", "InterfaceConfig", "Interfaces", "interfaces_from_
 log = logging.getLogger("muenfast")
 
 MOST_INTERFACES = 32  # the module's limit
-DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, 2
+DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, NETWORK_PROTOCOL
 DEFAULT_FLAGS = "net_hdr"
 CARRIERS = ("peer", "up")
 # How marks go between packets and net_hdr: what is asked for, and the ways that are tried for it.
 MARKS: dict[str, tuple[Way, ...]] = {"auto": tuple(Way), **{way.value: (way,) for way in Way}, "none": ()}
 _FLAGS = ("net_hdr", "eth_dev")
 _HEADER: int = layout()["header_size"]
-# Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
-_LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
-_PAGE = 4096
 _IPV6_MTU = 1280    # RFC 8200
 _TICK = 0.2  # seconds between looks at names
 
@@ -120,8 +117,7 @@ class InterfaceConfig:
         """Bytes of a channel that is made."""
         if self.size is not None:
             return self.size
-        elements = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, _REGION_BYTES // self.element_size))
-        return -(-(_HEADER + elements * self.element_size) // _PAGE) * _PAGE
+        return network_region_size(self.element_size)
 
 
 # ------------------------------------------------------------------ from lists
@@ -342,7 +338,7 @@ class _Half:
         engine = Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu,
                           protocol=config.reader_protocol, bell=end.bell_view, poll=config.poll,
                           merge=interface.own.device.merges, tells=self._tells(end))
-        engine.patience = config.patience
+        engine.conduct.patience = config.patience
         return engine
 
     # -------------------------------------------------------------- its thread
@@ -380,7 +376,8 @@ class _Half:
             self.interface.set_carrier()
         if event == "connected":
             self._comings.info("its peer is there")
-        elif event == "disconnected" and isinstance(self.engine, Receiver) and self.engine.quarantined:
+            self.look_at_writer()       # now: it may be killed before the next tick, and then its end was nobody's
+        elif event == "disconnected" and isinstance(self.engine, Receiver) and self.engine.conduct.quarantined:
             self._blame()
         elif event == "disconnected":
             self._comings.info("its peer has gone")
@@ -393,7 +390,7 @@ class _Half:
     def _blame(self) -> None:
         """Says what the peer gets wrong."""
         if isinstance(self.engine, Receiver):
-            self._offences.look(self.engine.offences, self.engine.counters["quarantines"], self.interface.config.patience)
+            self._offences.look(self.engine.conduct)
 
     def look_at_writer(self) -> None:
         """Says so where the process that writes what we read ended without ending its epoch: our carrier stays."""
@@ -512,7 +509,7 @@ class Interface:
             if config.pmtu is not None:
                 with blame(config.options.pmtu, config.index, config.pmtu.text):
                     self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True,
-                                                                           permit=config.permits[2]))
+                                                                    permit=config.permits[2]))
                     stack.enter_context(shm.apart(config.pmtu, disk=False))     # as long as it is one, it is no disk
             path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
             self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)
@@ -626,7 +623,7 @@ class Interface:
                 "interface": {**self.ports.counters(0), "queue_drops": self._queue_drops(), "lost": self.own.dropped()},
                 "children": self.children.status(),
                 "sent": {name: value for name, value in sent.items() if name not in flat},
-                "offences": incoming.offences if isinstance(incoming, Receiver) else {},
+                "offences": incoming.conduct.offences if isinstance(incoming, Receiver) else {},
                 "received": {name: value for name, value in received.items() if name not in flat}}
 
     def _queue_drops(self) -> int | None:

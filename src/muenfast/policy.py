@@ -10,23 +10,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from muenfast import params, shm
+from muenfast import params, pathmtu, shm
 from muenfast._net import FRAMINGS, LEAST_MTU, MOST_MTU, element_size
 from muenfast._ring import layout
 from muenfast.backing import BLOCK, DEFAULT_DEVICE, Device
+from muenfast.channel import BELL, NETWORK_PROTOCOL, network_region_size
 from muenfast.connection import (
     BUFFER_PROTOCOL,
     BUFFER_REQUEST_SIZE,
     BUFFER_RESPONSE_SIZE,
     BUFFER_SIZE,
+    MOST_POLL,
     REGION_SIZE,
     REQUEST_PROTOCOL,
     RESPONSE_PROTOCOL,
 )
 from muenfast.errors import UsageError
+from muenfast.export import LEAST_TIMEOUT, MOST_POOL, MOST_TIMEOUT
 from muenfast.marks import MOST_CHILDREN
 
 if sys.version_info >= (3, 11):
@@ -38,10 +41,6 @@ __all__ = ["Bell", "Connection", "Finding", "Flow", "Interface", "Policy", "Poli
 
 _LAYOUT = layout()
 _HEADER: int = _LAYOUT["header_size"]
-_NETWORK_PROTOCOL = 2   # of an interface's channels where none is named
-_PATH_MTUS = 4096       # bytes of a region of path MTUs
-_PAGE = 4096
-_BELL = 4096            # bytes of a bell
 _NAME = 64              # characters of a table's name
 MOST_BYTES = 16 << 20   # of a policy file
 
@@ -136,7 +135,7 @@ class Bell:
     locator: shm.Locator
 
     kind = "bell"
-    size = _BELL
+    size = BELL
     mode = 0o660
     readers: tuple[str, ...] = ()
 
@@ -422,7 +421,7 @@ def _number(least: int, most: int, what: str) -> Callable[[str], int]:
     return lambda text: params.number(None, None, text, least=least, most=most, what=what)
 
 
-_POLL = _number(1, 10_000_000, "a pause in microseconds")
+_POLL = _number(1, MOST_POLL, "a pause in microseconds")
 
 
 def _channel(name: str, table: _Table) -> Region | None:
@@ -461,7 +460,7 @@ def _buffer(name: str, table: _Table) -> Region | None:
 def _path_mtus(name: str, table: _Table) -> Region | None:
     readers = table.texts("reader", "the subject whose interfaces it is for")
     locator = _locator(name, table)
-    size = table.parsed("size", _size, "a size like \"4096\"", _PATH_MTUS)
+    size = table.parsed("size", _size, "a size like \"4096\"", pathmtu.BYTES)
     table.end("reader, region, size")
     if len(readers) != 1:
         table.wrong("reader: the subject whose interfaces it is for, one")
@@ -478,8 +477,9 @@ def _connection(name: str, table: _Table) -> Connection | None:
     devices = table.texts("device", "what is served, as --device takes it; several over a buffer") or (DEFAULT_DEVICE,)
     read_only = table.take("read_only", bool, "true or false", False)
     poll = table.parsed("poll", _POLL, "microseconds")
-    pool = table.parsed("pool", _number(1, 64, "a number of threads"), "threads of a disk written in Python")
-    timeout = table.parsed("timeout", _number(1, 1200, "a time in seconds"), "seconds that such a disk has for an answer")
+    pool = table.parsed("pool", _number(1, MOST_POOL, "a number of threads"), "threads of a disk written in Python")
+    timeout = table.parsed("timeout", _number(LEAST_TIMEOUT, MOST_TIMEOUT, "a time in seconds"),
+                           "seconds that such a disk has for an answer")
     paths = table.texts("paths", "files and folders that its disks in Python read and write")
     for path in paths:
         if not path.startswith("/") or os.path.realpath(path) == "/":
@@ -527,11 +527,9 @@ def _completed(policy: Policy) -> Policy:
 
     def complete(name: str | None, protocol: int, element: int, size: int) -> None:
         region = regions.get(name or "")
-        if region is None or region.kind != "channel":
-            return
-        regions[region.name] = Region(
-            region.name, region.kind, region.locator, region.writers, region.readers, region.size or size,
-            protocol if region.protocol is None else region.protocol, region.element or element, region.bell)
+        if region is not None and region.kind == "channel":
+            regions[region.name] = replace(region, size=region.size or size, element=region.element or element,
+                                           protocol=protocol if region.protocol is None else region.protocol)
 
     for connection in policy.connections.values():
         shared = connection.buffer is not None
@@ -542,13 +540,10 @@ def _completed(policy: Policy) -> Policy:
                  BUFFER_RESPONSE_SIZE if shared else REGION_SIZE)
     for interface in policy.interfaces.values():
         element = element_size(interface.framing, interface.mtu)
-        count = min(1024, max(256, (4 << 20) // element))   # as `muenfast net` makes them
         for channel in (interface.inp, interface.out):
-            complete(channel, _NETWORK_PROTOCOL, element, -(-(_HEADER + count * element) // _PAGE) * _PAGE)
-    return Policy(policy.path, policy.subjects, {
-        name: region if region.size else Region(region.name, region.kind, region.locator, region.writers, region.readers,
-                                                REGION_SIZE, region.protocol, region.element, region.bell)
-        for name, region in regions.items()}, policy.connections, policy.interfaces)
+            complete(channel, NETWORK_PROTOCOL, element, network_region_size(element))
+    return replace(policy, regions={name: replace(region, size=region.size or REGION_SIZE)
+                                    for name, region in regions.items()})
 
 
 # ------------------------------------------------------------------ what a validator sees

@@ -834,6 +834,17 @@ def list_regions() -> list[dict[str, Any]]:
     return found
 
 
+def mapped_by(process: str) -> Iterator[tuple[tuple[int, int], bool]]:
+    """(device, inode) of each file that a process has mapped, and whether its writes reach that. process: /proc/PID. Raises
+    OSError."""
+    with open(f"{process}/maps", errors="replace") as file:
+        for line in file:
+            _, mode, _, device, inode, *_ = line.split(None, 5)
+            if inode != "0":
+                major, _, minor = device.partition(":")
+                yield (os.makedev(int(major, 16), int(minor, 16)), int(inode)), "w" in mode and "s" in mode
+
+
 # ---- claims
 
 

@@ -70,9 +70,9 @@ def declared(arguments: argparse.Namespace, role: Role,
     if arguments.subject is None:
         raise UsageError("required beside --policy: whose part of it", option="--subject")
     for name in role.decided:
-        if getattr(arguments, name):
+        if getattr(arguments, name) not in (None, False):
             option = "--" + name.replace("inp", "in").replace("_", "-")
-            raise UsageError("is what the policy says, and cannot be given besides", option=option,
+            raise UsageError("is the policy's to say, and cannot be given besides", option=option,
                              hint=f"change {arguments.policy}, or leave out --policy")
     only = None if arguments.only is None else params.split("--only", arguments.only)
     from muenfast.declared import Declared
