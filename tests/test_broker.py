@@ -146,7 +146,7 @@ COUNTS = """if True:
     import os, sys
     from muenfast import control
     os.setresuid(*[int(sys.argv[1])] * 3)
-    print(control.ask(int(sys.argv[2]), {"command": "broker"}))
+    print(control.ask(int(sys.argv[2]), {"command": "status"})["broker"])
 """
 
 
@@ -346,10 +346,10 @@ class TestInterfaces:
         assert "child1" in within(namespaces[0], "ip", "-o", "link")
         asking = subprocess.run([sys.executable, "-c", COUNTS, str(pwd.getpwnam("list").pw_uid), str(two[0].pid)],
                                 text=True, capture_output=True, check=False)
-        assert "'refused': 0" in asking.stdout, asking.stderr
+        assert "'refused': 0}" in asking.stdout, asking.stderr
         refused = asked("add_child", "net0", "child2")
         asking = subprocess.run(asking.args, text=True, capture_output=True, check=False)
-        assert "'refused': 1" in asking.stdout, asking.stderr
+        assert "'refused': 1}" in asking.stdout, asking.stderr
         assert "'ok': False" in refused and "the policy declares no interface" in refused
         assert "'ok': True" in asked("add_mark", "child1", "5") and "'ok': True" in asked("del_child", "child1")
         assert "'ok': True" in asked("add_child", "net0", "child1")

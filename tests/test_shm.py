@@ -323,7 +323,7 @@ def test_nothing_left_when_a_step_fails(name: Locator, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(owner, "_write" if step == "json" else step, fail)
         with pytest.raises(OSError) as caught:
-            Region.open(name, writable=writable, create=PAGE)
+            Region.open(name, writable=writable, create=PAGE, mode=0o640 if step == "fchmod" else 0o600)
     assert caught.value.errno == errno.EIO and caught.value.filename
     assert not os.path.exists(name.path)  # descriptors and book-keeping: the fixture
 

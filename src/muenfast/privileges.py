@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Collection
 
-__all__ = ["CAPABILITIES", "become", "held", "keep", "no_new"]
+__all__ = ["CAPABILITIES", "become", "bound", "held", "keep", "no_new"]
 
 # linux/capability.h: those that a serving process may need.
 CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3,
@@ -49,11 +49,7 @@ def become(uid: int, gid: int, groups: Collection[int], capabilities: Collection
     """
     if threading.active_count() > 1:
         raise RuntimeError("there are other threads, which would keep what they are")
-    numbers = {CAPABILITIES[name] for name in capabilities}
-    with open("/proc/sys/kernel/cap_last_cap") as file:
-        last = int(file.read())
-    for number in set(range(last + 1)) - numbers:
-        _check(_prctl(_PR_CAPBSET_DROP, number), "capabilities cannot be bounded")
+    bound(capabilities)
     _check(_prctl(_PR_SET_KEEPCAPS, 1), "capabilities cannot be kept")
     os.setgroups(sorted({gid, *groups}))
     os.setresgid(gid, gid, gid)
@@ -63,6 +59,15 @@ def become(uid: int, gid: int, groups: Collection[int], capabilities: Collection
     no_new()
     if uid and os.getresuid() != (uid, uid, uid):
         raise OSError(errno.EPERM, "the user is not what it should be")
+
+
+def bound(capabilities: Collection[str]) -> None:
+    """From here on no program that is executed has other capabilities, not root's either. Precondition: CAP_SETPCAP. Raises
+    OSError."""
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        last = int(file.read())
+    for number in set(range(last + 1)) - {CAPABILITIES[name] for name in capabilities}:
+        _check(_prctl(_PR_CAPBSET_DROP, number), "capabilities cannot be bounded")
 
 
 def no_new() -> None:

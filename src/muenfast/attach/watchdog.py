@@ -49,6 +49,8 @@ PIDFD_THREAD = os.O_EXCL    # uapi/linux/pidfd.h, Linux 6.9
 POLL = 0.25         # seconds between looks at the thread, where the kernel has no thread pidfd
 AFTERMATH = 10.0    # seconds the client has, after its deadline, to finish
 LIMIT = 30          # seconds the clean-up may take before the watchdog gives up on itself
+LONGEST = 600.0     # seconds that a client may ask for at a time: it may have been taken over
+LINE = 256          # bytes of a message
 
 
 def _steps(failed: list[str]) -> Callable[..., None]:
@@ -315,13 +317,15 @@ def watch(control: int, thread: Thread, abort: Callable[[], object]) -> bool:
             if not data:
                 return False
             *lines, pending = (pending + data).split(b"\n")
+            if len(pending) > LINE:
+                raise ValueError("a message without an end")
             for line in lines:
                 if line == b"done":
                     return True
                 if line.startswith(b"detaching ") and not aborted:
                     if deadline is None and thread.fd >= 0:
                         poller.unregister(thread.fd)    # its end is expected now
-                    deadline = time.monotonic() + float(line[10:])
+                    deadline = time.monotonic() + min(max(0.0, float(line[10:])), LONGEST)   # 0: no number at all
         elif deadline is not None:
             if time.monotonic() < deadline:
                 continue

@@ -7,7 +7,7 @@ themselves: the process that asks is not trusted. No request carries descriptors
 
 On the wire: several Unix sockets (SOCK_SEQPACKET), lanes, on each of which one request at a time is made: a JSON object,
 {"do": NAME, FIELD: VALUE, ...}, and answered: {"ok": true, ...} or {"ok": false, "kind": ..., ...}. So requests of several
-threads go on side by side, and none waits for one that waits for a disk.
+threads go on side by side, and none waits for one that waits for a disk. A lane on which something goes wrong is closed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from muenfast.errors import ClaimError, MuenfastError, PeerLog
-from muenfast.privileges import keep
+from muenfast.privileges import bound, keep, no_new
 from muenfast.threads import spawn
 
 __all__ = ["Answer", "Broker", "Kind", "Operation", "Refused", "Service", "flag", "number", "start", "word"]
@@ -40,6 +40,8 @@ MOST_BYTES = 4096       # of a request
 _MOST_ANSWER = 1 << 16  # bytes
 _MOST_FDS = 4           # descriptors of an answer
 _LEAVING = 60           # seconds that undoing may take: then it is ended as it is
+_QUIET = 20.0           # of those, for operations under way
+_PROMPT = 1000          # milliseconds for an answer that waits for nothing
 _WORD = 256             # characters of a text
 
 
@@ -103,17 +105,45 @@ class Service:
         self.operations: dict[str, Operation] = {"counts": Operation(self._counts)}
         self.requests = self.refused = 0
         self._books = threading.Lock()
+        self._refusals, self._telling = PeerLog("broker"), threading.Lock()
+        self._under_way = 0
+        self._idle = threading.Condition(self._books)
+        self._ended = False
+
+    def free(self) -> None:
+        """Nobody asks any more: ends what operations under way may wait for."""
 
     def undo(self) -> None:
-        """Nobody asks any more: takes away what is left. Operations may be under way."""
+        """Takes away what is left. No operation is under way, unless one takes too long."""
+
+    def end(self) -> None:
+        """free() and undo(), and no operation from here on."""
+        with self._idle:
+            self._ended = True
+        self.free()
+        with self._idle:
+            if not self._idle.wait_for(lambda: not self._under_way, _QUIET):
+                log.warning("broker: %d operations did not end", self._under_way)
+        self.undo()
 
     def _counts(self) -> Answer:
         return Answer({"requests": self.requests, "refused": self.refused})
 
     def answer(self, data: bytes, strange: bool = False) -> Answer:
         """What is sent back for a request, whatever it holds. strange: it came with descriptors, or was too long."""
-        with self._books:
+        with self._idle:
             self.requests += 1
+            if self._ended:
+                return Answer({"ok": False, "kind": "other", "text": "the broker is ending"})
+            self._under_way += 1
+        try:
+            return self._answer(data, strange)
+        finally:
+            with self._idle:
+                self._under_way -= 1
+                self._idle.notify_all()
+
+    def _answer(self, data: bytes, strange: bool) -> Answer:
         try:
             if strange:
                 raise Refused(f"a request has at most {MOST_BYTES} bytes, and no descriptors")
@@ -130,6 +160,9 @@ class Service:
         except Refused as error:
             with self._books:
                 self.refused += 1
+                so_far = self.refused
+            with self._telling:
+                self._refusals.warning("%d requests refused so far, the last because %s", so_far, error)
             return Answer({"ok": False, "kind": "refused", "text": str(error)})
         except ClaimError as error:
             return Answer({"ok": False, "kind": "claim", "what": error.what, "holder": error.holder, "hint": error.hint})
@@ -145,39 +178,47 @@ class Service:
 # ------------------------------------------------------------------ its process
 
 def _attend(service: Service, lane: socket.socket) -> None:
-    """Answers one lane until its other end is closed."""
-    refusals = PeerLog("broker")
-    while True:
-        try:
-            data, ancillary, flags, _ = lane.recvmsg(MOST_BYTES, socket.CMSG_SPACE(4 * _MOST_FDS), socket.MSG_CMSG_CLOEXEC)
-        except OSError as error:
-            if error.errno == errno.ECONNRESET:
-                return
+    """Answers one lane until its other end is closed, or it fails; then nobody waits there."""
+    try:
+        while _attended(service, lane):
+            pass
+    except Exception:
+        log.exception("broker: a lane is closed")
+    finally:
+        lane.shutdown(socket.SHUT_RDWR)
+
+
+def _attended(service: Service, lane: socket.socket) -> bool:
+    """One request; False: there are no more. Raises OSError."""
+    try:
+        data, ancillary, flags, _ = lane.recvmsg(MOST_BYTES, socket.CMSG_SPACE(4 * _MOST_FDS), socket.MSG_CMSG_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ECONNRESET:
+            return False
+        raise
+    strange = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+    for level, kind, raw in ancillary:
+        strange = True
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            for at in range(0, len(raw) - len(raw) % 4, 4):
+                os.close(int.from_bytes(raw[at:at + 4], sys.byteorder))
+    if not data and not strange:
+        return False
+    answer = service.answer(data, strange)
+    text = json.dumps(answer.values).encode()
+    if len(text) > _MOST_ANSWER:    # of whoever uses a device, say
+        text = json.dumps({"ok": False, "kind": "other", "text": "the answer is too long"}).encode()
+    try:
+        socket.send_fds(lane, [text], list(answer.fds), socket.MSG_NOSIGNAL)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             raise
-        strange = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
-        for level, kind, raw in ancillary:
-            strange = True
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                for at in range(0, len(raw) - len(raw) % 4, 4):
-                    os.close(int.from_bytes(raw[at:at + 4], sys.byteorder))
-        if not data and not strange:
-            return
-        answer = service.answer(data, strange)
-        if answer.values.get("kind") == "refused":
-            refusals.warning("refused: %s", answer.values["text"])
-        text = json.dumps(answer.values).encode()
-        if len(text) > _MOST_ANSWER:    # of whoever uses a device, say
-            text = json.dumps({"ok": False, "kind": "other", "text": "the answer is too long"}).encode()
-        try:
-            socket.send_fds(lane, [text], list(answer.fds), socket.MSG_NOSIGNAL)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                raise
-            return
-        finally:
-            if answer.own:
-                for fd in answer.fds:
-                    os.close(fd)
+        return False
+    finally:
+        if answer.own:
+            for fd in answer.fds:
+                os.close(fd)
+    return True
 
 
 def _serve(lanes: Sequence[socket.socket], make: Callable[[], Service], capabilities: Collection[str]) -> None:
@@ -195,6 +236,8 @@ def _serve(lanes: Sequence[socket.socket], make: Callable[[], Service], capabili
     for low, high in zip([2, *used], [*used, os.sysconf("SC_OPEN_MAX")], strict=True):
         os.closerange(low + 1, high)    # the other one's affair
     service = make()
+    bound(capabilities)     # the watchdogs that it starts have no more than it
+    no_new()
     keep(capabilities)
     open_lanes = {lane.fileno(): lane for lane in lanes}
     poller = select.poll()
@@ -206,19 +249,52 @@ def _serve(lanes: Sequence[socket.socket], make: Callable[[], Service], capabili
             poller.unregister(fd)
             del open_lanes[fd]
     signal.alarm(_LEAVING)
-    service.undo()
+    service.end()
 
 
 class Broker:
-    """The other process, as the one that asks it has it; see start(). pid: its number."""
+    """The other process, as the one that asks it has it; see start(). pid: its number. The first lane is counts()'s own."""
 
     def __init__(self, pid: int, lanes: Sequence[socket.socket]) -> None:
         self.pid = pid
         self._lanes = list(lanes)
         self._free: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
         self._process = os.getpid()
-        for lane in lanes:
+        self._counting = threading.Lock()
+        for lane in lanes[1:]:
             self._free.put(lane)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more: what takes privileges fails from here on."""
+        if not self._lanes:
+            return True
+        poller = select.poll()
+        poller.register(self._lanes[0], 0)
+        return bool(poller.poll(0))
+
+    def counts(self) -> dict[str, Any]:
+        """Its number, how many requests it had and how many of them it refused; without these where it does not answer at
+        once, with `ended` where it is no more. Waits for no lane."""
+        with self._counting:
+            answer = None if self.ended else self._counted(self._lanes[0])
+            if answer is None:
+                return {"pid": self.pid, "ended": self.ended}
+        return {"pid": self.pid, "ended": False, "requests": answer["requests"], "refused": answer["refused"]}
+
+    @staticmethod
+    def _counted(lane: socket.socket) -> dict[str, Any] | None:
+        """None: no answer."""
+        poller = select.poll()
+        poller.register(lane, select.POLLIN)
+        try:
+            while poller.poll(0) and lane.recv(_MOST_ANSWER):   # answers that came too late
+                pass
+            lane.send(b'{"do": "counts"}', socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            data = lane.recv(_MOST_ANSWER) if poller.poll(_PROMPT) else b""
+        except OSError:     # it ended meanwhile, or has not answered for so long that no request fits in
+            return None
+        return json.loads(data) if data else None
 
     def call(self, operation: str, /, **fields: Any) -> tuple[dict[str, Any], list[int]]:
         """What it answers: values and descriptors. Waits for a lane first. Raises PermissionError for what it refuses,
@@ -257,9 +333,10 @@ class Broker:
         """It undoes what is left, and has ended on return. Idempotent; nothing in a child of fork()."""
         if os.getpid() != self._process or not self._lanes:
             return
-        for lane in self._lanes:
-            lane.close()
-        self._lanes.clear()
+        with self._counting:
+            for lane in self._lanes:
+                lane.close()
+            self._lanes.clear()
         with contextlib.suppress(ChildProcessError):
             _, status = os.waitpid(self.pid, 0)
             if status:
@@ -274,7 +351,8 @@ class Broker:
 
 
 def start(make: Callable[[], Service], lanes: int, capabilities: Collection[str]) -> Broker:
-    """Forks it. make: its service, called there. lanes: most requests at a time. capabilities: those that it keeps.
+    """Forks it. make: its service, called there. lanes: most requests at a time, besides counts(). capabilities: those that
+    it keeps.
 
     Precondition: this is the only thread, and still has the privileges. Raises OSError.
     """
@@ -282,7 +360,7 @@ def start(make: Callable[[], Service], lanes: int, capabilities: Collection[str]
         raise RuntimeError("there are other threads, which a forked process would not have")
     pairs: list[tuple[socket.socket, socket.socket]] = []
     try:
-        for _ in range(lanes):
+        for _ in range(1 + lanes):
             pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
         pid = os.fork()
     except BaseException:

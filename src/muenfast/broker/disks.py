@@ -9,6 +9,7 @@ which the kernel checks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ from muenfast.attach import fuse, loop, partitions, watchdog
 from muenfast.attach.leash import Leash
 from muenfast.attach.root import Mount, Root
 from muenfast.broker import Answer, Broker, Kind, Operation, Refused, Service, flag, number, start, word
+from muenfast.errors import describe
 
 __all__ = ["Brokered", "DiskService", "of_disks"]
 
@@ -34,16 +36,21 @@ _NAME = {"name": word(r"muendisk[a-z]{1,3}")}
 _BYTES = number(0, (1 << 63) - 1)
 _PART = number(1, 256)
 _LONGEST = 60_000       # milliseconds
+_LOOPS = 4              # loop devices for each disk: those that somebody keeps open go later
 
 
 @dataclass(slots=True)
 class _Disk:
-    """What is held for a name."""
+    """What is held for a name. busy: its mount or its loop device is being made; neither goes meanwhile. mounted, looped: they
+    were made; unmounted: the mount is leaving the tree, and gets no loop device. offer: see Root.mounted()."""
 
     claim: shm.Claim
     abort: int = -1
+    busy: bool = False
     looped: bool = False
     mounted: bool = False
+    unmounted: bool = False
+    offer: threading.Timer | None = None
     leash: Leash | None = None
     parts: partitions.Acts | None = None
     nodes: dict[int, int] = field(default_factory=dict)
@@ -57,6 +64,8 @@ class DiskService(Service):
         self._client, self._most = client, most
         self._root = Root(shm.runtime_dir())
         self._disks: dict[str, _Disk] = {}
+        self._state = threading.Lock()      # of what _disks holds; nothing that may wait for the client is done with it
+        self._loops: set[int] = set()       # that were made, and may be bound yet
         uring = Kind("auto, kernel or off", lambda value: type(value) is str and value in ("auto", "kernel", "off"))
         blocks = Kind("512 or 4096", lambda value: type(value) is int and value in (512, 4096))
         io = Kind("a multiple of 4096, at most 1048576", lambda value: type(value) is int and 4096 <= value <= 1 << 20
@@ -107,7 +116,7 @@ class DiskService(Service):
     # -------------------------------------------------------------- names and mounts
 
     def _claim(self, name: str) -> Answer:
-        with self._books:
+        with self._state:
             if name in self._disks:
                 return Answer({"held": False, "complaints": []})
             if len(self._disks) >= self._most:
@@ -116,7 +125,7 @@ class DiskService(Service):
         if claim is None:
             return Answer({"held": False, "complaints": []})
         complaints = self._root.reclaim(name)
-        with self._books:
+        with self._state:
             if name in self._disks or len(self._disks) >= self._most:
                 claim.release()
                 raise Refused(f"{name} was claimed at the same time")
@@ -124,46 +133,61 @@ class DiskService(Service):
         return Answer({"held": True, "complaints": complaints})
 
     def _release(self, name: str) -> Answer:
-        with self._books:
+        with self._state:
             disk = self._of(name)
-            if disk.mounted or disk.leash is not None:
+            if disk.busy or disk.mounted or disk.leash is not None:
                 raise Refused(f"{name} is still there")
             del self._disks[name]
         disk.claim.release()
         return Answer()
 
+    @contextlib.contextmanager
+    def _making(self, disk: _Disk, name: str) -> Iterator[None]:
+        """While it is busy."""
+        with self._state:
+            if disk.busy:
+                raise Refused(f"{name} is being made")
+            disk.busy = True
+        try:
+            yield
+        finally:
+            disk.busy = False
+
     def _mount(self, name: str, read_only: bool, max_io: int, uring: str) -> Answer:
-        with self._books:
-            disk = self._of(name)
+        disk = self._of(name)
+        with self._making(disk, name):
             if disk.mounted:
                 raise Refused(f"{name} is mounted already")
-            disk.mounted = True
-        try:
             made = self._root.mount(name, read_only=read_only, max_io=max_io, uring=uring)
-        except BaseException:
-            disk.mounted = False
-            raise
-        disk.abort = made.abort
-        timer = threading.Timer(_OFFER, self._root.mounted, [name])    # others wait for it
-        timer.daemon = True
-        timer.start()
-        fds = (made.fd,) if made.abort < 0 else (made.fd, os.dup(made.abort))
+            disk.offer = threading.Timer(_OFFER, self._root.mounted, [name])    # others wait for it
+            disk.offer.daemon = True
+            disk.offer.start()
+            disk.abort, disk.unmounted, disk.mounted = made.abort, False, True
+            fds = (made.fd,) if made.abort < 0 else (made.fd, os.dup(made.abort))
         return Answer({"mountpoint": made.mountpoint, "connection": made.connection, "ring": made.ring}, fds)
 
     def _served(self, name: str) -> Answer:
-        self._mounted(name)
+        disk = self._mounted(name)
+        if disk.offer is not None:
+            disk.offer.cancel()
         self._root.mounted(name)
         return Answer()
 
     def _unmount(self, name: str, force: bool) -> Answer:
-        if self._mounted(name).looped and self._root.owns(name):    # who has it open would keep it for ever
+        with self._state:
+            disk = self._mounted(name)
+            disk.unmounted, looped = True, disk.looped
+        if looped and self._root.owns(name):    # who has it open would keep it for ever
             self._root.free_loop(name, 0.0)
         self._root.unmount(name, force)
         return Answer()
 
     def _rmdir(self, name: str) -> Answer:
-        with self._books:
+        self._served(name)      # the offer would outlive what it is for
+        with self._state:
             disk = self._mounted(name)
+            if disk.busy:       # who makes the loop device may have to abort the connection
+                raise Refused(f"{name} is being made")
             for part, device in disk.nodes.items():
                 assert disk.parts is not None
                 disk.parts.remove_node(part, device)
@@ -193,7 +217,7 @@ class DiskService(Service):
     def _watch(self, name: str, thread: int) -> Answer:
         if not os.path.exists(f"/proc/{self._client}/task/{thread}"):
             raise Refused(f"{thread} is no thread of process {self._client}")
-        with self._books:
+        with self._state:
             disk = self._mounted(name)
             if disk.leash is not None:
                 raise Refused(f"{name} is watched already")
@@ -203,7 +227,7 @@ class DiskService(Service):
         return Answer({"pid": disk.leash.pid}, (disk.leash.give(),))
 
     def _unwatch(self, name: str) -> Answer:
-        with self._books:
+        with self._state:
             disk = self._of(name)
             leash, disk.leash = disk.leash, None
         if leash is None:
@@ -215,8 +239,9 @@ class DiskService(Service):
 
     @contextlib.contextmanager
     def _limited(self, disk: _Disk) -> Iterator[None]:
-        """A client that does not answer is not waited for: the kernel holds locks meanwhile that others need."""
-        timer = threading.Timer(_LIMIT, lambda: os.write(disk.abort, b"1"))
+        """A client that does not answer is not waited for: the kernel holds locks meanwhile that others need. Precondition:
+        busy, so that the descriptor stays."""
+        timer = threading.Timer(_LIMIT, os.write, [disk.abort, b"1"])
         timer.daemon = True
         timer.start()
         try:
@@ -226,20 +251,26 @@ class DiskService(Service):
             timer.join()
 
     def _loop(self, name: str, read_only: bool, max_io: int, block_size: int, discard: bool) -> Answer:
-        with self._books:
-            disk = self._mounted(name)
+        disk = self._mounted(name)
+        with self._making(disk, name):
             if disk.looped:
                 raise Refused(f"{name} has a loop device already")
+            if disk.unmounted or not disk.mounted:
+                raise Refused(f"{name} has no mount")
             if disk.abort < 0:
                 raise Refused("without fusectl nobody could end a client that does not answer")
-            disk.looped = True
-        try:
+            self._loops = {number for number in self._loops if loop.is_bound(number)}
+            if len(self._loops) >= _LOOPS * self._most:
+                raise Refused(f"{len(self._loops)} loop devices that were made before have users yet")
             with self._limited(disk):
                 made = self._root.loop(name, read_only=read_only, max_io=max_io, block_size=block_size, discard=discard)
-        except BaseException:
-            disk.looped = False
-            raise
-        disk.parts = self._root.partitions(name)
+            self._loops.add(made)
+            with self._state:
+                disk.looped = not disk.unmounted
+            if not disk.looped:     # what is asked for by the mount's path would not find it
+                loop.detach(made, 0.0)
+                raise OSError(errno.ENODEV, "its mount has gone meanwhile", f"/dev/{name}")
+            disk.parts = self._root.partitions(name)
         return Answer({"loop": made})
 
     def _free_loop(self, name: str, milliseconds: int) -> Answer:
@@ -284,9 +315,11 @@ class DiskService(Service):
 
     def _open_part(self, name: str, number: int) -> Answer:
         disk, parts = self._parts(name)
-        fd = parts.open_part(number)
-        if os.fstat(fd).st_rdev != disk.nodes.get(number):
-            os.close(fd)
+        device = disk.nodes.get(number)
+        fd = -1 if device is None else parts.open_part(number)
+        if fd < 0 or os.fstat(fd).st_rdev != device:
+            if fd >= 0:
+                os.close(fd)
             raise Refused(f"{name}{number} was not made here")
         return Answer(fds=(fd,))
 
@@ -331,19 +364,32 @@ class DiskService(Service):
 
     # -------------------------------------------------------------- the end
 
+    def free(self) -> None:
+        """Connections are aborted: nothing waits for the client any more."""
+        with self._state:
+            for name, disk in self._disks.items():
+                if disk.abort >= 0:
+                    try:
+                        os.write(disk.abort, b"1")
+                    except OSError as error:
+                        log.warning("/dev/%s: its connection is not aborted: %s", name, error.strerror)
+
     def undo(self) -> None:
-        """The client is dead, or has left: connections are aborted, then nodes, loop devices and mounts go."""
+        """Nodes, loop devices and mounts go; each whatever became of the others."""
         for name, disk in list(self._disks.items()):
-            if disk.mounted:
-                self._root.mounted(name)
-                for problem in watchdog.release(self._root.mountpoint(name), f"/dev/{name}", disk.abort):
-                    log.warning("/dev/%s: %s", name, problem)
-            if disk.leash is not None:      # it does the same, or sees that it is done
-                try:
-                    disk.leash.wait()
-                except TimeoutError as error:
-                    log.warning("/dev/%s: %s", name, error.strerror)
-            disk.claim.release()
+            try:
+                self._take_away(name, disk)
+            except OSError as error:
+                log.warning("/dev/%s: %s", name, describe(error))
+
+    def _take_away(self, name: str, disk: _Disk) -> None:
+        if disk.mounted:
+            self._root.mounted(name)
+            for problem in watchdog.release(self._root.mountpoint(name), f"/dev/{name}", disk.abort):
+                log.warning("/dev/%s: %s", name, problem)
+        if disk.leash is not None:      # it does the same, or sees that it is done
+            disk.leash.wait()
+        disk.claim.release()
 
 
 def of_disks(most: int) -> Broker:

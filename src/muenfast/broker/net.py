@@ -6,6 +6,7 @@ what takes privileges, and decides nothing: framing, MTU, namespace, addresses a
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -15,11 +16,14 @@ from contextlib import ExitStack, contextmanager
 from muenfast import bpf, netns
 from muenfast.bpf import Way
 from muenfast.broker import Answer, Broker, Operation, Refused, Service, number, start, word
+from muenfast.errors import describe
 from muenfast.net import MARKS, InterfaceConfig
 from muenfast.ports import Makers
 from muenfast.tuntap import Device
 
 __all__ = ["Brokered", "NetService", "of_interfaces"]
+
+log = logging.getLogger("muenfast")
 
 _LANES = 4
 _CAPABILITIES = ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_BPF")
@@ -77,7 +81,7 @@ class NetService(Service):
             return
         parent = self._children.get(name)
         if parent is None:
-            raise Refused(f"the policy declares no interface, and no child of one, that is called {name}")
+            raise Refused(f"the policy declares no interface, and no child of one, that is called {name!r}")
         for held in self._held.values():
             if held.declared == parent and held.open:
                 with held.device.place() as namespace:
@@ -181,12 +185,15 @@ class NetService(Service):
             del self._held[device]
 
     def undo(self) -> None:
-        """Devices, then their marks."""
+        """Devices, then their marks; each whatever became of the others."""
         with self._lock:
             for held in self._held.values():
-                held.device.close()
-                if held.attached is not None:
-                    held.attached.close()
+                for made in (held.device, held.attached):
+                    try:
+                        if made is not None:
+                            made.close()
+                    except OSError as error:
+                        log.warning("interface %s: %s", held.declared, describe(error))
 
 
 def of_interfaces(configs: Sequence[InterfaceConfig], children: Mapping[str, str]) -> Broker:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._serving import patience
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from muenfast.broker import Broker
     from muenfast.declared import Declared
     from muenfast.sandbox import Files, Landlock
+
+log = logging.getLogger("muenfast")
 
 # Of every process: the interpreter, libraries, what the kernel tells of itself; devices without contents.
 _READ = ("/usr", "/lib", "/lib64", "/proc", "/sys", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf",
@@ -103,6 +106,26 @@ def declared(arguments: argparse.Namespace, role: Role,
         landlock.restrict()
         sandbox.install(sandbox.CALLS | sandbox.IO_URING if io_uring else sandbox.CALLS)
     return found, only, broker
+
+
+class Watched:
+    """Says it, once, where the broker has ended before this process. consequence: what that means."""
+
+    def __init__(self, broker: Broker | None, consequence: str) -> None:
+        self._broker, self._consequence, self._said = broker, consequence, False
+
+    def ended(self) -> bool:
+        if self._broker is None or not self._broker.ended:
+            return False
+        if not self._said:
+            self._said = True
+            log.error("the process that kept privileges for this one (broker, %d) has ended: %s", self._broker.pid,
+                      self._consequence)
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """For the answer to `status`."""
+        return {} if self._broker is None else {"broker": self._broker.counts()}
 
 
 def _landlock(files: Files, uid: int) -> Landlock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._declared import Role, add_policy_options, by_policy, declared
+from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
 from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
@@ -153,8 +152,11 @@ def _as_declared(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) ->
     """As a policy says; until stop."""
     if arguments.client:
         if arguments.attach == "nbd":
-            raise UsageError("a subject's block devices are made by FUSE", option="--attach", value=arguments.attach,
-                             hint="leave it out, or --attach none --nbd SOCKET,... serves its disks")
+            raise UsageError("a subject's block devices are made by FUSE: its broker does not speak to the kernel's NBD "
+                             "driver, and the subject has no CAP_SYS_ADMIN, which that asks for",
+                             option="--attach", value=arguments.attach,
+                             hint="leave it out; or serve the disks on Unix sockets, --attach none --nbd SOCKET,..., and run "
+                                  "`nbd-client -unix SOCKET /dev/nbdN` as root beside it")
         devices = arguments.attach != "none" and not (arguments.attach is None and arguments.nbd is not None)
         sockets = [os.path.dirname(os.path.realpath(path)) for path in _sockets(arguments) or ()]
 
@@ -271,16 +273,23 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
                                                    same_store=bool(arguments.same_store),
                                                    fuse_uring=arguments.fuse_uring or "auto",
                                                    root=None if broker is None else _root(broker)))
+        watched = Watched(broker, "the disks go on; their partitions and sizes are not followed, and what is left of them is "
+                                  "taken away by their watchdogs as this process ends: end it, and start it again, when they "
+                                  "are out of use")
         control = ControlServer({
-            "status": Command(lambda: {"command": "blk --client", "entries": clients.status()}),
-            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)}),
-            **({} if broker is None else {"broker": Command(functools.partial(broker.ask, "counts"))})})
+            "status": Command(lambda: {"command": "blk --client", "entries": clients.status(), **watched.status()}),
+            "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
         stack.callback(control.close)
+
+        def finished() -> bool:
+            watched.ended()
+            return clients.finished()
+
         sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
             say_ready([f"disk {word(d.device.channels.req.text)} {word(d.device.channels.resp.text)} {d.device.size} "
                        f"{d.path}{'' if d.socket is None else f' {word(d.socket)}'}{_buffer(d.device.channels)}"
                        for d in clients.disks])
-            stop.wait(clients.finished)
+            stop.wait(finished)
         notify("STOPPING=1")
         return 0

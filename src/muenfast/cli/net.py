@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._declared import Role, add_policy_options, by_policy, declared
+from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
 from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
 from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
@@ -131,13 +130,14 @@ def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None 
     with ExitStack() as stack:
         interfaces = stack.enter_context(Interfaces(configs, None if broker is None else _makers(broker)))
         sweep()
+        watched = Watched(broker, "the marks of its interfaces went with it, so that this one ends, too: start it again")
         control = ControlServer({
-            "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status()}),
-            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)}),
-            **({} if broker is None else {"broker": Command(functools.partial(broker.ask, "counts"))})})
+            "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status(),
+                                       **watched.status()}),
+            "ping": Command(lambda: {"command": "net", "version": __version__, "interfaces": len(interfaces.interfaces)})})
         stack.callback(control.close)
         say_ready([_line(interface) for interface in interfaces.interfaces])
-        stop.wait(lambda: interfaces.gone)
+        stop.wait(lambda: interfaces.gone or watched.ended())
         notify("STOPPING=1")
         return 0 if stop.is_set() else 1
 

@@ -108,7 +108,15 @@ def _once(names: list[str], as_json: bool) -> int:
                                                   else f"no answer: {answer.get('error')}"))
             for entry in answer.get("entries", ()):
                 _show(entry)
+            if (broker := answer.get("broker")) is not None:
+                print(f"  broker: {_broker(broker)}")
     return 0 if all(answer["ok"] for answer in answers) else 1
+
+
+def _broker(broker: dict[str, Any]) -> str:
+    if "requests" in broker:
+        return f"process {broker['pid']}, {broker['requests']} requests, {broker['refused']} refused"
+    return f"process {broker['pid']}, " + ("it has ended" if broker["ended"] else "no answer")
 
 
 def _show(entry: dict[str, Any]) -> None:
