@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from muenfast.attach import fuse, loop, partitions
 from muenfast.broker import disks as disks_by_broker
 from muenfast.broker import net as net_by_broker
 from muenfast.net import interfaces_from_lists
+from muenfast.privileges import CAPABILITIES as CAPABILITIES_OF
 
 __all__ = ["alone"]     # fixtures
 
@@ -123,6 +127,11 @@ def broker_of(pid: int) -> int:
     return found
 
 
+def has_broker(pid: int) -> bool:
+    """It may be about to begin."""
+    return any(Path(f"/proc/{each}/comm").read_text() == "muenfast-broker\n" for each in children(pid))
+
+
 def without_privileges(pid: int, user: str) -> bool:
     seen, entry = status_of(pid), pwd.getpwnam(user)
     return (seen["Uid"].split() == [str(entry.pw_uid)] * 4 and seen["NoNewPrivs"] == "1"
@@ -148,6 +157,38 @@ COUNTS = """if True:
     os.setresuid(*[int(sys.argv[1])] * 3)
     print(control.ask(int(sys.argv[2]), {"command": "status"})["broker"])
 """
+
+
+# What `muenfast stat` shows that user.
+STAT = """if True:
+    import argparse, os, sys
+    import muenfast.control, muenfast.counts
+    from muenfast.cli import stat
+    os.setresuid(*[int(sys.argv[1])] * 3)
+    stat.run(argparse.Namespace(names=[], watch=None, json=False))
+"""
+
+
+def stat_of(user: str) -> str:
+    done = subprocess.run([sys.executable, "-c", STAT, str(pwd.getpwnam(user).pw_uid)], text=True, capture_output=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def disks_left() -> list[str]:
+    """Mounts, loop devices and nodes that are of clients which are no more."""
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        mounts = [line.split()[4] for line in file if "/mnt/muendisk" in line]
+    dead = [path for path in mounts if gone(int(path.rpartition("-")[2]))]
+    return dead + [str(node) for node in Path("/dev").glob("muendisk*")
+                   if (number := loop.loop_of(str(node))) is not None and not loop.is_bound(number)]
+
+
+def told(process: Program) -> str:
+    """The next line that it writes to standard error."""
+    assert process.process.stderr is not None
+    return process.process.stderr.readline()
 
 
 @pytest.fixture
@@ -187,6 +228,12 @@ class TestDevices:
         nodes = [line.split()[4] for line in client.lines]
         numbers = [loop.loop_of(node) for node in nodes]
         assert None not in numbers and len(set(numbers)) == 2
+        kept = status_of(keeper)
+        assert kept["NoNewPrivs"] == "1" and int(kept["CapBnd"], 16) == int(kept["CapPrm"], 16) == sum(
+            1 << CAPABILITIES_OF[name] for name in disks_by_broker._CAPABILITIES)
+        watchdogs = children(keeper)
+        assert len(watchdogs) == 2 and {status_of(each)["CapPrm"] for each in watchdogs} == {kept["CapPrm"]}
+        assert re.search(rf"broker: process {keeper}, \d+ requests, 0 refused", stat_of("list"))
         assert subprocess.run(["mkfs.ext4", "-q", nodes[0]], check=False).returncode == 0
         place = tmp_path / "mnt"
         place.mkdir()
@@ -221,17 +268,44 @@ class TestDevices:
         assert again.end()[0] == 0 and server.end()[0] == 0
 
     def test_killed_broker(self, disks: Callable[..., tuple[Program, Program]]) -> None:
-        """The client ends and says so; what is left is taken away by the watchdog."""
+        """That is said at once, and in stat; the disks go on; the watchdog takes away what is left as the client ends."""
         server, client = disks()
         keeper, nodes = broker_of(client.pid), [line.split()[4] for line in client.lines]
         numbers = [loop.loop_of(node) for node in nodes]
         os.kill(keeper, signal.SIGKILL)
         eventually(lambda: gone(keeper) or status_of(keeper)["State"].startswith("Z"))
+        assert f"(broker, {keeper}) has ended: the disks go on" in told(client)
+        assert f"broker: process {keeper}, it has ended" in stat_of("list")
+        with open(nodes[1], "r+b", buffering=0) as disk:
+            disk.write(block(7))
+            os.fsync(disk.fileno())
+            os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            disk.seek(0)
+            assert disk.read(4096) == block(7)
         _, said = client.end()
         assert "the process that kept privileges for this one has ended" in said
         eventually(lambda: not any(map(os.path.lexists, nodes)))
         eventually(lambda: not any(map(loop.is_bound, numbers)))  # type: ignore[arg-type]
         assert server.end()[0] == 0
+
+    def test_killed_at_any_moment(self, disks: Callable[..., tuple[Program, Program]], tmp_path: Path,
+                                  program: Callable[..., Program]) -> None:
+        """While devices are made, too: the broker ends, and nothing is left."""
+        server, client = disks()
+        dice = random.Random(7)
+        for turn in range(8):
+            keeper = broker_of(client.pid)
+            if turn:    # the first one was ready
+                time.sleep(dice.uniform(0.0, 0.3))
+            client.process.kill()
+            client.process.communicate()
+            eventually(lambda keeper=keeper: gone(keeper), 40)
+            eventually(lambda: not disks_left())
+            client = program("blk", "--client", "--policy", str(tmp_path / "policy.toml"), "--subject", "linux",
+                             "--same-store", ready=turn == 7)
+            if turn < 7:
+                eventually(lambda client=client: has_broker(client.pid))
+        assert client.end()[0] == 0 and server.end()[0] == 0
 
     def test_partitions(self, disks: Callable[..., tuple[Program, Program]]) -> None:
         """Of a table that is written while the device is there."""
@@ -367,6 +441,18 @@ class TestInterfaces:
         # Takes away what the killed one left.
         assert program("net", "--policy", path, "--subject", "right").end()[0] == 0
 
+    def test_killed_broker(self, program: Callable[..., Program], tmp_path: Path, prefix: str, alone: None,
+                           namespaces: list[str]) -> None:
+        """It is said at once; marks went with it, and so does the process: it ends, and nothing is left."""
+        path = policy(tmp_path, prefix, NET, LEFT=namespaces[0], RIGHT=namespaces[1])
+        one = program("net", "--policy", path, "--subject", "left")
+        keeper = broker_of(one.pid)
+        os.kill(keeper, signal.SIGKILL)
+        status, said = one.process.wait(20), one.end()[1]
+        assert status == 1 and f"(broker, {keeper}) has ended: the marks of its interfaces went with it" in said
+        assert "net0" not in within(namespaces[0], "ip", "-o", "link")
+        assert program("net", "--policy", path, "--subject", "left").end()[0] == 0
+
     def test_a_device_that_moves(self, program: Callable[..., Program], tmp_path: Path, prefix: str, alone: None,
                                  namespaces: list[str]) -> None:
         """It is followed into another namespace, and asked for there."""
@@ -430,6 +516,17 @@ def state() -> tuple[set[str], set[str], set[str]]:
 
 
 class TestRequests:
+    def test_one_that_stands_still(self, brokers: list[broker.Broker]) -> None:
+        """Who asks for its counts is told so, soon, and has them again once it goes on."""
+        for each in brokers:
+            assert each.counts() == {"pid": each.pid, "ended": False, "requests": 1, "refused": 0}
+            os.kill(each.pid, signal.SIGSTOP)
+            assert each.counts() == each.counts() == {"pid": each.pid, "ended": False}
+            os.kill(each.pid, signal.SIGCONT)
+            assert each.counts()["requests"] == 4
+            each.close()
+            assert each.counts() == {"pid": each.pid, "ended": True}
+
     @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=REQUESTS, with_fd=st.booleans())
     def test_whatever_comes_is_answered(self, brokers: list[broker.Broker], data: bytes, with_fd: bool) -> None:

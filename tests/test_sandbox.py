@@ -14,6 +14,7 @@ import nbd_client
 import pytest
 from conftest import Program, run, unique
 from test_broker import policy
+from test_cli import notified
 from test_policy import alone, status_of
 
 from muenfast import sandbox
@@ -153,6 +154,22 @@ class TestWithin:
             for name in ("another file", "another folder", "a region of others"):
                 del found[name]
         assert {name for name, number in found.items() if number == 0} == ALLOWED
+
+    def test_systemd_is_told(self, program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str,
+                             monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+        """From within, as the subject's user: READY=1, once it serves, and STOPPING=1."""
+        path = policy(tmp_path, prefix, POLICY.replace("py:probe_store:Probe:PLACE", "ram:1M").replace(
+            'paths = ["PLACE"]', ""))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(outside / "notify"))
+        with notified(str(outside / "notify")) as systemd:
+            (outside / "notify").chmod(0o666)
+            server = program("blk", "--policy", path, "--subject", "storage")
+            assert systemd.recv(100) == b"READY=1"
+            client = program("blk", "--client", "--policy", path, "--subject", "linux", "--attach", "none", "--same-store")
+            assert systemd.recv(100) == b"READY=1"
+            for each in (client, server):
+                assert status_of(each.pid)["Seccomp"] == "2"
+                assert each.end()[0] == 0 and systemd.recv(100) == b"STOPPING=1"
 
     def test_without(self, program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str,
                      monkeypatch: pytest.MonkeyPatch, alone: None) -> None:

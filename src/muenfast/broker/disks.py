@@ -41,8 +41,8 @@ _LOOPS = 4              # loop devices for each disk: those that somebody keeps 
 
 @dataclass(slots=True)
 class _Disk:
-    """What is held for a name. busy: its mount or its loop device is being made; neither goes meanwhile. mounted, looped: they
-    were made; unmounted: the mount is leaving the tree, and gets no loop device. offer: see Root.mounted()."""
+    """What is held for a name. busy: its mount or its loop device is being made; neither goes meanwhile. mounted, looped:
+    they were made; unmounted: the mount is leaving the tree, and gets no loop device. offer: see Root.mounted()."""
 
     claim: shm.Claim
     abort: int = -1

@@ -155,8 +155,8 @@ def _as_declared(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) ->
             raise UsageError("a subject's block devices are made by FUSE: its broker does not speak to the kernel's NBD "
                              "driver, and the subject has no CAP_SYS_ADMIN, which that asks for",
                              option="--attach", value=arguments.attach,
-                             hint="leave it out; or serve the disks on Unix sockets, --attach none --nbd SOCKET,..., and run "
-                                  "`nbd-client -unix SOCKET /dev/nbdN` as root beside it")
+                             hint="leave it out; or serve the disks on Unix sockets, --attach none --nbd SOCKET,..., and "
+                                  "run `nbd-client -unix SOCKET /dev/nbdN` as root beside it")
         devices = arguments.attach != "none" and not (arguments.attach is None and arguments.nbd is not None)
         sockets = [os.path.dirname(os.path.realpath(path)) for path in _sockets(arguments) or ()]
 
@@ -273,9 +273,8 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
                                                    same_store=bool(arguments.same_store),
                                                    fuse_uring=arguments.fuse_uring or "auto",
                                                    root=None if broker is None else _root(broker)))
-        watched = Watched(broker, "the disks go on; their partitions and sizes are not followed, and what is left of them is "
-                                  "taken away by their watchdogs as this process ends: end it, and start it again, when they "
-                                  "are out of use")
+        watched = Watched(broker, "the disks go on; their partitions and sizes are not followed, and their watchdogs take "
+                                  "them away as this process ends: start it again when they are out of use")
         control = ControlServer({
             "status": Command(lambda: {"command": "blk --client", "entries": clients.status(), **watched.status()}),
             "ping": Command(lambda: {"command": "blk --client", "version": __version__, "disks": len(clients.disks)})})
@@ -283,7 +282,7 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
 
         def finished() -> bool:
             watched.ended()
-            return clients.finished()
+            return bool(clients.finished())
 
         sweep()
         if clients.ready(lambda: not stop.is_set()) and not stop.is_set():
