@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ MOST_BYTES = 4096       # of a request
 _MOST_ANSWER = 1 << 16  # bytes
 _MOST_FDS = 4           # descriptors of an answer
 _LEAVING = 60           # seconds that undoing may take: then it is ended as it is
+_LATE = 10.0            # seconds more that it is waited for
 _QUIET = 20.0           # of those, for operations under way
 _PROMPT = 1000          # milliseconds for an answer that waits for nothing
 _WORD = 256             # characters of a text
@@ -330,7 +332,8 @@ class Broker:
         return answer
 
     def close(self) -> None:
-        """It undoes what is left, and has ended on return. Idempotent; nothing in a child of fork()."""
+        """It undoes what is left, and has ended on return, unless it stands still. Idempotent; nothing in a child of fork().
+        """
         if os.getpid() != self._process or not self._lanes:
             return
         with self._counting:
@@ -338,8 +341,13 @@ class Broker:
                 lane.close()
             self._lanes.clear()
         with contextlib.suppress(ChildProcessError):
-            _, status = os.waitpid(self.pid, 0)
-            if status:
+            end = time.monotonic() + _LEAVING + _LATE
+            while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+                if time.monotonic() > end:
+                    log.warning("the process that kept privileges for this one (%d) does not end", self.pid)
+                    return
+                time.sleep(0.005)
+            if status := found[1]:
                 log.warning("the process that kept privileges for this one ended with status %d",
                             os.waitstatus_to_exitcode(status))
 
