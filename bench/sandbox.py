@@ -27,12 +27,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from muenfast import measure
+from muenfast import measure, sandbox
 from muenfast.blk import BlockDevice
 from muenfast.measure import Pair, Row
+from muenfast.privileges import no_new
 
 SIZE = 16 << 20
 BATCH = 2048    # requests
+# Calls that wait, or look whether they have to: how many there are is the scheduler's affair.
+WAITS = ("futex", "sched_yield", "clock_nanosleep", "pselect6", "ppoll", "poll", "epoll_wait")
+CALLS = 20_000      # of a round
 WAYS = {"confined": (), "--no-sandbox": ("--no-sandbox",)}
 POLICY = """
 version = 1
@@ -76,15 +80,16 @@ def started(stack: ExitStack, cpu: int, *words: str) -> tuple[int, list[str]]:
 
 
 class Counter:
-    """System calls of a process, of all of its threads, while the block runs. calls: afterwards."""
+    """System calls of a process, of all of its threads, while the block runs. calls, waits: afterwards."""
 
     def __init__(self, pid: int) -> None:
-        self._pid, self.calls = pid, 0
+        self._pid, self.calls, self.waits = pid, 0, 0
 
     def __enter__(self) -> Counter:
         (there, self._tell), (self._told, back) = os.pipe(), os.pipe()
+        events = ["raw_syscalls:sys_enter", *(f"syscalls:sys_enter_{each}" for each in WAITS)]
         self._perf = subprocess.Popen(
-            ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", str(self._pid), "--delay=-1",
+            ["perf", "stat", "-x,", "-e", ",".join(events), "-p", str(self._pid), "--delay=-1",
              f"--control=fd:{there},{back}"], stderr=subprocess.PIPE, text=True, pass_fds=(there, back))
         os.close(there)
         os.close(back)
@@ -102,7 +107,8 @@ class Counter:
         _, text = self._perf.communicate()
         os.close(self._tell)
         os.close(self._told)
-        self.calls = int(next(line for line in text.splitlines() if "sys_enter" in line).split(",")[0])
+        self.calls, *waits = (int(line.split(",")[0]) for line in text.splitlines() if ":sys_enter" in line)
+        self.waits = sum(waits)
 
 
 def cpu_time(pid: int) -> int:
@@ -130,8 +136,9 @@ class Measured:
     def __init__(self, kind: str, way: str, pid: int, load: Callable[[], int], times: int) -> None:
         self.kind, self.way, self.pid, self.load, self.times = kind, way, pid, load, times
         beside = None if way == "--no-sandbox" else f"{kind}, --no-sandbox"
-        self.calls = Row(f"{kind}, {way}: system calls", "calls/1000 requests", lambda: 0.0,
-                         beside and f"{beside}: system calls", True)
+        self.calls, self.work = (
+            Row(f"{kind}, {way}: {what}", "calls/1000 requests", lambda: 0.0, beside and f"{beside}: {what}", True)
+            for what in ("system calls", "those that do not wait"))
         self.cpu = Row(f"{kind}, {way}: CPU time", "ns/request", lambda: 0.0, beside and f"{beside}: CPU time", True)
 
     def sample(self) -> None:
@@ -141,7 +148,50 @@ class Measured:
                 count += self.load()
             taken = cpu_time(self.pid) - before
         self.calls.samples.append(1e3 * counter.calls / count)
+        self.work.samples.append(1e3 * (counter.calls - counter.waits) / count)
         self.cpu.samples.append(taken / count)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [self.calls, self.work, self.cpu]
+
+
+def calls_behind(rounds: int, cpu: int) -> list[Row]:
+    """What one call costs before the filter is there and behind it, in a process of its own."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.sched_setaffinity(0, {cpu})
+            fd = os.open("/dev/zero", os.O_RDONLY)
+
+            def timed() -> list[list[float]]:
+                found: list[list[float]] = [[], []]
+                for _ in range(rounds):
+                    for samples, call in zip(found, (os.getppid, lambda: os.pread(fd, 1, 0)), strict=True):
+                        start = time.perf_counter_ns()
+                        for _ in range(CALLS):
+                            call()
+                        samples.append((time.perf_counter_ns() - start) / CALLS)
+                return found
+
+            before = timed()
+            no_new()
+            sandbox.install(sandbox.CALLS)
+            os.write(write, json.dumps([before, timed()]).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with open(read, encoding="utf-8") as file:
+        before, behind = json.load(file)
+    os.waitpid(pid, 0)
+    rows = []
+    for name, without, confined in zip(("getppid", "pread of /dev/zero"), before, behind, strict=True):
+        rows += [Row(f"{name}: before", "ns/call", lambda: 0.0, None, True, without),
+                 Row(f"{name}: behind the filter", "ns/call", lambda: 0.0, f"{name}: before", True, confined)]
+    return rows
 
 
 def reads_of(disk: BlockDevice) -> Callable[[], int]:
@@ -196,6 +246,11 @@ def made(stack: ExitStack, pair: Pair, place: Path, users: list[str], kind: str,
     return Measured(kind, way, pid, reads_of(disk), 100 if kind == "ram" else 20)
 
 
+def show(rows: list[Row]) -> None:
+    for row in rows:
+        print(f"{row.name:<45} {row.median:10.1f} {row.unit}, {min(row.samples):.1f} to {max(row.samples):.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="sandbox.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,19 +277,21 @@ def main() -> None:
                 for each in both if turn % 2 else both[::-1]:
                     each.sample()
             tables[kind] = {each.way: kinds(each.pid, each.load) for each in both}
-        reports.append(measure.report(f"sandbox {kind}", [row for each in both for row in (each.calls, each.cpu)],
+        reports.append(measure.report(f"sandbox {kind}", [row for each in both for row in each.rows],
                                       "who asks on the first CPU, what is looked at on the second; 4 KiB reads, of a "
                                       "device one at a time, else 2048 in a call; --no-sandbox and confined in turns"))
-        for each in both:
-            for row in (each.calls, each.cpu):
-                print(f"{row.name:<40} {row.median:10.1f} {row.unit}, {min(row.samples):.1f} to {max(row.samples):.1f}")
+        show([row for each in both for row in each.rows])
         only = sorted(tables[kind]["confined"].keys() - tables[kind]["--no-sandbox"].keys())
         print(f"{kind}: kinds of calls of the confined one only: {', '.join(only) or 'none'}", flush=True)
+    rows = calls_behind(5 * arguments.rounds, pair.far)
+    show(rows)
+    reports.append(measure.report("sandbox calls", rows, "one process on the second CPU, from Python, 20000 calls a "
+                                                         "sample"))
     for room in new:
         shutil.rmtree(room)
     if arguments.json is not None:
         for report in reports:
-            report["calls"] = tables[report["benchmark"].split()[1]]
+            report["calls"] = tables.get(report["benchmark"].split()[1], {})
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(reports, file, indent=1)
             file.write("\n")

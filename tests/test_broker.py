@@ -518,7 +518,7 @@ def state() -> tuple[set[str], set[str], set[str]]:
 class TestRequests:
     def test_one_that_stands_still(self, brokers: list[broker.Broker], monkeypatch: pytest.MonkeyPatch,
                                    caplog: pytest.LogCaptureFixture) -> None:
-        """Who asks for its counts is told so, soon, and has them again once it goes on; who leaves does not wait for ever."""
+        """Who asks for its counts is told so, soon, and has them again once it goes on; who leaves waits for a while."""
         disks, net = brokers
         assert disks.counts() == {"pid": disks.pid, "ended": False, "requests": 1, "refused": 0}
         for each in brokers:

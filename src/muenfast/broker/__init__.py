@@ -332,7 +332,7 @@ class Broker:
         return answer
 
     def close(self) -> None:
-        """It undoes what is left, and has ended on return, unless it stands still. Idempotent; nothing in a child of fork().
+        """It undoes what is left, and has ended on return, unless it stands still. Idempotent; nothing in a fork()'s child.
         """
         if os.getpid() != self._process or not self._lanes:
             return
