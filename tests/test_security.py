@@ -18,7 +18,7 @@ NAMED = re.findall(r"`(test_\w+\.py)::(test_\w+)`", DOCUMENT)
 # What the rings of others got wrong before us.
 MISTAKES = ["fetched twice", "is believed", "read back", "unbounded work", "wake-up storms", "stale data",
             "without an answer", "a slot leaks", "a fence is missing", "an error is lost", "file is truncated",
-            "offsets wrap", "division", "bad checksum"]
+            "offsets wrap", "division", "bad checksum", "asks its broker", "or does without it", "clean up is killed"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
