@@ -172,9 +172,12 @@ class Service:
             path = None if error.filename is None else os.fsdecode(error.filename)
             return Answer({"ok": False, "kind": "os", "number": error.errno or errno.EIO,
                            "text": error.strerror or str(error), "path": path})
+        except MuenfastError as error:
+            return Answer({"ok": False, "kind": "other", "text": str(error)})
         except Exception as error:
-            return Answer({"ok": False, "kind": "other", "text": str(error) if isinstance(error, MuenfastError)
-                           else f"{type(error).__name__}: {error}"})
+            with self._telling:
+                self._refusals.warning("a request failed in a way that nobody thought of: %r", error)
+            return Answer({"ok": False, "kind": "other", "text": f"{type(error).__name__}: {error}"})
 
 
 # ------------------------------------------------------------------ its process
@@ -338,6 +341,7 @@ class Broker:
             return
         with self._counting:
             for lane in self._lanes:
+                lane.shutdown(socket.SHUT_RDWR)     # a thread may wait on it, which keeps it open
                 lane.close()
             self._lanes.clear()
         with contextlib.suppress(ChildProcessError):
