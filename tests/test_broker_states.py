@@ -128,7 +128,7 @@ class Machine(Root):
 
     def partitions(self, name: str) -> Any:
         return SimpleNamespace(
-            disk="loop1", open=lambda: os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC),
+            disk="loop1", open=lambda: self.open(name),
             open_part=lambda number: os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), reread=lambda fd: None,
             change=lambda fd, *what: self.does("change"), make_node=lambda number, device: True,
             remove_node=lambda number, device: None)
@@ -305,6 +305,34 @@ class TestOrders:
         asked.machine.bound.clear()
         assert (asked("claim"), asked.mount(), asked.loop()) == ("ok", "ok", "ok")
 
+    def test_a_device_that_becomes_somebody_elses(self, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Freed by another lane as it is opened: nobody is given it, and nothing is done to it."""
+        assert (asked("claim"), asked.mount(), asked.loop()) == ("ok", "ok", "ok")
+        part = {"number": 1, "operation": partitions.DELETE, "start": 0, "size": 0}
+        assert asked("open") == asked("reread") == asked("change", **part) == "ok"
+        machine = asked.machine
+
+        def freed(name: str) -> int:
+            machine.bound.clear()
+            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+        monkeypatch.setattr(machine, "open", freed)
+        for ask in (lambda: asked("open"), lambda: asked("reread"), lambda: asked("change", **part)):
+            machine.bound[machine.last] = NAMES[0]
+            assert ask() == "refused"
+
+    def test_a_partition_that_becomes_somebody_elses(self, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its number is another disk's once it was deleted: nobody is given that."""
+        there = {1: SimpleNamespace(number=os.stat("/dev/null").st_rdev)}
+        monkeypatch.setattr(partitions, "of_kernel", lambda disk: there)
+        assert (asked("claim"), asked.mount(), asked.loop()) == ("ok", "ok", "ok")
+        assert asked("open part", number=1) == "refused"
+        assert asked("make part", number=1) == asked("open part", number=1) == "ok"
+        del there[1]
+        assert asked("open part", number=1) == "refused"
+        there[1] = SimpleNamespace(number=os.makedev(259, 7))
+        assert asked("open part", number=1) == "refused"
+
     def test_an_offer_ends_with_its_mount(self, asked: Asked) -> None:
         """Others wait for it: FUSE over io_uring is the kernel's."""
         assert (asked("claim"), asked.mount()) == ("ok", "ok")
@@ -414,3 +442,20 @@ def test_a_watchdog_keeps_no_endless_message() -> None:
     finally:
         for fd in (read, write, *([thread.fd] if thread.fd >= 0 else [])):
             os.close(fd)
+
+
+# ------------------------------------------------------------------ loop devices
+
+def test_another_ones_loop_device_is_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that got its number meanwhile: looked at once it is open, when it cannot change any more."""
+    real = os.open
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda path, flags: real("/dev/null", flags))     # which knows no LOOP_CLR_FD
+        patch.setattr(loop, "backing_file", lambda number: "/theirs")
+        assert loop.detach(5, 0.0, "/mine")
+        with pytest.raises(OSError, match="Inappropriate ioctl"):
+            loop.detach(5, 0.0, "/theirs")
+        patch.setattr(watchdog, "loops_below", lambda directory: [6])
+        watchdog.clear_loop(5, "/mine")
+        with pytest.raises(OSError, match="Inappropriate ioctl"):
+            watchdog.clear_loop(6, "/mine")

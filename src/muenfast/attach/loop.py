@@ -246,17 +246,20 @@ def resized(number: int, size: int) -> None:
         os.close(device)
 
 
-def detach(number: int, timeout: float = 1.0) -> bool:
+def detach(number: int, timeout: float = 1.0, backing: str | None = None) -> bool:
     """Free the device: True once it really is free, False when somebody still has it open.
 
-    Busy after *timeout* seconds means that the kernel frees it with the last close (autoclear). The call
-    may wait for the device's outstanding writes. Raises OSError (filename set).
+    backing: only where it has that file; another one's is left alone. Busy after *timeout* seconds means that the kernel
+    frees it with the last close (autoclear). The call may wait for the device's outstanding writes. Raises OSError
+    (filename set).
     """
     try:
         device = os.open(path_of(number), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     try:
+        if backing is not None and backing_file(number) != backing:     # asked while it is open: now it cannot change
+            return True
         fcntl.ioctl(device, LOOP_CLR_FD)
     except OSError as error:
         if error.errno == errno.ENXIO:

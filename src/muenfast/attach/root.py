@@ -157,7 +157,8 @@ class Root:
 
     def free_loop(self, name: str, timeout: float = 1.0) -> bool:
         """loop.detach()."""
-        return not self.owns(name) or loop.detach(self._held[name].loop, timeout)
+        held = self._held.get(name)
+        return held is None or held.loop < 0 or loop.detach(held.loop, timeout, f"{held.mountpoint}/{_DISK}")
 
     def resize_loop(self, name: str, size: int) -> None:
         """loop.resized()."""

@@ -103,11 +103,13 @@ def loop_number(node: str) -> int | None:
     return os.minor(status.st_rdev) if is_loop else None
 
 
-def clear_loop(number: int) -> None:
-    """Detach a loop device; where it is still open the kernel does so with the last close."""
+def clear_loop(number: int, directory: str) -> None:
+    """Detach a loop device whose backing file lies below *directory*; where it is still open the kernel does so with the
+    last close. One that somebody else has by now is left alone."""
     device = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(device, LOOP_CLR_FD)
+        if number in loops_below(directory):    # asked while it is open: now it cannot change
+            fcntl.ioctl(device, LOOP_CLR_FD)
     finally:
         os.close(device)
 
@@ -155,7 +157,7 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
         step(os.unlink, node)
     step(remove_part_nodes, node, [f"loop{number}" for number in loops])
     for number in loops:
-        step(clear_loop, number)
+        step(clear_loop, number, mountpoint)
     step(umount, mountpoint, MNT_DETACH)
     step(os.rmdir, mountpoint)
     return failed

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from muenfast import shm
@@ -142,20 +142,20 @@ class DiskService(Service):
         return Answer()
 
     @contextlib.contextmanager
-    def _making(self, disk: _Disk, name: str) -> Iterator[None]:
+    def _making(self, name: str) -> Iterator[_Disk]:
         """While it is busy."""
         with self._state:
+            disk = self._of(name)
             if disk.busy:
                 raise Refused(f"{name} is being made")
             disk.busy = True
         try:
-            yield
+            yield disk
         finally:
             disk.busy = False
 
     def _mount(self, name: str, read_only: bool, max_io: int, uring: str) -> Answer:
-        disk = self._of(name)
-        with self._making(disk, name):
+        with self._making(name) as disk:
             if disk.mounted:
                 raise Refused(f"{name} is mounted already")
             made = self._root.mount(name, read_only=read_only, max_io=max_io, uring=uring)
@@ -251,12 +251,11 @@ class DiskService(Service):
             timer.join()
 
     def _loop(self, name: str, read_only: bool, max_io: int, block_size: int, discard: bool) -> Answer:
-        disk = self._mounted(name)
-        with self._making(disk, name):
-            if disk.looped:
-                raise Refused(f"{name} has a loop device already")
+        with self._making(name) as disk:
             if disk.unmounted or not disk.mounted:
                 raise Refused(f"{name} has no mount")
+            if disk.looped:
+                raise Refused(f"{name} has a loop device already")
             if disk.abort < 0:
                 raise Refused("without fusectl nobody could end a client that does not answer")
             self._loops = {number for number in self._loops if loop.is_bound(number)}
@@ -282,9 +281,20 @@ class DiskService(Service):
         self._root.resize_loop(name, size)
         return Answer()
 
-    def _open(self, name: str) -> Answer:
+    def _opened(self, name: str, opens: Callable[[], int]) -> int:
+        """A descriptor of the loop device, or of a partition of it. As long as that is open the device keeps its file:
+        looked at before, it could be another's by now."""
         self._looped(name)
-        return Answer(fds=(self._root.open(name),))
+        fd = opens()
+        try:
+            self._looped(name)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _open(self, name: str) -> Answer:
+        return Answer(fds=(self._opened(name, lambda: self._root.open(name)),))
 
     def _sync(self, name: str) -> Answer:
         self._looped(name)
@@ -296,13 +306,15 @@ class DiskService(Service):
         return Answer({"users": self._root.users(name, but or None)})
 
     def _make_node(self, name: str) -> Answer:
-        self._looped(name)
-        self._root.make_node(name)
+        with self._state:
+            self._looped(name)
+            self._root.make_node(name)
         return Answer()
 
     def _remove_node(self, name: str) -> Answer:
-        if self._mounted(name).looped:
-            self._root.remove_node(name)
+        with self._state:
+            if self._mounted(name).looped:
+                self._root.remove_node(name)
         return Answer()
 
     # -------------------------------------------------------------- partitions
@@ -316,16 +328,19 @@ class DiskService(Service):
     def _open_part(self, name: str, number: int) -> Answer:
         disk, parts = self._parts(name)
         device = disk.nodes.get(number)
-        fd = -1 if device is None else parts.open_part(number)
-        if fd < 0 or os.fstat(fd).st_rdev != device:
-            if fd >= 0:
-                os.close(fd)
+        if device is None:
             raise Refused(f"{name}{number} was not made here")
+        fd = self._opened(name, lambda: parts.open_part(number))
+        # Of a partition that went its number may be another disk's; of one that is open it is not.
+        found = partitions.of_kernel(parts.disk).get(number)
+        if found is None or found.number != device or os.fstat(fd).st_rdev != device:
+            os.close(fd)
+            raise Refused(f"{name}{number} is not there any more")
         return Answer(fds=(fd,))
 
     def _reread(self, name: str) -> Answer:
         _, parts = self._parts(name)
-        fd = parts.open()
+        fd = self._opened(name, parts.open)
         try:
             parts.reread(fd)
         finally:
@@ -334,7 +349,7 @@ class DiskService(Service):
 
     def _change(self, name: str, operation: int, number: int, start: int, size: int) -> Answer:
         _, parts = self._parts(name)
-        fd = parts.open()
+        fd = self._opened(name, parts.open)
         try:
             parts.change(fd, operation, number, start, size)
         finally:
@@ -342,21 +357,23 @@ class DiskService(Service):
         return Answer()
 
     def _make_part(self, name: str, number: int) -> Answer:
-        disk, parts = self._parts(name)
-        found = partitions.of_kernel(parts.disk).get(number)
-        if found is None:
-            raise Refused(f"the kernel has no partition {number} of {name}")
-        made = parts.make_node(number, found.number)
-        if made:
-            disk.nodes[number] = found.number
+        with self._state:
+            disk, parts = self._parts(name)
+            found = partitions.of_kernel(parts.disk).get(number)
+            if found is None:
+                raise Refused(f"the kernel has no partition {number} of {name}")
+            made = parts.make_node(number, found.number)
+            if made:
+                disk.nodes[number] = found.number
         return Answer({"made": made, "major": os.major(found.number), "minor": os.minor(found.number)})
 
     def _remove_part(self, name: str, number: int) -> Answer:
-        disk = self._mounted(name)
-        device = disk.nodes.pop(number, None)
-        if device is None or disk.parts is None:
-            raise Refused(f"{name}{number} was not made here")
-        disk.parts.remove_node(number, device)
+        with self._state:
+            disk = self._mounted(name)
+            device = disk.nodes.pop(number, None)
+            if device is None or disk.parts is None:
+                raise Refused(f"{name}{number} was not made here")
+            disk.parts.remove_node(number, device)
         return Answer()
 
     def _uevents(self) -> Answer:
