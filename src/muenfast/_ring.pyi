@@ -28,7 +28,7 @@ class Endpoint:
 
 @final
 class Conduct:
-    def __init__(self) -> None: ...
+    def __init__(self, /, *args: object, **kwargs: object) -> None: ...     # raises TypeError
     @property
     def offences(self) -> dict[str, int]: ...
     @property
