@@ -19,6 +19,7 @@ import pwd
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ SIZE = 16 << 20
 BATCH = 2048    # requests
 # Calls that wait, or look whether they have to: how many there are is the scheduler's affair.
 WAITS = ("futex", "sched_yield", "clock_nanosleep", "pselect6", "ppoll", "poll", "epoll_wait")
-CALLS = 20_000      # of a round
+CALLS = 5_000       # of a turn
 WAYS = {"confined": (), "--no-sandbox": ("--no-sandbox",)}
 POLICY = """
 version = 1
@@ -156,41 +157,56 @@ class Measured:
         return [self.calls, self.work, self.cpu]
 
 
+class Caller:
+    """A process that makes calls in turns, behind the filter or not."""
+
+    def __init__(self, cpu: int, confined: bool) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                ours.close()
+                os.sched_setaffinity(0, {cpu})
+                fd = os.open("/dev/zero", os.O_RDONLY)
+                calls = {"getppid": os.getppid, "pread of /dev/zero": lambda: os.pread(fd, 1, 0)}
+                if confined:
+                    no_new()
+                    sandbox.install(sandbox.CALLS)
+                while name := theirs.recv(100).decode():
+                    call = calls[name]
+                    start = time.perf_counter_ns()
+                    for _ in range(CALLS):
+                        call()
+                    theirs.send(str((time.perf_counter_ns() - start) / CALLS).encode())
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._end = ours
+
+    def nanoseconds(self, name: str) -> float:
+        """Of one such call."""
+        self._end.send(name.encode())
+        return float(self._end.recv(100))
+
+    def close(self) -> None:
+        self._end.send(b"")     # the other one may have our end, too
+        os.waitpid(self._pid, 0)
+        self._end.close()
+
+
 def calls_behind(rounds: int, cpu: int) -> list[Row]:
-    """What one call costs before the filter is there and behind it, in a process of its own."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.sched_setaffinity(0, {cpu})
-            fd = os.open("/dev/zero", os.O_RDONLY)
-
-            def timed() -> list[list[float]]:
-                found: list[list[float]] = [[], []]
-                for _ in range(rounds):
-                    for samples, call in zip(found, (os.getppid, lambda: os.pread(fd, 1, 0)), strict=True):
-                        start = time.perf_counter_ns()
-                        for _ in range(CALLS):
-                            call()
-                        samples.append((time.perf_counter_ns() - start) / CALLS)
-                return found
-
-            before = timed()
-            no_new()
-            sandbox.install(sandbox.CALLS)
-            os.write(write, json.dumps([before, timed()]).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    with open(read, encoding="utf-8") as file:
-        before, behind = json.load(file)
-    os.waitpid(pid, 0)
-    rows = []
-    for name, without, confined in zip(("getppid", "pread of /dev/zero"), before, behind, strict=True):
-        rows += [Row(f"{name}: before", "ns/call", lambda: 0.0, None, True, without),
-                 Row(f"{name}: behind the filter", "ns/call", lambda: 0.0, f"{name}: before", True, confined)]
+    """What one call costs with the filter and without."""
+    rows, callers = [], {"no filter": Caller(cpu, False), "behind the filter": Caller(cpu, True)}
+    for name in ("getppid", "pread of /dev/zero"):
+        both = [Row(f"{name}: {way}", "ns/call", lambda: 0.0, None if way == "no filter" else f"{name}: no filter", True)
+                for way in callers]
+        for turn in range(rounds):
+            pairs = list(zip(both, callers.values(), strict=True))
+            for row, caller in pairs if turn % 2 else pairs[::-1]:
+                row.samples.append(caller.nanoseconds(name))
+        rows += both
+    for caller in callers.values():
+        caller.close()
     return rows
 
 
@@ -283,10 +299,10 @@ def main() -> None:
         show([row for each in both for row in each.rows])
         only = sorted(tables[kind]["confined"].keys() - tables[kind]["--no-sandbox"].keys())
         print(f"{kind}: kinds of calls of the confined one only: {', '.join(only) or 'none'}", flush=True)
-    rows = calls_behind(5 * arguments.rounds, pair.far)
+    rows = calls_behind(40 * arguments.rounds, pair.far)
     show(rows)
-    reports.append(measure.report("sandbox calls", rows, "one process on the second CPU, from Python, 20000 calls a "
-                                                         "sample"))
+    reports.append(measure.report("sandbox calls", rows, "two processes on the second CPU, from Python, 5000 calls "
+                                                         "in turns"))
     for room in new:
         shutil.rmtree(room)
     if arguments.json is not None:

@@ -104,11 +104,11 @@ def loop_number(node: str) -> int | None:
 
 
 def clear_loop(number: int, directory: str) -> None:
-    """Detach a loop device whose backing file lies below *directory*; where it is still open the kernel does so with the
-    last close. One that somebody else has by now is left alone."""
+    """Detach a loop device; where it is still open the kernel does so with the last close. directory: only if its backing
+    file lies below it: one that somebody else has by now is left alone; "" where that cannot be told any more."""
     device = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if number in loops_below(directory):    # asked while it is open: now it cannot change
+        if not directory or number in loops_below(directory):   # asked while it is open: now it cannot change
             fcntl.ioctl(device, LOOP_CLR_FD)
     finally:
         os.close(device)
@@ -157,7 +157,7 @@ def release(mountpoint: str, node: str, abort: int = -1) -> list[str]:
         step(os.unlink, node)
     step(remove_part_nodes, node, [f"loop{number}" for number in loops])
     for number in loops:
-        step(clear_loop, number, mountpoint)
+        step(clear_loop, number, mountpoint if abort >= 0 else "")     # "": it was unmounted above
     step(umount, mountpoint, MNT_DETACH)
     step(os.rmdir, mountpoint)
     return failed
