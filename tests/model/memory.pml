@@ -137,10 +137,9 @@ inline store_(me, x, what, release) {
         true
     }
 }
-/* acq_rel; `before`: what stood there. */
-inline update_(me, x, what, before) {
+/* exchange and add, acq_rel. */
+inline update_(me, x, what) {
     d_step {
-        before = memory[x].at[memory[x].n - 1].value;
         join_(threads[me].now, memory[x].at[memory[x].n - 1].knows);
         join_(threads[me].acquired, threads[me].now);
         append_(me, x, what);
@@ -149,6 +148,7 @@ inline update_(me, x, what, before) {
         true
     }
 }
+#define add_(me, x, more) update_(me, x, memory[x].at[memory[x].n - 1].value + (more))
 
 inline fence_acquire(me) { d_step { copy_(threads[me].now, threads[me].acquired); true } }
 inline fence_release(me) { d_step { copy_(threads[me].released, threads[me].now); true } }

@@ -279,6 +279,7 @@ active proctype reader() {
     byte stage[MOST], at, end;
     byte told, due, final;
     short given;
+    byte skipped_life, skipped;
     bit staging, draining, known;
     mtype call, status;
 #ifdef SERVER
@@ -564,6 +565,8 @@ take:               /* Reader.take: what was taken ahead, or copied just now */
                     k = (LIFE_OF(stage[at]) - 1) * PUTS + due;
                     assert(!((given >> k) & 1));
                     given = given | (1 << k);
+                    /* Nothing that was there when Reader.drain was called. */
+                    assert(!(LIFE_OF(stage[at]) == skipped_life && due < skipped));
                     k = 0
                 :: else
                 fi;
@@ -680,6 +683,10 @@ sync:
 #ifdef REACH_RESTART
             assert(r_epoch != EPOCH_OF(e));
 #endif
+            if
+            :: draining -> skipped_life = e / 4; skipped = 0
+            :: else
+            fi;
             r_epoch = EPOCH_OF(e); r_life = e / 4; r_rc = 0; r_wc = 0
         };
         e = 0; e2 = 0; size = 0; attempt = 0;
@@ -742,8 +749,9 @@ reader_drain:
 #ifndef NO_DRAIN_EPOCH
         :: EPOCH_OF(e) != r_epoch -> goto reader_sync
 #endif
-        :: else -> e = 0
-        fi
+        :: else
+        fi;
+        skipped_life = e / 4; skipped = 0; e = 0
     };
     atomic {
         load(WC, true, wc);
@@ -766,7 +774,8 @@ skip_to:
             assert(wc >= r_wc);     /* the position does not go back where no other epoch is told of */
             r_rc = wc; r_wc = wc;
             told = r_epoch;
-            due = wc
+            due = wc;
+            skipped = wc
         };
         goto again
     };
