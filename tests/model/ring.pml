@@ -28,7 +28,11 @@
 #define READER 1
 #define THREADS 2
 #define STORERS 1
+#if LIVES > 2
+#define STORES 11
+#else
 #define STORES 8
+#endif
 #define EPOCH 0
 #define SIZE 1
 #define WSC 2
@@ -285,7 +289,9 @@ active proctype reader() {
 #ifdef SERVER
     bit intact[MOST], is_over;
 #endif
-#ifndef TOGETHER
+#ifdef TOGETHER
+    memory[LOCATIONS - 1].n > 0;
+#else
     written;
 #endif
 again:
@@ -350,7 +356,7 @@ reader_peek:
 #endif
             :: else
             fi;
-#ifndef PEEK_FORGETS    /* as it once was */
+#ifndef PEEK_FORGETS    /* reader_peek keeps WC only where it is no overrun */
             r_wc = wc;
 #endif
             if
@@ -451,7 +457,7 @@ server_intact:
             F2_SERVER;
 #endif
             load(EPOCH, A2_SERVER, e);
-            is_over = is_over || EPOCH_OF(e) != r_epoch;
+            is_over = is_over || (EPOCH_OF(e) != r_epoch);
             if
 #ifndef NO_SERVER_INTACT_EPOCH
             :: EPOCH_OF(e) != r_epoch -> k++; e = 0; wsc = 0; goto server_intact
@@ -463,21 +469,20 @@ server_intact:
 #ifndef SWAPPED
             reader_settled(WSC, wsc);
 #endif
-            is_over = is_over || wsc < r_wc;
-            intact[k] = wsc >= r_rc + k
+            is_over = is_over || (wsc < r_wc);
+            intact[k] = (wsc >= r_rc + k);
 #ifndef NO_SERVER_INTACT_WSC
-                && wsc <= r_rc + k + SLOTS
+            intact[k] = intact[k] && (wsc <= r_rc + k + SLOTS);
 #endif
 #ifndef NO_SERVER_INTACT_RESTART
-                && wsc >= r_wc
+            intact[k] = intact[k] && (wsc >= r_wc);
 #endif
-                ;
             wsc = 0
         };
 #ifdef INTACT_WC
         atomic {
             if
-            :: intact[k] -> reader_settled(WC, wc); intact[k] = wc >= r_wc; wc = 0
+            :: intact[k] -> reader_settled(WC, wc); intact[k] = (wc >= r_wc); wc = 0
             :: else
             fi
         };
@@ -761,7 +766,7 @@ reader_drain:
 #endif
         :: else
         fi;
-#ifndef DRAIN_TWICE     /* as it once was */
+#ifndef DRAIN_TWICE     /* reader_drain loads WC twice */
         goto skip_to
 #endif
     };
