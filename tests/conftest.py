@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -179,6 +180,15 @@ def _open_files() -> list[str]:
         except OSError:
             continue
     return found
+
+
+@pytest.fixture(autouse=True)
+def guest_is_small(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the guest files are in its memory: those of a test go with it, a failed one's too, or the next ones would fail."""
+    place = request.getfixturevalue("tmp_path") if request.path.parent.name == "guest" else None
+    yield
+    if place is not None:
+        shutil.rmtree(place)
 
 
 class Program:

@@ -9,54 +9,27 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from cores import ROOT, Cores, mangled, python_includes, run
 from helpers import compiler
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "src/muenfast"
 HARNESS = ROOT / "tests/c"
-PREFIX = "__pyx_f_8muenfast_"
-RING = PREFIX + "5_ring_"
-GLOBAL = re.compile(r"^cdef (?:uint64_t|uint32_t|int) ([A-Z]\w*) = (\w+)", re.MULTILINE)
 SCENARIOS = re.compile(r'^    \{"([\w-]+)", begin_', re.MULTILINE)
-DIRECTIVES = "boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False"
 pytestmark = pytest.mark.timeout(600)   # one scenario takes 40 s of CPU time
 NAMES = {part: SCENARIOS.findall((HARNESS / f"weak_{part}.c").read_text())
          for part in ("ring", "server", "client", "marks")}
 
 
-def run(*command: str | Path) -> None:
-    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    assert done.returncode == 0, done.stdout
-
-
-def module(function: str) -> str:
-    """The module whose .pyx defines that function."""
-    found = [path.stem for path in sorted(SOURCES.glob("*.pyx"))
-             if re.search(rf"^cdef [^=\n]*\b{function}\([^)]*\)[^:\n]*nogil:", path.read_text(), re.MULTILINE)]
-    assert len(found) == 1, f"{function} is in {found}"
-    return found[0]
-
-
-def exported() -> list[str]:
-    """The ring's functions that other modules call without the GIL."""
-    return re.findall(r"^cdef [^\n(]*?\b(\w+)\([^)]*\) noexcept nogil$", (SOURCES / "_ring.pxd").read_text(),
-                      re.MULTILINE)
-
-
-def names_of(part: str, place: Path, name: str) -> str:
+def names_of(part: str, cores: Cores, name: str) -> str:
     """Macros for weak_server.c or weak_client.c: where their part of the core is, and how Cython calls it there."""
-    code = (place / f"{name}.c").read_text()
-    mangled = f"8muenfast_{len(name)}{name}_"
-    ring = sorted(set(re.findall(rf"^static [^=\n]*\(\*({RING}(\w+))\)\(", code, re.MULTILINE)))
-    bindings = " ".join(f'*(void **)&{pointer} = ring_function("{plain}");' for pointer, plain in ring
-                        if plain in exported())
+    code = cores.translated(name).read_text()
+    bindings = " ".join(f'*(void **)&{pointer} = ring_function("{function}");'
+                        for pointer, where, function in cores.imported(name) if where == "_ring")
     types = re.findall(r"^struct (__pyx_t_8muenfast_\d+_[a-z]+_(\w+_t)) \{", code, re.MULTILINE)
-    lines = [f'#define {part}_SOURCE "{name}.c"', f"#define {part}_FUNCTION(name) __pyx_f_{mangled}##name",
+    lines = [f'#define {part}_SOURCE "{name}.c"', f"#define {part}_FUNCTION(name) __pyx_f_{mangled(name)}_##name",
              f"#define {part}_CONSTANT(name) {part}_CONSTANT_##name", f"#define {part}_BINDINGS {bindings}",
              f"#define {part}_TYPE(name) {part}_TYPE_##name"]
     constants = sorted(set(re.findall(r"\b(__pyx_e_8muenfast_\d+_[a-z]+_([A-Z]\w*))\b", code)))
@@ -70,13 +43,8 @@ class Builder:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.cores = Cores(place)
         self.compiler = compiler()
-
-    def translated(self, name: str) -> None:
-        """A module's C."""
-        if not (self.place / f"{name}.c").exists():
-            run(sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", ROOT / "src", "-o",
-                self.place / f"{name}.c", SOURCES / f"{name}.pyx")
 
     def compiled(self, part: str, *more: str) -> str:
         """An object of the harness; more: flags."""
@@ -85,25 +53,21 @@ class Builder:
             # Each function in a section of its own: what needs Python is not reached from main(), and is dropped.
             run(*self.compiler, "-std=gnu11", "-O1" if part else "-O2", "-ftree-vectorize", "-ffunction-sections",
                 "-fdata-sections", "-w", "-DMUENFAST_NO_URING", f"-I{self.place}", f"-I{HARNESS}", f"-I{SOURCES}",
-                f"-I{sysconfig.get_path('include')}", f"-I{sysconfig.get_path('platinclude')}",
-                *more, "-c", "-o", target, HARNESS / f"weak{part}.c")
+                *python_includes(), *more, "-c", "-o", target, HARNESS / f"weak{part}.c")
         return str(target)
 
     def ring(self) -> str:
-        self.translated("_ring")
-        source = (SOURCES / "_ring.pyx").read_text()
-        stores = " ".join(f"__pyx_v_8muenfast_5_ring_{name} = {int(value, 0)};"
-                          for name, value in GLOBAL.findall(source))
+        self.cores.translated("_ring")
+        exports = " ".join(f"EXPORT({name})" for name in self.cores.exported("_ring"))
         (self.place / "ring.h").write_text(
-            f'#define RING_SOURCE "_ring.c"\n#define core_constants() do {{ {stores} }} while (0)\n'
-            f"#define RING_EXPORTS {' '.join(f'EXPORT({name})' for name in exported())}\n")
+            f'#define RING_SOURCE "_ring.c"\n#define core_constants() do {{ {self.cores.constants("_ring")} }} while (0)\n'
+            f"#define RING_EXPORTS {exports}\n")
         return self.compiled("_ring", "-include", str(self.place / "ring.h"))
 
     def engine(self, part: str, function: str, *more: str) -> str:
         """weak_server.c or weak_client.c, with the module that defines the function."""
-        name = module(function)
-        self.translated(name)
-        (self.place / f"{part}.h").write_text(names_of(part.upper(), self.place, name))
+        name = self.cores.module(function)
+        (self.place / f"{part}.h").write_text(names_of(part.upper(), self.cores, name))
         return self.compiled(f"_{part}", "-include", str(self.place / f"{part}.h"), *more)
 
     def program(self, part: str) -> Path:

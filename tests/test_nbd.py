@@ -1348,3 +1348,13 @@ def test_attributes_of_netlink() -> None:
     assert data == b"\7\0\1\0abc\0" + b"\4\0\2\0" + b"\x0c\0\3\0" + b"12345678"
     assert watchdog.attributes(data) == {1: b"abc", 2: b"", 3: b"12345678"}
     assert watchdog.attributes(data + b"\1\0\4\0") == {1: b"abc", 2: b"", 3: b"12345678"}
+
+
+@pytest.mark.parametrize("text", ['{"socket": "/tmp/x", "pid": Infinity}', '{"socket": "/tmp/x", "pid": -1e999}',
+                                  "[" * 100000, "[]", '{"socket": 7}', '{"socket": "/tmp/x", "pid": "many"}', ""])
+def test_a_record_of_a_socket_that_is_none(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the books is read, or taken for a record without contents; doctor goes on."""
+    room = tmp_path / "sockets"
+    room.mkdir()
+    (room / "1").write_text(text)
+    assert sockets.records(tmp_path) == [(str(room / "1"), "", 0)]

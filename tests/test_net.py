@@ -216,6 +216,37 @@ def test_two_namespaces_are_joined(pair: Callable[..., Pair], tmp_path: Path) ->
     assert left["shared memory"] == before["shared memory"] and left["book-keeping"] == before["book-keeping"]
 
 
+def test_what_answers_at_once_is_sent_by_who_brought_it(pair: Callable[..., Pair]) -> None:
+    """Echoes in quick succession both ways: none is lost, doubled or counted twice, whichever thread sent them; then the
+    interfaces go down and up under that, and go on."""
+    two = pair().both()
+    here, there = two.spaces
+
+    def shell(space: Space, line: str) -> str:
+        return subprocess.run(space.inside("sh", "-c", line), capture_output=True, text=True, timeout=60,
+                              check=False).stdout
+
+    for _ in range(3):
+        assert "3000 received" in shell(here, "ping -f -q -c 3000 10.9.0.2") and here.ping("10.9.0.2")
+        assert "1000 received" in shell(there, "ping -f -q -c 1000 fd09::1")
+    for one, entry in ((space, entry) for entry in shown() for program, space in zip(two.programs, two.spaces, strict=True)
+                       if program is not None and program.pid == entry["pid"]):
+        link = one.link()
+        assert link is not None and entry["counters"]["tx_packets"] == link["stats64"]["tx"]["packets"]
+        assert entry["counters"]["rx_packets"] == link["stats64"]["rx"]["packets"]
+        assert sum(entry["sent"]["lost"].values()) == 0
+    assert any(entry["sent"]["echoes"] > 100 for entry in shown())
+    with here.start("timeout", "10", "ping", "-f", "-q", "10.9.0.2") as ping:
+        for _ in range(8):
+            time.sleep(0.1)
+            there.ip("link", "set", "net0", "down")
+            there.ip("link", "set", "net0", "up")
+        ping.terminate()
+        ping.communicate()
+    eventually(lambda: here.ping("10.9.0.2", wait=1))
+    two.end()
+
+
 def test_what_show_says(pair: Callable[..., Pair]) -> None:
     """The fields of the module's info file; with -s its counters and the causes of losses."""
     two = pair().both()

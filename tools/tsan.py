@@ -7,7 +7,6 @@ Builds tests/c/ring_tsan.c, with the C that Cython makes of _ring.pyx, under -fs
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,11 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cores import Cores, python_includes  # noqa: E402
+
 PLACE = ROOT / "build" / "thread"
-GLOBAL = re.compile(r"^cdef (?:uint64_t|uint32_t|int) ([A-Z]\w*) = (\w+)", re.MULTILINE)
 
 
 def run(*command: str, **more: str) -> None:
@@ -31,17 +33,15 @@ def build() -> Path:
     PLACE.mkdir(parents=True)
     # "--name" keeps setup.py from building: what it does is Cython's part.
     run(sys.executable, "setup.py", "--quiet", "--name", MUENFAST_SANITIZE="", MUENFAST_COVERAGE="")
-    source = (ROOT / "src/muenfast/_ring.pyx").read_text()
-    stores = [f"    __pyx_v_8muenfast_5_ring_{name} = {int(value, 0)};\n" for name, value in GLOBAL.findall(source)]
     (PLACE / "constants.h").write_text(
         "/* What the module's initialisation stores in the globals of _ring.pyx; to be used behind its C. */\n"
-        f"#define core_constants() do {{ \\\n{''.join(stores).replace(';', '; ' + chr(92))}}} while (0)\n")
+        f"#define core_constants() do {{ {Cores(PLACE).constants('_ring')} }} while (0)\n")
     program = PLACE / "ring_tsan"
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
     # What needs Python is not reached from main(), and leaves with its section. The hidden rest stays unresolved.
     run(*compiler, "-std=gnu11", "-O2", "-g", "-fsanitize=thread", "-ffunction-sections", "-fdata-sections", "-w",
-        f"-I{PLACE}", "-Isrc/muenfast", "-Ibuild/cython/src/muenfast", f"-I{sysconfig.get_path('include')}",
-        f"-I{sysconfig.get_path('platinclude')}", "-o", str(program), "tests/c/ring_tsan.c", "-pthread",
+        f"-I{PLACE}", "-Isrc/muenfast", "-Ibuild/cython/src/muenfast", *python_includes(),
+        "-o", str(program), "tests/c/ring_tsan.c", "-pthread",
         "-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all")
     return program
 

@@ -29,6 +29,12 @@ cdef enum:
     # Rounds of one server of a group before the next one's turn.
     TURN_ROUNDS = 8
 
+# Of event_fault(), and FIELDS of Server.
+cdef enum:
+    FAULT_VALID = 0
+    FAULT_KIND = 1
+    FAULT_ID = 2
+
 # What the slow turns of one server of a group, of page faults on its client's memory or the zeroing of a large ring, may
 # take of the others' time, by the clock. Turns are microseconds long; a thread that lost its CPU looks slow, too.
 cdef uint64_t SLOW_TURN_NS = 2_000_000
@@ -96,6 +102,15 @@ cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcep
     return 0
 
 
+cdef uint32_t event_fault(const block_event_header *h) noexcept nogil:
+    """The field that is wrong in a header that check_event() refuses. h is a private copy."""
+    if h.valid != 1:
+        return FAULT_VALID
+    if h.kind == EVENT_READ or h.kind == EVENT_WRITE or h.kind == EVENT_COMMAND:
+        return FAULT_ID
+    return FAULT_KIND
+
+
 cdef bint server_intact(server_t *s, uint64_t k) noexcept nogil:
     """Whether slot k of the batch still holds what the client published, everything used of it included.
 
@@ -151,6 +166,8 @@ cdef void server_refused(server_t *s, const block_event_header *h, int32_t error
     """A request broke a rule."""
     cdef uint32_t flow = event_flow(h)
     count64(&s.n.rejected, 1)
+    if error != -EROFS:     # a disk that is read-only may not have been known to be
+        reader_blame(&s.r, event_fault(h), 1)
     if flow != FLOWS:
         flow_refused(&s.flows[flow], error)
 
@@ -588,6 +605,7 @@ cdef class Server(ServerEngine):
     by the caller. request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. watch: of
     all engines of this process, or None.
     """
+    FIELDS = ("valid", "kind", "id")
     cdef server_t *s
     cdef readonly Store store
 
@@ -649,7 +667,8 @@ cdef class Server(ServerEngine):
                 "bytes_read": read.bytes, "bytes_written": write.bytes, "batches": n.batches,
                 "merged": read.merged + write.merged, "rejected": n.rejected, "failed": n.failed, "torn": n.torn,
                 "voided": n.voided, "connections": n.connections, "overruns": self.s.r.overruns,
-                "lost": self.s.r.lost_total, "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
+                "lost": self.s.r.lost_total, "quarantines": self.s.r.quarantines, "wakes": self.s.w.wakes,
+                "sleeps": self.s.r.sleeps}
 
     @property
     def directions(self):

@@ -324,7 +324,7 @@ cdef ring_status shared_reap(client_t *c) noexcept nogil:
         errors[matches] = 0 if a.status == 0 else (-<int32_t>a.status if 1 < a.status <= 4095 else -EIO)
         matches += 1
     reader_advance(&c.r, k)
-    count64(&c.n.stale, k - matches)
+    client_stale(c, k - matches)
     if load_acquire32(b.broken) != 0:
         for k in range(matches):        # zeros, perhaps: in flight until the buffer is back
             matched[k].state = ENTRY_ISSUED
@@ -549,6 +549,7 @@ cdef class BufferClient(ClientEngine):
 
     disks is empty until the first resume().
     """
+    FIELDS = ("tag",)
 
     def __init__(self, request, response, buffer, *, request_protocol=BUFFER_PROTOCOL,
                  response_protocol=BUFFER_PROTOCOL, request_bell=None, response_bell=None, poll=None, fail_fast=False,

@@ -30,6 +30,15 @@ cdef uint64_t REFUSED = 1
 cdef uint64_t MOST_DEVICES = 1 << 16    # numbers of devices are u16
 
 
+# Of request_fault(), and FIELDS of BufferServer.
+cdef enum:
+    FAULT_KIND = 0
+    FAULT_DEVICE = 1
+    FAULT_LENGTH = 2
+    FAULT_DEVICE_OFFSET = 3
+    FAULT_BUFFER_OFFSET = 4
+
+
 cdef struct device_t:
     const store_t *store
     uint64_t block_size     # a power of two
@@ -117,6 +126,19 @@ cdef uint64_t check_request(const buffer_server_t *s, const block_request *h) no
     return 0
 
 
+cdef uint32_t request_fault(const buffer_server_t *s, const block_request *h) noexcept nogil:
+    """The field that is wrong in a read, write or discard that check_request() refuses. h is a private copy."""
+    cdef const device_t *d
+    if h.device >= s.ndevices:
+        return FAULT_DEVICE
+    d = &s.devices[h.device]
+    if h.length == 0 or h.length > d.most or h.length & (d.block_size - 1) != 0:
+        return FAULT_LENGTH
+    if h.device_offset & (d.block_size - 1) != 0 or h.device_offset > d.size or h.length > d.size - h.device_offset:
+        return FAULT_DEVICE_OFFSET
+    return FAULT_BUFFER_OFFSET
+
+
 cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length) noexcept nogil:
     """Executes a read, write or discard of `length` bytes that begins as *h, which was checked; 0 or a negative errno.
 
@@ -193,8 +215,16 @@ cdef void buffer_refused(buffer_server_t *s, const block_request *h, int error) 
     """A request broke a rule. error: a negative errno, what stands for it on the wire."""
     cdef flow_t *flow = buffer_flow(s, h.kind, h.device)
     count64(&s.n.rejected, 1)
+    if error != -EROFS:     # a disk that is read-only may not have been known to be
+        reader_blame(&s.r, request_fault(s, h), 1)
     if flow != NULL:
         flow_refused(flow, error)
+
+
+cdef inline void buffer_blamed(buffer_server_t *s, uint32_t field) noexcept nogil:
+    """A request of no direction broke a rule."""
+    count64(&s.n.rejected, 1)
+    reader_blame(&s.r, field, 1)
 
 
 cdef void buffer_measured(buffer_server_t *s, uint64_t n, uint64_t since) noexcept nogil:
@@ -238,7 +268,7 @@ cdef uint64_t buffer_smart(buffer_server_t *s, const block_request *h) noexcept 
     cdef uint64_t status
     if (0 < h.length < SMART_SIZE or h.buffer_offset & (d.block_size - 1) != 0 or h.buffer_offset > s.length
             or SMART_SIZE > s.length - h.buffer_offset):
-        count64(&s.n.rejected, 1)
+        buffer_blamed(s, FAULT_LENGTH if 0 < h.length < SMART_SIZE else FAULT_BUFFER_OFFSET)
         return SMART_UNAVAILABLE
     status = store_smart(d.store, s.smart)
     if status != SMART_UNAVAILABLE:
@@ -258,7 +288,7 @@ cdef uint64_t buffer_query(buffer_server_t *s, const block_request *h) noexcept 
         return 0 if exists else REFUSED
     if (h.kind != REQUEST_MEDIA_BLOCKS and h.kind != REQUEST_BLOCK_LENGTH and h.kind != REQUEST_MAX_REQUESTS
             and h.kind != REQUEST_MAX_BLOCKS and h.kind != REQUEST_MAX_DEVICES and h.kind != REQUEST_SMART):
-        count64(&s.n.rejected, 1)
+        buffer_blamed(s, FAULT_KIND)
         return REFUSED
     count64(&s.n.queries, 1)
     if not exists:
@@ -301,7 +331,7 @@ cdef uint64_t buffer_sync(buffer_server_t *s, const block_request *h) noexcept n
     cdef flow_t *flow = buffer_flow(s, REQUEST_SYNC, h.device)
     cdef int error
     if flow == NULL:
-        count64(&s.n.rejected, 1)
+        buffer_blamed(s, FAULT_DEVICE)
         return REFUSED
     error = store_flush(s.devices[h.device].store)
     flow_done(flow, 1, 0)
@@ -638,6 +668,7 @@ cdef class BufferServer(ServerEngine):
     The response channel becomes active with the first run() and keeps its epoch until close(). run() belongs to one
     thread; stop(), counters and state may be used from others.
     """
+    FIELDS = ("kind", "device", "length", "device_offset", "buffer_offset")
     cdef buffer_server_t *s
     cdef Mapping buffer
     cdef readonly tuple stores
@@ -750,7 +781,8 @@ cdef class BufferServer(ServerEngine):
         return {"reads": requests[FLOW_READ], "writes": requests[FLOW_WRITE], "discards": requests[FLOW_DISCARD],
                 "syncs": requests[FLOW_FLUSH], "queries": n.queries, "resets": n.resets,
                 "bytes_read": moved[FLOW_READ], "bytes_written": moved[FLOW_WRITE],
-                "bytes_discarded": moved[FLOW_DISCARD], "batches": n.batches, "merged": merged, "rejected": n.rejected, "failed": n.failed, "voided": n.voided,
+                "bytes_discarded": moved[FLOW_DISCARD], "batches": n.batches, "merged": merged, "rejected": n.rejected,
+                "failed": n.failed, "voided": n.voided, "quarantines": self.s.r.quarantines,
                 "cancelled": n.cancelled, "connections": n.connections, "overruns": self.s.r.overruns,
                 "lost": self.s.r.lost_total, "wakes": self.s.w.wakes, "sleeps": self.s.r.sleeps}
 

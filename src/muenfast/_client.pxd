@@ -149,6 +149,7 @@ cdef inline uint32_t units_of(const io_t *io) noexcept nogil:
 
 cdef uint64_t client_room(const client_t *c) noexcept nogil
 cdef void client_counts(queue_t *q, entry_t *e, uint32_t flow, uint64_t since) noexcept nogil
+cdef void client_stale(client_t *c, uint64_t n) noexcept nogil
 cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil
 cdef void client_introduced(client_t *c) noexcept nogil
 cdef void client_submit(void *ctx, io_t *io) noexcept nogil

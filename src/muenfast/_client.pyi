@@ -3,7 +3,7 @@ from typing import Any
 
 from typing_extensions import Buffer, disjoint_base
 
-from muenfast._ring import Watch
+from muenfast._ring import Conduct, Watch
 from muenfast._target import Target
 
 @disjoint_base
@@ -24,6 +24,7 @@ class Disk(Target):
 
 @disjoint_base
 class ClientEngine:
+    FIELDS: tuple[str, ...]
     STATES: tuple[str, ...]
     background: bool
     @property
@@ -50,6 +51,8 @@ class ClientEngine:
     def broken(self) -> str | None: ...
     @property
     def in_flight(self) -> int: ...
+    @property
+    def conduct(self) -> Conduct: ...
     @property
     def progress(self) -> int: ...
     @property

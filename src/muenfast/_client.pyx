@@ -288,9 +288,16 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
             matched[k].state = ENTRY_ISSUED
         return reader_recover(&c.r)
     reader_advance(&c.r, n)
-    count64(&c.n.stale, stale)
+    client_stale(c, stale)
     client_settle(c, matched, errors, matches)
     return SUCCESS
+
+
+cdef void client_stale(client_t *c, uint64_t n) noexcept nogil:
+    """n answers were to nothing that is in flight."""
+    if n != 0:
+        count64(&c.n.stale, n)
+        reader_blame(&c.r, 0, n)
 
 
 cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil:
@@ -1017,6 +1024,7 @@ cdef class ClientEngine:
 
     One background thread calls run() over and over; any number of threads use the disks.
     """
+    FIELDS = ()     # of an answer, that a server can get wrong
     STATES = ("connecting", "ready", "lost", "failed", "closed")
 
     def __cinit__(self):
@@ -1060,6 +1068,9 @@ cdef class ClientEngine:
         r.overruns = c.r.overruns
         r.lost_total = c.r.lost_total
         r.sleeps = c.r.sleeps
+        r.patience = c.r.patience
+        r.quarantines = c.r.quarantines
+        memcpy(r.offences, c.r.offences, sizeof(r.offences))
         w.wakes = c.w.wakes
         c.w = w
         c.r = r
@@ -1315,6 +1326,11 @@ cdef class ClientEngine:
         return load_relaxed64(&self.c.flying)
 
     @property
+    def conduct(self):
+        """Of the server, by its answers: FIELDS."""
+        return conduct_of(self, &self.c.r, self.FIELDS)
+
+    @property
     def progress(self):
         """Answers taken so far; what stands still while in_flight > 0 is stuck."""
         return load_relaxed64(&self.c.answers)
@@ -1329,7 +1345,8 @@ cdef class ClientEngine:
             for name, value in disk.counters.items():
                 found[name] += value
         return found | {"stale": n.stale, "lives": n.lives, "batches": n.batches, "overruns": self.c.r.overruns,
-                        "lost": self.c.r.lost_total, "wakes": self.c.w.wakes, "sleeps": self.c.r.sleeps}
+                        "lost": self.c.r.lost_total, "quarantines": self.c.r.quarantines, "wakes": self.c.w.wakes,
+                        "sleeps": self.c.r.sleeps}
 
     def close(self):
         """Fails what is outstanding and deactivates the request channel. No front end may still submit."""
@@ -1374,6 +1391,7 @@ cdef class Client(ClientEngine):
     request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. fail_fast: while the
     server is lost, new requests fail instead of waiting for it. watch: of all engines of this process, or None.
     """
+    FIELDS = ("priv",)
 
     def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,

@@ -1,10 +1,15 @@
 from typing_extensions import disjoint_base
 
+from muenfast._ring import Conduct
+
 @disjoint_base
 class ServerEngine:
     EVENTS: tuple[str, ...]
+    FIELDS: tuple[str, ...]
     @property
     def connected(self) -> bool: ...
+    @property
+    def conduct(self) -> Conduct: ...
     @property
     def batches(self) -> int: ...
     @property

@@ -16,6 +16,7 @@ cdef class ServerEngine:
     run() belongs to one thread; stop(), counters and state may be used from others.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "unruly")
+    FIELDS = ()     # of a request, that a client can get wrong
 
     cdef int bind(self, object request, object response, object request_bell, object response_bell, uint64_t request_size,
                   uint64_t response_size, uint64_t request_protocol, uint64_t response_protocol, object poll,
@@ -134,6 +135,11 @@ cdef class ServerEngine:
                 load_relaxed64(&self.r.hdr.elements))
 
     @property
+    def conduct(self):
+        """Of the client, by its requests: FIELDS."""
+        return conduct_of(self, self.r, self.FIELDS)
+
+    @property
     def batches(self):
         """Rounds in which requests came."""
         return 0 if self.r == NULL else load_relaxed64(&self.r.batches)
@@ -154,6 +160,8 @@ cdef class ServerEngine:
         """Goes on with the channels' counters of another (closed) engine."""
         self.r.overruns = other.r.overruns
         self.r.lost_total = other.r.lost_total
+        self.r.quarantines = other.r.quarantines
+        memcpy(self.r.offences, other.r.offences, sizeof(self.r.offences))
 
     def close(self, *, gone=False, resizing=False):
         """Deactivates the response channel. gone: for good, not "back later"; resizing: back at once, with another size."""

@@ -4,6 +4,7 @@ from typing import Any, final
 from typing_extensions import Buffer, disjoint_base
 
 from muenfast._marks import MarkTable
+from muenfast._ring import Conduct
 
 FRAMINGS: dict[str, int]
 MERGES: dict[str, int]
@@ -57,10 +58,13 @@ class Sender(Pump):
 @final
 class Receiver(Pump):
     EVENTS: tuple[str, ...]
+    FIELDS: tuple[str, ...]
     def __init__(self, ports: Ports, memory: Buffer, *, framing: str, mtu: int, protocol: int, bell: Buffer | None = None,
                  poll: int | None = None, merge: Iterable[str] = (), tells: bool = True) -> None: ...
     @property
     def connected(self) -> bool: ...
+    @property
+    def conduct(self) -> Conduct: ...
     @property
     def batches(self) -> int: ...
     @property

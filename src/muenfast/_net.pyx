@@ -46,6 +46,9 @@ cdef extern from "_frame.h" nogil:
     bint frame_agrees(net_hdr h, uint32_t version) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef extern from "<errno.h>" nogil:
     enum: EBADFD
 
@@ -62,6 +65,7 @@ cdef enum:
     SPILL = 65536
     PACKET_INFORMATION = 4  # struct tun_pi before each packet of a raw device: flags and ethertype
     HEADROOM = 32           # before a packet in private memory
+    ECHO_MOST = 2           # packets of a round that may be of a dialogue
     MERGE = 256             # most elements that are merged before all that is held goes to the devices
     TELL = 8                # elements of these after which the writer is told of the progress
     ANCILLARY = 64          # bytes for a message's mark
@@ -126,6 +130,15 @@ cdef struct port_t:
     uint64_t news_bytes
 
 
+cdef struct sender_t
+
+
+# While a sender waits, the receiver of its interface may use it (docs/decisions/019).
+cdef struct loan_t:
+    uint32_t taken          # 0: the sender waits; it is used by who exchanges that for 1
+    sender_t *sender        # stored before that
+
+
 cdef inline int port_fd(const port_t *p) noexcept nogil:
     return <int>load_acquire32(&p.fd) - 1
 
@@ -140,12 +153,14 @@ cdef class Ports:
     cdef port_t *ports
     cdef uint32_t count     # ports there may be: no number is as high
     cdef uint32_t turn      # the sender's (_turns.h), which lasts while it waits; the receiver's is the table's
+    cdef loan_t loan        # of its sender to its receiver
     cdef int wake           # eventfd: ends the sender's wait
     cdef readonly MarkTable marks
     cdef readonly bint offload
 
     def __cinit__(self, MarkTable marks not None, bint offload=False):
         self.wake = -1
+        self.loan.taken = 1
         self.ports = <port_t *>calloc(PORTS, sizeof(port_t))
         if self.ports == NULL:
             raise MemoryError
@@ -253,6 +268,7 @@ cdef struct sender_counters:
     uint64_t fragmented     # packets of which the path took fragments only ...
     uint64_t fragments      # ... and the elements of that
     uint64_t gathers        # times packets were let come together
+    uint64_t echoes         # rounds in which the receiver's thread sent what answered a packet
     uint64_t news           # senders who were told of the path's MTU
     uint64_t waits          # times the ring was full of what its reader had not taken
     uint64_t given_up       # such a reader took nothing for STUCK_NS, and is overrun
@@ -297,6 +313,7 @@ cdef struct sender_t:
     uint64_t full_since     # ... and since when that is so; 0: the ring is not full
     bint given_up           # full_rc is that of a reader that is waited for no longer
     bint may_spin           # more than one CPU to run on
+    loan_t *loan            # the ports'
     spin_habit spins
     uint64_t since          # when a spin began; 0: none is under way
     gather gathers
@@ -640,6 +657,18 @@ cdef void sender_glance(sender_t *s) noexcept nogil:
         sender_poll(s, s.linked & 1, 0)
 
 
+cdef void sender_lend(sender_t *s) noexcept nogil:
+    """Lets the receiver's thread use all of it until sender_reclaim(), but what a poll uses."""
+    s.loan.sender = s
+    store_release32(&s.loan.taken, 0)
+
+
+cdef void sender_reclaim(sender_t *s) noexcept nogil:
+    """Ends that; waits for the end of the round that may be under way."""
+    while exchange_acqrel32(&s.loan.taken, 1) != 0:
+        sched_yield()
+
+
 cdef void sender_wait(sender_t *s, uint64_t ns) noexcept nogil:
     """Waits for a packet, or somebody, at most ns nanoseconds; returns early to have a look itself, where spinning paid
     lately. Whoever else wants this CPU gets it: packets come from him, or from who he gets his from."""
@@ -656,13 +685,17 @@ cdef void sender_wait(sender_t *s, uint64_t ns) noexcept nogil:
         if s.since == 0 and spin_pays(&s.spins):
             s.since = now
         if s.since != 0 and now - s.since < SPIN_NS:
+            sender_lend(s)
             spin_once(SPIN_ALONE_NS)
+            sender_reclaim(s)
             sender_glance(s)
             return
         if s.since != 0:
             spin_in_vain(&s.spins)
             s.since = 0
+    sender_lend(s)
     sender_poll(s, s.linked & 1, ns)
+    sender_reclaim(s)
 
 
 cdef uint64_t sender_untaken(const sender_t *s, uint64_t epoch) noexcept nogil:
@@ -810,6 +843,8 @@ cdef struct receiver_t:
     reader_t r
     port_t *ports
     mark_table_t *marks
+    loan_t *loan            # the ports'
+    spin_habit echoes       # whether a packet that comes is answered by one at once
     int kind
     bint offload
     bint merges             # what comes is merged: `c` instead of `stage`
@@ -884,6 +919,7 @@ cdef int receiver_write(receiver_t *v, uint32_t number, uint32_t mark, uint8_t *
 
 cdef inline void receiver_malformed(receiver_t *v, bint length) noexcept nogil:
     count64(&v.n.length if length else &v.n.protocol, 1)
+    reader_blame(&v.r, not length, 1)
 
 
 cdef ring_status receiver_batch(receiver_t *v, int *gone) noexcept nogil:
@@ -991,19 +1027,54 @@ cdef void receiver_join(receiver_t *v) noexcept nogil:
         reader_goto(&v.r, wc)
 
 
+cdef void receiver_echo(receiver_t *v) noexcept nogil:
+    """Sends what stands in the interface's own device already, for its sender that waits: the kernel answers some packets
+    (an echo, what TCP acknowledges) while they are written, and to wake another thread for that takes longer than to send it.
+
+    Precondition: within the receiver's turn, which keeps the devices: the sender's is its thread's, even while that waits.
+    What is wrong is left to that thread.
+    """
+    cdef sender_t *s
+    cdef ssize_t n = 0
+    cdef uint64_t room, one = 1
+    if exchange_acqrel32(&v.loan.taken, 1) != 0:    # it works
+        return
+    s = v.loan.sender
+    if (s.linked & 1 != 0 and load_acquire32(&s.link) == s.linked and s.w.hdr != NULL and load_relaxed32(&s.stop) == 0
+            and load_acquire32(s.w.broken) == 0 and not sender_pending(s) and s.ports[0].way != PORT_TAP):
+        room = sender_room(s)
+        if room != 0:
+            s.port = 0
+            n = sender_batch(s, room)
+            if n > 0:
+                count64(&s.n.echoes, 1)
+            # The rest of a super-packet is no packet that a device has: its sender may be about to sleep on that.
+            if sender_pending(s):
+                c_write(s.wake, &one, sizeof(one))
+    store_release32(&v.loan.taken, 0)
+    if n > 0:
+        spin_paid(&v.echoes)
+    else:
+        spin_in_vain(&v.echoes)
+
+
 cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
     """Pumps for at most ns nanoseconds, or until something happened that the caller looks after."""
     cdef uint64_t start = now_ns(), passed = 0
     cdef uint32_t turns = 0
     cdef ring_status status
     cdef int gone = 0
+    cdef uint64_t before
     while True:
+        before = v.n.packets    # of a dialogue one or two come at a time
         if load_relaxed32(&v.stop) != 0:
             return RECEIVER_STOPPED
         if load_acquire32(v.r.broken) != 0:
             return RECEIVER_BROKEN
         marks_enter(v.marks)
         status = receiver_merge(v, &gone) if v.merges else receiver_batch(v, &gone)
+        if v.n.packets - before - 1 < ECHO_MOST and spin_pays(&v.echoes):
+            receiver_echo(v)
         marks_leave(v.marks)
         turns += 1
         if turns % 256 == 0 or status != SUCCESS:
@@ -1097,6 +1168,7 @@ cdef class Sender(Pump):
             raise UsageError("a Sender is initialised once")
         self.check(framing, mtu, ports)
         self.s.ports, self.s.count, self.s.turn, self.s.wake = ports.ports, &ports.count, &ports.turn, ports.wake
+        self.s.loan = &ports.loan
         self.s.kind, self.s.size, self.s.offload = FRAMINGS[framing], self.size, ports.offload
         self.s.pressed = pressed
         self.s.may_spin = online_cpus() > 1
@@ -1170,7 +1242,7 @@ cdef class Sender(Pump):
         return {"tx_packets": n.packets, "tx_bytes": n.bytes, "tx_dropped": sum(dropped.values()), "lost": dropped,
                 "split": {"supers": n.supers, "segments": n.segments},
                 "path_mtu": {"fragmented": n.fragmented, "fragments": n.fragments, "news": n.news},
-                "waits": n.waits, "given_up": n.given_up, "gathers": n.gathers,
+                "waits": n.waits, "given_up": n.given_up, "gathers": n.gathers, "echoes": n.echoes,
                 "epochs": self.s.w.epochs, "wakes": self.s.w.wakes, "batches": [n.batches[k] for k in range(CLASSES)]}
 
     def inherit(self, Sender other):
@@ -1206,6 +1278,7 @@ cdef class Receiver(Pump):
     the writer, by the bell, how far it is.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone", "child")
+    FIELDS = ("length", "protocol")
     cdef receiver_t v
 
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None,
@@ -1213,7 +1286,7 @@ cdef class Receiver(Pump):
         if self.ring is not None:
             raise UsageError("a Receiver is initialised once")
         self.check(framing, mtu, ports)
-        self.v.ports, self.v.marks = ports.ports, &ports.marks.t
+        self.v.ports, self.v.marks, self.v.loan = ports.ports, &ports.marks.t, &ports.loan
         self.v.kind, self.v.size, self.v.offload = FRAMINGS[framing], self.size, ports.offload
         if merge:
             if not ports.offload:
@@ -1273,6 +1346,11 @@ cdef class Receiver(Pump):
         return self.v.r.batches
 
     @property
+    def conduct(self):
+        """Of the peer, by its elements: FIELDS."""
+        return conduct_of(self, &self.v.r, self.FIELDS)
+
+    @property
     def fault(self):
         """What an incompatible channel's header holds: (protocol, size, elements), as read now."""
         if self.closed:
@@ -1291,13 +1369,16 @@ cdef class Receiver(Pump):
                 "rx_frame_errors": frame, "rx_dropped": n.down + n.refused, "lost": lost,
                 "merged": {"supers": self.v.c.supers, "segments": self.v.c.supers + self.v.c.merged,
                            "bad_checksums": self.v.c.rejected}, "epochs": self.v.r.epochs,
-                "sleeps": self.v.r.sleeps, "batches": [n.batches[k] for k in range(CLASSES)]}
+                "quarantines": self.v.r.quarantines, "sleeps": self.v.r.sleeps,
+                "batches": [n.batches[k] for k in range(CLASSES)]}
 
     def inherit(self, Receiver other):
         """Goes on with the counters of another (closed) one."""
         self.v.n = other.v.n
         self.v.c.supers, self.v.c.merged, self.v.c.rejected = other.v.c.supers, other.v.c.merged, other.v.c.rejected
         self.v.r.lost_total, self.v.r.epochs, self.v.r.sleeps = other.v.r.lost_total, other.v.r.epochs, other.v.r.sleeps
+        self.v.r.quarantines = other.v.r.quarantines
+        memcpy(self.v.r.offences, other.v.r.offences, sizeof(self.v.r.offences))
 
     def close(self):
         """Lets go of the channel; may be called twice. Precondition: no run() is under way."""

@@ -18,6 +18,10 @@ cpdef enum ring_status:
     SUCCESS = 5
 
 
+cdef enum:
+    OFFENCES = 6            # fields of an element that a peer can get wrong, at most
+
+
 cdef struct writer_t:
     ring_header *hdr
     uint8_t *slots
@@ -54,6 +58,12 @@ cdef struct reader_t:
     uint64_t elements
     uint64_t epoch          # 0: not synchronised
     uint64_t refused        # epoch that was found incompatible, 0: none
+    uint64_t offences[OFFENCES]     # against the rules of what elements mean, by field (whose names are the engine's)
+    uint64_t lately         # of them in this epoch, since `blamed_ns`, which is a second ago at most
+    uint64_t blamed_ns
+    uint64_t patience       # how many of them the writer may commit in a second, 0: any number
+    uint64_t shut           # epoch that went beyond, and is as if it had ended, 0: none
+    uint64_t quarantines    # times that happened
     uint64_t rc
     uint64_t wc             # last seen, <= the shared one
     uint64_t index          # rc mod elements
@@ -110,6 +120,7 @@ cdef ring_status reader_recover(reader_t *r) noexcept nogil
 cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogil
 cdef void reader_advance(reader_t *r, uint64_t n) noexcept nogil
 cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t *n) noexcept nogil
+cdef void reader_blame(reader_t *r, uint32_t field, uint64_t n) noexcept nogil
 cdef void reader_forgive(reader_t *r) noexcept nogil
 cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil
@@ -126,6 +137,16 @@ cdef class Watch:
     """Polls for all readers that are idle, so that each of them need not."""
     cdef watch_t w
     cdef uint32_t busy
+
+
+cdef class Conduct:
+    """How a channel's writer keeps to the rules of what its elements mean, as its reader has it."""
+    cdef object owner       # of the reader
+    cdef reader_t *r
+    cdef tuple fields
+
+
+cdef Conduct conduct_of(object owner, reader_t *r, tuple fields)
 
 
 cdef class Mapping:

@@ -56,6 +56,8 @@ cdef uint64_t STAGE_BYTES = 16384
 # Of a long write_many, published together (docs/decisions/003).
 cdef uint64_t BATCH_BYTES = 12288
 cdef uint64_t SIGNAL_SLICE_NS = 50_000_000
+# In which offences of a writer are counted together.
+cdef uint64_t BLAME_NS = 1_000_000_000
 
 
 # ------------------------------------------------------------------ writer
@@ -231,7 +233,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     cdef int attempt, pause
     for attempt in range(4):
         epoch = load_acquire64(&r.hdr.epoch)
-        if epoch == 0:
+        if epoch == 0 or epoch == r.shut:
             break
         transport = load_relaxed64(&r.hdr.transport)
         protocol = load_relaxed64(&r.hdr.protocol)
@@ -251,7 +253,8 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         r.elements = elements
         r.rc = r.wc = r.index = 0
         r.epoch = epoch
-        r.refused = 0
+        r.refused = r.lately = 0
+        store_relaxed64(&r.shut, 0)
         count64(&r.epochs, 1)
         if r.bell != NULL and not r.mute:
             store_relaxed64(&r.bell.reader_rc, 0)
@@ -297,15 +300,85 @@ cdef uint64_t reader_settled(reader_t *r, const uint64_t *counter) noexcept nogi
 
 
 cdef ring_status reader_overrun(reader_t *r) noexcept nogil:
-    """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped."""
+    """Gives up what the writer has overwritten: RC goes on at WC, `lost` says how many elements that skipped.
+
+    Ordering: WC before the epoch (acquire): a WC of another life comes with its epoch, or the 0 before that.
+    """
     cdef uint64_t wc = reader_settled(r, &r.hdr.wc)
-    if went_back(wc, r.wc):
+    if went_back(wc, r.wc) or load_acquire64(&r.hdr.epoch) != r.epoch:
         return reader_sync(r)
     r.lost = wc - r.rc
     count64(&r.lost_total, r.lost)
     count64(&r.overruns, 1)
     reader_goto(r, wc)
     return OVERRUN_DETECTED
+
+
+cdef void reader_blame(reader_t *r, uint32_t field, uint64_t n) noexcept nogil:
+    """Notes n > 0 offences of the writer. More than `patience` of them in a second end its epoch for this reader, once all that
+    was seen of it is taken: then another one is waited for."""
+    cdef uint64_t now
+    count64(&r.offences[field], n)
+    if r.patience == 0:
+        return
+    now = now_ns()
+    if now - r.blamed_ns > BLAME_NS:
+        r.blamed_ns = now
+        r.lately = 0
+    r.lately += n
+
+
+cdef inline bint out_of_patience(reader_t *r) noexcept nogil:
+    """Whether the writer went beyond: then its epoch is shut."""
+    if r.patience == 0 or r.lately <= r.patience:
+        return False
+    store_relaxed64(&r.shut, r.epoch)
+    count64(&r.quarantines, 1)
+    r.lately = 0
+    return True
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Conduct:
+    """How a channel's writer keeps to the rules of what its elements mean, as its reader has it; an engine's `conduct`."""
+
+    def __init__(self):
+        raise TypeError("a Conduct is an engine's")
+
+    @property
+    def offences(self):
+        """How many elements broke the rule of each field, by its name."""
+        return {field: self.r.offences[k] for k, field in enumerate(self.fields)}
+
+    @property
+    def quarantines(self):
+        """How many times those of a second were too many."""
+        return self.r.quarantines
+
+    @property
+    def quarantined(self):
+        """Whether the writer's epoch is taken for ended, for that reason."""
+        return load_relaxed64(&self.r.shut) != 0
+
+    @property
+    def patience(self):
+        """How many rules the writer may break in a second, 0: any number. Set while nobody runs the engine."""
+        return self.r.patience
+
+    @patience.setter
+    def patience(self, uint64_t value):
+        self.r.patience = value
+
+
+cdef Conduct conduct_of(object owner, reader_t *r, tuple fields):
+    """owner: whose memory *r is in."""
+    cdef Conduct c
+    if r == NULL:
+        raise UsageError(f"a {type(owner).__name__} has no reader")
+    c = Conduct.__new__(Conduct)
+    c.owner, c.r, c.fields = owner, r, fields
+    return c
 
 
 cdef void reader_forgive(reader_t *r) noexcept nogil:
@@ -332,7 +405,7 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
     behind = r.wc - r.rc
     if r.epoch == 0 or behind == 0:
         wc = load_acquire64(&r.hdr.epoch)
-        if r.epoch == 0 or wc != r.epoch:
+        if r.epoch == 0 or wc != r.epoch or out_of_patience(r):
             return reader_sync(r)
         wc = reader_settled(r, &r.hdr.wc)   # pairs with writer_publish
         behind = wc - r.rc
@@ -340,9 +413,9 @@ cdef ring_status reader_peek(reader_t *r, uint64_t *available) noexcept nogil:
             return NO_DATA
         if went_back(wc, r.wc):
             return reader_sync(r)
+        r.wc = wc                       # first: an overrun loads WC anew, and what is below this one is another life's
         if behind > r.elements:
             return reader_overrun(r)
-        r.wc = wc
     if r.rc + behind < r.rc and r.rc + behind != 0:
         behind = 0 - r.rc               # a batch ends where the counter wraps: slots are RC mod elements
     available[0] = behind
@@ -417,11 +490,17 @@ cdef ring_status reader_copy(reader_t *r, uint8_t *dst, uint64_t most, uint64_t 
 
 
 cdef void reader_drain(reader_t *r) noexcept nogil:
-    """Skips to WC; synchronises first where that is due."""
-    if (r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch or went_back(load_acquire64(&r.hdr.wc), r.wc)):
+    """Skips to WC, the one that was found not to have gone back; synchronises first where that is due."""
+    cdef uint64_t wc = 0
+    cdef bint due = r.epoch == 0 or load_acquire64(&r.hdr.epoch) != r.epoch
+    if not due:
+        wc = load_acquire64(&r.hdr.wc)
+        due = went_back(wc, r.wc)
+    if due:
         if reader_sync(r) != EPOCH_CHANGED:
             return
-    reader_goto(r, load_acquire64(&r.hdr.wc))
+        wc = load_acquire64(&r.hdr.wc)
+    reader_goto(r, wc)
 
 
 cdef bint reader_ready(const reader_t *r) noexcept nogil:
@@ -432,6 +511,8 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     epoch = load_acquire64(&r.hdr.epoch)
     if epoch == 0:
         return r.epoch != 0 or r.refused != 0
+    if epoch == r.shut:
+        return r.epoch != 0
     if epoch == r.refused:
         # By now there may be another header under the same epoch: a hint, reader_sync looks properly.
         return acceptable(r, load_relaxed64(&r.hdr.transport), load_relaxed64(&r.hdr.protocol),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -16,8 +17,13 @@ from muenfast.errors import ClaimError, UsageError
 
 log = logging.getLogger("muenfast")
 
-_HEADER, _TRANSPORT = layout()["header_size"], layout()["transport"]
-_BELL = 4096  # bytes of a bell region: one page
+_HEADER: int = layout()["header_size"]
+_TRANSPORT: int = layout()["transport"]
+BELL = 4096  # bytes of a bell region: one page
+NETWORK_PROTOCOL = 2  # of an interface's channels where none is named
+# Elements of an interface's channel that is made because it is missing: a window of long packets, as far as that stays in
+# caches.
+_LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
 # What the making of a bell may fail with where the channel is no place for one: a file system that takes no new
 # files (muenfs, sysfs), a directory or a peer's bell that we may not write. Then both sides poll.
 _NO_BELL = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTSUP, errno.EINVAL,
@@ -43,6 +49,12 @@ def remove(locator: shm.Locator, *, force: bool = False) -> None:
         shm.remove_region(locator, force=force)
 
 
+def network_region_size(element: int) -> int:
+    """Bytes of an interface's channel that is made, of elements of so many bytes."""
+    elements = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, _REGION_BYTES // element))
+    return -(-(_HEADER + elements * element) // BELL) * BELL
+
+
 def _contents(view: memoryview) -> str | None:
     """What a region that is no channel holds, as far as it has a mark."""
     head = bytes(view[:4096])
@@ -57,17 +69,21 @@ class End:
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
     name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write,
     of one connection: "server" or "client" claims that side of it. create: bytes of the region when a POSIX name is
-    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way).
+    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way). permit: as
+    the region has to be, and its bell, but that its group writes, too; both must be there then.
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
     def __init__(self, locator: str | shm.Locator, *, writes: bool, role: str, create: int | None = None,
                  least: int = _HEADER + 1, bell: bool = True, buffer: str | None = None,
-                 more: dict[str, Any] | None = None) -> None:
+                 more: dict[str, Any] | None = None, permit: shm.Permit | None = None) -> None:
         self.locator = shm.Locator.parse(locator) if isinstance(locator, str) else locator
         self.claim: shm.Claim | None = None
+        self.permit = permit
         self._process = os.getpid()
+        if permit is not None:
+            create = None
         self.bell: shm.Region | None = None
         what = "channel" if buffer is None else "buffer"
         if self.locator.offset % 8:
@@ -75,10 +91,13 @@ class End:
         with ExitStack() as stack:
             try:
                 self.region = shm.Region.open(self.locator, writable=writes,
-                                              create=create if self.locator.posix else None)
+                                              create=create if self.locator.posix else None, permit=permit)
             except FileNotFoundError as error:
                 if error.filename != self.locator.path:     # of the book-keeping
                     raise
+                if permit is not None:
+                    raise FileNotFoundError(error.errno, f"{error.strerror} (`muenfast policy apply` makes it)",
+                                            error.filename) from error
                 how = "`muenfast chan create`" if self.locator.posix else "`truncate -s 1M`, for example"
                 raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
                                         error.filename) from error
@@ -95,9 +114,12 @@ class End:
             elif writes:
                 self.claim = stack.enter_context(shm.claim_writer(self.region, role, more))
             where = self.locator.bell if bell else None
-            if where is not None:
+            if where is not None and permit is not None:
+                self.bell = stack.enter_context(shm.Region.open(where, writable=True, permit=dataclasses.replace(
+                    permit, mode=permit.mode | (permit.mode & 0o040) >> 1)))
+            elif where is not None:
                 try:
-                    self.bell = stack.enter_context(shm.Region.open(where, writable=True, create=_BELL))
+                    self.bell = stack.enter_context(shm.Region.open(where, writable=True, create=BELL))
                 except OSError as error:
                     if error.errno not in _NO_BELL:
                         raise
@@ -137,7 +159,7 @@ class End:
         """
         if self.region.truncated():
             return False
-        fresh = shm.Region.open(self.locator, writable=self.region.writable)
+        fresh = shm.Region.open(self.locator, writable=self.region.writable, permit=self.permit)
         if (fresh.device, fresh.inode) != (self.region.device, self.region.inode) or \
                 len(fresh.view) < len(self.region.view):
             fresh.close(keep=True)

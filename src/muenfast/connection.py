@@ -23,6 +23,7 @@ BUFFER_PROTOCOL: int = _LAYOUT["buffer_protocol"]
 REGION_SIZE = 0x100000
 BUFFER_REQUEST_SIZE, BUFFER_RESPONSE_SIZE = 0x8000, 0x4000
 BUFFER_SIZE = 16 << 20
+PATIENCE = 10_000   # rules that a peer may break in a second
 MOST_POLL = 10_000_000  # microseconds: a channel is looked at once in 10 s at least
 
 
@@ -55,7 +56,8 @@ class Channels:
 
     buffer: the region that both sides write; None: the inline transport. sizes: bytes of the request and the response
     channel where they are made; buffer_size: of the buffer. poll: microseconds between polls, None: adaptive. bells:
-    False: strict one-way, nothing flows back. options: of the lists.
+    False: strict one-way, nothing flows back. options: of the lists. permits: as the regions have to be, in their order;
+    then none of them is made. patience: rules that the peer may break in a second before it is quarantined, 0: any number.
     """
 
     req: shm.Locator
@@ -69,6 +71,8 @@ class Channels:
     options: Options = Options()
     buffer: shm.Locator | None = None
     buffer_size: int = BUFFER_SIZE
+    permits: tuple[shm.Permit, ...] | None = None
+    patience: int = PATIENCE
 
     @property
     def name(self) -> str:
@@ -101,11 +105,12 @@ class Channels:
                 if old is not None and not old[i].replaced():
                     ends.append(old[i])
                     continue
+                permit = None if self.permits is None else self.permits[i]
                 with blame(option, self.index, locator.text):
                     end = End(locator, writes=serving == (i == 1), role=role, create=self.sizes[i], least=least[i],
-                              bell=self.bells, more={"buffer": self.buffer is not None}) if i < 2 else \
+                              bell=self.bells, more={"buffer": self.buffer is not None}, permit=permit) if i < 2 else \
                         End(locator, writes=True, role=role, create=self.buffer_size, least=BLOCK, bell=False,
-                            buffer="server" if serving else "client")
+                            buffer="server" if serving else "client", permit=permit)
                     ends.append(stack.enter_context(end))
             stack.pop_all()
             return tuple(ends)
@@ -157,11 +162,11 @@ def blame(option: str, index: int, value: str) -> Iterator[None]:
 
 def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None, resp_protocol: str | None = None,
                         size: str | None = None, poll: int | None = None, bells: bool = True,
-                        buffer: str | None = None, buffer_size: str | None = None,
+                        buffer: str | None = None, buffer_size: str | None = None, patience: int = PATIENCE,
                         more: dict[str, list[str] | None] | None = None,
                         options: Options | None = None) -> list[Channels]:
     """Pairs comma lists by position; nothing is opened. buffer: an empty entry is an inline connection. more: further
-    lists whose lengths must agree. options: what the lists are called, default: as here.
+    lists whose lengths must agree. patience: as Channels has it. options: what the lists are called, default: as here.
 
     Raises UsageError naming option, entry, value and rule.
     """
@@ -203,7 +208,8 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
         room = entry(called.buffer_size, i, lambda o, i, t: params.size(o, i, t, least=BLOCK, multiple=BLOCK))
         return Channels(reqs[i], resps[i], i, entry(called.req_protocol, i, params.protocol) or protocols[0],
                         entry(called.resp_protocol, i, params.protocol) or protocols[1],
-                        sizes if size is None else (size, size), poll, bells, called, buffers[i], room or BUFFER_SIZE)
+                        sizes if size is None else (size, size), poll, bells, called, buffers[i], room or BUFFER_SIZE,
+                        patience=patience)
 
     return [connection(i) for i in range(count)]
 

@@ -19,7 +19,7 @@ from muenfast._client import Client, Disk
 from muenfast._ring import Watch
 from muenfast.channel import End
 from muenfast.connection import BLOCK, IN_PYTHON, Channels, channels_from_lists
-from muenfast.errors import BrokenChannelError, MuenfastError, PeerError, PeerLog, UsageError
+from muenfast.errors import BrokenChannelError, MuenfastError, Offences, PeerError, PeerLog, UsageError
 
 log = logging.getLogger("muenfast")
 
@@ -85,6 +85,7 @@ class Connection:
         self._peer = PeerLog(f"disk {self.channels.name}")
         self._returns = PeerLog(f"disk {self.channels.name}")   # a loss just before does not keep one of them back
         self._silence = PeerLog(f"disk {self.channels.name}")
+        self._offences = Offences(f"disk {self.channels.name}", self.channels.resp.text)
         self._broken = False
         self._closing = threading.RLock()
         self._closed = False
@@ -123,6 +124,7 @@ class Connection:
                 self.client = Client(self._ends[0].view, self._ends[1].view, **options)
             else:
                 self.client = BufferClient(*(end.view for end in self._ends), **options)
+            self.client.conduct.patience = channels.patience
             if self._depth is not None:
                 self.client.depth = self._depth
         except BaseException:
@@ -170,6 +172,7 @@ class Connection:
         while not self._stop.is_set():
             state = self.client.run(_TICK)
             now = time.monotonic()
+            self._offences.look(self.client.conduct)
             if state == "answered":
                 if self._answered():
                     lost_since, self._dead, self._stuck = 0.0, False, False
@@ -644,6 +647,7 @@ class BlockDevice:
             "role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
             "state": self.connection.state, "read_only": disk is not None and self.read_only, "failure": self.failure,
             "in_flight": 0 if disk is None else disk.in_flight,
+            "offences": self.client.conduct.offences,
             "counters": self.client.counters | (disk.counters if disk is not None else {}),
             "devices": [] if disk is None else [
                 {"number": self.device, "size": self.size, "block_size": disk.block_size, "directions": disk.directions}]}

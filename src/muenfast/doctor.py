@@ -571,13 +571,9 @@ class _NbdSocket:
 def _mapped() -> set[tuple[int, int]]:
     """(device, inode) of every file that a process, as far as we may look, has mapped."""
     found = set()
-    for path in glob.iglob("/proc/[0-9]*/maps"):
-        with contextlib.suppress(OSError), open(path, errors="replace") as file:
-            for line in file:
-                _, _, _, device, inode, *_ = line.split(None, 5)
-                if inode != "0":
-                    major, _, minor = device.partition(":")
-                    found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+    for place in glob.iglob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):
+            found |= {key for key, _ in shm.mapped_by(place)}
     return found
 
 

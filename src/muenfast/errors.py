@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
+from typing import Protocol
 
 log = logging.getLogger("muenfast")
 
 _QUIET = 1.0  # seconds between two lines of a PeerLog
+_AGAIN = 10.0  # seconds between two of the same kind of Offences
 
 class MuenfastError(Exception):
     """Root of everything muenfast raises on its own account."""
@@ -87,9 +90,52 @@ def describe(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     path = error.filename
-    if path is None or os.fsdecode(path) in error.strerror:
+    if path is None or isinstance(path, int) or os.fsdecode(path) in error.strerror:    # int: of a call on a descriptor
         return error.strerror
     return f"{os.fsdecode(path)}: {error.strerror}"
+
+
+class _Conduct(Protocol):
+    """What Offences needs of one."""
+
+    @property
+    def offences(self) -> Mapping[str, int]: ...
+    @property
+    def quarantines(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+
+
+class Offences:
+    """Tells which rules a peer's elements break: a line in ten seconds for each field, at most.
+
+    prefix: what stands before each line. channel: its locator.
+    """
+
+    def __init__(self, prefix: str, channel: str) -> None:
+        self._prefix, self._channel = prefix, channel
+        self._told: dict[str, int] = {}
+        self._when: dict[str, float] = {}
+
+    def look(self, conduct: _Conduct) -> None:
+        """conduct: a Conduct of _ring."""
+        for field, count in conduct.offences.items():
+            if self._is_due(field, count):
+                log.warning("%s: channel %s: field %s: %d elements so far break its rule", self._prefix, self._channel,
+                            field, count)
+        if self._is_due("", conduct.quarantines):
+            log.warning("%s: channel %s: more than %d elements in a second broke a rule: nothing is taken from it until "
+                        "its writer begins another epoch (%d times so far)", self._prefix, self._channel, conduct.patience,
+                        conduct.quarantines)
+
+    def _is_due(self, what: str, count: int) -> bool:
+        if count <= self._told.get(what, 0):
+            return False
+        now = time.monotonic()
+        if now - self._when.get(what, -_AGAIN) < _AGAIN:
+            return False
+        self._told[what], self._when[what] = count, now
+        return True
 
 
 class PeerLog:

@@ -20,8 +20,8 @@ from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_DEVICE, DEFAULT_POOL, DEFAULT_TIMEOUT, Backing, Device, open_device, resized_text
 from muenfast.backing.faults import Fault, faults_from_list
 from muenfast.channel import End
-from muenfast.connection import BLOCK, IN_PYTHON, Channels, Options, blame, channels_from_lists, place
-from muenfast.errors import BrokenChannelError, PeerLog, UsageError
+from muenfast.connection import BLOCK, IN_PYTHON, PATIENCE, Channels, Options, blame, channels_from_lists, place
+from muenfast.errors import BrokenChannelError, Offences, PeerLog, UsageError
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
@@ -34,7 +34,7 @@ _SHARED_REGION = 4 << 20  # bytes; zeroing a ring of that size takes a milliseco
 _T = TypeVar("_T")
 
 # Export.state, as `muenfast stat` shows it (docs/operations.md).
-STATES = ("waiting", "connected", "client died")
+STATES = ("waiting", "connected", "client died", "quarantined")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
                        pool: str | None = None, timeout: str | None = None, inject: str | None = None,
                        req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
                        poll: int | None = None, bells: bool = True, buffer: str | None = None,
-                       buffer_size: str | None = None, options: Options | None = None) -> list[ExportConfig]:
+                       buffer_size: str | None = None, patience: int = PATIENCE,
+                       options: Options | None = None) -> list[ExportConfig]:
     """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...". pool, timeout:
     of user-space stores, default 4 threads, 30 seconds. inject: faults. Of the last four one entry is for all. Raises
     UsageError."""
@@ -88,7 +89,7 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
              if entries is not None and len(entries) > 1}
     channels = channels_from_lists(req, resp, more=more, options=called, req_protocol=req_protocol,
                                    resp_protocol=resp_protocol, size=size, poll=poll, bells=bells, buffer=buffer,
-                                   buffer_size=buffer_size)
+                                   buffer_size=buffer_size, patience=patience)
     parsed = [Device.parse(text, option=called.device, index=i)
               for i, text in enumerate(devices or [DEFAULT_DEVICE] * len(channels))]
     flagged = [params.flag(called.read_only, i, text) for i, text in enumerate(flags or ["no"])]
@@ -238,6 +239,7 @@ class Export:
         self._batches = -1
         self._peer = PeerLog(f"export {self.name}")
         self._comings = PeerLog(f"export {self.name}", most=20)
+        self._offences = Offences(f"export {self.name}", config.channels.req.text)
         for number in range(len(self.backings)):
             self._say_tail(number)
 
@@ -309,6 +311,7 @@ class Export:
                 if old is None or end not in old:
                     undo.callback(end.close)
             self.server = self._engine(*ends)
+            self.server.conduct.patience = channels.patience
             undo.pop_all()
         self._ends = ends
         for end in old or ():
@@ -379,6 +382,9 @@ class Export:
         if event == "connected":
             self._client, self._died = shm.writer_process(self._ends[0].region), False
             self._comings.info("client connected")
+        elif event == "disconnected" and self.server.conduct.quarantined:
+            self._client, self._died = 0, False
+            self._blame()
         elif event == "disconnected":
             if not self._died:      # else the next one begins, and takes the dead one's epoch back
                 self._comings.info("client left")
@@ -390,6 +396,10 @@ class Export:
         elif event == "incompatible":
             self._peer.warning("%s", self.config.channels.misfit(True, self.server.fault))
 
+    def _blame(self) -> None:
+        """Says what the client gets wrong."""
+        self._offences.look(self.server.conduct)
+
     def _moved(self) -> bool:
         """Whether the channels' memory is to be followed: a peer may have made them anew, or truncated one.
 
@@ -398,6 +408,7 @@ class Export:
         """
         for backing in self.backings:
             backing.tell()
+        self._blame()
         if self._client and not os.path.exists(f"/proc/{self._client}"):
             self._client, self._died = 0, True
             self._comings.info("client died")
@@ -513,7 +524,10 @@ class Export:
 
     @property
     def state(self) -> str:
-        """One of STATES. "waiting": for a client; "client died": without a word, and none has come since."""
+        """One of STATES. "waiting": for a client; "client died": without a word, and none has come since; "quarantined": it
+        broke more rules than it may, and has not begun another epoch."""
+        if self.server.conduct.quarantined:
+            return "quarantined"
         return "waiting" if not self.server.connected else "client died" if self._died else "connected"
 
     def status(self) -> dict[str, Any]:
@@ -530,7 +544,8 @@ class Export:
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
                  "read_only": self.read_only, "state": self.state,
-                 "counters": self.server.counters, "waiting": waiting, "devices": devices,
+                 "counters": self.server.counters, "offences": self.server.conduct.offences, "waiting": waiting,
+                 "devices": devices,
                  "in_flight": waiting + sum(way["depth"] for each in devices for way in each["directions"].values())}
         for key, of in (("injected", "injected"), ("store", "counters")):
             if entries := [each for backing in self.backings if (each := getattr(backing.store, of, None))]:

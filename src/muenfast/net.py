@@ -22,10 +22,10 @@ from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.bpf import Way
-from muenfast.channel import End
-from muenfast.connection import MOST_POLL, blame, place
+from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size
+from muenfast.connection import MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
-from muenfast.errors import BrokenChannelError, ClaimError, PeerError, PeerLog, UsageError
+from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
 from muenfast.marks import LEAST_MARKS
 from muenfast.ports import Children, Port
 from muenfast.threads import spawn
@@ -35,16 +35,13 @@ __all__ = ["MOST_INTERFACES", "InterfaceConfig", "Interfaces", "interfaces_from_
 log = logging.getLogger("muenfast")
 
 MOST_INTERFACES = 32  # the module's limit
-DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, 2
+DEFAULT_MTU, DEFAULT_PROTOCOL = 1500, NETWORK_PROTOCOL
 DEFAULT_FLAGS = "net_hdr"
 CARRIERS = ("peer", "up")
 # How marks go between packets and net_hdr: what is asked for, and the ways that are tried for it.
 MARKS: dict[str, tuple[Way, ...]] = {"auto": tuple(Way), **{way.value: (way,) for way in Way}, "none": ()}
 _FLAGS = ("net_hdr", "eth_dev")
 _HEADER: int = layout()["header_size"]
-# Elements of a channel that is made because it is missing: a window of long packets, as far as that stays in caches.
-_LEAST_ELEMENTS, _MOST_ELEMENTS, _REGION_BYTES = 256, 1024, 4 << 20
-_PAGE = 4096
 _IPV6_MTU = 1280    # RFC 8200
 _TICK = 0.2  # seconds between looks at names
 
@@ -82,7 +79,9 @@ class InterfaceConfig:
     netns.named() takes it. poll: microseconds between looks at `inp` where its writer does not ring, None:
     adaptive. bells: False: strict one-way, nothing flows back. size: bytes of channels that are made, None: by the mtu.
     carrier: one of CARRIERS. mac, addresses, up: set once the interface is made. pmtu: the region of path MTUs.
-    offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS.
+    offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS. permits: as the regions
+    inp, out and pmtu have to be; then none of them is made. patience: rules that the peer may break in a second before it
+    is quarantined, 0: any number.
     """
 
     name: str
@@ -105,6 +104,8 @@ class InterfaceConfig:
     pmtu: shm.Locator | None = None
     offload: bool = True
     marks: str = "auto"
+    permits: tuple[shm.Permit | None, shm.Permit | None, shm.Permit | None] = (None, None, None)
+    patience: int = PATIENCE
 
     @property
     def element_size(self) -> int:
@@ -116,8 +117,7 @@ class InterfaceConfig:
         """Bytes of a channel that is made."""
         if self.size is not None:
             return self.size
-        elements = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, _REGION_BYTES // self.element_size))
-        return -(-(_HEADER + elements * self.element_size) // _PAGE) * _PAGE
+        return network_region_size(self.element_size)
 
 
 # ------------------------------------------------------------------ from lists
@@ -139,12 +139,13 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                           pmtu: str | None = None, flags: str | None = None, poll: int | None = None,
                           netns: str | None = None, size: str | None = None, bells: bool = True,
                           carrier: str | None = None, mac: str | None = None, addr: str | None = None, up: bool = False,
-                          offload: bool = True, marks: str = "auto", module: bool = False,
+                          offload: bool = True, marks: str = "auto", patience: int = PATIENCE, module: bool = False,
                           options: Options | None = None) -> list[InterfaceConfig]:
     """Pairs comma lists by position; nothing is opened.
 
     inp, out: channels, an empty entry is none; default NAME_in and NAME_out, the other way round for the peer. Of the
-    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. module:
+    others an empty entry is the default, of flags none: raw; one entry alone is for all of carrier and netns. patience: as
+    InterfaceConfig has it. module:
     lists mean what they mean to the kernel module: they may end early, and there are no default channels, protocols or
     flags.
 
@@ -222,7 +223,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             tuntap.check_mac(station, called.mac, i) if station else None,
             tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called,
             shm.Locator.parse(text, option=called.pmtu, index=i) if text else None, offload and framing == "net_hdr",
-            marks)
+            marks, patience=patience)
 
     configs = [interface(i) for i in range(count)]
     if marks not in ("auto", "none") and not any(config.framing == "net_hdr" for config in configs):
@@ -284,6 +285,7 @@ class _Half:
         config = interface.config
         self._peer = PeerLog(f"interface {config.name}")
         self._comings = PeerLog(f"interface {config.name}", most=20)
+        self._offences = Offences(f"interface {config.name}", "" if locator is None else locator.text)
         self._teller: shm.Claim | None = None   # that our progress is the one that the channel's writer hears of
         if locator is not None:
             self.end = self._open()
@@ -300,7 +302,7 @@ class _Half:
         with blame(option, config.index, self.locator.text):
             try:
                 return End(self.locator, writes=self.writes, role="muenfast net", create=config.region_size,
-                           least=_HEADER + config.element_size, bell=config.bells)
+                           least=_HEADER + config.element_size, bell=config.bells, permit=config.permits[self.writes])
             except ClaimError as error:
                 if error.hint is not None:
                     raise
@@ -333,9 +335,11 @@ class _Half:
             return Sender(interface.ports, None if end is None else end.view, framing=config.framing, mtu=config.mtu,
                           protocol=config.writer_protocol, bell=None if end is None else end.bell_view, paths=paths)
         assert end is not None
-        return Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu, protocol=config.reader_protocol,
-                        bell=end.bell_view, poll=config.poll, merge=interface.own.device.merges,
-                        tells=self._tells(end))
+        engine = Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu,
+                          protocol=config.reader_protocol, bell=end.bell_view, poll=config.poll,
+                          merge=interface.own.device.merges, tells=self._tells(end))
+        engine.conduct.patience = config.patience
+        return engine
 
     # -------------------------------------------------------------- its thread
 
@@ -359,6 +363,7 @@ class _Half:
                 if event == "tick" and self.writes:
                     self.interface.look_at_paths()
                 elif event == "tick" and self.end is not None:
+                    self._blame()
                     self.look_at_writer()
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
@@ -371,6 +376,9 @@ class _Half:
             self.interface.set_carrier()
         if event == "connected":
             self._comings.info("its peer is there")
+            self.look_at_writer()       # now: it may be killed before the next tick, and then its end was nobody's
+        elif event == "disconnected" and isinstance(self.engine, Receiver) and self.engine.conduct.quarantined:
+            self._blame()
         elif event == "disconnected":
             self._comings.info("its peer has gone")
         elif event == "overrun":
@@ -378,6 +386,11 @@ class _Half:
                                self.engine.counters["lost"]["overrun"])
         elif event == "incompatible":
             self._peer.warning("%s", self._misfit())
+
+    def _blame(self) -> None:
+        """Says what the peer gets wrong."""
+        if isinstance(self.engine, Receiver):
+            self._offences.look(self.engine.conduct)
 
     def look_at_writer(self) -> None:
         """Says so where the process that writes what we read ended without ending its epoch: our carrier stays."""
@@ -494,7 +507,8 @@ class Interface:
             self.paths: shm.Region | None = None
             if config.pmtu is not None:
                 with blame(config.options.pmtu, config.index, config.pmtu.text):
-                    self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True))
+                    self.paths = stack.enter_context(pathmtu.opened(config.pmtu, writable=False, make=True,
+                                                                    permit=config.permits[2]))
                     stack.enter_context(shm.apart(config.pmtu, disk=False))     # as long as it is one, it is no disk
             path_mtus = 0 if self.paths is None else pathmtu.entries(self.paths)
             self.ports = Ports(MarkTable(max(LEAST_MARKS, path_mtus)), config.offload)
@@ -611,6 +625,7 @@ class Interface:
                 "interface": {**self.ports.counters(0), "queue_drops": self._queue_drops(), "lost": self.own.dropped()},
                 "children": self.children.status(),
                 "sent": {name: value for name, value in sent.items() if name not in flat},
+                "offences": incoming.conduct.offences if isinstance(incoming, Receiver) else {},
                 "received": {name: value for name, value in received.items() if name not in flat}}
 
     def _queue_drops(self) -> int | None:

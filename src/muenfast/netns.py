@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,8 +35,8 @@ def named(text: str) -> int:
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, "no such network namespace (`ip netns add NAME` makes one; a number is a "
                                 "process's, a path may name any)", path) from error
-    try:
-        kind = fcntl.ioctl(descriptor, _NS_GET_NSTYPE)
+    try:    # no device is asked for what may mean something else to it
+        kind = fcntl.ioctl(descriptor, _NS_GET_NSTYPE) if stat.S_ISREG(os.fstat(descriptor).st_mode) else 0
     except OSError:
         kind = 0
     if kind != _CLONE_NEWNET:

@@ -19,11 +19,13 @@ _UNLIMITED = 0xFFFFFFFF  # as others may write it
 _START = 8      # as every region (_ring.Mapping)
 
 
-def opened(locator: shm.Locator, *, writable: bool, make: bool) -> shm.Region:
-    """The region; make: of BYTES zeros where a POSIX name is missing. Raises UsageError, PeerError, OSError."""
+def opened(locator: shm.Locator, *, writable: bool, make: bool, permit: shm.Permit | None = None) -> shm.Region:
+    """The region; make: of BYTES zeros where a POSIX name is missing. permit: as it has to be; then it is not made. Raises
+    UsageError, PeerError, OSError."""
     if locator.offset % _START:
         raise UsageError(f"a region of path MTUs starts at a multiple of {_START} bytes", value=locator.text)
-    region = shm.Region.open(locator, writable=writable, create=BYTES if make and locator.posix else None)
+    make = make and permit is None
+    region = shm.Region.open(locator, writable=writable, create=BYTES if make and locator.posix else None, permit=permit)
     try:
         with shm.apart(locator, disk=False):
             _check(region)

@@ -48,6 +48,7 @@ import posix_ipc  # type: ignore[import-not-found]
 from muenfast.errors import ClaimError, PeerError, UsageError
 
 _SHM = "/dev/shm/"
+_RUN = "/run/muenfast"
 _TEMPORARY = ".muenfast-"
 _NAME_MAX = 240  # leaves room for ".bell" and the temporary prefix below NAME_MAX of 255
 
@@ -132,6 +133,47 @@ class Locator:
         return Locator(path, path, False)
 
 
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """To whom a region has to belong, and with which mode, where a policy says so: no other one is taken in its place.
+
+    by: what says so, for messages. Whoever owns a region may remove its name and make it anew, as it likes.
+    """
+
+    uid: int
+    gid: int
+    mode: int
+    by: str = "the policy"
+
+    def difference(self, seen: os.stat_result) -> str | None:
+        """What is different, in words."""
+        found, expected = ((uid, gid, f"{mode:03o}") for uid, gid, mode in (
+            (seen.st_uid, seen.st_gid, stat.S_IMODE(seen.st_mode)), (self.uid, self.gid, self.mode)))
+        if found == expected:
+            return None
+        return "has user {}, group {}, mode {}, instead of user {}, group {}, mode {}".format(*found, *expected)
+
+    def check(self, fd: int, path: str) -> None:
+        """Raises PermissionError unless the file open at fd is as it has to be."""
+        difference = self.difference(os.fstat(fd))
+        if difference is None and has_acl(fd):
+            difference = "has an access control list, which may let others in"
+        if difference is not None:
+            raise PermissionError(errno.EPERM, f"{difference}, as {self.by} has it (`muenfast policy audit` tells more)",
+                                  path)
+
+
+def has_acl(file: int | str) -> bool:
+    """Whether more than owner, group and mode say who may open a file."""
+    try:
+        os.getxattr(file, "system.posix_acl_access")
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
 # ---- small tools
 
 
@@ -172,7 +214,7 @@ def _read(fd: int) -> dict[str, Any]:
     """{} when there is no JSON object (its writer died)."""
     try:
         value = json.loads(os.pread(fd, 1 << 16, 0))
-    except ValueError:
+    except (ValueError, RecursionError):    # of the last: nested too deep
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -210,7 +252,8 @@ def _describe(info: dict[str, Any]) -> str:
 def runtime_dir(*, make: bool = True) -> str:
     """The directory of claims, presence and control sockets of this user, made when missing (mode 0700) unless not make.
 
-    $MUENFAST_RUNTIME_DIR, else /run/muenfast for root, else $XDG_RUNTIME_DIR/muenfast, else /tmp/muenfast-UID.
+    $MUENFAST_RUNTIME_DIR, else /run/muenfast for root, else /run/muenfast-UID where that is (give_runtime_dir() makes it),
+    else $XDG_RUNTIME_DIR/muenfast, else /tmp/muenfast-UID.
     Raises PermissionError when it is somebody else's or others may write to it, OSError when it cannot be made, and
     without make FileNotFoundError (its path in filename) when it is not there.
     """
@@ -218,7 +261,9 @@ def runtime_dir(*, make: bool = True) -> str:
     if given := os.environ.get("MUENFAST_RUNTIME_DIR"):
         path = os.path.abspath(given)
     elif uid == 0:
-        path = "/run/muenfast"
+        path = _RUN
+    elif os.path.lexists(f"{_RUN}-{uid}"):
+        path = f"{_RUN}-{uid}"
     elif given := os.environ.get("XDG_RUNTIME_DIR"):
         path = os.path.join(os.path.abspath(given), "muenfast")
     else:
@@ -237,6 +282,19 @@ def runtime_dir(*, make: bool = True) -> str:
     if seen.st_mode & 0o022:
         raise PermissionError(errno.EPERM, f"others may write here (mode {seen.st_mode & 0o7777:o})", path)
     return path
+
+
+def give_runtime_dir(uid: int, gid: int) -> None:
+    """As root makes the directory of a user who can make none in /run. Raises OSError; what stands there in its place is
+    not touched."""
+    path = f"{_RUN}-{uid}"
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        seen = os.lstat(path)
+        if not stat.S_ISDIR(seen.st_mode) or seen.st_uid not in (0, uid):
+            raise OSError(errno.EEXIST, f"is to be user {uid}'s runtime directory, and is something else", path) from None
+    os.chown(path, uid, gid, follow_symlinks=False)
 
 
 def _room(name: str) -> str:
@@ -435,7 +493,8 @@ class _Presence:
 # ---- making a region
 
 
-def _make_inode(stack: contextlib.ExitStack, path: str, size: int, mode: int) -> tuple[int, str]:
+def _make_inode(stack: contextlib.ExitStack, path: str, size: int, mode: int,
+                owner: tuple[int, int] | None = None) -> tuple[int, str]:
     """A new inode beside path, allocated in full: its descriptor (read-write) and a name for _link; stack owns both.
 
     It has no name at all where O_TMPFILE exists. Elsewhere its temporary one is locked while its maker lives (_sweep).
@@ -461,6 +520,8 @@ def _make_inode(stack: contextlib.ExitStack, path: str, size: int, mode: int) ->
     with _named(path, f"cannot allocate {size} bytes for the region"):
         os.posix_fallocate(fd, 0, size)
     with _named(path):
+        if owner is not None:
+            os.fchown(fd, *owner)
         os.fchmod(fd, mode)
     return fd, source
 
@@ -574,11 +635,12 @@ class Region:
         self._fd, self._presence = fd, presence
 
     @classmethod
-    def open(cls, locator: Locator, *, writable: bool, create: int | None = None, mode: int = 0o600) -> Region:
+    def open(cls, locator: Locator, *, writable: bool, create: int | None = None, mode: int = 0o600,
+             permit: Permit | None = None) -> Region:
         """Maps what locator names; with create, makes it of that many bytes and of that mode when it is missing.
 
-        What exists is taken as large as it is. One that create made is automatic: the last process to close() it
-        unlinks it. Raises UsageError (slice beyond the file), PeerError (still empty after 1 s), OSError.
+        permit: as what exists must be. It is taken as large as it is. One that create made is automatic: the last process
+        to close() it unlinks it. Raises UsageError (slice beyond the file), PeerError (still empty after 1 s), OSError.
         """
         if create is not None and create <= 0:
             raise UsageError("a region's size must be above 0", value=create)
@@ -601,6 +663,8 @@ class Region:
                     undo.callback(presence.leave)
                 undo.callback(os.close, fd)
                 seen = os.fstat(fd)
+                if permit is not None:
+                    permit.check(fd, locator.path)
                 if stat.S_ISREG(seen.st_mode) and seen.st_size == 0:
                     empty = empty or time.monotonic()
                     if time.monotonic() - empty > _EMPTY_TIMEOUT:
@@ -701,15 +765,16 @@ def users(region_or_locator: Region | Locator) -> list[dict[str, Any]]:
         return _live(room, key)
 
 
-def make_region(locator: Locator, size: int, mode: int = 0o600) -> None:
-    """Makes a region that stays until remove_region. Raises FileExistsError, OSError, UsageError."""
+def make_region(locator: Locator, size: int, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """Makes a region that stays until remove_region. owner: user and group whose it is from the first moment, None: ours.
+    Raises FileExistsError, OSError, UsageError."""
     if size <= 0:
         raise UsageError("a region's size must be above 0", value=size)
     if locator.size is not None:
         raise UsageError("a slice cannot be made, only the file that it is in", value=locator.text)
     room = _room("regions")
     with contextlib.ExitStack() as stack:
-        fd, source = _make_inode(stack, locator.path, size, mode)
+        fd, source = _make_inode(stack, locator.path, size, mode, owner)
         seen = os.fstat(fd)
         with _mutex(room):
             _unlink(os.path.join(room, _key(seen.st_dev, seen.st_ino)))  # about an inode that is no more
@@ -762,6 +827,17 @@ def list_regions() -> list[dict[str, Any]]:
                               "mtime": seen.st_mtime, "auto": _auto(room, key) is not None,
                               "users": len(_live(room, key))})
     return found
+
+
+def mapped_by(process: str) -> Iterator[tuple[tuple[int, int], bool]]:
+    """(device, inode) of each file that a process has mapped, and whether its writes reach that. process: /proc/PID. Raises
+    OSError."""
+    with open(f"{process}/maps", errors="replace") as file:
+        for line in file:
+            _, mode, _, device, inode, *_ = line.split(None, 5)
+            if inode != "0":
+                major, _, minor = device.partition(":")
+                yield (os.makedev(int(major, 16), int(minor, 16)), int(inode)), "w" in mode and "s" in mode
 
 
 # ---- claims
@@ -865,7 +941,7 @@ def writer_process(region: Region) -> int:
         pid = int(info["pid"])
         with open(f"/proc/{pid}/comm", errors="replace") as file:
             return pid if file.read().strip() == info["comm"] else 0
-    except (OSError, KeyError, TypeError, ValueError):  # no record, not yet written, or of one that has ended
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):  # no record, not yet written, of one that has ended
         return 0
 
 

@@ -181,6 +181,22 @@ static void begin_sync(void) {
     put(1);
     explore(read_once_more);
 }
+/* A reader that is overrun while the writer starts anew: what is lost is the old epoch's, and none of it the new one's. */
+static void read_overrun(void) {
+    r = r_kept;
+    if (get(1) == STATUS(OVERRUN_DETECTED) && r.lost < 2) /* two were published before the third was announced */
+        weak_fail("a loss of another epoch", r.lost, r.rc);
+}
+static void begin_overrun_restart(void) {
+    scene();
+    start(16, 11);
+    follow();
+    put(2);
+    put(1);
+    start(8, 22);
+    put(1);
+    explore(read_overrun);
+}
 /* The same epoch once more: what was seen is taken back, zeros are never delivered. */
 static void begin_again(void) {
     scene();
@@ -192,11 +208,23 @@ static void begin_again(void) {
     start(16, 11);
     explore(read_two);
 }
-/* An overrun and then the same epoch: what is lost is not counted from one life to the other. */
 static void read_one(void) {
     r = r_kept;
     get(1);
 }
+/* Another epoch whose life has more than the ring holds: no element of the one before is lost by that. */
+static void begin_restart_overrun(void) {
+    scene();
+    start(16, 11);
+    follow();
+    put(1);
+    start(8, 22);
+    follows = 1;
+    for (int i = 0; i < 5; i++)
+        put(1);
+    explore(read_one);
+}
+/* An overrun and then the same epoch: what is lost is not counted from one life to the other. */
 static void begin_again_overrun(void) {
     scene();
     start(16, 11);
@@ -211,6 +239,42 @@ static void begin_again_overrun(void) {
     same = 1;
     start(16, 11);
     explore(read_one);
+}
+/* The same, of a reader that had seen nothing before it looks: two looks at WC are of one life, or tell of another. */
+static void begin_again_behind(void) {
+    scene();
+    start(16, 11);
+    follow();
+    for (int i = 0; i < 3; i++)
+        put(1);
+    same = 1;
+    start(16, 11);
+    explore(read_one);
+}
+/* Draining goes back only where it synchronises anew. */
+static void drain_one(void) {
+    r = r_kept;
+    uint64_t rc = r.rc, epochs = r.epochs;
+    CORE(reader_drain)(&r);
+    if (r.epochs != epochs)
+        weak_count("synchronised");
+    else if (r.rc < rc)
+        weak_fail("a position that went back", r.rc, rc);
+    else
+        weak_count("drained");
+}
+static void begin_again_drain(void) {
+    scene();
+    start(16, 11);
+    follow();
+    put(1);
+    weak_thread(READER);
+    if (get(1) != STATUS(SUCCESS))
+        weak_fail("not read", r.rc, 0);
+    weak_thread(WRITER);
+    same = 1;
+    start(16, 11);
+    explore(drain_one);
 }
 
 /* A reader sleeps when there is nothing to tell, and never beyond that: F5, F6, and the sequence. */
@@ -355,10 +419,14 @@ const scenario ring_scenarios[] = {
     {"overrun", begin_overrun, {"delivered", "overrun", "no data"}},
     {"batch", begin_batch, {"delivered", "overrun", "no data"}},
     {"reserve", begin_reserve, {"delivered", "overrun", "no data"}},
+    {"overrun-restart", begin_overrun_restart, {"overrun", "synchronised", "inactive"}},
     {"restart", begin_restart, {"delivered", "synchronised", "inactive"}},
     {"sync", begin_sync, {"delivered", "synchronised", "inactive"}},
     {"again", begin_again, {"delivered", "synchronised"}},
     {"again-overrun", begin_again_overrun, {"delivered", "overrun", "synchronised"}},
+    {"restart-overrun", begin_restart_overrun, {"delivered", "synchronised", "inactive"}},
+    {"again-behind", begin_again_behind, {"overrun", "synchronised"}},
+    {"again-drain", begin_again_drain, {"drained", "synchronised"}},
     {"bell", begin_bell, {"told", "woken"}},
     {"bell-start", begin_bell_start, {"told", "woken"}},
     {"bell-stop", begin_bell_stop, {"told", "woken"}},

@@ -44,5 +44,5 @@ def test_mounted_file_system_grows(program: Start, pair: list[str], tmp_path: Pa
     attachments_gone(tmp_path)
     status, said = server.end()
     assert status == 0 and [line.rpartition(": ")[2] for line in said.splitlines()] == [
-        f"new size {128 * MIB} bytes", f"{pair[0]} is destroyed, though it has its client, process {client.pid}, attached"]
+        f"new size {128 * MIB} bytes", f"{pair[1]} is destroyed, though it has its client, process {client.pid}, attached"]
     clean(str(image))

@@ -181,7 +181,7 @@ def records(runtime_dir: str | os.PathLike[str]) -> list[tuple[str, str, int]]:
             found.append((record, str(state["socket"]), int(state["pid"])))
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):    # of the last two: Infinity, too deep
             found.append((record, "", 0))
     return found
 

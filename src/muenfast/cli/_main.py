@@ -25,6 +25,7 @@ COMMANDS = {
     "chan": "list, show, create, remove and dump channels",
     "ctl": "create, destroy, list and resize exports of a running `muenfast blk`",
     "net-cfg": "children of a served network interface and their marks, as muennet_cfg",
+    "policy": "who may talk to whom, in one file: check it, apply it, draw it, compare the system with it",
     "stat": "what the serving processes of this user do",
     "doctor": "what this machine offers, and what dead processes left (--fix removes that)",
     "demo": "the whole way once: export, attach, ext4, real files, checksums",

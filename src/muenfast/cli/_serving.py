@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import select
@@ -10,6 +11,7 @@ import socket
 from collections.abc import Callable
 from types import FrameType
 
+from muenfast import params
 from muenfast.threads import ending
 
 log = logging.getLogger("muenfast")
@@ -59,6 +61,15 @@ class Stop:
             select.select([self._read], [], [], 0.2)
             if until is not None and until():
                 return
+
+
+def patience(arguments: argparse.Namespace) -> int:
+    """--quarantine."""
+    from muenfast.connection import PATIENCE
+
+    if arguments.quarantine is None:
+        return PATIENCE
+    return params.number("--quarantine", None, arguments.quarantine, least=0, most=1 << 62, what="a number of broken rules")
 
 
 def notify(state: str) -> None:

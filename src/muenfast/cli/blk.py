@@ -5,19 +5,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._serving import Stop, notify, say_ready, sweep
+from muenfast.cli._declared import Role, add_policy_options, by_policy, declared
+from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
     from muenfast.blk import Channels, Export, ExportConfig
+    from muenfast.control import Command
 
 SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads", "control")
 LISTS = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "pool",
          "timeout", "inject")
+_DECIDED = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "poll",
+            "strict_oneway", "pool", "timeout", "inject", "control")
+_SERVER = Role(_DECIDED, ("muenfast.doctor", "muenfast.serving", "muenfast.control", "muenfast.backing.ram",
+                          "muenfast.backing.null", "muenfast.backing.file", "muenfast.backing.user"))
+_CLIENT = Role(_DECIDED, ("muenfast.doctor", "muenfast.blk", "muenfast.control", "muenfast.attach.nbd",
+                          "muenfast.attach.sockets"))
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
@@ -52,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resp-protocol", metavar="L", help="hexadecimal (default: 9851be3282fef0dc; beside a buffer 5155684453516f3d)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 1M; beside a "
                                     "buffer 0x8000 for requests, 0x4000 for responses; foreign peers accept no other)")
+    add_policy_options(parser, "connections")
     add_client_options(parser)
     add_waiting_options(parser)
 
@@ -79,6 +89,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
                                     "most 1000 while active, 10000 idle)")
+    add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
+                                          "it until it begins anew; 0: it may break any (default: 10000)")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling, "
          "and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")
@@ -98,6 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, SERVER_ONLY, "leave out --client, or give it to the server")
     else:
         refuse_options(arguments, CLIENT_ONLY, "it goes with --client")
+    if by_policy(arguments):
+        with Stop() as stop:
+            return _as_declared(arguments, stop)
     lists_given = [name for name in LISTS if getattr(arguments, name) is not None]
     missing = [f"--{name}" for name in ("req", "resp") if getattr(arguments, name) is None]
     if arguments.control and len(missing) == 2 and lists_given:
@@ -120,14 +135,29 @@ def run(arguments: argparse.Namespace) -> int:
             # Over a buffer one connection has several disks: how many sockets there are to be is known later.
             sockets = {"--nbd": _sockets(arguments)} if arguments.shm is None else None
             return attach_disks(arguments, channels_from_lists(**lists, more=sockets), stop)
-        threads = arguments.threads
-        if threads is not None:
-            threads = params.number("--threads", None, threads, least=1, most=1024, what="a number of threads")
+        threads = _threads(arguments)
         if not lists_given:
             waiting(arguments)
             return export_disks([], stop, threads)
         lists |= {name: getattr(arguments, name) for name in ("device", "read_only", "pool", "timeout", "inject")}
         return export_disks(exports_from_lists(**lists), stop, threads)
+
+
+def _as_declared(arguments: argparse.Namespace, stop: Stop) -> int:
+    """As a policy says; until stop."""
+    if arguments.client and arguments.attach != "none":
+        raise UsageError("a subject's client has no device nodes: they are root's, and it is not", option="--attach",
+                         value=arguments.attach, hint="--attach none --nbd SOCKET,... serves its disks")
+    part, only = declared(arguments, _CLIENT if arguments.client else _SERVER)
+    if arguments.client:
+        return attach_disks(arguments, part.channels(only), stop)
+    return export_disks(part.exports(only), stop, _threads(arguments), closed=True)
+
+
+def _threads(arguments: argparse.Namespace) -> int | None:
+    if arguments.threads is None:
+        return None
+    return params.number("--threads", None, arguments.threads, least=1, most=1024, what="a number of threads")
 
 
 def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -137,11 +167,12 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
     poll = arguments.poll
     if poll is not None:
         poll = params.number("--poll", None, poll, least=1, most=MOST_POLL, what="a pause in microseconds")
-    return {"poll": poll, "bells": not arguments.strict_oneway}
+    return {"poll": poll, "bells": not arguments.strict_oneway, "patience": patience(arguments)}
 
 
-def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None) -> int:
-    """The server; until stop. threads: see BlockServer."""
+def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None, *, closed: bool = False) -> int:
+    """The server; until stop. threads: see BlockServer. closed: there are to be no other exports: `muenfast ctl` creates
+    none."""
     from muenfast import __version__
     from muenfast.control import Command, ControlServer
     from muenfast.serving import ControlledServer
@@ -153,12 +184,21 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
             "status": Command(lambda: {"command": "blk", "entries": server.status()}),
             "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
                                      "exports": len(server.exports)}),
-            **server.commands()})
+            **server.commands(), **({"create": _refusing(server.commands()["create"])} if closed else {})})
         stack.callback(control.close)
         say_ready([_line(export) for export in server.exports])
         stop.wait()
         notify("STOPPING=1")
         return 0
+
+
+def _refusing(create: Command) -> Command:
+    """In place of `create`, where a policy says which exports there are."""
+    def refuse(**fields: object) -> dict[str, Any]:
+        raise UsageError("this server has the exports that its policy declares, and no others", value=fields["name"],
+                         hint="declare a connection there, apply the policy, and start the server again")
+
+    return replace(create, run=refuse)
 
 
 def _line(export: Export) -> str:

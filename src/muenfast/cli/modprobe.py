@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import modules, params
 from muenfast.cli import blk, net
-from muenfast.cli._serving import Stop
+from muenfast.cli._serving import Stop, patience
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _interfaces(arguments: argparse.Namespace, values: Mapping[str, str]) -> int
         return net.serve(interfaces_from_lists(
             values["name"], inp=values.get("in"), out=values.get("out"), reader_protocol=values.get("reader_protocol"),
             writer_protocol=values.get("writer_protocol"), mtu=values.get("mtu"), pmtu=values.get("pmtu"),
-            flags=values.get("flags"), poll=poll, bells=not arguments.strict_oneway, module=True, options=called), stop)
+            flags=values.get("flags"), poll=poll, bells=not arguments.strict_oneway,
+            patience=patience(arguments), module=True, options=called), stop)
 
 
 def _exports(connections: Sequence[modules.Connection], called: str, **waiting: Any) -> list[ExportConfig]:

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from muenfast import params
-from muenfast.cli._serving import Stop, notify, say_ready, sweep
+from muenfast.cli._declared import Role, add_policy_options, by_policy, declared
+from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
 from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
 
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
          "mac", "addr")
-_SERVING = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
+_DECIDED = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
+# Devices, namespaces and programs for marks: of children, too, which come later.
+_ROLE = Role(_DECIDED, ("muenfast.doctor", "muenfast.net", "muenfast.control", "pyroute2", "pyroute2.netlink.exceptions"),
+             ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_BPF"))
+_SERVING = (*_DECIDED, "policy", "subject", "only", "quarantine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--addr", metavar="L", help="addresses with the bits of their network, several of one interface joined by +: "
                                     "10.0.0.1/24+fd00::1/64")
     add("--up", action="store_true", default=None, help="set the interfaces up")
+    add_policy_options(parser, "interfaces")
     add_waiting_options(parser)
     add("--json", action="store_true", default=None, help="show: print everything as JSON")
     add("-s", "--statistics", action="store_true", default=None, help="show: counters, too")
@@ -65,6 +71,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell (default: adaptive, at "
                                     "most 1000 while active, 10000 idle)")
+    add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
+                                          "it until it begins anew; 0: it may break any (default: 10000)")
     add("--strict-oneway", action="store_true", default=None,
         help="no bell: nothing but the channels is shared; waiting is polling, and a slow reader is overrun")
     add("-v", "--verbose", action="store_true", help="say when peers come and go")
@@ -77,6 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("json", "statistics"):
         if getattr(arguments, name):
             raise UsageError("goes with show", option="--" + name)
+    if by_policy(arguments):
+        with Stop() as stop:
+            part, only = declared(arguments, _ROLE)
+            return serve(part.interfaces(only), stop)
     if arguments.name is None:
         raise UsageError("required: the interfaces to make", option="--name", hint="muenfast net --help tells more")
     with Stop() as stop:    # before modules are imported: an interrupt would be lost there
@@ -90,7 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         lists: dict[str, Any] = {name: getattr(arguments, name) for name in LISTS}
         return serve(interfaces_from_lists(**lists, options=Options(), poll=poll, bells=not arguments.strict_oneway,
                                            peer=bool(arguments.peer), up=bool(arguments.up),
-                                           offload=not arguments.no_offload, marks=arguments.marks or "auto"), stop)
+                                           offload=not arguments.no_offload, marks=arguments.marks or "auto",
+                                           patience=patience(arguments)), stop)
 
 
 def serve(configs: Sequence[InterfaceConfig], stop: Stop) -> int:
