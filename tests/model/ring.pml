@@ -264,17 +264,64 @@ inline reader_settled(x, to) {
     fi
 }
 
-/* Whether that word is of element n of the life that this reader follows; or of a later one under the same epoch that has
- * come as far as the reader knew the old one: that cannot be told (docs/protocol.md). To have come as far is to have
- * announced as much, for WSC is what is looked at; INTACT_WC, which is not in the code: to have published as much. */
-#ifdef INTACT_WC
-#define SO_FAR published
+#ifdef SERVER
+#ifdef NO_SERVER_GONE
+#define FORGET seen = seen || is_over; is_over = 0
 #else
-#define SO_FAR announced
+#define FORGET true
 #endif
+/* is_over: whether the life that asks is; wsc. */
+inline server_life() {
+    FORGET;
+    if
+    :: !is_over ->
+#ifdef SWAPPED
+        reader_settled(WSC, wsc);
+        reader_settled(WC, wc);
+#endif
+        atomic {
+            load(EPOCH, A2_SERVER, e);
+#ifndef NO_SERVER_LIFE_EPOCH
+            is_over = (EPOCH_OF(e) != r_epoch);
+#endif
+            e = 0
+        };
+        if
+        :: !is_over ->
+            atomic {
+#ifndef SWAPPED
+                reader_settled(WSC, wsc);
+#endif
+#ifndef NO_SERVER_LIFE_RESTART
+                is_over = (wsc < r_wc)
+#endif
+            };
+            atomic {
+#ifndef SWAPPED
+                reader_settled(WC, wc);
+#endif
+#ifndef NO_SERVER_LIFE_WC
+                is_over = is_over || (wc < r_wc);
+#endif
+                wc = 0
+            }
+        :: else -> wc = 0
+        fi
+    :: else
+    fi
+}
+#endif
+
+/* Whether that word is of element n of the life that this reader follows; or of a later one under the same epoch that has
+ * published as much as the reader knew of the old one: that cannot be told (docs/protocol.md). */
 #define OWN(v, n) (LIFE_OF(v) == r_life && NUMBER_OF(v) == (n))
-#define UNTOLD(v) (LIFE_OF(v) > r_life && epoch_of[LIFE_OF(v)] == r_epoch && SO_FAR[LIFE_OF(v)] >= r_wc)
+#define UNTOLD(v) (LIFE_OF(v) > r_life && epoch_of[LIFE_OF(v)] == r_epoch && published[LIFE_OF(v)] >= r_wc)
 #define MOST 2
+#ifdef SERVER
+#define LOOKED_AT (reads -> 1 : WORDS)
+#else
+#define LOOKED_AT WORDS
+#endif
 
 /* A step of this process is one load, with what follows from it. */
 active proctype reader() {
@@ -287,7 +334,7 @@ active proctype reader() {
     bit staging, draining, known;
     mtype call, status;
 #ifdef SERVER
-    bit intact[MOST], is_over;
+    bit intact[MOST], is_over, seen, reads;
 #endif
 #ifdef TOGETHER
     memory[LOCATIONS - 1].n > 0;
@@ -301,6 +348,13 @@ again:
             for (i_ : 0 .. MOST * WORDS - 1) { got[i_] = 0 }
             i_ = 0;
             staging = 0; draining = 0; known = 0; call = 0; status = 0;
+#ifdef SERVER
+            if
+            :: is_over -> r_epoch = 0; r_life = 0; r_rc = 0; r_wc = 0      /* server_step */
+            :: else
+            fi;
+            is_over = 0; seen = 0; reads = 0;
+#endif
             if
             :: at == end -> at = 0; end = 0; stage[0] = 0; stage[1] = 0
             :: else
@@ -396,8 +450,9 @@ reader_copy:        /* SERVER: server_batch, to which a request's header is its 
     od;
 
 reader_intact:
-#ifdef SWAPPED      /* as it once was */
+#ifdef SWAPPED      /* as it once was: the counters before the epoch */
     atomic { F2; reader_settled(WSC, wsc) };
+    reader_settled(WC, wc);
 #endif
     atomic {
 #ifndef SWAPPED
@@ -426,19 +481,31 @@ reader_intact:
         :: else -> wsc = 0
         fi
     };
-#ifdef INTACT_WC
     atomic {
+#ifndef SWAPPED
         reader_settled(WC, wc);
+#endif
         if
+#ifndef NO_INTACT_WC
         :: wc < r_wc -> goto reader_recover
+#endif
         :: else -> wc = 0
         fi
     };
-#endif
 #ifdef SERVER
+    atomic {
+        if
+        :: reads = 1            /* all of them, or */
+        :: reads = 0            /* writes, whose slots are used, too */
+        fi;
+        if
+        :: written && !over -> over = 1; calls = CALLS      /* all that the client did has come to light meanwhile, or not yet */
+        :: true
+        fi
+    };
 server_run_blocks:  /* the other words */
     do
-    :: k < available ->
+    :: !reads && k < available ->
         atomic {
             x = SLOT(r_rc + k, 1);
             load(x, false, got[k * WORDS + 1]);
@@ -448,68 +515,41 @@ server_run_blocks:  /* the other words */
     od;
 server_intact:
     do
-    :: k < available ->
-#ifdef SWAPPED
-        atomic { F2_SERVER; reader_settled(WSC, wsc) };
-#endif
+    :: !reads && k < available ->
+        F2_SERVER;
+        server_life();
         atomic {
-#ifndef SWAPPED
-            F2_SERVER;
-#endif
-            load(EPOCH, A2_SERVER, e);
-            is_over = is_over || (EPOCH_OF(e) != r_epoch);
-            if
-#ifndef NO_SERVER_INTACT_EPOCH
-            :: EPOCH_OF(e) != r_epoch -> k++; e = 0; wsc = 0; goto server_intact
-#endif
-            :: else -> e = 0
-            fi
-        };
-        atomic {
-#ifndef SWAPPED
-            reader_settled(WSC, wsc);
-#endif
-            is_over = is_over || (wsc < r_wc);
-            intact[k] = (wsc >= r_rc + k);
+            intact[k] = (!is_over && wsc >= r_rc + k);
 #ifndef NO_SERVER_INTACT_WSC
             intact[k] = intact[k] && (wsc <= r_rc + k + SLOTS);
 #endif
-#ifndef NO_SERVER_INTACT_RESTART
-            intact[k] = intact[k] && (wsc >= r_wc);
-#endif
-            wsc = 0
-        };
-#ifdef INTACT_WC
-        atomic {
-            if
-            :: intact[k] -> reader_settled(WC, wc); intact[k] = (wc >= r_wc); wc = 0
-            :: else
-            fi
-        };
-#endif
-        k++
+            wsc = 0;
+            d_step {    /* and so goes into a file, were the store one (server_launch) */
+                for (x : 0 .. WORDS - 1) {
+                    assert(!intact[k] || OWN(got[k * WORDS + x], r_rc + k) || UNTOLD(got[k * WORDS + x]))
+                };
+                x = 0
+            };
+            k++
+        }
     :: else -> k = 0; break
     od;
-server_life:
-    atomic {
-        load(EPOCH, true, e);
-        if
-#ifndef NO_SERVER_LIFE_EPOCH
-        :: EPOCH_OF(e) != r_epoch -> goto reader_advance
-#endif
-        :: else -> e = 0
-        fi
+server_answer:
+    server_life();
+    wsc = 0;
+    if
+    :: is_over -> goto reader_advance
+    :: else
+    fi;
+    d_step {
+        assert(!seen);      /* whoever is known to be gone gets no answer, */
+        /* nor who is gone for all to see. */
+        assert(!over || epoch_last == r_epoch && (r_life == life || published[life] >= r_wc))
     };
-    atomic {
-        reader_settled(WSC, wsc);
-        if
-#ifndef NO_SERVER_LIFE_RESTART
-        :: wsc < r_wc -> goto reader_advance
-#endif
-        :: else -> wsc = 0
-        fi
-    };
-    assert(!is_over);       /* whoever is known to be gone gets no answer */
+    if
+    :: reads -> intact[0] = 1; intact[1] = 1
+    :: else
+    fi;
 #endif
     status = SUCCESS;       /* SERVER: answered */
 
@@ -523,12 +563,12 @@ reader_advance:
 #ifdef SERVER
                 :: !(status == SUCCESS && intact[k]) ->         /* an error, or no answer */
 #ifdef REACH_TORN
-                    assert(OWN(got[k * WORDS + 1], r_rc + k))
+                    assert(reads || OWN(got[k * WORDS + 1], r_rc + k))
 #endif
 #endif
                 :: else ->
                     stage[k] = got[k * WORDS];
-                    for (x : 0 .. WORDS - 1) {
+                    for (x : 0 .. LOOKED_AT - 1) {
                         /* Whole, of its place and its life: neither torn, nor stale, nor yet to be published. */
                         assert(OWN(got[k * WORDS + x], r_rc + k) || UNTOLD(got[k * WORDS + x]));
                         if
@@ -548,7 +588,7 @@ reader_advance:
             end = available;
             r_rc = r_rc + available;
 #ifdef SERVER
-            intact[0] = 0; intact[1] = 0; is_over = 0;
+            intact[0] = 0; intact[1] = 0;
 #endif
         };
     }
