@@ -7,7 +7,7 @@ those that are said to be spare, with the reason. NAME: only tests with that in 
 themselves. Exit status 1 where herd7 says otherwise, 2 where there is none.
 
 Beside tests/test_memory_model.py, which runs the C that is built, this has what that machine leaves out: a store that
-overtakes an older load of its thread, and stores to one word that take effect against the order in which they were made.
+overtakes an older load of its thread, and stores to one word that take effect against their order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Test:
     """Threads of accesses and fences, one a line, and the outcome that must not be.
 
     `W word value`, `R word register`, `X word value` (exchange), `A word value` (add), `F`, each with .rel, .acq,
-    .acq_rel or .sc behind the letter, and with `# NAME` at its end where it has a name by which it can be removed: a fence
-    goes, an access becomes relaxed. Words are 0 in the beginning but for those in `first`.
+    .acq_rel or .sc behind the letter, and with `# NAME` at its end where it has a name by which it can be removed: a
+    fence goes, an access becomes relaxed. Words are 0 in the beginning but for those in `first`.
     """
 
     name: str
@@ -91,10 +91,10 @@ def as_c(test: Test, removed: str) -> str:
                     lines.append(f"  atomic_store_explicit({operands[0]}, {operands[1]}, {memory});")
                 case "R":
                     lines.append(f"  int {operands[1]} = atomic_load_explicit({operands[0]}, {memory});")
-                case "X":
-                    lines.append(f"  int x{len(lines)} = atomic_exchange_explicit({operands[0]}, {operands[1]}, {memory});")
-                case "A":
-                    lines.append(f"  int x{len(lines)} = atomic_fetch_add_explicit({operands[0]}, {operands[1]}, {memory});")
+                case "X" | "A":
+                    what = "exchange" if letter == "X" else "fetch_add"
+                    lines.append(f"  int x{len(lines)} = "
+                                 f"atomic_{what}_explicit({operands[0]}, {operands[1]}, {memory});")
         lines.append("}")
     return "\n".join([*lines, f"exists ({test.bad})", ""])
 
@@ -152,7 +152,8 @@ TESTS = (
          "1:r0=3 /\\ 1:r1=1", "epoch=1 wc=1",
          {"F3": "S1 orders it, too", "S1": "F3 orders it, too"}),
     Test("sync", "geometry is the epoch's",
-         ("W epoch 0; F.rel # F3\nW size 8; W.rel epoch 2 # S2", "R.acq epoch r0 # L1\nR size r1; F.acq # F4\nR epoch r2"),
+         ("W epoch 0; F.rel # F3\nW size 8; W.rel epoch 2 # S2",
+          "R.acq epoch r0 # L1\nR size r1; F.acq # F4\nR epoch r2"),
          "(1:r0=2 /\\ 1:r1=4) \\/ (1:r0=1 /\\ 1:r1=8 /\\ 1:r2=1)", "epoch=1 size=4"),
     Test("sleep", "who announces a sleep is seen, or sees",
          ("W.rel wc 1; F.sc # F5\nR waiters r0", "W waiters 1; F.sc # F6\nR wc r1"), "0:r0=0 /\\ 1:r1=0"),
@@ -160,7 +161,7 @@ TESTS = (
          ("X.acq_rel waiters 0 # exchange\nA.acq_rel seq 1 # seq\nW.rel wc 2; F.sc # F5\nR waiters r0",
           "R.acq seq r0 # seq_acquire\nW waiters 1; F.sc # F6\nR wc r1"),
          "1:r0=1 /\\ 1:r1=1 /\\ 0:r0=0", "wc=1 waiters=1",
-         {"exchange": "the add behind it releases, too", "seq": "the exchange before it is acq_rel: its store may come late"}),
+         {"exchange": "the add behind it releases, too", "seq": "F5 is behind it, and the exchange before it acq_rel"}),
     Test("ringer", "a bell is slept on only while its epoch's writer rings it",
          ("W ringer 2; W.rel epoch 2 # S2\nF.sc # F5\nR waiters r0", "W waiters 1; F.sc # F6\nR epoch r0"),
          "0:r0=0 /\\ 1:r0=1", "epoch=1 ringer=1", {"S2": "F5 orders it, and the pair is store and load"}),
@@ -217,7 +218,7 @@ def main() -> int:
             print(as_c(test, ""), as_arm64(test, ""), sep="\n")
         return 0
     if shutil.which(arguments.herd7) is None:
-        print(f"there is no {arguments.herd7}; Debian 14 and later have it (herdtools7), and opam (herdtools7)", file=sys.stderr)
+        print(f"there is no {arguments.herd7}; Debian 14 and later have it (herdtools7), and opam", file=sys.stderr)
         return 2
     began, bad, runs = time.monotonic(), 0, list(cases(chosen))
     with ThreadPoolExecutor(2) as pool:
@@ -239,8 +240,8 @@ def main() -> int:
                 print(f"{test.name:16} {removed or 'as it is':16} RC11 {said[0]:9} AArch64 {said[1]:9} "
                       f"{'' if good else 'NOT AS IT HAS TO BE '}{note}".rstrip(), flush=True)
     removals = [removed for _, removed in runs if removed]
-    print(f"{len(chosen)} tests, {len(removals)} removals, each under {len(MODELS)} models: {bad} not as they have to be, "
-          f"{time.monotonic() - began:.0f} s")
+    print(f"{len(chosen)} tests, {len(removals)} removals, each under {len(MODELS)} models: "
+          f"{bad} not as they have to be, {time.monotonic() - began:.0f} s")
     return 1 if bad else 0
 
 

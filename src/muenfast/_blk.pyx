@@ -202,8 +202,9 @@ cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t ou
 
 
 cdef bint server_life(server_t *s, uint64_t *wsc) noexcept nogil:
-    """Whether the life that asks goes on, and its WSC: a client that has begun a new epoch, or the same one anew, gets no
-    answer to the old one's requests. One that was seen to be over stays so: the next may have come as far by another look.
+    """Whether the life that asks goes on, and its WSC: a client that has begun a new epoch, or the same one anew, gets
+    no answer to the old one's requests. One that was seen to be over stays so: by the next look another may have come as
+    far.
     """
     if s.over != s.r.epochs and load_acquire64(&s.r.hdr.epoch) == s.r.epoch:
         wsc[0] = reader_settled(&s.r, &s.r.hdr.wsc)

@@ -176,8 +176,8 @@ static void announced(int kind) {
 }
 static void begin_memory_announced(void) { announced(SERVER_CONSTANT(STORE_MEMORY)); }
 static void begin_file_announced(void) { announced(SERVER_CONSTANT(STORE_FILE)); }
-/* The new life has come as far as the old one by the second look at it: an answer, if any, is no error, for that says that
- * the first look has seen it. */
+/* The new life has come as far as the old one by the second look at it: an answer, if any, is no error, for that says
+ * that the first look has seen it. */
 static void serve_any(void) {
     int step;
     uint64_t n, before;

@@ -1,8 +1,8 @@
 /* Sleeping on a bell and being woken: `ring` on one side, `reader_wait` and `readers_wait` on the other.
  *
  * A sleep has no end but a wake-up: what bounds it to 100 ms in the code is not here. Elements are counted and have no
- * contents (ring.pml has). Each label and inline has the name of the function in src/muenfast that it stands for; -DNO_x
- * removes a fence, an ordering or a look. -DREACH_x: fails where x is reached.
+ * contents (ring.pml has). Each label and inline has the name of the function in src/muenfast that it stands for;
+ * -DNO_x removes a fence, an ordering or a look. -DREACH_x: fails where x is reached.
  *
  * -DREADERS=2: two readers of one channel and bell. -DCHANNELS=2: one thread waits for two channels (readers_wait).
  * -DPLAIN: the writer is one without a bell, behind one that had it.
@@ -70,7 +70,7 @@
 #define NEWEST(x) memory[x].at[memory[x].n - 1].value
 
 /* ------------------------------------------------------------------ futex(2) */
-/* A queue for each word under a lock, which orders whoever has it: the look of one that goes to sleep, and a wake-up. */
+/* A queue for each word under a lock, which orders whoever has it: one that goes to sleep and looks, and a wake-up. */
 typedef queue {
     byte order[STORERS];
     bit waits[READERS]
@@ -126,7 +126,8 @@ inline futex_queue(me, c, seen, value) {
 /* Whether a sleeper could read something new. */
 byte r_epoch[READERS * CHANNELS], r_rc[READERS * CHANNELS];
 #define AT(r, c) ((r) * CHANNELS + (c))
-#define SOMETHING(r, c) (NEWEST(EPOCH(c)) != r_epoch[AT(r, c)] || r_epoch[AT(r, c)] != 0 && NEWEST(WC(c)) != r_rc[AT(r, c)])
+#define SOMETHING(r, c) (NEWEST(EPOCH(c)) != r_epoch[AT(r, c)] || \
+    r_epoch[AT(r, c)] != 0 && NEWEST(WC(c)) != r_rc[AT(r, c)])
 #if CHANNELS > 1
 #define ANYTHING(r) (SOMETHING(r, 0) && over[0] || SOMETHING(r, 1) && over[1])
 #else
@@ -149,7 +150,7 @@ inline bell_kick(who) {
 #endif
     atomic {
         kicked++;
-        assert(kicked <= announced);    /* no more system calls than announcements */
+        assert(kicked <= announced);    /*: more wake-ups than announcements */
 #ifndef NO_WAKE
         futex_wake_all(who, who)
 #endif
@@ -183,7 +184,11 @@ writer_publish:
 #if CHANNELS == 1
     :: ops < OPS ->
 writer_start:
-        atomic { ops++; wc = 0; epoch = (epoch == 1 -> 2 : 1); store_relaxed(self, EPOCH(self), 0); fence_release(self) };  /* F3 */
+        atomic {
+            ops++; wc = 0; epoch = (epoch == 1 -> 2 : 1);
+            store_relaxed(self, EPOCH(self), 0);
+            fence_release(self)     /* F3 */
+        };
         store_relaxed(self, WC(self), 0);
         store_relaxed(self, RINGER(self), epoch);
         store_S2(self, EPOCH(self), epoch);
@@ -203,9 +208,9 @@ writer_stop:
     od;
     atomic {
         over[self] = 1;
-        NOBODY_SLEEPS_ON_IT(0);
+        NOBODY_SLEEPS_ON_IT(0);     /*: asleep on something new: a lost wake-up */
 #if READERS > 1
-        NOBODY_SLEEPS_ON_IT(1);
+        NOBODY_SLEEPS_ON_IT(1);     /*: asleep on something new: a lost wake-up */
 #endif
         true
     }
@@ -341,7 +346,8 @@ reader_wait:
                     futex_queue(self, 1, seq_, v);
                     d_step {
                         if
-                        :: queues[0].waits[self - CHANNELS] && queues[1].waits[self - CHANNELS] -> asleep[self - CHANNELS] = 1
+                        :: queues[0].waits[self - CHANNELS] && queues[1].waits[self - CHANNELS] ->
+                            asleep[self - CHANNELS] = 1
                         :: else -> queues[0].waits[self - CHANNELS] = 0; queues[1].waits[self - CHANNELS] = 0
                         fi
                     }
@@ -357,7 +363,7 @@ reader_wait:
                 };
 #endif
                 atomic {
-                    NOBODY_SLEEPS_ON_IT(self - CHANNELS);
+                    NOBODY_SLEEPS_ON_IT(self - CHANNELS);       /*: asleep on something new: a lost wake-up */
 #ifdef REACH_SLEEP
                     assert(!asleep[self - CHANNELS]);
 #endif

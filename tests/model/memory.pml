@@ -1,17 +1,19 @@
 /* The memory of ring.pml and bell.pml: that of C11 without consume and seq_cst accesses (RC11), by views.
  *
- * A word keeps all stores that were made to it, in their order. Each thread counts its stores; a view says how many of each
- * thread's one can no longer miss. A load takes any store of its word but those older than one that the view has or that
- * this thread has taken there before: so stores become visible late and in any order, and loads happen early, unless an
- * ordering forbids that. A store carries what its thread had released (a release store: all that its thread knows); an
- * acquire load takes that over at once, a relaxed one with the next acquire fence. Full fences exchange views through
- * one that is everybody's. An update (exchange, add) takes the newest, and hands on what that carried.
+ * A word keeps all stores that were made to it, in their order. Each thread counts its stores; a view says how many
+ * of each thread's one can no longer miss. A load takes any store of its word but those older than one that the view
+ * has or that this thread has taken there before: so stores become visible late and in any order, and loads happen
+ * early, unless an ordering forbids that. A store carries what its thread had released (a release store: all that its
+ * thread knows); an acquire load takes that over at once, a relaxed one with the next acquire fence. Full fences
+ * exchange views through one that is everybody's. An update (exchange, add) takes the newest, and hands on what that
+ * carried.
  *
  * What the views do not say, the models do by themselves: a relaxed load that comes after a store that follows it (only
  * bell.pml has such a pair, and lets the two change places). That one thread has taken a store without order is not
  * handed to a third thread: the third may do more here than C11 allows.
  *
- * The models define LOCATIONS, THREADS, STORERS (threads below that store) and STORES (to one word, the first value included).
+ * The models define LOCATIONS, THREADS, STORERS (threads below that store) and STORES (to one word, the first value
+ * included).
  */
 typedef stored {
     byte value;
@@ -70,7 +72,8 @@ inline memory_begins() {
 #else
 #define TWIN_(x, k) false
 #endif
-/* low: the newest store that this thread may not miss; `newest`: none may be missed any more. high: the newest that is to be tried. */
+/* low: the newest store that this thread may not miss; `newest`: none may be missed any more. high: the newest that is
+ * to be tried. */
 inline oldest_(me, x, newest) {
     low = threads[me].seen[x];
     i_ = low + 1;

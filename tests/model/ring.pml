@@ -1,7 +1,7 @@
 /* An SHMStream channel: its writer's lives, and a reader or a block server that follows it. docs/memory-model.md.
  *
- * Each label and inline has the name of the function in src/muenfast that it stands for, each fence and ordering the name
- * that docs/memory-model.md gives it; -DNO_x removes it. tools/model.py runs all of that.
+ * Each label and inline has the name of the function in src/muenfast that it stands for, each fence and ordering the
+ * name that docs/memory-model.md gives it; -DNO_x removes it. tools/model.py runs all of that.
  *
  * The writer takes nothing from a reader, and what it stored can be missed by anybody: so all its lives come first, and
  * the reader's loads decide how much of them there is. -DTOGETHER has the two run side by side.
@@ -141,10 +141,11 @@ active proctype writer() {
     memory_begins();
     do
     :: lives < LIVES ->
-        /* Starts after a clean end or, as after kill -9, where the last life just is. */
+        /* Starts after a clean end or, as after kill -9, where the last life just is: under the same epoch, or one that
+         * was not there before (one that comes back is as the same for whoever did not look between). */
         if
-        :: epoch = 1
-        :: lives > 0 -> epoch = 2
+        :: epoch = (life == 0 -> 1 : epoch_of[life])
+        :: life > 0 -> epoch = epoch_of[life] + 1
         fi;
         lives++;
 writer_start:
@@ -153,9 +154,6 @@ writer_start:
             life++;
             epoch_of[life] = epoch;
             twice = twice || (life > 1 && epoch_of[life - 1] == epoch);
-#if LIVES > 2
-            twice = twice || (life > 2 && epoch_of[life - 2] == epoch);
-#endif
             wc = 0; wsc = 0
         };
 #ifndef NO_EPOCH_0
@@ -247,7 +245,8 @@ inline reader_settled(x, to) {
         load(EPOCH, false, e2);
         if
         :: SAME_LIFE ->
-            assert(twice);      /* r.unsettled counts no restart that tells of itself */
+            /* r.unsettled counts no restart that tells of itself */
+            assert(twice);      /*: a counter of another epoch is believed to have gone back */
             if
             :: true ->
                 load(EPOCH, false, e2);
@@ -312,8 +311,8 @@ inline server_life() {
 }
 #endif
 
-/* Whether that word is of element n of the life that this reader follows; or of a later one under the same epoch that has
- * published as much as the reader knew of the old one: that cannot be told (docs/protocol.md). */
+/* Whether that word is of element n of the life that this reader follows; or of a later one under the same epoch that
+ * has published as much as the reader knew of the old one: that cannot be told (docs/protocol.md). */
 #define OWN(v, n) (LIFE_OF(v) == r_life && NUMBER_OF(v) == (n))
 #define UNTOLD(v) (LIFE_OF(v) > r_life && epoch_of[LIFE_OF(v)] == r_epoch && published[LIFE_OF(v)] >= r_wc)
 #define MOST 2
@@ -431,7 +430,7 @@ reader_peek:
 
 reader_copy:        /* SERVER: server_batch, to which a request's header is its first word */
     atomic {
-        assert(r_wc > r_rc && r_wc - r_rc <= SLOTS);    /* nothing beyond the ring is copied */
+        assert(r_wc > r_rc && r_wc - r_rc <= SLOTS);    /*: more than the ring holds is copied */
         available = (r_wc - r_rc < most -> r_wc - r_rc : most)
     };
     do
@@ -499,7 +498,7 @@ reader_intact:
         :: reads = 0            /* writes, whose slots are used, too */
         fi;
         if
-        :: written && !over -> over = 1; calls = CALLS      /* all that the client did has come to light meanwhile, or not yet */
+        :: written && !over -> over = 1; calls = CALLS      /* all that the client did is visible by now, or not */
         :: true
         fi
     };
@@ -526,6 +525,7 @@ server_intact:
             wsc = 0;
             d_step {    /* and so goes into a file, were the store one (server_launch) */
                 for (x : 0 .. WORDS - 1) {
+                    /*: torn, stale or unpublished, and written */
                     assert(!intact[k] || OWN(got[k * WORDS + x], r_rc + k) || UNTOLD(got[k * WORDS + x]))
                 };
                 x = 0
@@ -542,8 +542,9 @@ server_answer:
     :: else
     fi;
     d_step {
-        assert(!seen);      /* whoever is known to be gone gets no answer, */
-        /* nor who is gone for all to see. */
+        /* Whoever is known to be gone gets no answer, nor who is gone for all to see. */
+        assert(!seen);      /*: an answer to a life known to be over */
+        /*: an answer to a life that is over */
         assert(!over || epoch_last == r_epoch && (r_life == life || published[life] >= r_wc))
     };
     if
@@ -570,6 +571,7 @@ reader_advance:
                     stage[k] = got[k * WORDS];
                     for (x : 0 .. LOOKED_AT - 1) {
                         /* Whole, of its place and its life: neither torn, nor stale, nor yet to be published. */
+                        /*: torn, stale or unpublished, and delivered */
                         assert(OWN(got[k * WORDS + x], r_rc + k) || UNTOLD(got[k * WORDS + x]));
                         if
                         :: !OWN(got[k * WORDS + x], r_rc + k) -> stage[k] = UNKNOWN
@@ -600,18 +602,19 @@ take:               /* Reader.take: what was taken ahead, or copied just now */
 #ifdef REACH_STAGE
             assert(at == 0 || LIFE_OF(stage[at]) == life);
 #endif
-            assert(told == r_epoch);
+            assert(told == r_epoch);        /*: an epoch that nobody was told of */
             do
             :: at < end ->
                 /* In order, each once, of the epoch that was told, whatever has come since. */
                 if
                 :: stage[at] != UNKNOWN ->
+                    /*: out of order */
                     assert(NUMBER_OF(stage[at]) == due && epoch_of[LIFE_OF(stage[at])] == told);
                     k = (LIFE_OF(stage[at]) - 1) * PUTS + due;
-                    assert(!((given >> k) & 1));
+                    assert(!((given >> k) & 1));        /*: delivered twice */
                     given = given | (1 << k);
                     /* Nothing that was there when Reader.drain was called. */
-                    assert(!(LIFE_OF(stage[at]) == skipped_life && due < skipped));
+                    assert(!(LIFE_OF(stage[at]) == skipped_life && due < skipped));     /*: drained, and delivered */
                     k = 0
                 :: else
                 fi;
@@ -668,14 +671,14 @@ reader_overrun:
         :: else
         fi;
         d_step {
-            /* There is a loss, it is counted to the element, and the position is one that the writer had: in this life, or
-             * in a later one under the same epoch that has come as far by now. */
-            assert(at == end && due == r_rc && told == r_epoch);
-            assert(wc > r_rc);
+            /* There is a loss, it is counted to the element, and the position is one that the writer had: in this life,
+             * or in a later one under the same epoch that has come as far by now. */
+            assert(at == end && due == r_rc && told == r_epoch);        /*: a loss in the wrong place */
+            assert(wc > r_rc);      /*: an overrun that lost nothing */
             for (k : r_life .. life) {
                 x = x || (epoch_of[k] == r_epoch && published[k] >= wc && (k > r_life || announced[k] > r_rc + SLOTS))
             };
-            assert(x);
+            assert(x);      /*: a loss that was none */
             k = 0; x = 0;
             due = due + (wc - r_rc);
             r_rc = wc; r_wc = wc
@@ -721,7 +724,7 @@ sync:
         fi;
 #endif
         d_step {
-            assert(size == EPOCH_OF(e));    /* the geometry is that epoch's */
+            assert(size == EPOCH_OF(e));    /*: the geometry of another epoch */
 #ifdef REACH_EPOCH
             assert(r_epoch == 0 || r_epoch == EPOCH_OF(e));
 #endif
@@ -757,7 +760,7 @@ answer:
     atomic {
         true;
         d_step {
-            assert(at == end);      /* what was taken ahead comes before what is told */
+            assert(at == end);      /*: told before what was taken ahead */
             if
             :: status == EPOCH_CHANGED -> told = r_epoch; due = 0
             :: status == INACTIVE -> told = 0; due = 0
@@ -770,15 +773,16 @@ answer:
             :: over && (status == NO_DATA || status == INACTIVE) ->
                 /* When everything is visible: the stop, or the last epoch and each element of it, has been told of. */
                 if
-                :: epoch_last == 0 -> assert(status == INACTIVE && told == 0)
-                :: else -> assert(status == NO_DATA && told == epoch_last && due == r_rc && due == published[life])
+                :: epoch_last == 0 -> assert(status == INACTIVE && told == 0)     /*: an end that was not told of */
+                :: else -> /*: an epoch or elements not told of */
+                    assert(status == NO_DATA && told == epoch_last && due == r_rc && due == published[life])
                 fi
             :: else
             fi
         };
         if
         :: over && (status == NO_DATA || status == INACTIVE) -> goto end_
-        :: else -> assert(final < PUTS + 3); goto again
+        :: else -> assert(final < PUTS + 3); goto again     /*: no end */
         fi
     };
 
@@ -816,7 +820,7 @@ skip_to:
     atomic {
         true;
         d_step {
-            assert(wc >= r_wc);     /* the position does not go back where no other epoch is told of */
+            assert(wc >= r_wc);     /*: a position that went back without a word */
             r_rc = wc; r_wc = wc;
             told = r_epoch;
             due = wc;
