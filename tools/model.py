@@ -112,7 +112,8 @@ RUNS = [
     *removed("ring", RING, "NO_F1", "NO_F2", "NO_F3", "NO_F4", "NO_S1", "NO_S1_ACQUIRE", "NO_S2", "NO_L1", "NO_EPOCH_0",
              "NO_SECOND_LOOK", "NO_WSC", "NO_INTACT_ACQUIRE", "NO_INTACT_EPOCH", "NO_INTACT_WSC", "NO_INTACT_RESTART",
              "NO_INTACT_WC", "NO_PEEK_EPOCH", "NO_PEEK_RESTART", "NO_PEEK_OVERRUN", "NO_RECOVER_EPOCH",
-             "NO_OVERRUN_EPOCH", "NO_OVERRUN_RESTART", "NO_DRAIN_EPOCH", "NO_DRAIN_RESTART", "NO_STAGE_FIRST", "NO_SETTLED_EPOCH"),
+             "NO_OVERRUN_EPOCH", "NO_OVERRUN_RESTART", "NO_DRAIN_EPOCH", "NO_DRAIN_RESTART",
+             "NO_STAGE_FIRST", "NO_SETTLED_EPOCH"),
     *removed("ring", DEEP, "NO_WSC_KEPT"),
     # What the code once had: the counters before the epoch, WC loaded twice, WSC alone behind a copy (NO_INTACT_WC).
     *removed("ring", RING, "SWAPPED", "PEEK_FORGETS", "DRAIN_TWICE"),
@@ -274,7 +275,8 @@ def main() -> int:
         arguments.table.write_text(table(results))
     kinds = [run.kind for run in chosen]
     print(f"{kinds.count('complete')} complete models, {kinds.count('reach')} reached, "
-          f"{kinds.count('removed')} removals, of which {sum(run.spare != '' for run in chosen)} are spare: {bad} not as they have to be, "
+          f"{kinds.count('removed')} removals, of which {sum(run.spare != '' for run in chosen)} are spare: "
+          f"{bad} not as they have to be, "
           f"{time.monotonic() - began:.0f} s")
     return 1 if bad else 0
 
