@@ -251,7 +251,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--trace", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each may take up to 1 GB")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
+                        help=f"runs at a time; each may take up to {MEMORY} MB")
     arguments = parser.parse_args()
     chosen = [run for run in RUNS if not arguments.names or any(name in run.name for name in arguments.names)]
     if not chosen:

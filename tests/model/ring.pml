@@ -312,15 +312,15 @@ inline server_life() {
 #endif
 
 /* Whether that word is of element n of the life that this reader follows; or of a later one under the same epoch where
- * that, or one behind it, has published as much as the reader knew of the old one: that cannot be told
+ * that, or one behind it, has published as much as the reader knew of the old one: that is not told
  * (docs/protocol.md). */
 #define OWN(v, n) (LIFE_OF(v) == r_life && NUMBER_OF(v) == (n))
-#define CAUGHT_UP(life_) (epoch_of[life_] == r_epoch && published[life_] >= r_wc)
+#define CAUGHT_UP(life_) (published[life_] >= r_wc)
 #if LIVES > 2
 #define UNTOLD(v) (LIFE_OF(v) > r_life && epoch_of[LIFE_OF(v)] == r_epoch && \
     (CAUGHT_UP(LIFE_OF(v)) || CAUGHT_UP(LIVES)))
 #else
-#define UNTOLD(v) (LIFE_OF(v) > r_life && CAUGHT_UP(LIFE_OF(v)))
+#define UNTOLD(v) (LIFE_OF(v) > r_life && epoch_of[LIFE_OF(v)] == r_epoch && CAUGHT_UP(LIFE_OF(v)))
 #endif
 #define MOST 2
 #ifdef SERVER
