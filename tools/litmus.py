@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 LIMIT = 120     # seconds of one test under one model
 MODELS = ("RC11", "AArch64")
@@ -162,7 +161,7 @@ TESTS = (
           "R.acq seq r0 # seq_acquire\nW waiters 1; F.sc # F6\nR wc r1"),
          "1:r0=1 /\\ 1:r1=1 /\\ 0:r0=0", "wc=1 waiters=1",
          {"exchange": "the add behind it releases, too", "seq": "F5 is behind it, and the exchange before it acq_rel"}),
-    Test("ringer", "a bell is slept on only while its epoch's writer rings it",
+    Test("start", "who announces a sleep is seen by a writer that starts, or sees the new epoch",
          ("W ringer 2; W.rel epoch 2 # S2\nF.sc # F5\nR waiters r0", "W waiters 1; F.sc # F6\nR epoch r0"),
          "0:r0=0 /\\ 1:r0=1", "epoch=1 ringer=1", {"S2": "F5 orders it, and the pair is store and load"}),
     Test("issued", "an entry's fields are there before its state, and its answer finds both",
