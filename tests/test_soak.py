@@ -8,7 +8,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +71,30 @@ def test_a_block_that_is_not_as_recorded(soak: ModuleType, tmp_path: Path) -> No
     assert "torn" in record.problem(3, content[1][:2048] + content[2][2048:])
     with pytest.raises(soak.Failed, match="2 was acknowledged"):
         record.check(lambda length, offset: bytes(8 * 4096))
+
+
+def test_a_block_of_memory_that_is_half_written(soak: ModuleType, tmp_path: Path) -> None:
+    """Words of what was in flight are written anew, where they may be; any other word is a failure there too."""
+    record = soak.Record(tmp_path / "record", 8)
+    content = [record.pack(3), record.pack(3), record.pack(3)]
+    record.done[3] = 2
+    written = []
+
+    def disk(block: bytes) -> Callable[[int, int], bytes]:
+        return lambda length, offset: bytes(3 * 4096) + block + bytes(4 * 4096)
+
+    half = content[2][:1184] + content[1][1184:]
+    with pytest.raises(soak.Failed, match="block 3 is torn: from word 0 version 3 of block 3, from word 148 version 2 of"):
+        record.check(disk(half))
+    assert record.check(disk(content[1]), lambda *what: written.append(what)) == 0
+    assert record.check(disk(half), lambda *what: written.append(what)) == 1
+    assert written == [(struct.pack("<Q", 3 << 32 | 4) * 512, 3 * 4096)]
+    assert record.done[3] == record.sent[3] == 4
+    record.done[3] = 2
+    for wrong in (content[0], bytes(4096), struct.pack("<Q", 3 << 32 | 5) * 512, struct.pack("<Q", 4 << 32 | 2) * 512):
+        with pytest.raises(soak.Failed, match="block 3 is torn"):
+            record.check(disk(content[2][:4088] + wrong[:8]), lambda *what: written.append(what))
+    assert len(written) == 1
 
 
 def test_a_step_that_does_not_end(soak: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

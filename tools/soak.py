@@ -16,12 +16,14 @@ Rigs (L: some of their names; default: all but `lost`), `+shm` over a shared buf
 With --every SECONDS servers only are killed, at that pace, for M (1) minutes a rig: ext4, ext4+shm, lost, lost+shm.
 
 Checked: each block and each file is what the record allows. A write that was acknowledged and a file that was fsynced are
-there, whoever died; what was in flight is old or new, never anything else. No request failed while the client lived. fsck
-finds nothing. No step takes longer than a minute: it is named then, with the kernel functions in which it stands. After
-each episode no region, record, socket, mount, loop device, node, process or FUSE connection is left. Service resumes within
-MS (500; 0: not checked) of the server's return: from what it first does in its channel, its `ready`, or SIGCONT, to the
-first answer that the load gets. Exit status 0 only where all of it held. The seed decides who dies, in which order and how
-long after the load got going; the rest is the machine's.
+there, whoever died; what was in flight is old or new, never anything else. (Each word of it is, where memory is the disk: a
+server that is killed in the middle of a copy leaves half of one, and nobody sends it again when the client dies too. The
+next client tells how many such blocks it found, and writes them.) No request failed while the client lived. fsck finds
+nothing. No step takes longer than a minute: it is named then, with the kernel functions in which it stands. After each
+episode no region, record, socket, mount, loop device, node, process or FUSE connection is left. Service resumes within MS
+(500; 0: not checked) of the server's return: from what it first does in its channel, its `ready`, or SIGCONT, to the first
+answer that the load gets. Exit status 0 only where all of it held. The seed decides who dies, in which order and how long
+after the load got going; the rest is the machine's.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ class Record:
         """What is wrong with the contents of block i."""
         value = int.from_bytes(found[:8], "little")
         if found != struct.pack("<Q", value) * (BLOCK // 8):
-            return f"block {i} is torn"
+            return f"block {i} is torn: {self.words_of(found)}"
         if value and value >> 32 != i:
             return f"block {i} holds what was written to block {value >> 32}"
         version = value & 0xFFFFFFFF
@@ -108,14 +110,35 @@ class Record:
                     f"{self.sent[i]} sent")
         return None
 
-    def check(self, read: Callable[[int, int], bytes]) -> None:
-        """All blocks, as read(length, offset) gives them; what was in flight is known from then on."""
+    @staticmethod
+    def words_of(found: bytes) -> str:
+        """Which words of a block are of which version."""
+        said, last = [], -1
+        for at, word in enumerate(memoryview(found).cast("Q")):
+            if word != last:
+                said.append(f"from word {at} version {word & 0xFFFFFFFF} of block {word >> 32}")
+                last = word
+        return ", ".join(said[:8]) + (f", and {len(said) - 8} more" if len(said) > 8 else "")
+
+    def check(self, read: Callable[[int, int], bytes], write: Callable[[bytes, int], Any] | None = None) -> int:
+        """All blocks, as read(length, offset) gives them; what was in flight is known from then on.
+
+        With write(data, offset) a block may be a mixture of what was in flight: it is written anew. Returns how many were.
+        """
         content = read(self.blocks * BLOCK, 0)
+        mixed = 0
         for i in range(self.blocks):
             found = content[i * BLOCK:(i + 1) * BLOCK]
-            if (wrong := self.problem(i, found)) is not None:
+            if (wrong := self.problem(i, found)) is None:
+                self.done[i] = int.from_bytes(found[:8], "little") & 0xFFFFFFFF
+                continue
+            words = memoryview(found).cast("Q")
+            if write is None or any(self.problem(i, words[k:k + 1].tobytes() * (BLOCK // 8)) for k in range(BLOCK // 8)):
                 raise Failed(wrong)
-            self.done[i] = int.from_bytes(found[:8], "little") & 0xFFFFFFFF
+            write(self.pack(i), i * BLOCK)
+            self.done[i] = self.sent[i]
+            mixed += 1
+        return mixed
 
     def pack(self, i: int) -> bytes:
         """The next version of block i; it counts as sent."""
@@ -167,8 +190,8 @@ def raw_load(where: dict[str, Any]) -> None:
 
     record = Record(Path(where["record"]), RAW_BLOCKS)
     with BlockDevice(where["req"], where["resp"], shm=where["shm"], timeout=PATIENCE) as device:
-        record.check(device.pread)
-        print("ready", flush=True)
+        mixed = record.check(device.pread, device.pwrite if where["memory"] else None)
+        print(f"mixed {mixed}\nready", flush=True)
         stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
@@ -432,7 +455,7 @@ class Rig:
         self.life += 1
         where = {"req": self.req, "resp": self.resp, "shm": self.buffer if self.shared else None, "life": self.life,
                  "seed": f"{self.seed} {self.life}", "record": str(self.place / "record"),
-                 "books": str(self.place / "books"), "errors": str(self.errors), **more}
+                 "books": str(self.place / "books"), "errors": str(self.errors), "memory": self.named, **more}
         return self.program(ME, "--role", role, json.dumps(where), log=f"{role}.log")
 
     def begin(self) -> None:
@@ -587,6 +610,7 @@ class RawRig(Rig):
             return self.client.look(0.02)
 
         wait(going, "a client to be ready", self.client.pid)
+        self.tally.mixed(int(self.client.lines[0].split()[1]))
 
     def end_client(self) -> None:
         if (status := self.client.end(signal.SIGTERM)) != 0:
@@ -654,7 +678,7 @@ class Ext4Rig(DeviceRig):
             self.made = True
         else:       # the client was killed: the journal first, as any machine that went down
             run("mount", self.node, self.directory)
-            self.check_files(self.directory)
+            self.check_files(self.directory, mend=self.named)
             run("umount", self.directory)
             run("fsck.ext4", "-f", "-n", self.node)
         run("mount", self.node, self.directory)
@@ -662,8 +686,8 @@ class Ext4Rig(DeviceRig):
         self.writers = self.load("fs", directory=str(self.directory))
         self.writers.wait_ready()
 
-    def check_files(self, directory: Path) -> None:
-        """Every fsynced file, byte for byte; every block of those that are overwritten."""
+    def check_files(self, directory: Path, *, mend: bool = False) -> None:
+        """Every fsynced file, byte for byte; every block of those that are overwritten, as Record.check()."""
         live, _ = self.books.read()
         for number, size in live.items():
             try:
@@ -672,15 +696,19 @@ class Ext4Rig(DeviceRig):
                 raise Failed(f"a file that was fsynced, {size} bytes: {error}") from None
             if found != contents(number, size):
                 raise Failed(f"file{number} was fsynced, and is another now")
-        for k in range(THREADS):
-            path = directory / f"fixed{k}"
-            content = path.read_bytes() if path.exists() else b""
-            content = content.ljust(FIXED_BLOCKS * BLOCK, b"\0")
-            for j in range(FIXED_BLOCKS):
-                i, found = k * FIXED_BLOCKS + j, content[j * BLOCK:(j + 1) * BLOCK]
-                if (wrong := self.record.problem(i, found)) is not None:
-                    raise Failed(f"{path.name}: {wrong}")
-                self.record.done[i] = int.from_bytes(found[:8], "little") & 0xFFFFFFFF
+        paths = [directory / f"fixed{k}" for k in range(THREADS)]
+        content = b"".join((path.read_bytes() if path.exists() else b"").ljust(FIXED_BLOCKS * BLOCK, b"\0")
+                           for path in paths)
+
+        def write(data: bytes, offset: int) -> None:
+            with open(paths[offset // (FIXED_BLOCKS * BLOCK)], "r+b") as file:
+                os.pwrite(file.fileno(), data, offset % (FIXED_BLOCKS * BLOCK))
+                os.fsync(file.fileno())
+
+        try:
+            self.tally.mixed(self.record.check(lambda length, offset: content, write if mend else None))
+        except Failed as error:
+            raise Failed(f"in the files fixed*, {FIXED_BLOCKS} blocks each: {error}") from None
 
     def lose_client(self) -> None:
         """The writers get I/O errors, and end by that or by a kill; the mount can be taken away."""
@@ -844,6 +872,10 @@ class Tally:
 
     def count(self, **more: int) -> None:
         self.counts.update(more)
+
+    def mixed(self, blocks: int) -> None:
+        if blocks:
+            self.counts["blocks half written"] += blocks
 
     def resumed(self, kind: str, seconds: float) -> None:
         self.resumes.setdefault(kind, []).append(seconds)
