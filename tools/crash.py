@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import itertools
 import mmap
 import multiprocessing
@@ -40,7 +41,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ BELOW = 24 << 20        # ... and of one with that disk as a file
 THREADS = 4
 CHECKERS = 2            # states that are looked at together: mount, fsck and a copy take a CPU, hardly more
 FIXED_BLOCKS = 24       # of each thread's file that is overwritten in place
+RAW_BLOCKS = 64         # behind the file system, which are written, discarded and zeroed without one
 MOST_FILES = 12         # that each thread keeps
 PROBLEMS = 5            # after so many a rig's other states are not looked at
+BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F     # linux/fs.h
 LO_FLAGS_AUTOCLEAR = 4  # linux/loop.h
 CLONE_NEWNS = 0x20000   # linux/sched.h
 MS_PRIVATE = 1 << 18 | 1 << 14      # and MS_REC; linux/mount.h
@@ -89,38 +92,50 @@ libc = ctypes.CDLL(None, use_errno=True)
 # ------------------------------------------------------------------ the load
 
 def sector(number: int, version: int) -> bytes:
-    """A sector of a file that is overwritten: which, and of which version, in every word."""
+    """A sector that is overwritten: which, and of which version, in every word."""
     return struct.pack("<Q", number << 32 | version) * (SECTOR // 8)
 
 
 class Overwritten:
-    """A file whose blocks are overwritten in place; of each the places at which a version was begun and was durable."""
+    """Blocks that are overwritten in place; of each the places at which a version was begun and was durable, and which
+    versions are zeros. Version 0 is nobody's: the blocks have no other contents before their first flush."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.begun: list[list[int]] = [[] for _ in range(FIXED_BLOCKS)]     # index: version - 1
-        self.durable: list[list[int]] = [[] for _ in range(FIXED_BLOCKS)]
+    def __init__(self, name: str, blocks: int) -> None:
+        self.name, self.blocks = name, blocks
+        self.begun: list[list[int]] = [[] for _ in range(blocks)]       # index: version - 1
+        self.durable: list[list[int]] = [[] for _ in range(blocks)]
+        self.zeros: list[set[int]] = [set() for _ in range(blocks)]
 
-    def pack(self, i: int, place: int) -> bytes:
+    def pack(self, i: int, place: int, zeros: bool = False) -> bytes:
         """Block i's next version, which is begun now."""
         self.begun[i].append(place)
         version = len(self.begun[i])
+        if zeros:
+            self.zeros[i].add(version)
+            return bytes(BLOCK)
         return b"".join(sector(i * (BLOCK // SECTOR) + k, version) for k in range(BLOCK // SECTOR))
+
+    def flushed(self, i: int, place: int, version: int) -> None:
+        """Block i's is durable from that place on, and all before it."""
+        self.durable[i] += [place] * (version - len(self.durable[i]))
 
     def problem(self, place: int, content: bytes) -> str | None:
         """What is wrong with it after the power was lost there."""
-        if len(content) != FIXED_BLOCKS * BLOCK:
+        if len(content) != self.blocks * BLOCK:
             return f"{self.name} has {len(content)} bytes"
-        for i in range(FIXED_BLOCKS):
+        for i in range(self.blocks):
             least, most = (sum(at <= place for at in places[i]) for places in (self.durable, self.begun))
+            zeros = any(least <= version <= most for version in self.zeros[i])
             for k in range(BLOCK // SECTOR):
                 at, number = i * BLOCK + k * SECTOR, i * (BLOCK // SECTOR) + k
                 found = content[at:at + SECTOR]
-                version = int.from_bytes(found[:8], "little") & 0xFFFFFFFF
-                if not least <= version <= most or found != sector(number, version):
-                    if found == sector(number, version):
-                        return f"{self.name}: sector {number} has version {version}; {least} was durable, {most} begun"
-                    return f"{self.name}: sector {number} is of nothing that was written there: {found[:16].hex()}"
+                if zeros and not any(found):
+                    continue
+                version = int.from_bytes(found[:4], "little")
+                if found != sector(number, version):
+                    return f"{self.name}: sector {number} has nothing that was written there lately: {found[:16].hex()}"
+                if not least <= version <= most:
+                    return f"{self.name}: sector {number} has version {version}; {least} was durable, {most} begun"
         return None
 
 
@@ -145,15 +160,18 @@ class Written:
 class Load:
     """Threads that make files, overwrite, append, rename and remove, and fsync; what of it must be there, from which place on."""
 
-    def __init__(self, directory: Path, place: writelog.Place, seed: str, fsyncs: int) -> None:
+    def __init__(self, directory: Path, node: str, discards: bool, place: writelog.Place, seed: str, fsyncs: int) -> None:
         self.directory, self.place, self.seed, self.fsyncs = directory, place, seed, fsyncs
+        self._node, self._discards = node, discards
+        self.raw, self.raw_since = Overwritten("behind the file system", RAW_BLOCKS), EVER
         self.written: list[Written] = []
         self.overwritten: list[tuple[int, Overwritten]] = []        # since when it must be there
         self.problems: list[BaseException] = []
         self.counts: Counter[str] = Counter()
         self._done = itertools.count(1)
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._guarded, args=(k,), daemon=True) for k in range(THREADS)]
+        self._threads = [threading.Thread(target=self._guarded, args=(work,), daemon=True)
+                         for work in (self._work_raw, *(functools.partial(self._work, k) for k in range(THREADS)))]
 
     def run(self) -> None:
         for thread in self._threads:
@@ -165,8 +183,8 @@ class Load:
         if self.problems:
             raise Failed(f"the load was told of an error: {self.problems[0]!r}")
 
-    def check(self, place: int, directory: Path) -> list[str]:
-        """What is missing or wrong after the power was lost there."""
+    def check(self, place: int, directory: Path, disk: int) -> list[str]:
+        """What is missing or wrong after the power was lost there. disk: with all of it, behind the file system too."""
         found = [each.problem(place, directory) for each in self.written]
         for since, file in self.overwritten:
             if since <= place:
@@ -174,11 +192,13 @@ class Load:
                     found.append(file.problem(place, (directory / file.name).read_bytes()))
                 except OSError as error:
                     found.append(f"{file.name}: {error.strerror}")
+        if self.raw_since <= place:
+            found.append(self.raw.problem(place, os.pread(disk, RAW_BLOCKS * BLOCK, SIZE - RAW_BLOCKS * BLOCK)))
         return [each for each in found if each is not None]
 
-    def _guarded(self, k: int) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            self._work(k)
+            work()
         except BaseException as error:
             self.problems.append(error)
             self._over.set()
@@ -193,7 +213,7 @@ class Load:
         directory = self.directory / f"thread{k}"
         directory.mkdir()
         sync(self.directory)
-        file = Overwritten(f"thread{k}/fixed")
+        file = Overwritten(f"thread{k}/fixed", FIXED_BLOCKS)
         fd = os.open(self.directory / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         buffered = [fd, os.open(self.directory / file.name, os.O_WRONLY | os.O_DSYNC | os.O_CLOEXEC)]
         direct = os.open(self.directory / file.name, os.O_WRONLY | os.O_DSYNC | os.O_DIRECT | os.O_CLOEXEC)
@@ -225,9 +245,7 @@ class Load:
                     else:
                         os.pwrite(buffered[1], page[:size * BLOCK], first * BLOCK)
                         self._synced("O_DSYNC")
-                    end = self.place()
-                    for i in range(first, first + size):
-                        file.durable[i].append(end)
+                    self._flushed(file, range(first, first + size))
                 elif act < 0.5:
                     logged.append(dice.randbytes(dice.choice((10, 600, 5000))))
                     os.write(log, logged[-1])
@@ -247,13 +265,48 @@ class Load:
                 os.close(each)
             page.close()
 
-    def _overwrite(self, file: Overwritten, blocks: Any, write: Any, fd: int) -> None:
+    def _work_raw(self) -> None:
+        """Behind the file system: bursts of writes, discards and zeroes between two flushes."""
+        dice, begin = random.Random(f"{self.seed} raw"), SIZE - RAW_BLOCKS * BLOCK
+        kinds = ["write", "zeroes", *(["discard"] if self._discards else [])]
+        fd = os.open(self._node, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        page = mmap.mmap(-1, RAW_BLOCKS * BLOCK)
+        try:
+            burst: list[tuple[str, int, int]] = [("write", 0, RAW_BLOCKS)]
+            while not self._over.is_set():
+                for what, first, size in burst:
+                    place = self.place()
+                    data = b"".join(self.raw.pack(i, place, what != "write") for i in range(first, first + size))
+                    if what == "write":
+                        page[:len(data)] = data
+                        with memoryview(page) as view, view[:len(data)] as part:
+                            if os.pwrite(fd, part, begin + first * BLOCK) != len(data):
+                                raise Failed("a write to the device is shorter than it was to be")
+                    else:
+                        fcntl.ioctl(fd, BLKDISCARD if what == "discard" else BLKZEROOUT,
+                                    struct.pack("QQ", begin + first * BLOCK, size * BLOCK))
+                os.fsync(fd)
+                self._flushed(self.raw, range(RAW_BLOCKS))
+                self.raw_since = min(self.raw_since, self.place())
+                self.counts["flushes of the device"] += 1
+                time.sleep(0.02 * dice.random())
+                sizes = [dice.choice((1, 1, 3, 12)) for _ in range(dice.randrange(1, 12))]
+                burst = [(dice.choice(kinds) if dice.random() < 0.4 else "write", dice.randrange(RAW_BLOCKS - size), size)
+                         for size in sizes]
+        finally:
+            os.close(fd)
+            page.close()
+
+    def _overwrite(self, file: Overwritten, blocks: Iterable[int], write: Callable[[bytes, int], Any], fd: int) -> None:
         for i in blocks:
             write(file.pack(i, self.place()), i * BLOCK)
         os.fdatasync(fd)
+        self._flushed(file, blocks)
+
+    def _flushed(self, file: Overwritten, blocks: Iterable[int]) -> None:
         end = self.place()
         for i in blocks:
-            file.durable[i].append(end)
+            file.flushed(i, end, len(file.begun[i]))
 
     def _make(self, dice: random.Random, k: int, n: int) -> Written:
         """A new file: in its place at once, or renamed to there; of some a part was allocated before."""
@@ -362,12 +415,12 @@ class Stack:
                 if plant != "fdatasync" and top.has_uring() == bool(self._threads):
                     raise Failed("the server is one by threads, and was not to be" if not self._threads else
                                  "the server has io_uring, which it was refused")
-            run("mkfs.ext4", "-q", "-b", "4096", "-E", "lazy_itable_init=1", top.node)
+            run("mkfs.ext4", "-q", "-b", "4096", top.node, f"{(SIZE - RAW_BLOCKS * BLOCK) >> 10}k")
             place = writelog.Place(self.log)
             stack.callback(place.close)
             discards = self.kind == "store" and bool(shared)
             with mounted(top.node, self.place / "top", "discard,nodioread_nolock" if discards else "") as directory:
-                load = Load(directory, place, f"{self._options.seed} {self.name}", self._options.fsyncs)
+                load = Load(directory, top.node, discards, place, f"{self._options.seed} {self.name}", self._options.fsyncs)
                 self.begin = place()
                 load.run()
                 if discards:
@@ -455,7 +508,7 @@ class Checker:
                     inner = os.open(low / "image", os.O_RDWR | os.O_CLOEXEC)
                     stack.callback(os.close, inner)
                 with contextlib.ExitStack() as top:
-                    found = load.check(place, self._mounted(top, inner, "top"))
+                    found = load.check(place, self._mounted(top, inner, "top"), inner)
                 found += self._fsck(inner)
             return found + (self._fsck(self.image) if self.file else [])
         except OSError as error:

@@ -6,8 +6,8 @@ when its operation ends, before it is answered, and tells how many there were wh
 Somebody who was answered looks at the number, and has the place from which on that answer must be kept.
 
 The disk's model: a flush makes durable what had ended before it began, nothing else. Of the rest, and of what has begun and
-not ended, each part of each write may be there, in any order; a write of one block (4096 bytes, the sectors of
-/dev/muendiskX) is there or not, a longer one may be torn between any two sectors of 512 bytes.
+not ended, each write may be there, in any order; one of one block (4096 bytes, the sectors of /dev/muendiskX) is there or
+not, a longer one may be torn between any two sectors of 512 bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ NAMES = ("writes", "trims", "zeroes", "flushes")
 PLANTS = ("none", "flush-skipped", "flush-early")
 FIRST = 4096                # offset of the first entry
 MOST_HELD = 64              # writes that a disk with `flush-early` is behind
+MOST_SUBSETS = 4            # changes of which every subset is a state of its own
+EXT4_MAGIC = slice(1080, 1082), b"\x53\xef"       # of a block with a superblock: where, what
 
 
 class Disk:
@@ -192,7 +194,11 @@ def states(pending: list[Entry], dice: random.Random) -> Iterator[tuple[str, lis
     yield "all", whole                      # where they overlap, the last
     yield "reversed", whole[::-1]           # ... the first
     if len(whole) > 1:
-        yield "some", [piece for piece in whole if dice.random() < 0.5]
+        if len(whole) <= MOST_SUBSETS:
+            for taken in range(1, (1 << len(whole)) - 1):
+                yield "some", [piece for i, piece in enumerate(whole) if taken >> i & 1]
+        else:
+            yield "some", [piece for piece in whole if dice.random() < 0.5]
         shuffled = [piece for piece in whole if dice.random() < 0.7]
         dice.shuffle(shuffled)
         yield "shuffled", shuffled
@@ -218,15 +224,18 @@ def _any_version(whole: list[Piece], dice: random.Random) -> Iterator[Piece]:
 
 
 def _torn(piece: Piece, dice: random.Random) -> Iterator[Piece]:
-    """A block, or not; of several the sectors up to one, from one on, or any."""
+    """A block, or not; of several the sectors up to one, from one on, or any. ext4's superblock has its checksum in another
+    sector than what it sums, and nothing to mend it by: it is whole, as on any disk that ext4 is to survive on."""
     offset, data = piece
-    sectors = range(0, len(data), SECTOR)
-    if len(data) <= BLOCK:
-        chosen = list(sectors) if dice.random() < 0.5 else []
-    else:
-        how, cut = dice.randrange(3), dice.choice(sectors)
-        chosen = [at for at in sectors if (at < cut if how == 0 else at >= cut if how == 1 else dice.random() < 0.5)]
-    return ((offset + at, data[at:at + SECTOR]) for at in chosen)
+    blocks = [data[at:at + BLOCK] for at in range(0, len(data), BLOCK)]
+    how, cut = dice.randrange(3), dice.randrange(0, len(data), SECTOR)
+    for i, block in enumerate(blocks):
+        where, magic = EXT4_MAGIC
+        unit = BLOCK if len(blocks) == 1 or block[where] == magic else SECTOR
+        for at in range(0, len(block), unit):
+            here = i * BLOCK + at
+            if here < cut if how == 0 else here >= cut if how == 1 else dice.random() < 0.5:
+                yield offset + here, block[at:at + unit]
 
 
 def outcome(durable: bytearray, pieces: list[Piece]) -> dict[int, bytes]:
