@@ -1,7 +1,7 @@
 """usage: tools/crash.py [--rigs L] [--fsyncs N] [--states N] [--seed S] [--plant P] [--keep DIR]
 
 Crash consistency. ext4 on /dev/muendiskX, with threads that fsync and record what they fsynced; below everything a disk that
-logs each write, trim, zeroing and flush (tools/writelog.py). Then the power is lost at every flush, right before and right
+logs each write, trim and flush (tools/writelog.py). Then the power is lost at every flush, right before and right
 after its end, and at places between: of what the log has up to there, all that the last flush covers, and of the rest what a
 disk may have of it, the worst first: nothing, all, in reversed order, any of it, only the latest, all but one, any version of
 each block, writes torn between sectors. Each such state must mount (the journal is replayed), have each file that was fsynced
@@ -534,7 +534,7 @@ def places(log: list[writelog.Entry], begin: int, end: int, dice: random.Random)
 class Verdict:
     def __init__(self, places: int) -> None:
         self.places = places
-        self.states = self.found = 0
+        self.states = self.found = self.pending = 0
         self.broken = False
         self.problems: list[str] = []
         self.kinds: Counter[str] = Counter()
@@ -544,7 +544,8 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
     """All states, or as many as are asked for, evenly from all; by processes, each with mounts that go with it."""
     log = writelog.read(stack.log)
     where = places(log, stack.begin, stack.end, random.Random(f"{options.seed} places"))
-    verdict = Verdict(len(where))
+    verdict, replay = Verdict(len(where)), writelog.Replay(log, stack.size)
+    verdict.pending = max(len(replay.go(place)) for place in where)
     # How many there are is known when they have been made, which is cheap beside looking at them.
     total = sum(1 for _ in states(log, stack.size, where, options.seed)) if options.states else 0
     step = max(1.0, total / options.states) if options.states else 1.0
@@ -660,7 +661,7 @@ def one(name: str, options: argparse.Namespace, below: Path, number: int, tally:
     progress("")
     print(f"crash: {name}: {sum(n for what, n in load.counts.items() if what != 'removed')} syncs, "
           f"{', '.join(f'{counts[what]} {what}' for what in writelog.NAMES)} in {middle - start:.0f} s; "
-          f"{verdict.states} states of {verdict.places} places in {end - middle:.0f} s: "
+          f"{verdict.states} states of {verdict.places} places, with up to {verdict.pending} changes open, in {end - middle:.0f} s: "
           + (f"{verdict.found} of them wrong" if verdict.found else "every fsynced file right, fsck clean"), flush=True)
     for problem in verdict.problems[:PROBLEMS]:
         print(f"crash: {problem.strip()}", flush=True)

@@ -26,8 +26,8 @@ BLOCK = 4096
 SECTOR = 512
 FLUSH_SECONDS = 0.003       # who does not wait for a flush is ahead of it
 HEAD = struct.Struct("<QQQQ")       # kind, entries when it began, offset, length; of a write its data follow
-WRITE, TRIM, ZERO, FLUSH = range(4)
-NAMES = ("writes", "trims", "zeroes", "flushes")
+WRITE, TRIM, FLUSH = range(3)
+NAMES = ("writes", "trims", "flushes")       # zeroes come as trims: the transport has no word of its own for them
 PLANTS = ("none", "flush-skipped", "flush-early")
 FIRST = 4096                # offset of the first entry
 MOST_HELD = 64              # writes that a disk with `flush-early` is behind
@@ -74,10 +74,9 @@ class Disk:
         self._changed(WRITE, began, offset, len(buf), bytes(buf))
 
     def trim(self, count: int, offset: int) -> None:
-        self._zeroed(TRIM, count, offset)
-
-    def zero(self, count: int, offset: int) -> None:
-        self._zeroed(ZERO, count, offset)
+        began = self._words[0]
+        self._content[offset:offset + count] = bytes(count)
+        self._changed(TRIM, began, offset, count, b"")
 
     def trims_to_zero(self) -> bool:
         return True
@@ -89,11 +88,6 @@ class Disk:
             with self._lock:
                 self._append(FLUSH, began, 0, 0)
                 self._let_go()
-
-    def _zeroed(self, kind: int, count: int, offset: int) -> None:
-        began = self._words[0]
-        self._content[offset:offset + count] = bytes(count)
-        self._changed(kind, began, offset, count, b"")
 
     def _changed(self, kind: int, began: int, offset: int, length: int, data: bytes) -> None:
         with self._lock:
