@@ -13,7 +13,7 @@ Rigs (L: some of their names; default: all), `+shm` over a shared buffer, else i
     file, file+shm                  the export's is a file full of holes, on an ext4 on such a disk
     disk-threads+shm, file-threads+shm, ...     by threads, io_uring being refused to the server
 
---fsyncs (200): of the load, at least. --states: at most so many of each rig, evenly from all (0, the default: all). --plant:
+--fsyncs (100): of the load, at least. --states: at most so many of each rig, evenly from all (0, the default: all). --plant:
 `flush-skipped`, a disk that answers flushes and does nothing; `flush-early`, one that flushes before it does writes that it
 has answered; `fdatasync`, a server for which fdatasync does nothing (strace; rigs `disk` and `file`): what must be found. --keep:
 where the state that failed is put, as RIG.img. Exit status 0 only where all held.
@@ -45,14 +45,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import soak
+import writelog
+from soak import Failed, run
+from writelog import BLOCK, SECTOR
 
-import soak  # noqa: E402
-import writelog  # noqa: E402
-from soak import Failed, run, wait  # noqa: E402
-from writelog import BLOCK, SECTOR  # noqa: E402
-
-from muenfast.attach import loop  # noqa: E402
+from muenfast.attach import loop
 
 RIGS = ("store", "store+shm", "disk", "disk-threads+shm", "file", "file-threads+shm")
 KINDS = ("store", "disk", "file", "disk-threads", "file-threads")
@@ -93,7 +91,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def sector(number: int, version: int) -> bytes:
     """A sector that is overwritten: which, and of which version, in every word."""
-    return struct.pack("<Q", number << 32 | version) * (SECTOR // 8)
+    return struct.pack("<Q", (number + 1) << 32 | version) * (SECTOR // 8)
 
 
 class Overwritten:
@@ -177,9 +175,9 @@ class Load:
         for thread in self._threads:
             thread.start()
         for thread in self._threads:
-            thread.join(soak.PATIENCE)
+            thread.join(limit := soak.PATIENCE + self.fsyncs)
             if thread.is_alive():
-                raise Failed(f"the load did not end in {soak.PATIENCE:g} s; it stands in: {soak.standing(os.getpid())}")
+                raise Failed(f"the load did not end in {limit:g} s; it stands in: {soak.standing(os.getpid())}")
         if self.problems:
             raise Failed(f"the load was told of an error: {self.problems[0]!r}")
 
@@ -407,7 +405,7 @@ class Stack:
                 target = low.node
                 if self.file:
                     run("mkfs.ext4", "-q", "-b", "4096", target)
-                    stack.enter_context(mounted(target, self.place / "low"))
+                    self._mount(stack, target, "low")
                     target = str(self.place / "low" / "image")
                     with open(target, "wb") as file:
                         file.truncate(SIZE)         # all holes: to be durable, its blocks' places must be, too
@@ -419,7 +417,8 @@ class Stack:
             place = writelog.Place(self.log)
             stack.callback(place.close)
             discards = self.kind == "store" and bool(shared)
-            with mounted(top.node, self.place / "top", "discard,nodioread_nolock" if discards else "") as directory:
+            with contextlib.ExitStack() as upper:
+                directory = self._mount(upper, top.node, "top", "-o", "discard,nodioread_nolock" if discards else "defaults")
                 load = Load(directory, top.node, discards, place, f"{self._options.seed} {self.name}", self._options.fsyncs)
                 self.begin = place()
                 load.run()
@@ -430,6 +429,14 @@ class Stack:
         for connection in self.connections[1:]:
             connection.end()
         return load
+
+    def _mount(self, stack: contextlib.ExitStack, node: str, name: str, *options: str) -> Path:
+        """A program of its own does it: what hangs is not waited for."""
+        directory = self.place / name
+        directory.mkdir()
+        run("mount", *options, node, directory)
+        stack.callback(run, "umount", directory)
+        return directory
 
     def _connect(self, name: str, device: str, before: list[str]) -> Connection:
         connection = Connection(name, self.place, len(self.connections), self._tally, device, before)
@@ -448,10 +455,10 @@ class Stack:
 # ------------------------------------------------------------------ what is looked at
 
 @contextlib.contextmanager
-def mounted(device: str, directory: Path, options: str = "") -> Iterator[Path]:
+def mounted(device: str, directory: Path) -> Iterator[Path]:
     """By mount(2), ext4."""
     directory.mkdir(exist_ok=True)
-    if libc.mount(device.encode(), os.fsencode(directory), b"ext4", ctypes.c_ulong(0), options.encode()) != 0:
+    if libc.mount(device.encode(), os.fsencode(directory), b"ext4", ctypes.c_ulong(0), None) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"mount: {os.strerror(number)}", device)
     try:
@@ -674,7 +681,7 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rigs", type=lambda text: text.split(","), default=RIGS, metavar="L")
-    add("--fsyncs", type=int, default=200, metavar="N")
+    add("--fsyncs", type=int, default=100, metavar="N")
     add("--states", type=int, default=0, metavar="N")
     add("--seed", type=int, default=1, metavar="S")
     add("--plant", choices=PLANTS, default="none")
@@ -685,11 +692,11 @@ def main() -> int:
             parser.error(f"there is no rig {name!r}: {', '.join(KINDS)}, each with +shm, too")
     if libc.prctl(soak.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
-    tally, wrong = soak.Tally(), 0
+    tally, verdicts = soak.Tally(), []
     with soak.workplace() as below:
         for number, name in enumerate(options.rigs):
             try:
-                wrong += one(name, options, below, number, tally).found
+                verdicts.append(one(name, options, below, number, tally))
             except (Failed, OSError) as error:
                 print(f"crash: FAILED: {name}: {error}", flush=True)
                 soak.clear(below)
@@ -697,6 +704,8 @@ def main() -> int:
             except BaseException:
                 soak.clear(below)
                 raise
+    kinds, wrong = sum((verdict.kinds for verdict in verdicts), Counter()), sum(verdict.found for verdict in verdicts)
+    print(f"crash: states: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")
     print("crash: " + (f"FAILED: {wrong} states are wrong" if wrong else "everything held, nothing was left behind"))
     return 1 if wrong else 0
 

@@ -196,7 +196,7 @@ def states(pending: list[Entry], dice: random.Random) -> Iterator[tuple[str, lis
         shuffled = [piece for piece in whole if dice.random() < 0.7]
         dice.shuffle(shuffled)
         yield "shuffled", shuffled
-        yield "latest", whole[:dice.randrange(len(whole)):-1]
+        yield "latest", whole[dice.randrange(len(whole)):][::-1]
         missing = dice.randrange(len(whole))
         yield "all but one", whole[:missing] + whole[missing + 1:]
         yield "one", [dice.choice(whole)]
