@@ -32,24 +32,23 @@ class TestPowerLoss:
 
     @pytest.mark.parametrize("rig", ["store", "store+shm", "disk", "disk-threads+shm", "file", "file-threads+shm"])
     def test_nothing_that_was_fsynced_is_lost(self, tmp_path: Path, rig: str) -> None:
-        """In forty states of a load's disk. By io_uring inline, by threads over a shared buffer: each engine has both ways, in
-        one place."""
+        """In forty states of a load's disk. By io_uring inline, by threads over a shared buffer: each engine has both ways,
+        in one place."""
         done = run(tmp_path, "--rigs", rig, "--fsyncs", "25", "--states", "40", "--seed", "5")
         assert (done.returncode, done.stderr) == (0, ""), done.stdout
-        said = re.match(rf"crash: {re.escape(rig)}: (\d+) syncs, (\d+) writes, (\d+) trims, (\d+) flushes in \d+ s; (\d+) states",
-                        done.stdout)
+        said = re.match(rf"crash: {re.escape(rig)}: (\d+) syncs, (\d+) writes, (\d+) trims, (\d+) flushes in \d+ s; "
+                        r"(\d+) states", done.stdout)
         assert said is not None, done.stdout
         syncs, writes, trims, flushes, states = map(int, said.groups())
         assert syncs >= 25 and writes > 25 and flushes >= 25 and 35 <= states <= 41
         assert (trims > 0) == (rig == "store+shm")
 
-    @pytest.mark.parametrize(("rig", "plant"), [("store", "flush-skipped"), ("store+shm", "flush-early"),
-                                                pytest.param("disk", "fdatasync", marks=needs_strace)])
+    @pytest.mark.parametrize(("rig", "plant"), [
+        ("store", "flush-skipped"), ("store+shm", "flush-early"), pytest.param("disk", "fdatasync", marks=needs_strace)])
     def test_a_flush_that_is_none_is_noticed(self, tmp_path: Path, rig: str, plant: str) -> None:
-        """The control: a disk that answers flushes and does nothing, one that answers them before it did the writes that it had
-        answered, and a server whose fdatasync does nothing."""
-        done = run(tmp_path, "--rigs", rig, "--fsyncs", "25", "--states", "60", "--seed", "6", "--plant", plant, "--keep",
-                   str(tmp_path / "kept"))
+        """The control: a disk that answers flushes and does nothing, one that answers them before it did the writes that it
+        had answered, and a server whose fdatasync does nothing."""
+        done = run(tmp_path, "--rigs", rig, "--fsyncs", "25", "--seed", "6", "--plant", plant, "--keep", str(tmp_path / "kept"))
         assert (done.returncode, done.stderr) == (1, ""), done.stdout
         assert re.search(r"crash: FAILED: \d+ states are wrong\n$", done.stdout)
         assert (tmp_path / "kept" / f"{rig}.img").stat().st_size == 16 << 20
@@ -112,8 +111,8 @@ def test_a_flush_covers_what_ended_before_it_began(tools: tuple[ModuleType, Modu
 
 
 def test_states_are_the_worst_of_what_may_be_there(tools: tuple[ModuleType, ModuleType]) -> None:
-    """Each kind is what its name says; of few changes every subset is there; a block is whole, more are torn at sectors, but
-    for a superblock."""
+    """Each kind is what its name says; of few changes every subset is there; a block is whole, more are torn at sectors,
+    but for a superblock."""
     _, writelog = tools
     whole = [writelog.Entry(writelog.WRITE, 0, 4096 * i, data(value)) for i, value in ((0, 1), (1, 2), (0, 3))]
     found: dict[str, set[tuple[int, int]]] = {}
@@ -143,8 +142,8 @@ def test_states_are_the_worst_of_what_may_be_there(tools: tuple[ModuleType, Modu
 
 
 def test_what_is_not_as_recorded(tools: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
-    """Older than what was durable at that place, younger than what had begun, of somewhere else; a file that is not there, or
-    another, from its fsync until its removal."""
+    """Older than what was durable at that place, younger than what had begun, of somewhere else; a file that is not there,
+    or another, from its fsync until its removal."""
     crash, _ = tools
     file = crash.Overwritten("file", 2)
     versions = [file.pack(0, 10), file.pack(0, 20), file.pack(0, 30, zeros=True)]
@@ -156,7 +155,8 @@ def test_what_is_not_as_recorded(tools: tuple[ModuleType, ModuleType], tmp_path:
     assert file.problem(20, versions[0][:512] + versions[1][512:] + other) is None
     assert file.problem(30, versions[2] + other) is None
     assert "sector 0 has version 1; 2 was durable, 2 begun" in file.problem(25, versions[0] + other)
-    assert "sector 1 has version 2; 1 was durable, 1 begun" in file.problem(19, versions[0][:512] + versions[1][512:] + other)
+    torn = versions[0][:512] + versions[1][512:]
+    assert "sector 1 has version 2; 1 was durable, 1 begun" in file.problem(19, torn + other)
     assert "nothing that was written" in file.problem(29, versions[2] + other)
     assert "nothing that was written" in file.problem(25, other * 2)
     assert "4096 bytes" in file.problem(25, other)

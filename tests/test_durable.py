@@ -1,9 +1,8 @@
-"""Flushes: none is answered before the disk's own, and one that fails fails. What is there after power was lost: test_crash."""
+"""Flushes: none is answered before the disk's own, and one that fails fails. Lost power: test_crash."""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import subprocess

@@ -1,11 +1,11 @@
 """usage: tools/crash.py [--rigs L] [--fsyncs N] [--states N] [--seed S] [--plant P] [--keep DIR]
 
-Crash consistency. ext4 on /dev/muendiskX, with threads that fsync and record what they fsynced; below everything a disk that
-logs each write, trim and flush (tools/writelog.py). Then the power is lost at every flush, right before and right
-after its end, and at places between: of what the log has up to there, all that the last flush covers, and of the rest what a
-disk may have of it, the worst first: nothing, all, in reversed order, any of it, only the latest, all but one, any version of
-each block, writes torn between sectors. Each such state must mount (the journal is replayed), have each file that was fsynced
-by then, byte for byte, and satisfy fsck -fn.
+Crash consistency. ext4 on /dev/muendiskX, with threads that fsync and record what they fsynced; below everything a disk
+that logs each write, trim and flush (tools/writelog.py). Then the power is lost at every flush, right before and right
+after its end, and at places between: of what the log has up to there, all that the last flush covers, and of the rest what
+a disk may have of it: nothing, all, in reversed order, any of it, only the latest, all but one, any version of each block,
+writes torn between sectors. Each such state must mount (the journal is replayed), have each file that was fsynced by then,
+byte for byte, and satisfy fsck -fn.
 
 Rigs (L: some of their names; default: all), `+shm` over a shared buffer, else inline:
     store, store+shm                the logging disk is the export's; discards and zeroes reach it
@@ -13,10 +13,10 @@ Rigs (L: some of their names; default: all), `+shm` over a shared buffer, else i
     file, file+shm                  the export's is a file full of holes, on an ext4 on such a disk
     disk-threads+shm, file-threads+shm, ...     by threads, io_uring being refused to the server
 
---fsyncs (100): of the load, at least. --states: at most so many of each rig, evenly from all (0, the default: all). --plant:
-`flush-skipped`, a disk that answers flushes and does nothing; `flush-early`, one that flushes before it does writes that it
-has answered; `fdatasync`, a server for which fdatasync does nothing (strace; rigs `disk` and `file`): what must be found. --keep:
-where the state that failed is put, as RIG.img. Exit status 0 only where all held.
+--fsyncs (100): of the load, at least. --states: about so many of each rig, evenly from all (0, the default: all). --plant:
+what must be found: `flush-skipped`, a disk that answers flushes and does nothing; `flush-early`, one that flushes before it
+does writes that it has answered; `fdatasync`, a server for which fdatasync does nothing (strace; rigs `disk` and `file`).
+--keep: where a state that failed is put, as RIG.img. Exit status 0 only where all held.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ CHECKERS = 2            # states that are looked at together: mount, fsck and a 
 FIXED_BLOCKS = 24       # of each thread's file that is overwritten in place
 RAW_BLOCKS = 64         # behind the file system, which are written, discarded and zeroed without one
 MOST_FILES = 12         # that each thread keeps
-PROBLEMS = 5            # after so many a rig's other states are not looked at
+PROBLEMS = 3            # after so many a rig's other states are not looked at
 BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F     # linux/fs.h
 LO_FLAGS_AUTOCLEAR = 4  # linux/loop.h
 CLONE_NEWNS = 0x20000   # linux/sched.h
@@ -156,7 +156,7 @@ class Written:
 
 
 class Load:
-    """Threads that make files, overwrite, append, rename and remove, and fsync; what of it must be there, from which place on."""
+    """Threads that make files, overwrite, append, rename and remove, and fsync; what must be there, from which place on."""
 
     def __init__(self, directory: Path, node: str, discards: bool, place: writelog.Place, seed: str, fsyncs: int) -> None:
         self.directory, self.place, self.seed, self.fsyncs = directory, place, seed, fsyncs
@@ -418,7 +418,8 @@ class Stack:
             stack.callback(place.close)
             discards = self.kind == "store" and bool(shared)
             with contextlib.ExitStack() as upper:
-                directory = self._mount(upper, top.node, "top", "-o", "discard,nodioread_nolock" if discards else "defaults")
+                directory = self._mount(upper, top.node, "top", "-o",
+                                        "discard,nodioread_nolock" if discards else "defaults")
                 load = Load(directory, top.node, discards, place, f"{self._options.seed} {self.name}", self._options.fsyncs)
                 self.begin = place()
                 load.run()
@@ -526,8 +527,8 @@ class Checker:
         return stack.enter_context(mounted(device, self.place / name))
 
     def _fsck(self, file: int) -> list[str]:
-        done = subprocess.run(["e2fsck", "-f", "-n", f"/proc/self/fd/{file}"], pass_fds=[file], capture_output=True, text=True,
-                              timeout=soak.PATIENCE, check=False)
+        done = subprocess.run(["e2fsck", "-f", "-n", f"/proc/self/fd/{file}"], pass_fds=[file], capture_output=True,
+                              text=True, timeout=soak.PATIENCE, check=False)
         return [f"fsck: status {done.returncode}: {done.stdout}{done.stderr}"] if done.returncode else []
 
 
@@ -567,10 +568,12 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
             checker = Checker(stack.place / f"check{k}", stack.file, stack.size)
             due, number = 0.0, 0
             for n, (durable, sectors, place, kind) in enumerate(states(log, stack.size, where, options.seed)):
+                if enough.is_set():
+                    break
                 if n < due:
                     continue
                 due, number = due + step, number + 1
-                if number % CHECKERS == k and not enough.is_set():
+                if number % CHECKERS == k:
                     found = checker.check(durable, sectors, load, place)
                     if found and options.keep:
                         keep(options.keep / f"{stack.name}.img", durable, sectors)
@@ -590,7 +593,8 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
         try:
             report = reports.get(timeout=soak.PATIENCE)
         except queue.Empty:
-            raise Failed(f"no state was looked at for {soak.PATIENCE:g} s; it stands in: {soak.standing(os.getpid())}") from None
+            raise Failed(f"no state was looked at for {soak.PATIENCE:g} s; it stands in: "
+                         f"{soak.standing(os.getpid())}") from None
         if isinstance(report, int):
             ended += 1
             verdict.broken |= report != 0
@@ -631,9 +635,8 @@ def states(log: list[writelog.Entry], size: int, where: list[int], seed: int) ->
 
 def own_mounts() -> None:
     """A mount namespace of this process's own, which nobody else sees."""
-    for call, arguments in ((libc.unshare, (CLONE_NEWNS,)), (libc.mount, (b"none", b"/", None, ctypes.c_ulong(MS_PRIVATE), None))):
-        if call(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), "mounts of one's own")
+    if libc.unshare(CLONE_NEWNS) != 0 or libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_PRIVATE), None) != 0:
+        raise OSError(ctypes.get_errno(), "mounts of one's own")
 
 
 def keep(path: Path, durable: bytearray, sectors: dict[int, bytes]) -> None:
@@ -668,7 +671,8 @@ def one(name: str, options: argparse.Namespace, below: Path, number: int, tally:
     progress("")
     print(f"crash: {name}: {sum(n for what, n in load.counts.items() if what != 'removed')} syncs, "
           f"{', '.join(f'{counts[what]} {what}' for what in writelog.NAMES)} in {middle - start:.0f} s; "
-          f"{verdict.states} states of {verdict.places} places, with up to {verdict.pending} changes open, in {end - middle:.0f} s: "
+          f"{verdict.states} states of {verdict.places} places, with up to {verdict.pending} changes open, in "
+          f"{end - middle:.0f} s: "
           + (f"{verdict.found} of them wrong" if verdict.found else "every fsynced file right, fsck clean"), flush=True)
     for problem in verdict.problems[:PROBLEMS]:
         print(f"crash: {problem.strip()}", flush=True)

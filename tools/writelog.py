@@ -1,9 +1,9 @@
 """A disk that logs what is done to it, served as `py:tools/writelog.py:Disk:SIZE+PLANT+LOG`, and what such a disk may hold
 after it lost power.
 
-A log is a file: a page with two words, the number of entries and the end of the last one, then the entries. An entry is made
-when its operation ends, before it is answered, and tells how many there were when it began. A place is a number of entries.
-Somebody who was answered looks at the number, and has the place from which on that answer must be kept.
+A log is a file: a page with two words, the number of entries and the end of the last one, then the entries. An entry is
+made when its operation ends, before it is answered, and tells how many there were when it began. A place is a number of
+entries. Somebody who was answered looks at the number, and has the place from which on that answer must be kept.
 
 The disk's model: a flush makes durable what had ended before it began, nothing else. Of the rest, and of what has begun and
 not ended, each write may be there, in any order; one of one block (4096 bytes, the sectors of /dev/muendiskX) is there or
@@ -36,8 +36,8 @@ EXT4_MAGIC = slice(1080, 1082), b"\x53\xef"       # of a block with a superblock
 
 
 class Disk:
-    """The store. PLANT: `none`; `flush-skipped`, which answers a flush and does nothing; `flush-early`, which answers writes
-    that it has not done yet, and flushes before it does them."""
+    """The store. PLANT: `none`; `flush-skipped`, which answers a flush and does nothing; `flush-early`, which answers
+    writes that it has not done yet, and flushes before it does them."""
 
     def __init__(self, arg: str) -> None:
         size, self._plant, self._path = arg.split("+", 2)
@@ -167,8 +167,8 @@ class Replay:
         self._reach = max((i - entry.began for i, entry in enumerate(log)), default=0)
 
     def go(self, place: int) -> list[Entry]:
-        """The power is lost when there are that many entries, no fewer than the last time: the changes that are not durable,
-        in the order in which they ended. `durable` has all others."""
+        """The power is lost when there are that many entries, no fewer than the last time: the changes that are not
+        durable, in the order in which they ended. `durable` has all others."""
         if place < self._at:
             raise ValueError(f"place is {place}, after {self._at}: a replay does not go back")
         covered = max((entry.began for entry in self.log[self._at:place] if entry.kind == FLUSH), default=0)
