@@ -48,7 +48,8 @@ class TestPowerLoss:
     def test_a_flush_that_is_none_is_noticed(self, tmp_path: Path, rig: str, plant: str) -> None:
         """The control: a disk that answers flushes and does nothing, one that answers them before it did the writes that it
         had answered, and a server whose fdatasync does nothing."""
-        done = run(tmp_path, "--rigs", rig, "--fsyncs", "25", "--seed", "6", "--plant", plant, "--keep", str(tmp_path / "kept"))
+        kept = str(tmp_path / "kept")
+        done = run(tmp_path, "--rigs", rig, "--fsyncs", "25", "--seed", "6", "--plant", plant, "--keep", kept)
         assert (done.returncode, done.stderr) == (1, ""), done.stdout
         assert re.search(r"crash: FAILED: \d+ states are wrong\n$", done.stdout)
         assert (tmp_path / "kept" / f"{rig}.img").stat().st_size == 16 << 20
