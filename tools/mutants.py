@@ -400,7 +400,7 @@ MUTATIONS = [
              "pass", FRONT),
     Mutation("front: a refusal is committed", "understand", "commit_move(d, r, min(status, 0), 0)", "pass", FRONT),
     Mutation("flush: the client answers it at once", "op_fsync", "if nothing:", "if True:", (f"{CRASH}[store+shm]",)),
-    Mutation("flush: threads do none", "aio_execute", "n = fdatasync(fd);", "n = 0;", (f"{CRASH}[disk-threads+shm]",)),
+    Mutation("flush: threads do none", "aio_execute", "n = fdatasync(fd);", "n = 0;", (f"{CRASH}[file-threads+shm]",)),
     Mutation("flush: io_uring does none", "aio_prepare", "io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);",
              "io_uring_prep_nop(sqe);", (f"{CRASH}[disk]",)),
     Mutation("copies: apart is far apart", "copy_timed", "g->cost[0] > COPY_FAR && ", "", COPIES),
