@@ -47,7 +47,7 @@ from typing import Any
 
 import soak
 import writelog
-from soak import Failed, run
+from soak import Failed, run, wait
 from writelog import BLOCK, SECTOR
 
 from muenfast.attach import loop
@@ -65,8 +65,6 @@ MOST_FILES = 12         # that each thread keeps
 PROBLEMS = 3            # after so many a rig's other states are not looked at
 BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F     # linux/fs.h
 LO_FLAGS_AUTOCLEAR = 4  # linux/loop.h
-CLONE_NEWNS = 0x20000   # linux/sched.h
-MS_PRIVATE = 1 << 18 | 1 << 14      # and MS_REC; linux/mount.h
 EVER = 1 << 62          # a place that no log has
 
 # seccomp refuses io_uring_setup, as the profiles of some containers do: files are served by threads then.
@@ -385,7 +383,7 @@ class Stack:
         self.place.mkdir()
         self.kind, _, self._threads = name.removesuffix("+shm").partition("-")
         self.log = self.place / "log"
-        self.programs: list[soak.Program] = []
+        self.connections: list[Connection] = []     # the last one that was made first
         self.file = self.kind == "file"
         self.size = BELOW if self.file else SIZE
 
@@ -396,7 +394,6 @@ class Stack:
             [sys.executable, "-c", WITHOUT_URING] if self._threads else python
         store = f"py:{writelog.__file__}:Disk:{self.size}+{plant if plant in writelog.PLANTS else 'none'}+{self.log}"
         shared = "+shm" if self.name.endswith("+shm") else ""
-        self.connections: list[Connection] = []
         with contextlib.ExitStack() as stack:
             if self.kind == "store":
                 top = self._connect(f"top{shared}", store, before)
@@ -449,8 +446,12 @@ class Stack:
         return connection
 
     def abandon(self) -> None:
-        for connection in getattr(self, "connections", ()):
+        """After a failure: the watchdogs of killed clients take away the devices, before their directory goes."""
+        for connection in self.connections:
             connection.abandon()
+            with contextlib.suppress(Failed):
+                wait(lambda node=connection.node: not node or not os.path.exists(node), "a killed client's node to go",
+                     pause=0.01)
 
 
 # ------------------------------------------------------------------ what is looked at
@@ -549,7 +550,8 @@ class Verdict:
 
 
 def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
-    """All states, or as many as are asked for, evenly from all; by processes, each with mounts that go with it."""
+    """All states, or as many as are asked for, evenly from all. By processes: a program that a thread
+    starts has, for a moment, the files open that another thread reads, and their file system is not unmounted then."""
     log = writelog.read(stack.log)
     where = places(log, stack.begin, stack.end, random.Random(f"{options.seed} places"))
     verdict, replay = Verdict(len(where)), writelog.Replay(log, stack.size)
@@ -564,7 +566,6 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
         """Every CHECKERS-th of the states that are due."""
         status = 1
         try:
-            own_mounts()
             checker = Checker(stack.place / f"check{k}", stack.file, stack.size)
             due, number = 0.0, 0
             for n, (durable, sectors, place, kind) in enumerate(states(log, stack.size, where, options.seed)):
@@ -588,6 +589,19 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
     workers = [forked.Process(target=work, args=(k,), daemon=True) for k in range(CHECKERS)]
     for worker in workers:
         worker.start()
+    try:
+        collect(stack.name, len(log), reports, enough, verdict)
+    finally:
+        enough.set()
+        for worker in workers:
+            worker.join(soak.PATIENCE)      # it unmounts what it has mounted
+    reports.close()
+    reports.join_thread()
+    return verdict
+
+
+def collect(name: str, entries: int, reports: Any, enough: Any, verdict: Verdict) -> None:
+    """What the processes found, until all have ended. Raises Failed."""
     ended = 0
     while ended < CHECKERS:
         try:
@@ -604,18 +618,12 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
         verdict.kinds[kind] += 1
         if found:
             verdict.found += 1
-            verdict.problems.append(f"{stack.name}: {place} of {len(log)}, {kind}: {found[0]}")
+            verdict.problems.append(f"{name}: {place} of {entries}, {kind}: {found[0]}")
             if verdict.found >= PROBLEMS:
                 enough.set()
-        progress(f"{stack.name}: {verdict.states} states")
-    for worker in workers:
-        worker.join()
-        worker.close()
-    reports.close()
-    reports.join_thread()
+        progress(f"{name}: {verdict.states} states")
     if verdict.broken:
         raise Failed(f"states could not be looked at: {verdict.problems[-1]}")
-    return verdict
 
 
 def states(log: list[writelog.Entry], size: int, where: list[int], seed: int) -> \
@@ -631,12 +639,6 @@ def states(log: list[writelog.Entry], size: int, where: list[int], seed: int) ->
             if key not in seen:
                 seen.add(key)
                 yield replay.durable, sectors, place, kind
-
-
-def own_mounts() -> None:
-    """A mount namespace of this process's own, which nobody else sees."""
-    if libc.unshare(CLONE_NEWNS) != 0 or libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_PRIVATE), None) != 0:
-        raise OSError(ctypes.get_errno(), "mounts of one's own")
 
 
 def keep(path: Path, durable: bytearray, sectors: dict[int, bytes]) -> None:
@@ -659,12 +661,12 @@ def one(name: str, options: argparse.Namespace, below: Path, number: int, tally:
     stack = Stack(name, options, below, number, tally)
     try:
         load = stack.run()
+        middle = time.monotonic()
+        verdict = judge(stack, load, options)
+        soak.nothing_left(below, tally)
     except BaseException:
         stack.abandon()
         raise
-    middle = time.monotonic()
-    verdict = judge(stack, load, options)
-    soak.nothing_left(below, tally)
     log = writelog.read(stack.log)[stack.begin:stack.end]
     counts = Counter(writelog.NAMES[entry.kind] for entry in log)
     end = time.monotonic()
@@ -696,6 +698,7 @@ def main() -> int:
             parser.error(f"there is no rig {name!r}: {', '.join(KINDS)}, each with +shm, too")
     if libc.prctl(soak.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     tally, verdicts = soak.Tally(), []
     with soak.workplace() as below:
         for number, name in enumerate(options.rigs):
