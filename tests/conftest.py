@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests that make /dev/muendiskX, or look at all that there are, one after the other in one worker: files, classes, tests.
-MACHINE = {"test_attach", "test_buffer_device", "test_ctl_device", "test_device", "test_doctor", "test_durable",
+MACHINE = {"test_attach", "test_buffer_device", "test_crash", "test_ctl_device", "test_device", "test_doctor",
            "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
            "test_nbd::test_beside_a_block_device", "test_partitioned", "test_recovery", "test_soak",
            "test_user::test_an_overlay_survives_its_server", "test_user::test_file_systems",

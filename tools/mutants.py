@@ -50,6 +50,7 @@ FAULTS = ("tests/test_faults.py",)
 SHARED = ("tests/test_buffer_client.py",)
 FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
 ATTACH = ("tests/test_attach.py",)
+CRASH = "tests/test_crash.py::TestPowerLoss::test_nothing_that_was_fsynced_is_lost"
 COPIES = ("tests/test_copies.py",)
 GATHER = tuple(f"tests/test_packets.py::{name}" for name in (
     "test_packets_gather_where_more_come_that_way", "test_a_dialogue_does_not_wait",
@@ -403,6 +404,10 @@ MUTATIONS = [
     Mutation("front: libfuse gets the first argument", "process", "memcpy(payload(r) - first, r.entry.first, first)",
              "pass", FRONT),
     Mutation("front: a refusal is committed", "understand", "commit_move(d, r, min(status, 0), 0)", "pass", FRONT),
+    Mutation("flush: the client answers it at once", "op_fsync", "if nothing:", "if True:", (f"{CRASH}[store+shm]",)),
+    Mutation("flush: threads do none", "aio_execute", "n = fdatasync(fd);", "n = 0;", (f"{CRASH}[file-threads+shm]",)),
+    Mutation("flush: io_uring does none", "aio_prepare", "io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);",
+             "io_uring_prep_nop(sqe);", (f"{CRASH}[disk]",)),
     Mutation("copies: apart is far apart", "copy_timed", "g->cost[0] > COPY_FAR && ", "", COPIES),
     Mutation("copies: past the caches must pay", "copy_timed", " && 4 * g->cost[0] > 7 * g->cost[1]", "", COPIES),
     Mutation("copies: one interruption is no news", "copy_timed", "cost < 2 * old ? cost : 2 * old", "cost", COPIES),
@@ -463,7 +468,7 @@ def copy(name: str) -> Path:
     tree.mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "tools"):
         shutil.copytree(ROOT / name, tree / name,
                         ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__")
                         if name == "src" else shutil.ignore_patterns("__pycache__", ".hypothesis"))
