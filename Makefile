@@ -22,8 +22,8 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile soak mutants build wheel sdist check-hints clean \
-	distclean bootstrap FORCE
+.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile soak crash mutants model litmus build wheel \
+	sdist check-hints clean distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
 quietly = echo "$(1)"; $(2) >$(LOG) 2>&1 || { s=$$?; cat $(LOG); echo "failed: $(1)"; exit $$s; } >&2
@@ -76,8 +76,17 @@ hostile: $(V)/.installed ## a hostile peer against server and client, ten minute
 soak: $(V)/.installed ## kill -9 of any side under load, 1000 times, with all data checked; ARGS="--kills N --seed S --minutes M --every 1"
 	@$(PY) tools/soak.py $(ARGS)
 
+crash: $(V)/.installed ## power lost at every flush, in the worst order, under ext4; ARGS="--rigs L --fsyncs N --states N --seed S"
+	@$(PY) tools/crash.py $(ARGS)
+
 mutants: $(V)/.installed $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
 	@$(PY) tools/mutants.py $(ARGS)
+
+litmus: $(V)/.python ## each pair of docs/memory-model.md under RC11 and AArch64, by herd7 (herdtools7); ARGS="kick" some of it
+	@$(PY) tools/litmus.py $(ARGS)
+
+model: bootstrap $(V)/.python ## the protocol in Promela, verified by spin, and each fence and look removed; ARGS="F1 bell" some of it
+	@$(PY) tools/model.py $(ARGS)
 
 build: $(V)/.installed ## build the package and install it into .venv
 
@@ -105,7 +114,7 @@ distclean: clean ## remove .venv, too
 
 bootstrap:
 	@NO_INSTALL=$(NO_INSTALL) tools/bootstrap.sh "$(if $(KEEP_PYTHON),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))" \
-		$(if $(filter test check,$(MAKECMDGOALS)),test) $(if $(filter test-guest,$(MAKECMDGOALS)),guest)
+		$(if $(filter test check model,$(MAKECMDGOALS)),test) $(if $(filter test-guest,$(MAKECMDGOALS)),guest)
 
 # A venv is bound to its interpreter and its place. A PYTHON that was asked for replaces another
 # one's venv; the default keeps what is there.

@@ -198,7 +198,7 @@ def test_modinfo_of_muennet() -> None:
 
 def test_show_without_any() -> None:
     done = run("net", "show")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no process of this user serves an interface\n", "")
     assert run("net", "show", "--json").stdout == "[]\n"
     done = run("net", "show", "net0")
     assert done.returncode == 1 and "net0" in done.stderr

@@ -68,6 +68,7 @@ case $goals in *" test "*)
     have iptables && have ip6tables || want iptables "marks of packets in the tests"
     have nft || want nftables "marks of packets in the tests"
     have systemd-analyze || want systemd "its units are verified in the tests"
+    have spin || want spin "the models in tests/model"
     [ ! -e .git ] || have git || want git "the sdist's contents are compared with git's"
 esac
 case $goals in *" guest "*)

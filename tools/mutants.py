@@ -50,6 +50,7 @@ FAULTS = ("tests/test_faults.py",)
 SHARED = ("tests/test_buffer_client.py",)
 FRONT = ("tests/test_fuse_uring.py", "tests/test_pump.py")
 ATTACH = ("tests/test_attach.py",)
+CRASH = "tests/test_crash.py::TestPowerLoss::test_nothing_that_was_fsynced_is_lost"
 COPIES = ("tests/test_copies.py",)
 GATHER = tuple(f"tests/test_packets.py::{name}" for name in (
     "test_packets_gather_where_more_come_that_way", "test_a_dialogue_does_not_wait",
@@ -189,10 +190,12 @@ MUTATIONS = [
     Mutation("counters settle", "reader_settled", "if not went_back(now, r.wc):", "if True:", PIECES),
     Mutation("copy: intact", "reader_copy", "if not reader_intact(r):", "if False:", RING),
     Mutation("intact: WSC", "reader_intact", "<= ahead <= r.elements", "<= ahead", RING),
-    Mutation("intact: restart", "reader_intact", "r.wc - r.rc <= ahead <=", "ahead <=", RING),
+    Mutation("intact: restart", "reader_intact", "r.wc - r.rc <= ahead <=", "ahead <=", RING, ("again-behind",)),
+    Mutation("intact: WC", "reader_intact", " and not went_back(reader_settled(r, &r.hdr.wc), r.wc)", "", (),
+             ("again-announced",)),
     Mutation("intact: epoch", "reader_intact", "if load_acquire64(&r.hdr.epoch) != r.epoch:", "if False:", (),
              ("restart",)),
-    relaxed("intact: the epoch before WSC", "reader_intact", "&r.hdr.epoch", model=("again",)),
+    relaxed("intact: the epoch before the counters", "reader_intact", "&r.hdr.epoch", model=("again",)),
     Mutation("overrun: WC < RC", "reader_overrun", "if went_back(wc, r.wc) or ", "if ", (),
              ("again-overrun",)),
     Mutation("overrun: epoch", "reader_overrun", " or load_acquire64(&r.hdr.epoch) != r.epoch", "", (),
@@ -219,13 +222,11 @@ MUTATIONS = [
         ("kind", "if h.kind != EVENT_READ and h.kind != EVENT_WRITE:", "if False:"),
         ("block", "if h.id >= s.store.nblocks:", "if False:"),
         ("read-only", "if h.kind == EVENT_WRITE and s.store.read_only:", "if False:"))),
-    Mutation("server intact: WSC", "server_intact", "wsc - (s.r.rc + k) <= s.r.elements and ", "", (),
+    Mutation("server intact: WSC", "server_intact", " and wsc - (s.r.rc + k) <= s.r.elements", "", (),
              ("server-memory", "server-file")),
-    Mutation("server intact: restart", "server_intact", " and <int64_t>(wsc - s.r.wc) >= 0", "", (),
-             ("server-file-lowered",)),
-    Mutation("server intact: epoch", "server_intact", "if load_acquire64(&s.r.hdr.epoch) != s.r.epoch:", "if False:",
-             (), ("server-file-restart",)),
-    relaxed("server intact: the epoch before WSC", "server_intact", "&s.r.hdr.epoch",
+    Mutation("server intact: its life", "server_intact", "server_life(s, &wsc) and wsc",
+             "reader_settled(&s.r, &s.r.hdr.wsc)", (), ("server-file-restart",)),
+    relaxed("server: the epoch before the counters", "server_life", "&s.r.hdr.epoch",
             model=("server-memory-again", "server-file-again")),
     Mutation("server: headers intact", "server_batch", "if not reader_intact(&s.r):", "if False:", (),
              ("server-memory",)),
@@ -235,10 +236,15 @@ MUTATIONS = [
              ("server-file",)),
     Mutation("server: memory writes intact", "server_answer", "if not server_intact(s, first + k):", "if False:", (),
              ("server-memory",)),
-    Mutation("server: answers to an old epoch", "server_life", "load_acquire64(&s.r.hdr.epoch) == s.r.epoch and ", "",
+    Mutation("server: answers to an old epoch", "server_life", " and load_acquire64(&s.r.hdr.epoch) == s.r.epoch", "",
              (), ("server-memory-restart",)),
-    Mutation("server: answers to an old life", "server_life",
-             " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0", "", (), ("server-file-lowered",)),
+    Mutation("server: answers to an old life", "server_life", "<int64_t>(wsc[0] - s.r.wc) >= 0 and ", "", (),
+             ("server-overwritten",)),
+    Mutation("server: answers to what is not published", "server_life",
+             " and <int64_t>(reader_settled(&s.r, &s.r.hdr.wc) - s.r.wc) >= 0", "", (),
+             ("server-memory-announced", "server-file-announced")),
+    Mutation("server: over is over", "server_life", "s.over != s.r.epochs and ", "", (), ("server-caught-up",)),
+    Mutation("server: over is told", "server_step", "if s.over == s.r.epochs:", "if False:", (), ("server-caught-up",)),
     Mutation("server: an earlier server's requests", "server_batch", "if <int64_t>(s.void_below - s.r.rc) > 0:",
              "if False:", SERVER),
     Mutation("server: a ring gone round", "server_step", "if s.void_below > s.r.elements:", "if False:", SERVER),
@@ -398,6 +404,10 @@ MUTATIONS = [
     Mutation("front: libfuse gets the first argument", "process", "memcpy(payload(r) - first, r.entry.first, first)",
              "pass", FRONT),
     Mutation("front: a refusal is committed", "understand", "commit_move(d, r, min(status, 0), 0)", "pass", FRONT),
+    Mutation("flush: the client answers it at once", "op_fsync", "if nothing:", "if True:", (f"{CRASH}[store+shm]",)),
+    Mutation("flush: threads do none", "aio_execute", "n = fdatasync(fd);", "n = 0;", (f"{CRASH}[file-threads+shm]",)),
+    Mutation("flush: io_uring does none", "aio_prepare", "io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);",
+             "io_uring_prep_nop(sqe);", (f"{CRASH}[disk]",)),
     Mutation("copies: apart is far apart", "copy_timed", "g->cost[0] > COPY_FAR && ", "", COPIES),
     Mutation("copies: past the caches must pay", "copy_timed", " && 4 * g->cost[0] > 7 * g->cost[1]", "", COPIES),
     Mutation("copies: one interruption is no news", "copy_timed", "cost < 2 * old ? cost : 2 * old", "cost", COPIES),
@@ -458,7 +468,7 @@ def copy(name: str) -> Path:
     tree.mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "tools"):
         shutil.copytree(ROOT / name, tree / name,
                         ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__")
                         if name == "src" else shutil.ignore_patterns("__pycache__", ".hypothesis"))

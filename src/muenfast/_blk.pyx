@@ -69,6 +69,7 @@ cdef struct server_t:
     uint64_t refused        # incompatible epoch that was reported
     block_event_header last # the newest request taken from the ring, as it was ...
     bint has_last           # ... in this epoch, if there was one
+    uint64_t over           # r.epochs of the life that was seen to be over
     server_counters n
     flow_t flows[FLOWS]
     sampler_t sampler       # of a server without a file; with one every request is measured
@@ -115,14 +116,11 @@ cdef bint server_intact(server_t *s, uint64_t k) noexcept nogil:
     """Whether slot k of the batch still holds what the client published, everything used of it included.
 
     As reader_intact: the use before the loads of epoch and WSC (acquire fence; pairs with writer_reserve and
-    writer_start), the epoch before WSC (acquire); WSC below the WC seen is a restart.
+    writer_start), the epoch before the counters (acquire); counters below the WC seen are a restart.
     """
     cdef uint64_t wsc
     fence_acquire()
-    if load_acquire64(&s.r.hdr.epoch) != s.r.epoch:
-        return False
-    wsc = reader_settled(&s.r, &s.r.hdr.wsc)
-    return wsc - (s.r.rc + k) <= s.r.elements and <int64_t>(wsc - s.r.wc) >= 0
+    return server_life(s, &wsc) and wsc - (s.r.rc + k) <= s.r.elements
 
 
 cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) noexcept nogil:
@@ -203,10 +201,17 @@ cdef void server_run_blocks(server_t *s, uint64_t first, uint64_t n, uint64_t ou
     server_count(s, event_flow(&s.heads[first]), n, error)
 
 
-cdef bint server_life(server_t *s) noexcept nogil:
-    """Whether the life that asks goes on: a client that has begun a new epoch, or the same one anew, gets no answer to the
-    old one's requests."""
-    return load_acquire64(&s.r.hdr.epoch) == s.r.epoch and <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) >= 0
+cdef bint server_life(server_t *s, uint64_t *wsc) noexcept nogil:
+    """Whether the life that asks goes on, and its WSC: a client that has begun a new epoch, or the same one anew, gets
+    no answer to the old one's requests. One that was seen to be over stays so: by the next look another may have come as
+    far.
+    """
+    if s.over != s.r.epochs and load_acquire64(&s.r.hdr.epoch) == s.r.epoch:
+        wsc[0] = reader_settled(&s.r, &s.r.hdr.wsc)
+        if <int64_t>(wsc[0] - s.r.wc) >= 0 and <int64_t>(reader_settled(&s.r, &s.r.hdr.wc) - s.r.wc) >= 0:
+            return True
+    s.over = s.r.epochs
+    return False
 
 
 cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
@@ -214,7 +219,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
 
     A write to memory whose slot the client overwrote meanwhile is torn: it is looked at again after the data was used.
     """
-    cdef uint64_t k
+    cdef uint64_t k, wsc
     cdef block_event_header h
     for k in range(n):
         h = s.heads[first + k]
@@ -224,7 +229,7 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
                 server_torn(s, 1)
         h.error = s.errors[first + k]
         memcpy(writer_slot(&s.w, k), &h, sizeof(block_event_header))
-    if server_life(s):
+    if server_life(s, &wsc):
         writer_publish(&s.w, n)
 
 
@@ -304,7 +309,7 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
 cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n, int32_t error,
                        const uint8_t *data) noexcept nogil:
     """Answers n requests. data: their blocks, or NULL: zeros."""
-    cdef uint64_t k, done = 0, most
+    cdef uint64_t k, wsc, done = 0, most
     cdef uint8_t *slot
     cdef block_event_header h
     while done < n:
@@ -319,7 +324,7 @@ cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n,
                 copy_given(&s.giver, slot + sizeof(block_event_header), data + k * BLOCK_SIZE, BLOCK_SIZE)
             elif h.kind != EVENT_WRITE:     # no byte of an earlier answer goes out
                 memset(slot + sizeof(block_event_header), 0, BLOCK_SIZE)
-        if not server_life(s):
+        if not server_life(s, &wsc):
             return
         writer_publish(&s.w, most)
         done += most
@@ -482,6 +487,8 @@ cdef int server_step(server_t *s) noexcept nogil:
         f.leaving = False
         status = <ring_status>f.pending
     else:
+        if s.over == s.r.epochs:
+            s.r.epoch = 0               # to synchronise anew, whatever stands there by now
         status = reader_peek(&s.r, &available)
         if (status == SUCCESS or status == NO_DATA) and server_forgotten(s):
             s.r.epoch = 0

@@ -39,9 +39,9 @@ cdef uint64_t FAREWELL_NS = 5_000_000_000
 cdef uint64_t ANSWER_NS = 1_000_000_000
 # How long the background thread stays away for a thread of a front end to take its place.
 cdef uint64_t RELIEF_NS = 1_000_000
-# A spin for answers that are due lasts as long as a disk that is fast takes for a queue of requests (as FLIGHT_SPIN_NS of
-# its server), and is worth its while only while that paid lately; a sleep costs 40 microseconds of each such queue.
-cdef uint64_t FLYING_SPIN_NS = 400_000
+# A spin for answers that are due lasts as long as a queue of 32 requests does on a disk with 16 000 of them a second, while that
+# paid lately. A sleep costs such a queue 40 microseconds, and its server what it takes to wake us (docs/decisions/008).
+cdef uint64_t FLYING_SPIN_NS = 2_000_000
 # Blocking calls look for signals this often.
 cdef uint64_t SIGNALS_NS = 50_000_000
 

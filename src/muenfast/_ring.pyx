@@ -433,17 +433,19 @@ cdef const uint8_t *reader_slot(const reader_t *r, uint64_t k) noexcept nogil:
 cdef bint reader_intact(reader_t *r) noexcept nogil:
     """Whether everything copied since reader_peek, from slot 0 on, is what the writer published.
 
-    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch. WSC below the WC
-    that peek saw: the writer has restarted, under the same epoch if that is unchanged, and zeroed the slots.
-    Ordering: the copy before the loads of epoch and WSC (acquire fence; pairs with writer_reserve and writer_start); the
-    epoch before WSC (acquire): whoever finds the same epoch started anew finds WSC below, too.
+    Slot k is stable iff WSC <= RC + k + elements after the copy; asking for slot 0 covers the batch. WSC or WC below the
+    WC that peek saw: the writer has restarted, under the same epoch if that is unchanged, and zeroed the slots. WSC alone
+    would not do: it comes as far while the new life's elements are still being written. Nor would WC, which may still be
+    the old life's while a WSC of 0 says nothing of what that had overwritten.
+    Ordering: the copy before the loads of epoch and counters (acquire fence; pairs with writer_reserve and writer_start);
+    the epoch before the counters (acquire): whoever finds the same epoch started anew finds them below, too.
     """
     cdef uint64_t ahead
     fence_acquire()
     if load_acquire64(&r.hdr.epoch) != r.epoch:
         return False
     ahead = reader_settled(r, &r.hdr.wsc) - r.rc
-    return r.wc - r.rc <= ahead <= r.elements
+    return r.wc - r.rc <= ahead <= r.elements and not went_back(reader_settled(r, &r.hdr.wc), r.wc)
 
 
 cdef ring_status reader_recover(reader_t *r) noexcept nogil:

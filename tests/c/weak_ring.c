@@ -212,6 +212,19 @@ static void read_one(void) {
     r = r_kept;
     get(1);
 }
+/* The same, and the new life announces and writes an element, and publishes none: nobody gets a byte of that. */
+static void begin_again_announced(void) {
+    uint64_t other[SLOTS / 8] = {1, 2};
+    scene();
+    start(16, 11);
+    follow();
+    follows = same = 1;
+    put(1);
+    start(16, 11);
+    CORE(writer_reserve)(&w, 1);
+    memcpy(CORE(writer_slot)(&w, 0), other, w.size);
+    explore(read_one);
+}
 /* Another epoch whose life has more than the ring holds: no element of the one before is lost by that. */
 static void begin_restart_overrun(void) {
     scene();
@@ -423,6 +436,7 @@ const scenario ring_scenarios[] = {
     {"restart", begin_restart, {"delivered", "synchronised", "inactive"}},
     {"sync", begin_sync, {"delivered", "synchronised", "inactive"}},
     {"again", begin_again, {"delivered", "synchronised"}},
+    {"again-announced", begin_again_announced, {"delivered", "synchronised", "no data"}},
     {"again-overrun", begin_again_overrun, {"delivered", "overrun", "synchronised"}},
     {"restart-overrun", begin_restart_overrun, {"delivered", "synchronised", "inactive"}},
     {"again-behind", begin_again_behind, {"overrun", "synchronised"}},

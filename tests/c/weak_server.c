@@ -136,6 +136,15 @@ static void overwritten(int kind) {
     ask(EVENT_WRITE, 6);
     explore(serve);
 }
+/* And then the same epoch is started anew: a WSC of 0 says nothing of how much was overwritten before that. */
+static void begin_overwritten_again(void) {
+    scene(SERVER_CONSTANT(STORE_FILE));
+    follow();
+    ask(EVENT_WRITE, 5);
+    ask(EVENT_WRITE, 6);
+    RING(writer_start)(&w, 11);
+    explore(serve);
+}
 static void restarted(int kind, uint64_t epoch) {
     scene(kind);
     follow();
@@ -150,7 +159,55 @@ static void begin_memory_restart(void) { restarted(SERVER_CONSTANT(STORE_MEMORY)
 static void begin_file_restart(void) { restarted(SERVER_CONSTANT(STORE_FILE), 22); }
 static void begin_memory_again(void) { restarted(SERVER_CONSTANT(STORE_MEMORY), 11); }
 static void begin_file_again(void) { restarted(SERVER_CONSTANT(STORE_FILE), 11); }
-/* A client that starts over without an epoch 0 between: its counters, then its slots. WSC alone tells. */
+/* The new life has announced and written a request, and not published it. */
+static void announced(int kind) {
+    uint64_t event[515] = {0};
+    block_event_header h = {EVENT_WRITE, 0, 0, 1, 6};
+    scene(kind);
+    follow();
+    ask(EVENT_WRITE, 5);
+    RING(writer_start)(&w, 11);
+    memcpy(event, &h, sizeof h);
+    event[3] = payload(6);
+    RING(writer_reserve)(&w, 1);
+    memcpy(RING(writer_slot)(&w, 0), event, sizeof event);
+    restarts = 1;
+    explore(serve);
+}
+static void begin_memory_announced(void) { announced(SERVER_CONSTANT(STORE_MEMORY)); }
+static void begin_file_announced(void) { announced(SERVER_CONSTANT(STORE_FILE)); }
+/* The new life has come as far as the old one by the second look at it: an answer, if any, is no error, for that says
+ * that the first look has seen it. */
+static void serve_any(void) {
+    int step;
+    uint64_t n, before;
+    block_event_header h;
+    s = s_kept;
+    if (RING(reader_peek)(&s.r, &n) != STATUS(SUCCESS))
+        return;
+    before = s.w.wc;
+    if (SERVER_FUNCTION(server_batch)(&s, n) != STATUS(SUCCESS))
+        return;
+    memcpy(&h, answers + 8, sizeof h);
+    if (s.w.wc == before) {
+        weak_count("withheld");
+        step = SERVER_FUNCTION(server_step)(&s);
+        if (step != SERVER_CONSTANT(SERVER_CONNECTED) && step != SERVER_CONSTANT(SERVER_DISCONNECTED))
+            weak_fail("a life that was seen to be over goes on", s.r.epoch, s.r.rc);
+    } else if (h.error != 0 && h.valid != 0)
+        weak_fail("a life that was over got an answer: error", (uint64_t)-h.error, 0);
+    else
+        weak_count("answered");
+}
+static void begin_memory_caught_up(void) {
+    scene(SERVER_CONSTANT(STORE_MEMORY));
+    follow();
+    ask(EVENT_WRITE, 5);
+    RING(writer_start)(&w, 11);
+    ask(EVENT_WRITE, 5); /* the very same, so that nothing else tells (server_forgotten) */
+    explore(serve_any);
+}
+/* A client that starts over without an epoch 0 between: its counters, then its slots. These alone tell. */
 static void begin_file_lowered(void) {
     ring_header *h = (ring_header *)requests;
     uint64_t nothing[515] = {0};
@@ -192,6 +249,10 @@ const scenario server_scenarios[] = {
     {"server-file-restart", begin_file_restart, {"answered", "withheld", "recovered"}},
     {"server-memory-again", begin_memory_again, {"answered", "withheld", "recovered"}},
     {"server-file-again", begin_file_again, {"answered", "withheld", "recovered"}},
+    {"server-memory-announced", begin_memory_announced, {"answered", "withheld", "recovered"}},
+    {"server-file-announced", begin_file_announced, {"answered", "withheld", "recovered"}},
+    {"server-caught-up", begin_memory_caught_up, {"answered", "withheld"}},
+    {"server-overwritten", begin_overwritten_again, {"answered", "torn", "withheld", "recovered"}},
     {"server-file-lowered", begin_file_lowered, {"answered", "withheld", "recovered"}},
     {"server-forgotten", begin_forgotten, {"remembered"}},
     {NULL, NULL, {NULL}},

@@ -219,6 +219,8 @@ def _show(arguments: argparse.Namespace, names: Sequence[str]) -> int:
                             + ("" if not silent else f" ({len(silent)} did not answer)"))
     if arguments.json:
         print(json.dumps(found, indent=2))
+    elif not found and not silent:
+        print("no process of this user serves an interface")
     else:
         for entry in found:
             print("\n".join(_lines(entry, bool(arguments.statistics))))
