@@ -27,19 +27,12 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-<<<<<<< HEAD
 # Tests that make /dev/muendiskX, look at all that there are, or have runtime directories of this machine's users, one after
 # the other in one worker: files, classes, tests.
-MACHINE = {"test_attach", "test_broker", "test_buffer_device", "test_ctl_device", "test_device", "test_doctor",
-           "test_durable", "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
+MACHINE = {"test_attach", "test_broker", "test_buffer_device", "test_crash", "test_ctl_device", "test_device",
+           "test_doctor", "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
            "test_nbd::test_beside_a_block_device", "test_partitioned", "test_policy::test_a_disk_between_two_users",
            "test_policy::test_only_what_is_declared", "test_recovery", "test_sandbox::TestWithin", "test_soak",
-=======
-# Tests that make /dev/muendiskX, or look at all that there are, one after the other in one worker: files, classes, tests.
-MACHINE = {"test_attach", "test_buffer_device", "test_crash", "test_ctl_device", "test_device", "test_doctor",
-           "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
-           "test_nbd::test_beside_a_block_device", "test_partitioned", "test_recovery", "test_soak",
->>>>>>> main
            "test_user::test_an_overlay_survives_its_server", "test_user::test_file_systems",
            "test_user::test_parts_under_ext4"}
 # What takes longest begins first, so that no worker is left with it in the end: scopes, and files that have several.
