@@ -185,6 +185,10 @@ def disks_left() -> list[str]:
                    if (number := loop.loop_of(str(node))) is not None and not loop.is_bound(number)]
 
 
+def has_open(pid: int, path: str) -> bool:
+    return any(os.path.realpath(each) == path for each in Path(f"/proc/{pid}/fd").iterdir())
+
+
 def told(process: Program) -> str:
     """The next line that it writes to standard error."""
     assert process.process.stderr is not None
@@ -358,7 +362,7 @@ class TestDevices:
         server.process.send_signal(signal.SIGSTOP)
         with subprocess.Popen(["dd", f"if={nodes[0]}", "of=/dev/null", "bs=4096", "count=64", "iflag=direct"],
                               stderr=subprocess.PIPE) as reader:
-            eventually(lambda: status_of(reader.pid)["State"].startswith("D"))
+            eventually(lambda: has_open(reader.pid, nodes[0]) and status_of(reader.pid)["State"].startswith("D"))
             if killed:
                 client.process.kill()
                 client.process.communicate()
