@@ -277,10 +277,11 @@ def fs_load(where: dict[str, Any]) -> None:
                 try:
                     os.write(fd, contents(number, size))
                     os.fsync(fd)
+                    os.rename(directory / f"new{number}", directory / f"file{number}")
+                    os.fsync(parent)
+                    os.fsync(fd)    # of a directory ext4 says 0 when the commit has failed already; this flushes the device
                 finally:
                     os.close(fd)
-                os.rename(directory / f"new{number}", directory / f"file{number}")
-                os.fsync(parent)
                 books.say(f"+ {number} {size}")
                 mine.append(number)
                 if len(mine) > MOST_FILES:
