@@ -145,6 +145,9 @@ def ask(interface: str, request: dict[str, Any], *, timeout: float = _ANSWER_TIM
                     break
                 line += piece
             answer = json.loads(line)
+        except TimeoutError as error:
+            raise MuenfastError(f"process {pid}, which serves {interface}, gave no answer in {timeout:g} s: what was asked "
+                                f"for may be done yet, as `muenfast net show {interface}` tells") from error
         except (OSError, ValueError) as error:
             raise MuenfastError(f"process {pid}, which serves {interface}, gave no answer: {error}") from error
     if not isinstance(answer, dict):
