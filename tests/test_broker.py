@@ -38,7 +38,7 @@ __all__ = ["alone"]     # fixtures
 
 CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 pytestmark = pytest.mark.root
-DISK = """
+TWO = """
 version = 1
 [subjects.storage]
 user = "backup"
@@ -52,6 +52,8 @@ region = "NAMEreq"
 writer = "storage"
 reader = "linux"
 region = "NAMEresp"
+"""
+DISK = TWO + """
 [buffers.buf]
 users = ["linux", "storage"]
 region = "NAMEbuf"
@@ -237,6 +239,10 @@ class TestDevices:
             1 << CAPABILITIES_OF[name] for name in disks_by_broker._CAPABILITIES)
         watchdogs = children(keeper)
         assert len(watchdogs) == 2 and {status_of(each)["CapPrm"] for each in watchdogs} == {kept["CapPrm"]}
+        # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE, linux/sched.h: PR_SET_IO_FLUSHER, which a root with CAP_SYS_RESOURCE may
+        allowed = int(status_of(os.getpid())["CapEff"], 16) >> CAPABILITIES_OF["CAP_SYS_RESOURCE"] & 1
+        assert {int((task / "stat").read_text().rpartition(")")[2].split()[6]) & 0x180000
+                for task in Path(f"/proc/{client.pid}/task").iterdir()} == {0x180000 * allowed}
         assert re.search(rf"broker: process {keeper}, \d+ requests, 0 refused", stat_of("list"))
         assert subprocess.run(["mkfs.ext4", "-q", nodes[0]], check=False).returncode == 0
         place = tmp_path / "mnt"
@@ -568,7 +574,8 @@ class TestRequests:
                                                                                        "force": True},
         {"do": "claim", "name": "../etc"}, {"do": "claim", "name": "muendiska\n"}, {"do": "claim", "name": "muendisk1"},
         {"do": "change", "name": "muendiska", "operation": 1, "number": 1, "start": 0, "size": 1 << 20},
-        {"do": "watch", "name": "muendiska", "thread": 1}, {"do": "free loop", "name": "muendiska", "milliseconds": 1},
+        {"do": "watch", "name": "muendiska", "thread": 1, "bystander": 1},
+        {"do": "free loop", "name": "muendiska", "milliseconds": 1},
         {"do": "mount", "name": "muendiska", "read_only": False, "max_io": 4097, "uring": "auto"},
         {"do": "rmdir", "name": "muendiska"}, {"do": "device", "name": "lo"}, {"do": "device", "name": "child1"},
         {"do": "configure", "device": 1}, {"do": "name", "device": True}, {"do": "close", "device": 1, "more": 1}])

@@ -237,7 +237,7 @@ REQUESTS = st.tuples(st.one_of(
                      ("sync", {}), ("make node", {}), ("remove node", {}), ("reread", {})]),
     st.just(("mount", {"read_only": False, "max_io": 4096, "uring": "off"})),
     st.just(("loop", {"read_only": False, "max_io": 4096, "block_size": 512, "discard": False})),
-    st.just(("unmount", {"force": True})), st.just(("watch", {"thread": os.getpid()})),
+    st.just(("unmount", {"force": True})), st.just(("watch", {"thread": os.getpid(), "bystander": os.getpid()})),
     st.just(("free loop", {"milliseconds": 0})), st.just(("users", {"but": 0})),
     st.just(("resize loop", {"size": 1})), st.just(("resize file", {"size": 1, "read_only": False})),
     st.sampled_from([("open part", {"number": 1}), ("make part", {"number": 1}), ("make part", {"number": 2}),
@@ -426,7 +426,7 @@ def test_a_watchdog_waits_for_no_longer_than_it_may(said: bytes, monkeypatch: py
     thread = watchdog.Thread(os.getpid(), os.getpid())
     try:
         os.write(write, said)
-        assert watchdog.watch(read, thread, lambda: aborted.append(None)) is False and aborted
+        assert watchdog.watch(read, [thread], lambda: aborted.append(None)) is False and aborted
     finally:
         for fd in (read, write, *([thread.fd] if thread.fd >= 0 else [])):
             os.close(fd)
@@ -438,7 +438,7 @@ def test_a_watchdog_keeps_no_endless_message() -> None:
     try:
         os.write(write, b"d" * 4000)
         with pytest.raises(ValueError, match="without an end"):
-            watchdog.watch(read, thread, lambda: None)
+            watchdog.watch(read, [thread], lambda: None)
     finally:
         for fd in (read, write, *([thread.fd] if thread.fd >= 0 else [])):
             os.close(fd)

@@ -293,6 +293,51 @@ def test_a_stopped_server_is_said_without_a_timeout(program: Start, lists: list[
     assert server.end() == (0, "")
 
 
+# A client that reads ahead of its own device, when told to.
+READS_AHEAD = """
+import os, sys, time
+from muenfast.blk import BlockClients, channels_from_lists
+with BlockClients(channels_from_lists(*sys.argv[1:])) as clients:
+    clients.ready(lambda: True)
+    fd = os.open(clients.disks[0].path, os.O_RDONLY)
+    print(clients.disks[0].path, flush=True)
+    sys.stdin.readline()
+    os.posix_fadvise(fd, 8 << 20, 1 << 20, os.POSIX_FADV_WILLNEED)
+    print(flush=True)
+    time.sleep(600)
+"""
+
+
+@needs_fuse
+@pytest.mark.root
+@pytest.mark.fuse
+def test_a_client_killed_with_its_own_reads_under_way(program: Start, runtime: Path, image: Path) -> None:
+    """The last of its threads, whichever that is, closes the device and waits for them: it is taken away all the same."""
+    lists = new_lists()
+    server = program("blk", *lists, "--device", str(image))
+    for _ in range(8):
+        client = subprocess.Popen([sys.executable, "-c", READS_AHEAD, lists[1], lists[3]], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True)
+        assert client.stdin is not None and client.stdout is not None
+        device = client.stdout.readline().strip()
+        try:
+            server.process.send_signal(signal.SIGSTOP)
+            client.stdin.write("\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "\n"
+            client.kill()
+            eventually(lambda: not os.path.exists(device))      # noqa: B023
+            client.wait(10)
+        finally:
+            fuse.reclaim_name(runtime, os.path.basename(device))    # of one that is stuck, nobody else would
+            server.process.send_signal(signal.SIGCONT)
+            client.kill()
+            client.communicate()
+    again = program("blk", "--client", *lists)
+    assert again.lines[0].split()[4] == device
+    assert again.end() == server.end() == (0, "")
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["inline", "shm"])
 def test_a_server_that_is_gone_for_good(shared: bool, caplog: pytest.LogCaptureFixture) -> None:
     """It says so in the bell: what is outstanding fails, the state is "gone"."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbd_client
 import pytest
 from conftest import Program, run, unique
-from test_broker import policy
+from test_broker import TWO, policy
 from test_cli import notified
 from test_policy import alone, status_of
 
@@ -52,7 +52,9 @@ class Probe:
             "another folder": lambda: os.listdir(os.path.dirname(place)),
             "a region of others": lambda: os.open("/dev/shm/REGION", os.O_RDONLY),
             "own file": lambda: os.pwrite(own, b"x", 0), "a new file": lambda: open(place + "/new", "w").write("x"),
-            "thread": thread, "unix": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)}
+            "thread": thread, "timer slack": lambda: call("prctl", 29, 1000, 0, 0, 0),
+            "dumpable": lambda: call("prctl", 4, 1, 0, 0, 0),
+            "unix": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)}
         found = {}
         for name, attempt in tries.items():
             try:
@@ -68,20 +70,7 @@ class Probe:
     def pread(self, buf, offset):
         buf[:] = self.data[offset:offset + len(buf)]
 '''
-POLICY = """
-version = 1
-[subjects.storage]
-user = "backup"
-[subjects.linux]
-user = "list"
-[channels.req]
-writer = "linux"
-reader = "storage"
-region = "NAMEreq"
-[channels.resp]
-writer = "storage"
-reader = "linux"
-region = "NAMEresp"
+POLICY = TWO + """
 [connections.disk]
 client = "linux"
 server = "storage"
@@ -90,9 +79,10 @@ response = "resp"
 device = "py:probe_store:Probe:PLACE"
 paths = ["PLACE"]
 """
-ALLOWED = {"own file", "a new file", "thread", "unix"}
+ALLOWED = {"own file", "a new file", "thread", "timer slack", "unix"}
 # What the users' permissions allow anyway: refused by the sandbox only.
-ONLY_SANDBOXED = {"chmod", "fchmod", "fork", "xattr", "internet", "another file", "another folder", "a region of others"}
+ONLY_SANDBOXED = {"chmod", "dumpable", "fchmod", "fork", "xattr", "internet", "another file", "another folder",
+                  "a region of others"}
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ cdef extern from *:
     #include <sys/prctl.h>
 
     /* An engine thread sleeps to the microsecond, not to the default 50. One that a block device waits for must not
-     * wait, in reclaim, for that device's own dirty pages (PR_SET_IO_FLUSHER; refused without CAP_SYS_RESOURCE, where
-     * no device can be made either). */
+     * wait, in reclaim, for that device's own dirty pages (PR_SET_IO_FLUSHER; refused without CAP_SYS_RESOURCE: a process
+     * that gave that up before has it from the thread that started this one). */
     static inline void prepare_thread(unsigned long slack_ns, int flusher) {
         prctl(PR_SET_TIMERSLACK, slack_ns, 0UL, 0UL, 0UL);
         if (flusher)

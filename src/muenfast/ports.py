@@ -33,8 +33,8 @@ _IN_USE = 10.0  # seconds within which an engine's turn has ended, or a name tha
 
 
 class Makers:
-    """What takes privileges of a port, by this process itself; broker.py has others. Namespaces are descriptors, None: the
-    calling thread's. All raise OSError, and what else the function that does it says."""
+    """What takes privileges of a port, by this process itself; broker/net.py has others. Namespaces are descriptors, None:
+    the calling thread's. All raise OSError, and what else the function that does it says."""
 
     def namespace(self, text: str) -> int | None:
         """As the user names it, open."""

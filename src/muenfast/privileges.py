@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Collection
 
-__all__ = ["CAPABILITIES", "become", "bound", "held", "keep", "no_new"]
+__all__ = ["CAPABILITIES", "become", "bound", "flusher", "held", "keep", "no_new"]
 
 # linux/capability.h: those that a serving process may need.
 CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3,
@@ -16,6 +16,7 @@ CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3,
                 "CAP_MKNOD": 27, "CAP_BPF": 39}
 _VERSION = 0x20080522           # _LINUX_CAPABILITY_VERSION_3
 _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 8, 38, 24, 47   # linux/prctl.h
+_PR_SET_IO_FLUSHER = 57  # Linux 5.6
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 
@@ -73,6 +74,12 @@ def bound(capabilities: Collection[str]) -> None:
 def no_new() -> None:
     """From here on no program that is executed gives more than there is. Raises OSError."""
     _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "no-new-privileges cannot be set")
+
+
+def flusher() -> bool:
+    """Marks this thread, and those that it will start, as ones that writeback depends on: they do not wait, as memory runs
+    out, for what they are to write themselves. False: refused (CAP_SYS_RESOURCE), or before Linux 5.6."""
+    return _prctl(_PR_SET_IO_FLUSHER, 1) == 0
 
 
 def keep(capabilities: Collection[str]) -> None:

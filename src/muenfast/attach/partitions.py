@@ -129,10 +129,7 @@ class Acts:
 
     def remove_node(self, number: int, device: int) -> None:
         """Nothing where it is another's, or gone."""
-        path = f"/dev/{self.name}{number}"
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path, follow_symlinks=False).st_rdev == device:
-                os.unlink(path)
+        block.remove_node(f"/dev/{self.name}{number}", device)
 
     def uevents(self) -> socket.socket:
         """Where the kernel tells of block devices; non-blocking."""

@@ -9,17 +9,19 @@ waits (uninterruptibly) for an answer of threads that are already dead; its desc
 the kernel does not end the connection either. Somebody else must abort it. And a device of the nbd driver stays
 until somebody disconnects it, whatever became of its socket.
 
-Arguments: "fuse" CONTROL PID TID ABORT MOUNTPOINT NODE, or "nbd" CONTROL PID TID SOCKET IDENTIFIER NODE.
+Arguments: "fuse" CONTROL PID TIDS ABORT MOUNTPOINT NODE, or "nbd" CONTROL PID TIDS SOCKET IDENTIFIER NODE.
     CONTROL  read end of a pipe from the client
-    PID TID  the client, and one of its receive threads: that thread sleeps interruptibly only, so it is
-             gone soon after any kill, also where the process lingers and the pipe stays open
+    PID TIDS the client, and threads of it (TID,TID) that sleep interruptibly only, so that after any kill one of them is
+             gone soon, also where the process lingers and the pipe stays open. Two, for one of them may be the last thread
+             of all: that one closes the process's files, and a device among them, with a read of its own under way, waits
+             for the dead
     ABORT    open fusectl "abort" of the connection, or -1 (then: forced unmount)
     SOCKET   of the connection to the nbd driver, open
     IDENTIFIER  what the driver's device was given to know it by
 Messages on the pipe, one a line:
     detaching SECONDS   the client takes the device down; abort if it is not done by then; again: it needs longer
     done                nothing is left to do
-End of file, or the end of the thread before "detaching", means that the client is dead.
+End of file, or the end of a thread before "detaching", means that the client is dead.
 
 Never opens a file in the mount and holds neither the fuse device nor a block device. Exit status: 0 the
 client was done, 1 it had to act, 2 it could not clean everything (/dev/kmsg says what).
@@ -46,7 +48,7 @@ LOOP_CLR_FD = 0x4C01        # uapi/linux/loop.h
 MNT_FORCE, MNT_DETACH = 1, 2    # sys/mount.h; FUSE takes MNT_FORCE as "abort the connection"
 PIDFD_THREAD = os.O_EXCL    # uapi/linux/pidfd.h, Linux 6.9
 
-POLL = 0.25         # seconds between looks at the thread, where the kernel has no thread pidfd
+POLL = 0.25         # seconds between looks at the threads, where the kernel has no thread pidfd
 AFTERMATH = 10.0    # seconds the client has, after its deadline, to finish
 LIMIT = 30          # seconds the clean-up may take before the watchdog gives up on itself
 LONGEST = 600.0     # seconds that a client may ask for at a time: it may have been taken over
@@ -302,15 +304,16 @@ class Thread:
         return not os.path.exists(self.entry)
 
 
-def watch(control: int, thread: Thread, abort: Callable[[], object]) -> bool:
+def watch(control: int, threads: list[Thread], abort: Callable[[], object]) -> bool:
     """Until the client is done (True) or dead (False); aborts the connection of one that cannot finish."""
     poller = select.poll()
     poller.register(control, select.POLLIN)
-    if thread.fd >= 0:
-        poller.register(thread.fd, select.POLLIN)
+    fds = [thread.fd for thread in threads if thread.fd >= 0]
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
     pending, deadline, aborted = b"", None, False
     while True:
-        wait = None if thread.fd >= 0 else POLL
+        wait = None if len(fds) == len(threads) else POLL
         if deadline is not None:
             wait = max(0.0, deadline - time.monotonic())
         ready = [fd for fd, _ in poller.poll(None if wait is None else wait * 1000)]
@@ -325,8 +328,9 @@ def watch(control: int, thread: Thread, abort: Callable[[], object]) -> bool:
                 if line == b"done":
                     return True
                 if line.startswith(b"detaching ") and not aborted:
-                    if deadline is None and thread.fd >= 0:
-                        poller.unregister(thread.fd)    # its end is expected now
+                    if deadline is None:
+                        for fd in fds:
+                            poller.unregister(fd)   # their end is expected now
                     deadline = time.monotonic() + min(max(0.0, float(line[10:])), LONGEST)   # 0: no number at all
         elif deadline is not None:
             if time.monotonic() < deadline:
@@ -335,7 +339,7 @@ def watch(control: int, thread: Thread, abort: Callable[[], object]) -> bool:
                 return False
             abort()
             aborted, deadline = True, deadline + AFTERMATH
-        elif thread.gone():
+        elif any(thread.gone() for thread in threads):
             return False
 
 
@@ -350,7 +354,8 @@ def say(text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     kind = arguments[0]
-    control, pid, tid, fd = map(int, arguments[1:5])
+    control, pid = map(int, arguments[1:3])
+    tids, fd = map(int, arguments[3].split(",")), int(arguments[4])
     below, node = arguments[5:]
     if kind == "nbd":
         __import__("socket")    # now: what has to be loaded may not be to be had later
@@ -371,7 +376,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     try:
-        done = watch(control, Thread(pid, tid), abort)
+        done = watch(control, [Thread(pid, tid) for tid in tids], abort)
     except Exception as error:      # whatever it is: from here on nobody else would clean up
         say(f"watchdog of {node}: {error!r}")
         done = False

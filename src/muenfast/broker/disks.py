@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from muenfast import shm
 from muenfast.attach import fuse, loop, partitions, watchdog
-from muenfast.attach.leash import Leash
+from muenfast.attach.leash import Bystander, Leash
 from muenfast.attach.root import Mount, Root
 from muenfast.broker import Answer, Broker, Kind, Operation, Refused, Service, flag, number, start, word
 from muenfast.errors import describe
@@ -35,6 +35,7 @@ _OFFER = 5.0            # seconds in which the client answers the kernel's first
 _NAME = {"name": word(r"muendisk[a-z]{1,3}")}
 _BYTES = number(0, (1 << 63) - 1)
 _PART = number(1, 256)
+_TID = number(1, 1 << 22)
 _LONGEST = 60_000       # milliseconds
 _LOOPS = 4              # loop devices for each disk: those that somebody keeps open go later
 
@@ -77,7 +78,7 @@ class DiskService(Service):
             "mounted": Operation(self._served, _NAME), "unmount": Operation(self._unmount, {**_NAME, "force": flag}),
             "rmdir": Operation(self._rmdir, _NAME),
             "resize file": Operation(self._resize_file, {**_NAME, "size": _BYTES, "read_only": flag}),
-            "watch": Operation(self._watch, {**_NAME, "thread": number(1, 1 << 22)}),
+            "watch": Operation(self._watch, {**_NAME, "thread": _TID, "bystander": _TID}),
             "unwatch": Operation(self._unwatch, _NAME),
             "loop": Operation(self._loop, {**_NAME, "read_only": flag, "max_io": io, "block_size": blocks,
                                            "discard": flag}),
@@ -124,12 +125,15 @@ class DiskService(Service):
         claim = self._root.claim(name)
         if claim is None:
             return Answer({"held": False, "complaints": []})
-        complaints = self._root.reclaim(name)
-        with self._state:
-            if name in self._disks or len(self._disks) >= self._most:
-                claim.release()
-                raise Refused(f"{name} was claimed at the same time")
-            self._disks[name] = _Disk(claim)
+        try:
+            complaints = self._root.reclaim(name)
+            with self._state:
+                if name in self._disks or len(self._disks) >= self._most:
+                    raise Refused(f"{name} was claimed at the same time")
+                self._disks[name] = _Disk(claim)
+        except BaseException:
+            claim.release()
+            raise
         return Answer({"held": True, "complaints": complaints})
 
     def _release(self, name: str) -> Answer:
@@ -214,16 +218,17 @@ class DiskService(Service):
 
     # -------------------------------------------------------------- the watchdog
 
-    def _watch(self, name: str, thread: int) -> Answer:
-        if not os.path.exists(f"/proc/{self._client}/task/{thread}"):
-            raise Refused(f"{thread} is no thread of process {self._client}")
+    def _watch(self, name: str, thread: int, bystander: int) -> Answer:
+        for each in (thread, bystander):
+            if not os.path.exists(f"/proc/{self._client}/task/{each}"):
+                raise Refused(f"{each} is no thread of process {self._client}")
         with self._state:
             disk = self._mounted(name)
             if disk.leash is not None:
                 raise Refused(f"{name} is watched already")
             abort = [disk.abort] if disk.abort >= 0 else []
             disk.leash = Leash("fuse", thread, [str(disk.abort), self._root.mountpoint(name), f"/dev/{name}"], abort,
-                               self._client)
+                               (self._client, bystander))
         return Answer({"pid": disk.leash.pid}, (disk.leash.give(),))
 
     def _unwatch(self, name: str) -> Answer:
@@ -432,7 +437,12 @@ class _Leash(Leash):
 
     def __init__(self, broker: Broker, name: str, thread: int) -> None:
         self._broker, self._name = broker, name
-        answer, [self._control] = broker.call("watch", name=name, thread=thread)
+        self._bystander = Bystander()
+        try:
+            answer, [self._control] = broker.call("watch", name=name, thread=thread, bystander=self._bystander.number)
+        except BaseException:
+            self._end_bystander()
+            raise
         self._pid = int(answer["pid"])
 
     @property

@@ -179,8 +179,11 @@ def _bounds(part: Declared, only: list[str] | None) -> tuple[Files, bool]:
 
 def _disk_broker(part: Declared, only: list[str] | None) -> Broker:
     from muenfast.broker.disks import of_disks
+    from muenfast.privileges import flusher
 
-    return of_disks(part.disks(only))
+    broker = of_disks(part.disks(only))
+    flusher()       # later it would be refused; without it the client is what any FUSE server is
+    return broker
 
 
 def _threads(arguments: argparse.Namespace) -> int | None:
