@@ -550,6 +550,50 @@ class TestRequests:
         assert disks.counts() == {"pid": disks.pid, "ended": True}
         assert os.waitpid(net.pid, 0)[1] == 0
 
+    def test_nobody_waits_for_one_that_stands_still(self, brokers: list[broker.Broker],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+        """An operation may take its time while the process lives; else it fails, the next one soon, and the answers that
+        come in the end are not taken for those of later requests."""
+        disks, _ = brokers
+        monkeypatch.setattr(broker, "_LOOK", 100)
+        monkeypatch.setattr(broker, "_LOOKS", 3)
+        monkeypatch.setattr(broker, "_PROMPT", 100)
+        os.kill(disks.pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: status_of(disks.pid)["State"].startswith("T"))
+            lanes = len(disks._lanes) - 1
+            took = []
+            for _ in range(lanes + 1):      # so that one lane is used twice
+                began = time.monotonic()
+                with pytest.raises(TimeoutError, match=rf"\({disks.pid}\) stands still"):
+                    disks.call("claim", name="muendiskzzz")
+                took.append(time.monotonic() - began)
+            assert took[0] > 0.5 > max(took[1:])
+        finally:
+            os.kill(disks.pid, signal.SIGCONT)
+        for _ in range(lanes + 1):
+            assert disks.ask("counts").keys() == {"requests", "refused"}
+        disks.ask("release", name="muendiskzzz")    # once was it claimed, and late
+        with pytest.raises(PermissionError, match="was not claimed here"):
+            disks.ask("release", name="muendiskzzz")
+
+    def test_an_operation_that_takes_long_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Longer than a process may stand still, as one does that waits for a disk."""
+        class Slow(broker.Service):
+            def __init__(self) -> None:
+                super().__init__()
+                self.operations["slow"] = broker.Operation(self._slow)
+
+            def _slow(self) -> broker.Answer:
+                time.sleep(1)
+                return broker.Answer({"slept": True})
+
+        monkeypatch.setattr(broker, "_LOOK", 50)
+        monkeypatch.setattr(broker, "_LOOKS", 2)
+        with broker.start(Slow, 1, ()) as slow:
+            assert slow.ask("slow") == {"slept": True}
+            assert slow.counts()["requests"] > 5
+
     @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=REQUESTS, with_fd=st.booleans())
     def test_whatever_comes_is_answered(self, brokers: list[broker.Broker], data: bytes, with_fd: bool) -> None:

@@ -27,6 +27,27 @@ SMALL, LARGE = 64, 40_000   # of the latter every copy releases the GIL
 FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
+def test_a_process_that_is_started_is_written_down_before_an_interrupt_comes() -> None:
+    """SIGINT and SIGTERM wait until then; the program that was started can be interrupted as ever."""
+    script = """if True:
+        import os, signal, subprocess
+        from muenfast.threads import interrupts_held
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            written = []
+            try:
+                with interrupts_held() as as_before:
+                    os.kill(os.getpid(), number)
+                    written.append(subprocess.run(["grep", "SigBlk", "/proc/self/status"], preexec_fn=as_before,
+                                                  capture_output=True, text=True).stdout.split())
+            except KeyboardInterrupt:
+                written.append("interrupted")
+            assert written == [["SigBlk:", "0" * 16], "interrupted"], written
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def element(who: int, serial: int, size: int) -> bytes:
     """Whose, which of his, bytes that depend on both, checksum."""
     body = struct.pack("=II", who, serial) * (size // 8)

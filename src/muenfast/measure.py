@@ -26,6 +26,7 @@ from typing import Any
 
 from muenfast import _bench
 from muenfast.errors import MuenfastError, UsageError
+from muenfast.threads import interrupts_held
 
 POLICY = ("one process per CPU, pinned; producers at most 256 KiB ahead; an empty or full ring is looked at again after "
           "128 pauses, from Python at once; round trips look after one pause; block I/O: the engines' own adaptive spin, "
@@ -464,9 +465,10 @@ def _resident(of_client: bool) -> float:
     lists = ["--req", f"bench-{os.getpid()}-m-req", "--resp", f"bench-{os.getpid()}-m-resp"]
     with ExitStack() as stack:
         for role in ([], ["--client"])[:2 if of_client else 1]:
-            program = stack.enter_context(subprocess.Popen([sys.executable, "-m", "muenfast", "blk", *role, *lists],
-                                                           stdout=subprocess.PIPE, text=True))
-            stack.callback(program.terminate)
+            with interrupts_held() as as_before:
+                program = stack.enter_context(subprocess.Popen([sys.executable, "-m", "muenfast", "blk", *role, *lists],
+                                                               stdout=subprocess.PIPE, text=True, preexec_fn=as_before))
+                stack.callback(program.terminate)
             assert program.stdout is not None
             if "ready\n" not in program.stdout:
                 raise MuenfastError("a process of the measurement failed")

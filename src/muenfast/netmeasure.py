@@ -33,6 +33,7 @@ from pathlib import Path
 from muenfast import _bench, _netbench, netns
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.measure import Pair, Row, die_with
+from muenfast.threads import interrupts_held
 
 POLICY = ("near: receiver, ping and near program on the first CPU; far: sender and far program on the second; echoes are "
           "ICMP, 64 bytes, from a raw socket, answered by the kernel, idle ones with 2 ms between; datagrams: as fast as "
@@ -65,13 +66,16 @@ SOCAT, PLAIN = "socat TUN pair", "muenfast net --no-offload"
 class _Program:
     """A program on one CPU, in a namespace if that is given; it ends with this process at the latest.
 
-    What it says on standard error comes to ours when it is closed. fds: descriptors that it inherits.
+    What it says on standard error comes to ours when it is closed. fds: descriptors that it inherits. as_before: see
+    interrupts_held().
     """
 
-    def __init__(self, words: Sequence[str], cpu: int, namespace: int | None = None, fds: Sequence[int] = ()) -> None:
+    def __init__(self, words: Sequence[str], cpu: int, namespace: int | None, fds: Sequence[int],
+                 as_before: Callable[[], object]) -> None:
         me, libc = os.getpid(), ctypes.CDLL(None, use_errno=True)
 
         def enter() -> None:
+            as_before()
             os.sched_setaffinity(0, {cpu})
             die_with(me, signal.SIGTERM)
             if namespace is not None and libc.setns(namespace, _CLONE_NEWNET):
@@ -181,10 +185,11 @@ class Spaces:
                 all_of_them.callback(program.close)
 
     def _start(self, link: Link, words: Sequence[str], far: bool, inside: bool = False, fds: Sequence[int] = ()) -> None:
-        program = _Program(words, self.pair.far if far else self.pair.near, (self.far if far else self.near) if inside
-                           else None, fds)
-        self._programs.append(program)
-        link.programs.append(program)
+        with interrupts_held() as as_before:
+            program = _Program(words, self.pair.far if far else self.pair.near, (self.far if far else self.near) if inside
+                               else None, fds, as_before)
+            self._programs.append(program)
+            link.programs.append(program)
 
     def drop(self, link: Link) -> None:
         """Ends what was started for it, and hears no more of that: the link's `missing` says it."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 
@@ -29,6 +32,21 @@ def spawn(target: Callable[[], None], name: str) -> threading.Thread:
         raise OSError(errno.EAGAIN, f"no thread for `{name}`: the limit of this user (ulimit -u) or of its control "
                       "group (pids.max) is reached") from error
     return thread
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], object]]:
+    """SIGINT and SIGTERM wait while the only thread starts a process and writes down how that is to be ended: none is lost in between.
+
+    It gives what the child calls before it runs a program, so that this one can be interrupted.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    restore = partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # may raise what came just before
+        yield restore
+    finally:
+        restore()
 
 
 def leave_child(error: BaseException | None) -> NoReturn:

@@ -44,7 +44,10 @@ _LEAVING = 60           # seconds that undoing may take: then it is ended as it 
 _LATE = 10.0            # seconds more that it is waited for
 _QUIET = 20.0           # of those, for operations under way
 _PROMPT = 1000          # milliseconds for an answer that waits for nothing
+_LOOK = 5000            # milliseconds from one look at whether who owes an answer still lives to the next
+_LOOKS = 10             # in a row without a sign of it: it stands still
 _WORD = 256             # characters of a text
+_GONE = "the process that kept privileges for this one has ended"
 
 
 class Refused(MuenfastError):
@@ -266,6 +269,8 @@ class Broker:
         self._free: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
         self._process = os.getpid()
         self._counting = threading.Lock()
+        self._owing: set[socket.socket] = set()     # an answer that nobody waits for may come yet; of a lane that is not in use
+        self._still = False
         for lane in lanes[1:]:
             self._free.put(lane)
 
@@ -302,17 +307,26 @@ class Broker:
         return json.loads(data) if data else None
 
     def call(self, operation: str, /, **fields: Any) -> tuple[dict[str, Any], list[int]]:
-        """What it answers: values and descriptors. Waits for a lane first. Raises PermissionError for what it refuses,
-        OSError, ClaimError, MuenfastError: what the operation met there."""
+        """What it answers: values and descriptors. Waits for a lane first, and then for as long as the operation takes: of
+        some that is as long as a disk takes. Raises PermissionError for what it refuses, TimeoutError where the process
+        stands still (it may do what it was asked for yet), OSError, ClaimError, MuenfastError: what the operation met there.
+        """
         lane = self._free.get()
         try:
             try:
+                if lane in self._owing:
+                    for fd in self._answered(lane)[1]:
+                        os.close(fd)
+                    self._owing.discard(lane)
                 lane.sendall(json.dumps({"do": operation, **fields}).encode())
-                data, fds, _, _ = socket.recv_fds(lane, _MOST_ANSWER, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
-            except OSError as error:
-                raise OSError(errno.EPIPE, "the process that kept privileges for this one has ended", "broker") from error
+                data, fds = self._answered(lane)
+            except TimeoutError:
+                self._owing.add(lane)
+                raise
+            except (OSError, ValueError) as error:      # ValueError: closed meanwhile
+                raise OSError(errno.EPIPE, _GONE, "broker") from error
             if not data:
-                raise OSError(errno.EPIPE, "the process that kept privileges for this one has ended", "broker")
+                raise OSError(errno.EPIPE, _GONE, "broker")
         finally:
             self._free.put(lane)
         answer = json.loads(data)
@@ -326,6 +340,25 @@ class Broker:
         if kind == "refused":
             raise PermissionError(errno.EPERM, f"{operation} was refused: {answer['text']}", "broker")
         raise MuenfastError(answer["text"])
+
+    def _answered(self, lane: socket.socket) -> tuple[bytes, list[int]]:
+        """The next answer on a lane. While it does not come, the process is asked for its counts, which it always gives at
+        once: where it does not, time after time, it stands still, and then one time is enough, until an answer comes."""
+        poller = select.poll()
+        poller.register(lane, select.POLLIN)
+        left = 1 if self._still else _LOOKS
+        while not poller.poll(_LOOK):
+            if "requests" in self.counts():
+                self._still, left = False, _LOOKS
+                continue
+            left -= 1
+            if not left:
+                self._still = True
+                raise TimeoutError(errno.ETIMEDOUT, f"the process that keeps privileges for this one ({self.pid}) stands "
+                                   "still", "broker")
+        self._still = False
+        data, fds, _, _ = socket.recv_fds(lane, _MOST_ANSWER, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+        return data, fds
 
     def ask(self, operation: str, /, **fields: Any) -> dict[str, Any]:
         """As call(), of an operation that gives no descriptors."""

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from muenfast import params
 from muenfast.errors import MuenfastError, UsageError
+from muenfast.threads import interrupts_held
 
 _CHUNK = 1 << 20
 _PATIENCE = 60.0  # seconds for a child to say ready, or to leave
@@ -148,9 +149,10 @@ class _Demo:
 
     def child(self, *words: str) -> list[str]:
         """Starts `muenfast blk ...`, waits for its ready line; the lines before. It is stopped at the end."""
-        process = subprocess.Popen([sys.executable, "-m", "muenfast", "blk", "--req", self.req, "--resp", self.resp,
-                                    *words], stdout=subprocess.PIPE, start_new_session=True)
-        self.stack.callback(self._stop, process)
+        with interrupts_held() as as_before:
+            process = subprocess.Popen([sys.executable, "-m", "muenfast", "blk", "--req", self.req, "--resp", self.resp,
+                                        *words], stdout=subprocess.PIPE, start_new_session=True, preexec_fn=as_before)
+            self.stack.callback(self._stop, process)
         assert process.stdout is not None
         said = b""
         end = time.monotonic() + _PATIENCE
