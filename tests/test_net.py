@@ -633,6 +633,7 @@ def test_an_interface_that_is_removed_or_moved(pair: Callable[..., Pair], spaces
     eventually(lambda: not two.spaces[0].carrier("other0"))
     third.ip("link", "set", "net0", "up")
     two.answers()
+    assert (found := third.link()) is not None and found["qdisc"] == "noqueue"
     third.ip("link", "del", "net0")
     one, other = two.programs
     assert other is not None and other.process.wait(20) == 1
@@ -780,6 +781,27 @@ def test_more_news_of_links_than_there_is_room_for(device: tuple[Space, tuntap.D
         if end is None:
             space.ip("link", "del", "net0")
         assert one.states()[-1] is end
+
+
+def test_packets_come_to_the_device_at_once(device: tuple[Space, tuntap.Device]) -> None:
+    """It has no queueing discipline that costs every sender something; whoever gives it one keeps that."""
+    space, _ = device
+
+    def discipline() -> str:
+        for state in ("up", "down", "up"):
+            space.ip("link", "set", "net0", state)
+        found = space.link()
+        assert found is not None
+        return str(found["qdisc"])
+
+    assert discipline() == "noqueue"
+    subprocess.run(space.inside("tc", "qdisc", "replace", "dev", "net0", "root", "pfifo", "limit", "7"), check=True)
+    assert discipline() == "pfifo"
+
+
+def test_what_is_said_of_a_discipline_that_is_refused(device: tuple[Space, tuntap.Device]) -> None:
+    with pytest.raises(OSError, match="its queueing discipline: No such device"):
+        tuntap._pass_at_once(1 << 30)
 
 
 def test_a_name_of_any_bytes(device: tuple[Space, tuntap.Device]) -> None:
