@@ -41,7 +41,8 @@ cdef extern from "_frame.h" nogil:
     uint32_t frame_size(int kind, uint32_t mtu) noexcept
     uint32_t frame_start(int kind) noexcept
     uint32_t frame_room(int kind, uint32_t size) noexcept
-    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark) noexcept
+    int frame_finish(int kind, uint8_t *slot, uint32_t size, const uint8_t *head, uint32_t n, uint32_t used,
+                     uint32_t mark) noexcept
     net_hdr frame_header(const uint8_t *slot) noexcept
     bint frame_agrees(net_hdr h, uint32_t version) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
@@ -466,10 +467,10 @@ cdef void sender_refused(sender_t *s, int status) noexcept nogil:
         count64(&s.n.malformed, 1)
 
 
-cdef void sender_finished(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
-    """Completes slot k, which holds an IP packet of n bytes."""
+cdef void sender_finished(sender_t *s, uint64_t k, const uint8_t *head, uint32_t n) noexcept nogil:
+    """Completes slot k, which holds an IP packet of n bytes. head: as of frame_finish()."""
     cdef uint64_t at = sender_index(s, k)
-    frame_finish(s.kind, writer_slot(&s.w, k), s.size, n, s.used[at], s.mark)
+    frame_finish(s.kind, writer_slot(&s.w, k), s.size, head, n, s.used[at], s.mark)
     s.used[at] = n
     count64(&s.n.bytes, n)
 
@@ -498,16 +499,19 @@ cdef void sender_tell(sender_t *s, const uint8_t *packet, uint32_t n) noexcept n
 cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcept nogil:
     """Makes elements, from slot `filled` on, of the packet in private memory; the slot behind the last one. Stops before
     slot `most`; s.cut.left and s.left say what is yet to come."""
+    cdef const uint8_t *head
     cdef uint32_t n
     cdef pmtu_verdict verdict
     while filled < most and (s.left != 0 or s.cut.left != 0):
         writer_reserve(&s.w, filled + 1)
         if s.left != 0:
             n = pmtu_fragments_next(&s.parts, writer_slot(&s.w, filled) + frame_start(s.kind))
+            head = pmtu_fragments_head(&s.parts)
             s.left -= 1
             count64(&s.n.fragments, 1)
         elif s.limit == 0:
             n = segment_next(&s.cut, writer_slot(&s.w, filled) + frame_start(s.kind))
+            head = segment_head(&s.cut)
             count64(&s.n.segments, s.super)
         else:
             n = segment_next(&s.cut, s.piece)
@@ -522,8 +526,9 @@ cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcep
                     sender_tell(s, s.piece, n)
                 continue
             copy_bytes(writer_slot(&s.w, filled) + frame_start(s.kind), s.piece, n)
+            head = s.piece
             count64(&s.n.segments, s.super)
-        sender_finished(s, filled, n)
+        sender_finished(s, filled, head, n)
         filled += 1
     return filled
 
@@ -558,7 +563,7 @@ cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
         if status < 0:
             sender_refused(s, status)
             return False
-    status = frame_finish(s.kind, slot, s.size, n, used, s.mark)
+    status = frame_finish(s.kind, slot, s.size, packet, n, used, s.mark)
     if status == FRAME_OVERSIZE:
         count64(&s.n.oversize, 1)
     elif status == FRAME_NOT_IP:
