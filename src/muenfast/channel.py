@@ -69,8 +69,9 @@ class End:
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
     name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write,
     of one connection: "server" or "client" claims that side of it. create: bytes of the region when a POSIX name is
-    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way). permit: as
-    the region has to be, and its bell, but that its group writes, too; both must be there then.
+    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way): the region
+    must exist, its reader leaves no trace that its writer could see (shm.Region.open_unseen), and stays with the region
+    that it opened. permit: as the region has to be, and its bell, but that its group writes, too; both must be there then.
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
@@ -82,16 +83,22 @@ class End:
         self.claim: shm.Claim | None = None
         self.permit = permit
         self._process = os.getpid()
-        if permit is not None:
+        # Who makes a region is seen, and would take it away under a reader that is in nobody's books.
+        strict = not bell and buffer is None
+        if permit is not None or strict:
             create = None
+        self._told = False
         self.bell: shm.Region | None = None
         what = "channel" if buffer is None else "buffer"
         if self.locator.offset % 8:
             raise UsageError(f"a {what} starts at a multiple of 8 bytes", value=self.locator.text)
         with ExitStack() as stack:
             try:
-                self.region = shm.Region.open(self.locator, writable=writes,
-                                              create=create if self.locator.posix else None, permit=permit)
+                if strict and not writes:
+                    self.region = shm.Region.open_unseen(self.locator, permit=permit)
+                else:
+                    self.region = shm.Region.open(self.locator, writable=writes,
+                                                  create=create if self.locator.posix else None, permit=permit)
             except FileNotFoundError as error:
                 if error.filename != self.locator.path:     # of the book-keeping
                     raise
@@ -102,7 +109,8 @@ class End:
                 raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
                                         error.filename) from error
             stack.callback(lambda: self.region.close())
-            stack.enter_context(shm.apart(self.locator, disk=False))
+            if not self.region.unseen:
+                stack.enter_context(shm.apart(self.locator, disk=False))
             if writes:
                 self._spare(what, channel=buffer is None)
             if len(self.region.view) < least:
@@ -149,8 +157,15 @@ class End:
         return None if self.bell is None else self.bell.view
 
     def replaced(self) -> bool:
-        """Whether the channel's name means another region now, or none."""
-        return self.region.replaced()
+        """Whether the channel's name means another region now, or none. To a strict one-way reader it never does: it opens
+        one once, and says that."""
+        if not self.region.replaced():
+            return False
+        if self.region.unseen and not self._told:
+            self._told = True
+            log.error("channel %s was removed, or made anew: a strict one-way reader, which opens it once, hears no more; "
+                      "start it again", self.locator.text)
+        return not self.region.unseen
 
     def remap(self) -> bool:
         """Maps the same region anew, after a peer truncated it and gave it its size back; whether it could.
@@ -159,7 +174,8 @@ class End:
         """
         if self.region.truncated():
             return False
-        fresh = shm.Region.open(self.locator, writable=self.region.writable, permit=self.permit)
+        fresh = self.region.again() if self.region.unseen else \
+            shm.Region.open(self.locator, writable=self.region.writable, permit=self.permit)
         if (fresh.device, fresh.inode) != (self.region.device, self.region.inode) or \
                 len(fresh.view) < len(self.region.view):
             fresh.close(keep=True)
@@ -186,7 +202,8 @@ def open_writer(name: str, *, size: int, protocol: int, region_size: int = 1 << 
                 bell: bool = True) -> Writer:
     """Claims the writing side of the channel `name` (made with region_size bytes if missing) and activates it.
 
-    size: bytes of an element. Raises UsageError, ClaimError, PeerError, OSError.
+    size: bytes of an element. bell: False: strict one-way, the region must exist. Raises UsageError, ClaimError, PeerError,
+    OSError.
     """
     end = End(name, writes=True, role="writer", create=region_size, least=_HEADER + size, bell=bell)
     try:
@@ -202,7 +219,9 @@ def open_reader(name: str, *, protocol: int | None = None, size: int | None = No
                 bell: bool = True, poll: int | None = None) -> Reader:
     """A reader of the channel `name` (made with region_size bytes if missing), mapped read-only.
 
-    protocol, size: what the channel must have, None accepts any. Raises UsageError, PeerError, OSError.
+    protocol, size: what the channel must have, None accepts any. bell: False: strict one-way: the region must exist, on a
+    tmpfs without holes, and its writer sees nothing of us that the kernel does not show (docs/security.md).
+    Raises UsageError, PeerError, OSError.
     """
     end = End(name, writes=False, role="reader", create=region_size, bell=bell)
     try:

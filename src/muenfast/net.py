@@ -108,6 +108,11 @@ class InterfaceConfig:
     patience: int = PATIENCE
 
     @property
+    def unseen(self) -> bool:
+        """Whether it only receives, strictly one-way: then it leaves no trace that its peer could see."""
+        return self.out is None and not self.bells
+
+    @property
     def element_size(self) -> int:
         """Bytes of an element, the same in both channels."""
         return element_size(self.framing, self.mtu)
