@@ -102,6 +102,15 @@ static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, const uin
     return 0;
 }
 
+/* As frame_finish(), and copies the packet, n bytes of private memory, into the element: what stands before it first. */
+static inline int frame_put(int kind, uint8_t *slot, uint32_t size, const uint8_t *packet, uint32_t n, uint32_t used,
+                            uint32_t mark) {
+    int status = frame_finish(kind, slot, size, packet, n, used, mark);
+    if (status == 0)
+        copy_few(slot + frame_start(kind), packet, n);
+    return status;
+}
+
 /* The header of an element, loaded once. */
 static inline net_hdr frame_header(const uint8_t *slot) {
     net_hdr h;
