@@ -332,7 +332,7 @@ class Library:
         def obey(order: str) -> str:
             nonlocal reader
             taken = 0
-            assert not reader.owner.replaced()
+            reader.owner.replaced()     # a look that nobody sees, either
             for _ in range(20):
                 reader.wait(0.001)
                 taken += reader.read_many_into(buffer)

@@ -28,6 +28,7 @@ from muenfast.channel import End
 from muenfast.errors import PeerError, UsageError
 
 PROTOCOL = 7
+DECLARED = shm.Permit(os.getuid(), os.getgid(), 0o600, "a test")   # as a policy's region
 PLAY = Path(__file__).with_name("oneway_program.py")
 STEPS = ["before", "again", "start", "read", "overrun", "killed", "second start", "epoch", "cut", "hollow", "filled",
          "gone on", "punched", "filled again", "leave", "replaced", "stopped"]
@@ -164,7 +165,7 @@ def test_it_opens_once(channel: Callable[..., str], caplog: pytest.LogCaptureFix
     path = f"/dev/shm/{name}"
     watches = Watches()
     try:
-        with End(name, writes=False, role="test", bell=False) as end:
+        with End(name, writes=False, role="test", bell=False, permit=DECLARED) as end:
             watches.add(path)
             assert not end.replaced()
             os.truncate(path, 0)
@@ -188,34 +189,69 @@ def test_it_opens_once(channel: Callable[..., str], caplog: pytest.LogCaptureFix
         os.close(watches.fd)
 
 
-def test_what_it_refuses(channel: Callable[..., str], tmp_path: Path) -> None:
+def test_what_a_policy_refuses(channel: Callable[..., str], tmp_path: Path) -> None:
     """Regions that are missing, are not made; holes, that looks would fill; links, whose access times would tell."""
+    def strict(name: str, writes: bool = False, declared: shm.Permit = DECLARED) -> End:
+        return End(name, writes=writes, role="test", create=SIZE, bell=False, permit=declared)
+
     missing = unique("missing")
-    for opened in (lambda: open_reader(missing, bell=False), lambda: open_writer(missing, size=8, protocol=1, bell=False)):
-        with pytest.raises(FileNotFoundError, match="make it first, with `muenfast chan create`"):
-            opened()
+    for writes in (False, True):
+        with pytest.raises(FileNotFoundError, match="`muenfast policy apply` makes it"):
+            strict(missing, writes)
     assert not os.path.exists(f"/dev/shm/{missing}")
     name = channel("holes")
     os.truncate(f"/dev/shm/{name}", 0)
     with pytest.raises(PeerError, match="size"):
-        open_reader(name, bell=False)
+        strict(name)
     os.truncate(f"/dev/shm/{name}", SIZE)
     with pytest.raises(UsageError, match=rf"has holes \(0 of {SIZE} bytes .*`fallocate -l {SIZE} /dev/shm"):
-        open_reader(name, bell=False)
+        strict(name)
     assert os.stat(f"/dev/shm/{name}").st_blocks == 0
-    with open_writer(f"/dev/shm/{name}@{SIZE // 2}+{SIZE // 4}", size=8, protocol=1, bell=False), \
-            open_reader(f"/dev/shm/{name}@{SIZE // 2}+{SIZE // 4}", bell=False):     # the others' holes are nothing to it
-        assert os.stat(f"/dev/shm/{name}").st_blocks * 512 == SIZE // 4
+    part = f"/dev/shm/{name}@{SIZE // 2}+{SIZE // 4}"
+    with open_writer(part, size=8, protocol=1, bell=False), strict(part) as end:   # the others' holes are nothing to it
+        assert end.region.unseen and os.stat(f"/dev/shm/{name}").st_blocks * 512 == SIZE // 4
     file = tmp_path / "folder" / "channel"
     file.parent.mkdir()
     file.write_bytes(bytes(SIZE))
+    file.chmod(0o600)
     (tmp_path / "link").symlink_to(file)
     (tmp_path / "way").symlink_to(file.parent)
     for path in (tmp_path / "link", tmp_path / "way" / "channel"):
         with pytest.raises(UsageError, match="is a symbolic link, and following one leaves an access time"):
-            open_reader(str(path), bell=False)
-    with open_reader(str(file), bell=False) as reader:
-        assert reader.owner.region.size == SIZE
+            strict(str(path))
+    with strict(str(file)) as end:
+        assert end.region.size == SIZE and end.region.unseen
+
+
+def test_without_a_policy_it_goes_on_and_says_that_it_is_seen(channel: Callable[..., str], tmp_path: Path,
+                                                             caplog: pytest.LogCaptureFixture) -> None:
+    """As readers without a bell did ever: regions come and go with who writes them."""
+    def told() -> str:
+        text = "\n".join(record.getMessage() for record in caplog.records)
+        caplog.clear()
+        return text
+
+    missing = unique("missing")
+    with open_reader(missing, bell=False) as reader:
+        assert not reader.owner.region.unseen
+        assert f"channel {missing}: its writer sees this reader" in (said := told()) and "`muenfast chan create`" in said
+        with open_writer(missing, size=8, protocol=1, bell=False) as writer, open_reader(missing, bell=False) as other:
+            assert other.owner.region.unseen and not told()
+            writer.write(b"a")
+            assert [each.read() for each in (reader, other) for _ in range(2)] == [None, b"a".ljust(8, b"\0")] * 2
+    assert not os.path.exists(f"/dev/shm/{missing}")
+    holes = channel("holes")
+    os.truncate(f"/dev/shm/{holes}", 0)
+    os.truncate(f"/dev/shm/{holes}", SIZE)
+    (tmp_path / "file").write_bytes(bytes(SIZE))
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name, why in ((holes, "has holes"), (str(tmp_path / "link"), "is a symbolic link")):
+        with open_reader(name, bell=False) as reader:
+            assert not reader.owner.region.unseen and why in told()
+    name = channel("anew")
+    with End(name, writes=False, role="test", bell=False) as end:
+        os.unlink(f"/dev/shm/{name}")
+        assert end.region.unseen and end.replaced() and not told()
 
 
 def test_a_lease_is_not_waited_for(channel: Callable[..., str]) -> None:

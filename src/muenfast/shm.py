@@ -612,8 +612,8 @@ def _open_unseen(locator: Locator) -> int:
             parts = os.path.normpath(locator.path).split("/")
             for place in ("/".join(parts[:n]) for n in range(2, len(parts) + 1)):
                 if stat.S_ISLNK(os.lstat(place).st_mode):
-                    raise UsageError(f"{place} is a symbolic link, and following one leaves an access time: strict one-way "
-                                     "needs a path without", value=locator.text)
+                    raise SeenError(f"{place} is a symbolic link, and following one leaves an access time: strict one-way "
+                                    "needs a path without", value=locator.text)
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
             try:
@@ -637,6 +637,10 @@ def _hollow(fd: int, locator: Locator) -> bool:
 
 
 # ---- regions
+
+
+class SeenError(UsageError):
+    """Reading this region leaves something that who writes it sees."""
 
 
 class Region:
@@ -756,10 +760,10 @@ class Region:
                 raise OSError(errno.ENODEV, "not a file that can be mapped", locator.path)
             solid = stat.S_ISREG(seen.st_mode) and filesystem(os.path.dirname(locator.path)) in _FILLED_BY_LOOKS
             if solid and _hollow(fd, locator):
-                raise UsageError(f"has holes ({seen.st_blocks * 512} of {seen.st_size} bytes of its file are allocated), "
-                                 "and a look at one fills it, which its writer sees: strict one-way needs a region without",
-                                 value=locator.text, hint="`muenfast chan create` makes such ones, and `fallocate -l "
-                                 f"{seen.st_size} {locator.path}` fills these")
+                raise SeenError(f"has holes ({seen.st_blocks * 512} of {seen.st_size} bytes of its file are allocated), "
+                                "and a look at one fills it, which its writer sees: strict one-way needs a region without",
+                                value=locator.text, hint="`muenfast chan create` makes such ones, and `fallocate -l "
+                                f"{seen.st_size} {locator.path}` fills these")
             region = cls._mapped_unseen(locator, fd, seen, solid)
             undo.pop_all()
             return region

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                              "(default: 30)")
     add("--inject", metavar="FAULTS", help="faults, as for `muenfast blk`, of all its disks")
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell")
-    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared, which exist by then")
+    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared")
 
     destroy = command("destroy", "end an export for good: its client fails what is outstanding, and its device goes")
     destroy.add_argument("which", metavar="NAME|ID", nargs="?", help="the export")

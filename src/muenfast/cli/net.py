@@ -89,8 +89,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
     add("--strict-oneway", action="store_true", default=None,
-        help="no bell: nothing but the channels is shared, which exist by then, and their writers see nothing of us that "
-             "the kernel does not show (docs/security.md); waiting is polling, and a slow reader is overrun")
+        help="no bell: nothing but the channels is shared, and the writers of such that exist by then see nothing of us "
+             "that the kernel does not show (docs/security.md); waiting is polling, and a slow reader is overrun")
     add("-v", "--verbose", action="store_true", help="say when peers come and go")
 
 
