@@ -4,7 +4,8 @@
 
 Fuzzes every parser of foreign bytes: each target of tests/fuzz for N seconds (60), by libFuzzer with AddressSanitizer and
 UndefinedBehaviorSanitizer (clang; $CLANG names it), from the corpus that is kept in tests/fuzz/corpus and from what earlier
-runs left in build/attack. Without clang: mutations of the corpus, without coverage. Exit status 1 where there is a finding:
+runs left in build/attack; targets in Python by Atheris (pip install atheris). Without clang: mutations of the corpus, without
+coverage. Exit status 1 where there is a finding:
 its input is in build/attack/findings. --keep: puts what reaches something new into the kept corpus, minimised. --record: adds
 the executions to tests/fuzz/executions.json.
 
@@ -15,7 +16,9 @@ and mutations of it alone; exit status 1 where none does. --write: the tables of
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
 import re
 import resource
@@ -25,6 +28,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -56,6 +61,18 @@ class Plant:
     old: str
     new: str
     count: int = 1
+    file: str = ""      # in Python; else where the function is
+
+    def plant(self, tree: Path) -> None:
+        """Puts it into a copy of the sources. Ends the program where the text does not stand there just once."""
+        if not self.file:
+            mutants.apply(tree, self.mutation)
+            return
+        path = tree / "src/muenfast" / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            sys.exit(f"{self.name}: {self.file} has that text {text.count(self.old)} times:\n{self.old}")
+        path.write_text(text.replace(self.old, self.new))
 
     @property
     def mutation(self) -> mutants.Mutation:
@@ -87,6 +104,21 @@ PLANTS: list[Plant] = [
     Plant("request: no old bytes in an answer", "blk", "server_batch",
           "            memset(writer_slot(&s.w, k) + sizeof(block_event_header), 0, BLOCK_SIZE)\n", "            pass\n"),
     Plant("request: file writes intact", "blk", "server_launch", "if not server_intact(s, 0):", "if False:"),
+    Plant("answer: in flight", "client", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", ""),
+    Plant("answer: block", "client", "client_reap", " or e.id != h.id)", ")"),
+    Plant("answer: intact", "client", "client_reap", "if not reader_intact(&c.r):", "if False:"),
+    Plant("answer: an errno", "client", "client_settle", "errors[k] if -LINUX_ERRNO_MAX <= errors[k] <= 0 else -EIO", "errors[k]"),
+    Plant("answer: the device", "bufclient", "shared_reap", " or e.device != a.device)", ")"),
+    Plant("answer: a place is free again", "bufclient", "shared_reap",
+          "            shared_mark(b, e.place // b.unit, length // b.unit, False)\n", "            pass\n"),
+    Plant("place: alignment", "bufclient", "shared_find", "first = (at - run + align - 1) & ~(align - 1)", "first = at - run"),
+    Plant("NBD: the disk's end", "nbd", "refuse", "if q.offset > size or q.length > size - q.offset:",
+          "if q.offset + q.length > size:"),
+    Plant("NBD: the longest request", "nbd", "refuse",
+          "(q.type == CMD_READ or q.type == CMD_WRITE) and q.length > MAX_LENGTH", "False"),
+    Plant("NBD: read-only", "nbd", "refuse", "if q.type != CMD_READ and d.read_only:", "if False:"),
+    Plant("NBD: an edge's other bytes", "nbd", "overlay", "        memcpy(new, old, start)\n", "        pass\n"),
+    Plant("NBD: pieces come back", "nbd", "release", "        put_back(c, r.edge)\n", "        pass\n"),
     Plant("frame: the packet's own length", "frame", "frame_take", "if (n < 0 || (uint32_t)n > size - sizeof(h))",
           "if (n < 0)"),
     Plant("frame: a header shorter than its packet", "frame", "ip_length",
@@ -104,6 +136,22 @@ PLANTS: list[Plant] = [
           " || f->length + p->payload > INET_MOST", ""),
     Plant("coalesce: the sequence number", "coalesce", "coalesce_continues",
           "net32(ub + TCP_SEQUENCE) == net32(ua + TCP_SEQUENCE) + done &&", ""),
+]
+
+PLANTS += [
+    Plant("partition: beyond the disk", "partitions", "add", "begin >= size or end - size >= _TAIL", "begin >= size", file="partition.py"),
+    Plant("partition: a chain that comes back", "partitions", "_logical", "at in seen or begin", "begin", file="partition.py"),
+    Plant("partition: a GPT's entries leave the disk", "partitions", "_gpt_header",
+          "if entries < 2 or entries * unit + count * bytes_each > size:", "if entries < 2:", file="partition.py"),
+    Plant("policy: both ends one subject", "policies", "_regions", "region.writers == region.readers", "False", file="policy.py"),
+    Plant("control: a field's kind", "control", "take", "if not good(value):", "if False:", file="control.py"),
+    Plant("control: a flag is no number", "control", "KINDS", "type(value) is int and 0 <=", "isinstance(value, int) and 0 <=",
+          file="control.py"),
+    Plant("broker: a field's kind", "broker", "take", "if not self.fields[name].good(value):", "if False:", file="broker/__init__.py"),
+    Plant("broker: a text as a whole", "broker", "word", "re.fullmatch(", "re.match(", file="broker/__init__.py"),
+    Plant("negotiation: the export's name", "negotiation", "_is_ours", "name in (b\"\", self._name)", "True", file="attach/nbd.py"),
+    Plant("negotiation: the option's lengths", "negotiation", "_inform", "good = len(data) == 6 + length + 2 * count", "good = True",
+          file="attach/nbd.py"),
 ]
 
 
@@ -138,6 +186,8 @@ def explore(name: str, seconds: int, seed: int, command: str) -> tuple[int, floa
     folder, findings = PLACE / "corpus" / name, PLACE / "findings"
     findings.mkdir(parents=True, exist_ok=True)
     spread(name, folder)
+    if TARGETS[name].python:
+        return fuzz([sys.executable, str(fuzzing.FUZZ / "parsers.py"), name], name, seconds, seed, folder, findings)
     program = Builder(place("fuzz"), command=[command], flags=FLAGS, link=LINK, replay=False).program(name)
     return fuzz([str(program)], name, seconds, seed, folder, findings)
 
@@ -168,10 +218,47 @@ def place(name: str) -> Path:
 def mutate(name: str, seconds: int, seed: int) -> tuple[int, float, str]:
     """As explore(), without clang."""
     before = time.process_time()
+    if TARGETS[name].python:
+        return 0, 0.0, ""       # tests/test_attack.py replays them
     program = Builder(place("replay")).program(name)
     done = fuzzing.replay(program, name, "-n", str(1 << 40), "-t", str(seconds), "-s", str(seed))
     count = re.search(r"^(\d+) executions", done.stdout, re.MULTILINE)
     return int(count[1]) if count else 0, time.process_time() - before, done.stderr if done.returncode else ""
+
+
+def reach(name: str, folder: Path, few: Path) -> None:
+    """Copies the inputs of a target in Python that step from a line to another one as no smaller one does."""
+    import parsers      # of tests/fuzz
+
+    seen: set[tuple[str, int, int]] = set()
+    fresh: set[tuple[str, int, int]] = set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        file = frame.f_code.co_filename
+        if "muenfast" not in file and "tomllib" not in file:
+            return None
+        before = frame.f_lineno
+
+        def step(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal before
+            fresh.add((file, before, frame.f_lineno))
+            before = frame.f_lineno
+            return step
+
+        return step
+
+    logging.disable(logging.CRITICAL)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.stat().st_size, path.name)):
+        data = path.read_bytes()
+        fresh.clear()
+        sys.settrace(trace)
+        try:
+            parsers.TARGETS[name](data)
+        finally:
+            sys.settrace(None)
+        if not fresh <= seen:
+            seen |= fresh
+            (few / path.name).write_bytes(data)
 
 
 def minimise(name: str) -> int:
@@ -179,8 +266,11 @@ def minimise(name: str) -> int:
     folder, few = PLACE / "corpus" / name, PLACE / "few" / name
     shutil.rmtree(few, ignore_errors=True)
     few.mkdir(parents=True)
-    subprocess.run([PLACE / "fuzz" / f"fuzz-{name}", "-merge=1", f"-max_len={MOST_INPUT}", few, folder], cwd=ROOT, check=True,
-                   capture_output=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+    if TARGETS[name].python:
+        reach(name, folder, few)
+    else:
+        subprocess.run([PLACE / "fuzz" / f"fuzz-{name}", "-merge=1", f"-max_len={MOST_INPUT}", few, folder], cwd=ROOT, check=True,
+                       capture_output=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
     inputs, size = [], 0
     for data in sorted((path.read_bytes() for path in few.iterdir()), key=lambda data: (len(data), data)):
         size += 2 + len(data)
@@ -206,7 +296,7 @@ def attack(names: list[str], arguments: argparse.Namespace) -> int:
     if command is None:
         print("there is no clang with libFuzzer (Debian: clang): mutations of the kept corpora, without coverage", flush=True)
     for name in names:
-        if command is None:
+        if command is None or TARGETS[name].python and importlib.util.find_spec("atheris") is None:
             executions, seconds, said = mutate(name, arguments.seconds, arguments.seed or 1)
         else:
             executions, seconds, said = explore(name, arguments.seconds, arguments.seed, command)
@@ -226,7 +316,9 @@ def noticed(plant: Plant) -> str:
     tree = PLACE / "plant"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__"))
-    mutants.apply(tree, plant.mutation)
+    plant.plant(tree)
+    if plant.file:
+        return noticed_in_python(plant, tree)
     folder = tree / "fuzz"
     folder.mkdir()
     program = Builder(folder, tree / "src/muenfast").program(plant.target)
@@ -236,6 +328,22 @@ def noticed(plant: Plant) -> str:
         return ""
     said = re.search(r"^oracle: .*|^signal \d+", done.stderr, re.MULTILINE)
     return f"{plant.target} after {time.monotonic() - began:.1f} s: {said[0] if said else done.stderr[-200:]}"
+
+
+def noticed_in_python(plant: Plant, tree: Path) -> str:
+    """The same of a target in Python: the copy has the extensions of the installed package."""
+    installed = Path(importlib.util.find_spec("muenfast").origin or "").parent
+    for module in installed.rglob("*.so"):
+        target = tree / "src/muenfast" / module.relative_to(installed)
+        target.symlink_to(module)
+    program = ("import sys; sys.path[:0] = sys.argv[2:5]; import fuzzing; "
+               "sys.exit(fuzzing.replay_python(sys.argv[1], 1000000, 1, float(sys.argv[5])) or 0)")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, plant.target, str(tree / "src"), str(ROOT / "tests"), str(fuzzing.FUZZ),
+                           PLANT_SECONDS], capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode == 0:
+        return ""
+    return f"{plant.target} after {time.monotonic() - began:.1f} s: {(done.stderr.splitlines() or ['?'])[-1][:150]}"
 
 
 def plants(names: list[str]) -> int:

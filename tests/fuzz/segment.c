@@ -150,8 +150,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         length = make_packet(p, payload, kind, &s);
         memmove(in.ours + in.length - length, p, length);
         p = in.ours + in.length - length;
-        for (uint32_t k = 0; k < payload; k++)
-            p[s.header + k] = (uint8_t)(k * 7 + (k >> 8));
+        spell(p + s.header, payload, 0);
         if (!s.ip4 && what & 64) { /* extension headers: one, of up to 320 bytes */
             uint32_t more = 8 * (1 + fuzz_u8() % 40);
             p -= more;
