@@ -27,8 +27,8 @@ _FUNCTION = re.compile(r"^cdef (?!inline)[^=\n(]*?\b(\w+)\([^)]*\) noexcept nogi
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """parses: whose bytes. core: the module whose C it includes, None: headers only. units: modules that this one calls. python: it
-    is a function of tests/fuzz/parsers.py instead."""
+    """parses: whose bytes. core: the module whose C it includes, None: headers only. units: modules that this one calls.
+    python: it is a function of tests/fuzz/parsers.py instead."""
 
     parses: str
     core: str | None = None
@@ -55,37 +55,70 @@ TARGETS = {
 
 
 class Builder:
-    """Builds targets of a tree. command, flags: the compiler and what it is told; replay: whether replay.c has the main()."""
+    """Builds targets of a tree. command, flags: the compiler and what it is told; replay: whether by replay.c."""
 
-    def __init__(self, place: Path, package: Path = ROOT / "src/muenfast", *, command: list[str] | None = None,
-                 flags: tuple[str, ...] = ("-O1",), link: tuple[str, ...] = (), replay: bool = True) -> None:
+    def __init__(
+        self,
+        place: Path,
+        package: Path = ROOT / "src/muenfast",
+        *,
+        command: list[str] | None = None,
+        flags: tuple[str, ...] = ("-O1",),
+        link: tuple[str, ...] = (),
+        replay: bool = True,
+    ) -> None:
         self.place, self.cores = place, Cores(place, package)
         self.command, self.flags, self.link, self.replay = command or compiler(), flags, link, replay
 
     def _compile(self, target: Path, source: Path, *more: str) -> Path:
         if not target.exists():
             # What needs Python is not reached from main(), and leaves with its section. The hidden rest stays unresolved.
-            run(*self.command, "-std=gnu11", "-D_GNU_SOURCE", "-w", "-Werror=implicit-function-declaration", "-ffunction-sections", "-fdata-sections", "-DMUENFAST_NO_URING", *self.flags,
-                f"-I{self.place}", f"-I{FUZZ}", f"-I{self.cores.package}", *python_includes(), *more, "-c", "-o", target,
-                source)
+            run(
+                *self.command,
+                "-std=gnu11",
+                "-D_GNU_SOURCE",
+                "-w",
+                "-Werror=implicit-function-declaration",
+                "-ffunction-sections",
+                "-fdata-sections",
+                "-DMUENFAST_NO_URING",
+                *self.flags,
+                f"-I{self.place}",
+                f"-I{FUZZ}",
+                f"-I{self.cores.package}",
+                *python_includes(),
+                *more,
+                "-c",
+                "-o",
+                target,
+                source,
+            )
         return target
 
     def _names(self, core: str) -> Path:
         """A header: where a module's C is, and how Cython calls what is in it."""
         target = self.place / f"{core}.names.h"
         if not target.exists():
-            bindings = " ".join(f'*(void **)&{pointer} = {where.removeprefix("_")}_function("{function}");'
-                                for pointer, where, function in self.cores.imported(core))
+            bindings = " ".join(
+                f'*(void **)&{pointer} = {where.removeprefix("_")}_function("{function}");'
+                for pointer, where, function in self.cores.imported(core)
+            )
             exports = " ".join(f"EXPORT({name})" for name in _FUNCTION.findall(self.cores.source(core).read_text()))
-            target.write_text(f'#define CORE_SOURCE "{core}.c"\n#define CORE_CONSTANTS {self.cores.constants(core)}\n'
-                              f"#define CORE_BINDINGS {bindings}\n#define CORE_EXPORTS {exports}\n"
-                              + self.cores.short_names(core))
+            target.write_text(
+                f'#define CORE_SOURCE "{core}.c"\n#define CORE_CONSTANTS {self.cores.constants(core)}\n'
+                f"#define CORE_BINDINGS {bindings}\n#define CORE_EXPORTS {exports}\n" + self.cores.short_names(core)
+            )
         return target
 
     def _unit(self, core: str) -> Path:
         names = self._names(core)
-        return self._compile(self.place / f"unit{core}.o", FUZZ / "unit.c", "-include", str(names),
-                             f"-DUNIT_FUNCTION={core.removeprefix('_')}_function")
+        return self._compile(
+            self.place / f"unit{core}.o",
+            FUZZ / "unit.c",
+            "-include",
+            str(names),
+            f"-DUNIT_FUNCTION={core.removeprefix('_')}_function",
+        )
 
     def program(self, name: str) -> Path:
         """A target's program. Raises AssertionError with the compiler's words."""
@@ -93,13 +126,24 @@ class Builder:
         if not program.exists():
             target = TARGETS[name]
             more = [] if target.core is None else ["-include", str(self._names(target.core))]
-            objects = [self._compile(self.place / f"{name}.o", FUZZ / f"{name}.c", *more),
-                       self._compile(self.place / "fuzz.o", FUZZ / "fuzz.c"),
-                       *(self._unit(unit) for unit in target.units)]
+            objects = [
+                self._compile(self.place / f"{name}.o", FUZZ / f"{name}.c", *more),
+                self._compile(self.place / "fuzz.o", FUZZ / "fuzz.c"),
+                *(self._unit(unit) for unit in target.units),
+            ]
             if self.replay:
                 objects.append(self._compile(self.place / "replay.o", FUZZ / "replay.c"))
-            run(*self.command, *self.flags, *self.link, "-o", program, *objects, "-pthread", "-Wl,--gc-sections",
-                "-Wl,--unresolved-symbols=ignore-all")
+            run(
+                *self.command,
+                *self.flags,
+                *self.link,
+                "-o",
+                program,
+                *objects,
+                "-pthread",
+                "-Wl,--gc-sections",
+                "-Wl,--unresolved-symbols=ignore-all",
+            )
         return program
 
 
@@ -112,7 +156,7 @@ def mutated(inputs: Sequence[bytes], dice: random.Random) -> bytes:
         if what == 0:
             data[at:at] = dice.randbytes(dice.randint(1, 6))
         elif what == 1:
-            del data[at:at + dice.randint(1, 6)]
+            del data[at : at + dice.randint(1, 6)]
         elif what == 2 and inputs:
             data[at:] = dice.choice(inputs)[at:]
         elif at < len(data):
@@ -128,8 +172,8 @@ def pack(inputs: Iterable[bytes]) -> bytes:
 def unpack(data: bytes) -> list[bytes]:
     found, at = [], 0
     while at < len(data):
-        end = at + 2 + int.from_bytes(data[at:at + 2], "little")
-        found.append(data[at + 2:end])
+        end = at + 2 + int.from_bytes(data[at : at + 2], "little")
+        found.append(data[at + 2 : end])
         at = end
     return found
 
@@ -142,13 +186,18 @@ def corpus(name: str) -> Path:
 def replay(program: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs a program that has replay.c on the target's corpus; words: its options."""
     kept = [corpus(name)] if corpus(name).exists() else []
-    return subprocess.run([program, *words, "-o", program.with_suffix(".failed"), *kept], capture_output=True, text=True,
-                          errors="replace", check=False)
+    return subprocess.run(
+        [program, *words, "-o", program.with_suffix(".failed"), *kept],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
 
 
 def replay_python(name: str, executions: int, seed: int, seconds: float) -> str:
-    """Runs a target in Python on its corpus, and on mutations of that for a while; what is wrong, and "" where nothing is."""
-    import parsers      # of tests/fuzz
+    """Runs a target in Python on its corpus, and on mutations of that for a while; what is wrong, or ""."""
+    import parsers  # of tests/fuzz
 
     target, dice, end = parsers.TARGETS[name], random.Random(seed), time.monotonic() + seconds
     kept = unpack(corpus(name).read_bytes()) if corpus(name).exists() else []

@@ -17,7 +17,7 @@ import pytest
 from fuzzing import TARGETS, Builder
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.timeout(300)   # of which the compiler takes most
+pytestmark = pytest.mark.timeout(300)  # of which the compiler takes most
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def attack() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("attack", ROOT / "tools" / "attack.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["attack"] = module      # its dataclasses look for their module
+    sys.modules["attack"] = module  # its dataclasses look for their module
     try:
         spec.loader.exec_module(module)
         yield module
@@ -66,9 +66,12 @@ def test_each_planted_bug_still_has_its_text(attack: ModuleType) -> None:
         assert text != path.read_text(), plant.name
 
 
-@pytest.mark.parametrize("name", ["coalesce: a checksum is verified", "frame: the packet's own length",
-                                  "broker: a text as a whole"])
-def test_a_planted_bug_is_noticed(attack: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["coalesce: a checksum is verified", "frame: the packet's own length", "broker: a text as a whole"]
+)
+def test_a_planted_bug_is_noticed(
+    attack: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`make attack ARGS=--plants` has all of them."""
     monkeypatch.setattr(attack, "PLACE", tmp_path)
     [plant] = [plant for plant in attack.PLANTS if plant.name == name]

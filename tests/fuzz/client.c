@@ -519,6 +519,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             reap_some();
         else
             connect_some();
+#ifdef SHARED
+        if (c.state == E_CLIENT_READY && c.flying == 0)
+            EXPECT(shared.taken == 0, "%llu units of the buffer are taken by nobody", (unsigned long long)shared.taken);
+#endif
         EXPECT(c.head - c.tail <= c.window, "%llu in flight, the window is %u", (unsigned long long)(c.head - c.tail), c.window);
     }
     fuzz_countdown = 0;

@@ -2,8 +2,8 @@
 
 usage: parsers.py TARGET [libFuzzer's options and folders]: explores, by Atheris, which has to be installed.
 
-Each target takes bytes, and raises where what comes of them is not what it may be: its oracle. tests/fuzzing.py replays them
-without Atheris.
+Each target takes bytes, and raises where what comes of them is not what it may be: its oracle. tests/fuzzing.py replays
+them without Atheris.
 """
 
 from __future__ import annotations
@@ -20,8 +20,18 @@ from typing import Any
 
 if __name__ == "__main__":
     import atheris
-    _instrumented: Any = atheris.instrument_imports(include=["muenfast.partition", "muenfast.policy", "muenfast.control",
-                                                             "muenfast.broker", "muenfast.attach.nbd", "tomllib", "json"])
+
+    _instrumented: Any = atheris.instrument_imports(
+        include=[
+            "muenfast.partition",
+            "muenfast.policy",
+            "muenfast.control",
+            "muenfast.broker",
+            "muenfast.attach.nbd",
+            "tomllib",
+            "json",
+        ]
+    )
 else:
     _instrumented = contextlib.nullcontext()
 
@@ -46,7 +56,7 @@ class Input:
         return self.at < len(self.data)
 
     def bytes(self, n: int) -> bytes:
-        piece = self.data[self.at:self.at + n]
+        piece = self.data[self.at : self.at + n]
         self.at += n
         return piece + bytes(n - len(piece))
 
@@ -70,6 +80,7 @@ class Input:
 
 # ------------------------------------------------------------------ partition tables
 
+
 def _mbr_sector(take: Input, sectors: int) -> bytes:
     entries = b""
     for _ in range(4):
@@ -85,12 +96,28 @@ def _gpt_sectors(take: Input, sectors: int, unit: int) -> dict[int, bytes]:
     entries = b""
     for _ in range(min(count, 8)):
         kind = bytes([take.u8() & 1]) * 16
-        entries += (struct.pack("<16s16sQQ", kind, bytes(16), take.odd(sectors), take.odd(sectors)) + bytes(max(0, each - 48)))
-    entries = entries[:count * each].ljust(count * each, b"\0")
+        entries += struct.pack("<16s16sQQ", kind, bytes(16), take.odd(sectors), take.odd(sectors)) + bytes(
+            max(0, each - 48)
+        )
+    entries = entries[: count * each].ljust(count * each, b"\0")
     own = sectors - 1 if take.u8() & 1 else 1
     first = 2 if own == 1 else max(2, sectors - 1 - (len(entries) + unit - 1) // unit)
-    fields = [b"EFI PART", b"\0\0\1\0", 92, 0, 0, own, sectors - own, 34, max(34, sectors - 34), bytes(16), first, count, each,
-              zlib.crc32(entries)]
+    fields = [
+        b"EFI PART",
+        b"\0\0\1\0",
+        92,
+        0,
+        0,
+        own,
+        sectors - own,
+        34,
+        max(34, sectors - 34),
+        bytes(16),
+        first,
+        count,
+        each,
+        zlib.crc32(entries),
+    ]
     changed = take.u8()
     if changed < 14 and changed not in (0, 1, 9):
         fields[changed] = take.odd(sectors) & (0xFFFFFFFF if changed in (2, 3, 4, 11, 12, 13) else 0xFFFFFFFFFFFFFFFF)
@@ -128,7 +155,7 @@ def partitions(data: bytes) -> None:
         for at, piece in pieces.items():
             begin, end = max(at, offset), min(at + len(piece), offset + length)
             if begin < end:
-                found[begin - offset:end - offset] = piece[begin - at:end - at]
+                found[begin - offset : end - offset] = piece[begin - at : end - at]
         return bytes(found)
 
     partition.contents(read(0, 4096))
@@ -145,9 +172,11 @@ def partitions(data: bytes) -> None:
     for number, each in table.partitions.items():
         assert number == each.number >= 1 and (table.scheme == "gpt" or number < 256), number
         assert 0 <= each.start < each.end <= size and each.start % table.sector == 0, each
-        if table.scheme == "mbr" and number <= 4:       # by the four numbers of the specification, once more
+        if table.scheme == "mbr" and number <= 4:  # by the four numbers of the specification, once more
             _, kind, first, count = struct.unpack_from("<B3xB3xII", read(0, 512), 446 + 16 * (number - 1))
-            assert each.start == first * table.sector and each.size <= count * table.sector and int(each.type, 16) == kind
+            assert (
+                each.start == first * table.sector and each.size <= count * table.sector and int(each.type, 16) == kind
+            )
             assert each.size == count * table.sector or each.end == size and count * table.sector - each.size < 4096
     for start, end in table.spans:
         assert 0 <= start < end <= size, (start, end)
@@ -167,12 +196,77 @@ def partitions(data: bytes) -> None:
 # ------------------------------------------------------------------ policies
 
 _TABLES = ("subjects", "channels", "buffers", "path_mtus", "connections", "interfaces")
-_KEYS = ("user", "group", "writer", "reader", "region", "size", "protocol", "element", "bell", "users", "client", "server",
-         "request", "response", "buffer", "device", "read_only", "poll", "pool", "timeout", "paths", "subject", "in", "out", "mtu",
-         "flags", "pmtu", "netns", "carrier", "mac", "addr", "marks", "up", "offload", "children")
+_KEYS = (
+    "user",
+    "group",
+    "writer",
+    "reader",
+    "region",
+    "size",
+    "protocol",
+    "element",
+    "bell",
+    "users",
+    "client",
+    "server",
+    "request",
+    "response",
+    "buffer",
+    "device",
+    "read_only",
+    "poll",
+    "pool",
+    "timeout",
+    "paths",
+    "subject",
+    "in",
+    "out",
+    "mtu",
+    "flags",
+    "pmtu",
+    "netns",
+    "carrier",
+    "mac",
+    "addr",
+    "marks",
+    "up",
+    "offload",
+    "children",
+)
 _NAMES = ("a", "b", "c", "req", "resp", "buf", "p", "net0", "net1")
-_VALUES: tuple[Any, ...] = (True, False, 0, 1, 4096, "1M", "64K", "root", "u1", "u2", "u3", "7ade5c54", "eth_dev", "net_hdr", "", "ram:1M",
-                            "/srv/x", "/dev/shm/req", "up", -1, 1 << 70, 1.5, [], ["a", "b"], ["/tmp/x"], {}, "x\0y", "é", "a/b", "/\0", ["/srv\0"])
+_VALUES: tuple[Any, ...] = (
+    True,
+    False,
+    0,
+    1,
+    4096,
+    "1M",
+    "64K",
+    "root",
+    "u1",
+    "u2",
+    "u3",
+    "7ade5c54",
+    "eth_dev",
+    "net_hdr",
+    "",
+    "ram:1M",
+    "/srv/x",
+    "/dev/shm/req",
+    "up",
+    -1,
+    1 << 70,
+    1.5,
+    [],
+    ["a", "b"],
+    ["/tmp/x"],
+    {},
+    "x\0y",
+    "é",
+    "a/b",
+    "/\0",
+    ["/srv\0"],
+)
 
 
 def _structured(take: Input) -> dict[str, Any]:
@@ -207,7 +301,7 @@ def _structured(take: Input) -> dict[str, Any]:
 
 
 def policies(data: bytes) -> None:
-    """An operator's file, which somebody else may have written. It is refused in words, or what it declares holds together."""
+    """An operator's file, perhaps by somebody else. It is refused in words, or what it declares holds together."""
     take = Input(data)
     findings: list[policy.Finding] = []
     if take.u8() & 1:
@@ -249,6 +343,7 @@ def policies(data: bytes) -> None:
 
 # ------------------------------------------------------------------ requests: control sockets, a broker
 
+
 class _Called(Exception):
     """What an operation was called with."""
 
@@ -256,7 +351,9 @@ class _Called(Exception):
 def _value(take: Input, depth: int = 0) -> Any:
     kind = take.u8()
     if kind < 60:
-        return ("x", "disk", "", "a\0b", "\ud800", "é" * 10, "a" * 300, "/dev/muendiska", "-1", "0", "muendiska1")[kind % 11]
+        return ("x", "disk", "", "a\0b", "\ud800", "é" * 10, "a" * 300, "/dev/muendiska", "-1", "0", "muendiska1")[
+            kind % 11
+        ]
     if kind < 100:
         return (0, 1, -1, 1 << 62, (1 << 62) + 1, 1 << 100, 4096, 2)[kind % 8]
     if kind < 150:
@@ -272,11 +369,19 @@ def _request(take: Input, verb: str, names: tuple[str, ...], fields: dict[str, t
     """One line: anything, or JSON. fields: values that each may have, or nearly."""
     kind = take.u8()
     if kind % 4 == 3:
-        return take.data[take.at:]
-    if kind % 4 == 2:       # all of them, nearly right
+        return take.data[take.at :]
+    if kind % 4 == 2:  # all of them, nearly right
         number = take.u8()
-        return json.dumps({verb: names[number % len(names)], **{
-            name: values[take.u8() % len(values)] for name, values in fields.items() if take.u8() < 250 and values}}).encode()
+        return json.dumps(
+            {
+                verb: names[number % len(names)],
+                **{
+                    name: values[take.u8() % len(values)]
+                    for name, values in fields.items()
+                    if take.u8() < 250 and values
+                },
+            }
+        ).encode()
     request = {verb: names[take.u8() % len(names)] if take.u8() != 3 else _value(take)}
     for _ in range(take.u8() % 6):
         request[list(fields)[take.u8() % len(fields)]] = _value(take)
@@ -290,7 +395,7 @@ def _is(kind: str, value: Any) -> bool:
     if kind == "texts":
         return isinstance(value, list) and 1 <= len(value) <= 256 and all(_is("text", each) for each in value)
     if kind == "number":
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2 ** 62
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**62
     return value is True or value is False
 
 
@@ -304,12 +409,24 @@ def control_requests(data: bytes) -> None:
         return {"done": len(fields)}
 
     server = control.ControlServer.__new__(control.ControlServer)
-    server._commands = {"one": control.Command(run, kinds, frozenset({"name"})), "two": control.Command(run, kinds, quick=False),
-                        "none": control.Command(run)}
+    server._commands = {
+        "one": control.Command(run, kinds, frozenset({"name"})),
+        "two": control.Command(run, kinds, quick=False),
+        "none": control.Command(run),
+    }
     server._slow = control.threading.BoundedSemaphore(1)
-    line = _request(Input(data), "command", ("one", "two", "none"), {
-        "name": ("x", "a" * 4096, "a" * 4097, 1), "names": (["x"], ["x"] * 256, ["x"] * 257, []), "size": (0, 1 << 62, True, -1),
-        "force": (True, False, 1, None), "other": ()})
+    line = _request(
+        Input(data),
+        "command",
+        ("one", "two", "none"),
+        {
+            "name": ("x", "a" * 4096, "a" * 4097, 1),
+            "names": (["x"], ["x"] * 256, ["x"] * 257, []),
+            "size": (0, 1 << 62, True, -1),
+            "force": (True, False, 1, None),
+            "other": (),
+        },
+    )
     answer = server._execute(line.partition(b"\n")[0])
     json.dumps(answer)
     assert answer["ok"] is (len(calls) == 1), answer
@@ -326,7 +443,7 @@ def control_requests(data: bytes) -> None:
 
 
 def broker_requests(data: bytes) -> None:
-    """A serving process that was taken over. There is an answer, it is counted, and an operation sees what its table says."""
+    """Who was taken over, and asks. There is an answer, it is counted, and an operation sees what its table says."""
     calls: list[tuple[str, dict[str, Any]]] = []
     service = broker.Service()
 
@@ -334,6 +451,7 @@ def broker_requests(data: bytes) -> None:
         def run(**fields: Any) -> broker.Answer:
             calls.append((name, fields))
             return broker.Answer({"done": True})
+
         service.operations[name] = broker.Operation(run, kinds)
 
     operation("disk", name=broker.word(r"muendisk[a-z]{1,8}"), number=broker.number(1, 255), force=broker.flag)
@@ -341,22 +459,37 @@ def broker_requests(data: bytes) -> None:
     operation("none")
     take = Input(data)
     strange = take.u8() == 77
-    line = _request(take, "do", ("disk", "path", "none", "counts"), {
-        "name": ("muendiska", "muendiskb1", "xmuendiska", "muendiska\n", "muendisk"), "number": (1, 255, 0, 256, True, 1.0),
-        "force": (True, False, 0), "path": (), "other": ()})[:broker.MOST_BYTES]
+    line = _request(
+        take,
+        "do",
+        ("disk", "path", "none", "counts"),
+        {
+            "name": ("muendiska", "muendiskb1", "xmuendiska", "muendiska\n", "muendisk"),
+            "number": (1, 255, 0, 256, True, 1.0),
+            "force": (True, False, 0),
+            "path": (),
+            "other": (),
+        },
+    )[: broker.MOST_BYTES]
     answer = service.answer(line, strange)
     json.dumps(answer.values)
     assert service.requests == 1 and service._under_way == 0
     if answer.values["ok"]:
         request = json.loads(line)
         assert not strange and service.refused == 0
-        assert calls == [] if request["do"] == "counts" else calls == [(request["do"], {
-            name: value for name, value in request.items() if name != "do"})], calls
+        assert (
+            calls == []
+            if request["do"] == "counts"
+            else calls == [(request["do"], {name: value for name, value in request.items() if name != "do"})]
+        ), calls
         for name, fields in calls:
             if name == "disk":
                 assert type(fields["number"]) is int and 1 <= fields["number"] <= 255 and type(fields["force"]) is bool
-                assert 9 <= len(fields["name"]) <= 16 and fields["name"].startswith("muendisk") and \
-                    all("a" <= letter <= "z" for letter in fields["name"]), fields
+                assert (
+                    9 <= len(fields["name"]) <= 16
+                    and fields["name"].startswith("muendisk")
+                    and all("a" <= letter <= "z" for letter in fields["name"])
+                ), fields
             elif name == "path":
                 assert fields["path"][0] == "/" and 2 <= len(fields["path"]) <= 201 and fields["path"].isascii(), fields
     else:
@@ -364,6 +497,7 @@ def broker_requests(data: bytes) -> None:
 
 
 # ------------------------------------------------------------------ NBD's negotiation
+
 
 class _Stub:
     def __init__(self, **values: Any) -> None:
@@ -383,7 +517,7 @@ def _options(take: Input, name: bytes) -> bytes:
             infos = [take.u8() % 5 for _ in range(what >> 2 & 3)]
             data = struct.pack(">I", len(asked)) + asked + struct.pack(f">H{len(infos)}H", len(infos), *infos)
             if what & 64:
-                data = data[:take.u8()] + take.bytes(take.u8() % 4)
+                data = data[: take.u8()] + take.bytes(take.u8() % 4)
         elif option == 1:
             data = (name, b"", b"no", bytes(4097))[what & 3]
         elif what & 16:
@@ -398,12 +532,12 @@ def _replies(out: bytes) -> Iterator[tuple[int, int, bytes]]:
     while at < len(out):
         magic, option, kind, length = struct.unpack_from(">QIII", out, at)
         assert magic == 0x3E889045565A9 and at + 20 + length <= len(out), (hex(magic), length)
-        yield option, kind, out[at + 20:at + 20 + length]
+        yield option, kind, out[at + 20 : at + 20 + length]
         at += 20 + length
 
 
 def negotiation(data: bytes) -> None:
-    """An NBD client that chooses its export. It gets one by its name only, and what it is sent is well-formed and bounded."""
+    """An NBD client that chooses its export. It gets one by its name only; what it is sent is well-formed."""
     take = Input(data)
     server = nbd.NbdServer.__new__(nbd.NbdServer)
     server.name, server._name, server._description = "disk", b"disk", b"for people"
@@ -415,7 +549,7 @@ def negotiation(data: bytes) -> None:
     at = 0
     try:
         while peer.through is None and at < len(stream):
-            piece = stream[at:at + min(step, peer.want - len(peer.got))]
+            piece = stream[at : at + min(step, peer.want - len(peer.got))]
             assert piece and peer.want <= 1 << 17, (peer.want, len(peer.got))
             at += len(piece)
             peer.feed(piece)
@@ -423,27 +557,31 @@ def negotiation(data: bytes) -> None:
         assert str(error) and peer.through is None
         return
     # once more, by doc/proto.md
-    flags, = struct.unpack_from(">I", stream.ljust(4, b"\0"))
+    (flags,) = struct.unpack_from(">I", stream.ljust(4, b"\0"))
     out, place, left, structured = bytes(peer.out), 4, None, False
     options: list[tuple[int, bytes]] = []
     while at >= 4 and left is None and len(stream) >= place + 16 and at >= place + 16:
         magic, option, length = struct.unpack_from(">QII", stream, place)
         if at < place + 16 + length:
             break
-        options.append((option, stream[place + 16:place + 16 + length]))
+        options.append((option, stream[place + 16 : place + 16 + length]))
         place += 16 + length
         assert magic == 0x49484156454F5054
         if option == 1:
             left = True
         elif length > nbd.MOST_DATA:
-            pass        # refused, whatever it is
+            pass  # refused, whatever it is
         elif option == 2:
             left = False
         elif option == 7:
             body = options[-1][1]
             size = int.from_bytes(body[:4], "big")
-            name, rest = body[4:4 + size], body[4 + size:]
-            if len(body) >= 6 + size and len(rest) == 2 + 2 * int.from_bytes(rest[:2], "big") and name in (b"", b"disk"):
+            name, rest = body[4 : 4 + size], body[4 + size :]
+            if (
+                len(body) >= 6 + size
+                and len(rest) == 2 + 2 * int.from_bytes(rest[:2], "big")
+                and name in (b"", b"disk")
+            ):
                 left = True
     assert peer.through is left, (peer.through, left)
     assert out[:18] == struct.pack(">QQH", 0x4E42444D41474943, 0x49484156454F5054, 3) and len(out) < 1 << 20
@@ -452,7 +590,7 @@ def negotiation(data: bytes) -> None:
         assert options[-1][1] in (b"", b"disk")
         tail = 10 if flags & 2 else 134
         assert struct.unpack_from(">Q", rest, len(rest) - tail)[0] == 4096 * 512
-        rest = rest[:len(rest) - tail]
+        rest = rest[: len(rest) - tail]
         options.pop()
     answers = list(_replies(rest))
     finals = [(option, kind) for option, kind, _ in answers if kind not in (2, 3)]
@@ -466,8 +604,12 @@ def negotiation(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    "partitions": partitions, "policies": policies, "control": control_requests, "broker": broker_requests,
-    "negotiation": negotiation}
+    "partitions": partitions,
+    "policies": policies,
+    "control": control_requests,
+    "broker": broker_requests,
+    "negotiation": negotiation,
+}
 
 
 def main() -> None:
