@@ -175,6 +175,8 @@ WRONG = {
     "several disks inline": ('device = "ram:1M"', 'device = ["ram:1M", "ram:1M"]', "connections.disk",
                              "inline channels carry one disk"),
     "no such device": ('device = "ram:1M"', 'device = "ram:x"', "connections.disk", "a size is a number of bytes"),
+    "a NUL in a path": ('device = "ram:1M"', 'device = "/srv/\\u0000"', "connections.disk", "holds a NUL"),
+    "a NUL in a name": ('user = "irc"', 'user = "irc\\u0000"', "subjects.guest", "holds a NUL"),
     "a shared disk": ('device = "ram:1M"', 'device = "/srv/image"', "connections.gdisk", "a flow that no line declares"),
     "a region as a disk": ('device = "ram:1M"', 'device = "/dev/shm/NAMEbuf"', "connections.disk",
                            "is a region: buffers.buf"),

@@ -4,9 +4,10 @@
 
 Fuzzes every parser of foreign bytes: each target of tests/fuzz for N seconds (60), by libFuzzer with AddressSanitizer and
 UndefinedBehaviorSanitizer (clang; $CLANG names it), from the corpus that is kept in tests/fuzz/corpus and from what earlier
-runs left in build/attack. Without clang: mutations of the corpus, without coverage. Exit status 1 where there is a finding:
-its input is in build/attack/findings. --keep: puts what reaches something new into the kept corpus, minimised. --record: adds
-the executions to tests/fuzz/executions.json.
+runs left in build/attack; targets in Python by Atheris (pip install atheris). Without clang: mutations of the corpus,
+without coverage. Exit status 1 where there is a finding:
+its input is in build/attack/findings. --keep: puts what reaches something new into the kept corpus, minimised. --record:
+adds the executions to tests/fuzz/executions.json.
 
 --plants: takes one check at a time out of a copy of the sources (PLANTS) and tells which target notices, by its kept corpus
 and mutations of it alone; exit status 1 where none does. --write: the tables of docs/attack.md.
@@ -15,7 +16,9 @@ and mutations of it alone; exit status 1 where none does. --write: the tables of
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
 import re
 import resource
@@ -25,6 +28,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -37,11 +42,18 @@ PLACE = ROOT / "build/attack"
 RECORD = fuzzing.FUZZ / "executions.json"
 DOCUMENT = ROOT / "docs/attack.md"
 # An unresolved symbol (what needs Python) is no address of a position-independent program.
-FLAGS = ("-O1", "-g", "-fno-pie", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fsanitize=fuzzer-no-link",
-         "-fno-sanitize-recover=undefined")
+FLAGS = (
+    "-O1",
+    "-g",
+    "-fno-pie",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fsanitize=fuzzer-no-link",
+    "-fno-sanitize-recover=undefined",
+)
 LINK = ("-no-pie", "-fsanitize=fuzzer")
-MOST_INPUT = 384        # bytes; a target takes more, but finds nothing more there
-MOST_KEPT = 1 << 16     # bytes of a kept corpus
+MOST_INPUT = 384  # bytes; a target takes more, but finds nothing more there
+MOST_KEPT = 1 << 16  # bytes of a kept corpus
 PLANT_EXECUTIONS = "2000000"
 PLANT_SECONDS = "60"
 
@@ -56,6 +68,18 @@ class Plant:
     old: str
     new: str
     count: int = 1
+    file: str = ""  # in Python; else where the function is
+
+    def plant(self, tree: Path) -> None:
+        """Puts it into a copy of the sources. Ends the program where the text does not stand there just once."""
+        if not self.file:
+            mutants.apply(tree, self.mutation)
+            return
+        path = tree / "src/muenfast" / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            sys.exit(f"{self.name}: {self.file} has that text {text.count(self.old)} times:\n{self.old}")
+        path.write_text(text.replace(self.old, self.new))
 
     @property
     def mutation(self) -> mutants.Mutation:
@@ -64,46 +88,231 @@ class Plant:
 
 PLANTS: list[Plant] = [
     Plant("header: elements fit", "ring", "acceptable", "and elements <= r.capacity // size)", ")"),
-    Plant("header: loaded twice", "ring", "reader_sync", "        r.elements = elements\n",
-          "        r.elements = load_relaxed64(&r.hdr.elements)\n"),
+    Plant(
+        "header: loaded twice",
+        "ring",
+        "reader_sync",
+        "        r.elements = elements\n",
+        "        r.elements = load_relaxed64(&r.hdr.elements)\n",
+    ),
     Plant("WSC after the copy", "ring", "reader_copy", "if not reader_intact(r):", "if False:"),
     Plant("a restart under the same epoch", "ring", "reader_intact", "r.wc - r.rc <= ahead <=", "ahead <="),
     Plant("lost elements are counted", "ring", "reader_overrun", "r.lost = wc - r.rc", "r.lost = r.elements"),
-    Plant("buffer: the device's number", "buffer", "check_request", "if h.device >= s.ndevices:", "if h.device > s.ndevices:"),
-    Plant("buffer: the device's end", "buffer", "check_request",
-          "if h.device_offset > d.size or h.length > d.size - h.device_offset:",
-          "if h.device_offset + h.length > d.size:"),
-    Plant("buffer: the buffer's end", "buffer", "check_request", "or h.length > s.length - h.buffer_offset:",
-          "or h.length > s.length:"),
-    Plant("buffer: alignment", "buffer", "check_request", " or (h.length | h.device_offset) & (d.block_size - 1) != 0", ""),
-    Plant("buffer: a run in the buffer", "buffer", "buffer_joined",
-          "if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length[0]:", "if False:"),
+    Plant(
+        "buffer: the device's number",
+        "buffer",
+        "check_request",
+        "if h.device >= s.ndevices:",
+        "if h.device > s.ndevices:",
+    ),
+    Plant(
+        "buffer: the device's end",
+        "buffer",
+        "check_request",
+        "if h.device_offset > d.size or h.length > d.size - h.device_offset:",
+        "if h.device_offset + h.length > d.size:",
+    ),
+    Plant(
+        "buffer: the buffer's end",
+        "buffer",
+        "check_request",
+        "or h.length > s.length - h.buffer_offset:",
+        "or h.length > s.length:",
+    ),
+    Plant(
+        "buffer: alignment", "buffer", "check_request", " or (h.length | h.device_offset) & (d.block_size - 1) != 0", ""
+    ),
+    Plant(
+        "buffer: a run in the buffer",
+        "buffer",
+        "buffer_joined",
+        "if h.kind != REQUEST_DISCARD and next.buffer_offset != h.buffer_offset + length[0]:",
+        "if False:",
+    ),
     Plant("buffer: a run is checked", "buffer", "buffer_joined", "check_request(s, next) != 0 or ", ""),
     Plant("buffer: headers intact", "buffer", "buffer_batch", "if not reader_intact(&s.r):", "if False:"),
-    Plant("buffer: an answer's tag", "buffer", "buffer_batch", "s.answers[waiting].tag = s.heads[k].tag",
-          "s.answers[waiting].tag = h.tag"),
+    Plant(
+        "buffer: an answer's tag",
+        "buffer",
+        "buffer_batch",
+        "s.answers[waiting].tag = s.heads[k].tag",
+        "s.answers[waiting].tag = h.tag",
+    ),
     Plant("request: block", "blk", "check_event", "if h.id >= s.store.nblocks:", "if h.id > s.store.nblocks:"),
     Plant("request: read-only", "blk", "check_event", "if h.kind == EVENT_WRITE and s.store.read_only:", "if False:"),
-    Plant("request: no old bytes in an answer", "blk", "server_batch",
-          "            memset(writer_slot(&s.w, k) + sizeof(block_event_header), 0, BLOCK_SIZE)\n", "            pass\n"),
+    Plant(
+        "request: no old bytes in an answer",
+        "blk",
+        "server_batch",
+        "            memset(writer_slot(&s.w, k) + sizeof(block_event_header), 0, BLOCK_SIZE)\n",
+        "            pass\n",
+    ),
     Plant("request: file writes intact", "blk", "server_launch", "if not server_intact(s, 0):", "if False:"),
-    Plant("frame: the packet's own length", "frame", "frame_take", "if (n < 0 || (uint32_t)n > size - sizeof(h))",
-          "if (n < 0)"),
-    Plant("frame: a header shorter than its packet", "frame", "ip_length",
-          "header < IPV4_HEADER || total < header ? FRAME_LENGTH : (int32_t)total", "(int32_t)total"),
+    Plant("answer: in flight", "client", "client_reap", "load_acquire32(&e.state) != ENTRY_ISSUED or ", ""),
+    Plant("answer: block", "client", "client_reap", " or e.id != h.id)", ")"),
+    Plant("answer: intact", "client", "client_reap", "if not reader_intact(&c.r):", "if False:"),
+    Plant(
+        "answer: an errno",
+        "client",
+        "client_settle",
+        "errors[k] if -LINUX_ERRNO_MAX <= errors[k] <= 0 else -EIO",
+        "errors[k]",
+    ),
+    Plant("answer: the device", "bufclient", "shared_reap", " or e.device != a.device)", ")"),
+    Plant(
+        "answer: a place is free again",
+        "bufclient",
+        "shared_reap",
+        "            shared_mark(b, e.place // b.unit, length // b.unit, False)\n",
+        "            pass\n",
+    ),
+    Plant(
+        "place: alignment",
+        "bufclient",
+        "shared_find",
+        "first = (at - run + align - 1) & ~(align - 1)",
+        "first = at - run",
+    ),
+    Plant(
+        "NBD: the disk's end",
+        "nbd",
+        "refuse",
+        "if q.offset > size or q.length > size - q.offset:",
+        "if q.offset + q.length > size:",
+    ),
+    Plant(
+        "NBD: the longest request",
+        "nbd",
+        "refuse",
+        "(q.type == CMD_READ or q.type == CMD_WRITE) and q.length > MAX_LENGTH",
+        "False",
+    ),
+    Plant("NBD: read-only", "nbd", "refuse", "if q.type != CMD_READ and d.read_only:", "if False:"),
+    Plant("NBD: an edge's other bytes", "nbd", "overlay", "        memcpy(new, old, start)\n", "        pass\n"),
+    Plant("NBD: pieces come back", "nbd", "release", "        put_back(c, r.edge)\n", "        pass\n"),
+    Plant(
+        "frame: the packet's own length",
+        "frame",
+        "frame_take",
+        "if (n < 0 || (uint32_t)n > size - sizeof(h))",
+        "if (n < 0)",
+    ),
+    Plant(
+        "frame: a header shorter than its packet",
+        "frame",
+        "ip_length",
+        "header < IPV4_HEADER || total < header ? FRAME_LENGTH : (int32_t)total",
+        "(int32_t)total",
+    ),
     Plant("frame: nothing of an earlier one", "frame", "frame_finish", "if (used > n)", "if (false)"),
-    Plant("segment: TCP's header", "segment", "segment_begin", "if (s->header < upper + minimum || s->header > SEGMENT_HEADER)",
-          "if (s->header < upper + minimum)"),
-    Plant("segment: the last one's length", "segment", "segment_next", "n = n < s->size ? n : s->size;", "n = s->size;"),
+    Plant(
+        "segment: TCP's header",
+        "segment",
+        "segment_begin",
+        "if (s->header < upper + minimum || s->header > SEGMENT_HEADER)",
+        "if (s->header < upper + minimum)",
+    ),
+    Plant(
+        "segment: the last one's length", "segment", "segment_next", "n = n < s->size ? n : s->size;", "n = s->size;"
+    ),
     Plant("segment: the checksum's place", "segment", "segment_begin_whole", " || check + 2 > s->length", ""),
-    Plant("coalesce: a checksum is verified", "coalesce", "coalesce_place", "p->good = sum_fold(sum) == 0xffff;",
-          "p->good = true;"),
-    Plant("coalesce: IPv4's checksum", "coalesce", "coalesce_parse",
-          "p->fit = p->named && sum_fold(sum_header(h, IP4_SIZE)) == 0xffff;", "p->fit = p->named;"),
-    Plant("coalesce: no more than 65535 bytes", "coalesce", "coalesce_continues",
-          " || f->length + p->payload > INET_MOST", ""),
-    Plant("coalesce: the sequence number", "coalesce", "coalesce_continues",
-          "net32(ub + TCP_SEQUENCE) == net32(ua + TCP_SEQUENCE) + done &&", ""),
+    Plant(
+        "coalesce: a checksum is verified",
+        "coalesce",
+        "coalesce_place",
+        "p->good = sum_fold(sum) == 0xffff;",
+        "p->good = true;",
+    ),
+    Plant(
+        "coalesce: IPv4's checksum",
+        "coalesce",
+        "coalesce_parse",
+        "p->fit = p->named && sum_fold(sum_header(h, IP4_SIZE)) == 0xffff;",
+        "p->fit = p->named;",
+    ),
+    Plant(
+        "coalesce: no more than 65535 bytes",
+        "coalesce",
+        "coalesce_continues",
+        " || f->length + p->payload > INET_MOST",
+        "",
+    ),
+    Plant(
+        "coalesce: the sequence number",
+        "coalesce",
+        "coalesce_continues",
+        "net32(ub + TCP_SEQUENCE) == net32(ua + TCP_SEQUENCE) + done &&",
+        "",
+    ),
+]
+
+PLANTS += [
+    Plant(
+        "partition: beyond the disk",
+        "partitions",
+        "add",
+        "begin >= size or end - size >= _TAIL",
+        "begin >= size",
+        file="partition.py",
+    ),
+    Plant(
+        "partition: a chain that comes back",
+        "partitions",
+        "_logical",
+        "at in seen or begin",
+        "begin",
+        file="partition.py",
+    ),
+    Plant(
+        "partition: a GPT's entries leave the disk",
+        "partitions",
+        "_gpt_header",
+        "if entries < 2 or entries * unit + count * bytes_each > size:",
+        "if entries < 2:",
+        file="partition.py",
+    ),
+    Plant(
+        "policy: both ends one subject",
+        "policies",
+        "_regions",
+        "region.writers == region.readers",
+        "False",
+        file="policy.py",
+    ),
+    Plant("control: a field's kind", "control", "take", "if not good(value):", "if False:", file="control.py"),
+    Plant(
+        "control: a flag is no number",
+        "control",
+        "KINDS",
+        "type(value) is int and 0 <=",
+        "isinstance(value, int) and 0 <=",
+        file="control.py",
+    ),
+    Plant(
+        "broker: a field's kind",
+        "broker",
+        "take",
+        "if not self.fields[name].good(value):",
+        "if False:",
+        file="broker/__init__.py",
+    ),
+    Plant("broker: a text as a whole", "broker", "word", "re.fullmatch(", "re.match(", file="broker/__init__.py"),
+    Plant(
+        "negotiation: the export's name",
+        "negotiation",
+        "_is_ours",
+        'name in (b"", self._name)',
+        "True",
+        file="attach/nbd.py",
+    ),
+    Plant(
+        "negotiation: the option's lengths",
+        "negotiation",
+        "_inform",
+        "good = len(data) == 6 + length + 2 * count",
+        "good = True",
+        file="attach/nbd.py",
+    ),
 ]
 
 
@@ -114,8 +323,12 @@ def clang() -> str | None:
         path = shutil.which(name)
         if path is None:
             continue
-        found = subprocess.run([path, "-fsanitize=fuzzer", "-x", "c", "-", "-o", os.devnull], capture_output=True, check=False,
-                               input=b"int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }")
+        found = subprocess.run(
+            [path, "-fsanitize=fuzzer", "-x", "c", "-", "-o", os.devnull],
+            capture_output=True,
+            check=False,
+            input=b"int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }",
+        )
         if found.returncode == 0:
             return path
     return None
@@ -138,16 +351,33 @@ def explore(name: str, seconds: int, seed: int, command: str) -> tuple[int, floa
     folder, findings = PLACE / "corpus" / name, PLACE / "findings"
     findings.mkdir(parents=True, exist_ok=True)
     spread(name, folder)
+    if TARGETS[name].python:
+        return fuzz([sys.executable, str(fuzzing.FUZZ / "parsers.py"), name], name, seconds, seed, folder, findings)
     program = Builder(place("fuzz"), command=[command], flags=FLAGS, link=LINK, replay=False).program(name)
     return fuzz([str(program)], name, seconds, seed, folder, findings)
 
 
 def fuzz(words: list[str], name: str, seconds: int, seed: int, folder: Path, findings: Path) -> tuple[int, float, str]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([*words, f"-max_total_time={seconds}", f"-max_len={MOST_INPUT}", f"-seed={seed}",
-                           "-print_final_stats=1", "-timeout=20", "-rss_limit_mb=3000", f"-artifact_prefix={findings}/{name}-",
-                           str(folder)], cwd=ROOT, capture_output=True, text=True, errors="replace", check=False,
-                          env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+    done = subprocess.run(
+        [
+            *words,
+            f"-max_total_time={seconds}",
+            f"-max_len={MOST_INPUT}",
+            f"-seed={seed}",
+            "-print_final_stats=1",
+            "-timeout=20",
+            "-rss_limit_mb=3000",
+            f"-artifact_prefix={findings}/{name}-",
+            str(folder),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     count = re.search(r"stat::number_of_executed_units: *(\d+)", done.stderr)
     said = "" if done.returncode == 0 else "\n".join(done.stderr.splitlines()[-60:])
@@ -156,8 +386,16 @@ def fuzz(words: list[str], name: str, seconds: int, seed: int, folder: Path, fin
 
 def place(name: str) -> Path:
     """A folder, empty where a source is newer than what was built there."""
-    folder, sources = PLACE / name, [*(ROOT / "src").rglob("*.pyx"), *(ROOT / "src").rglob("*.pxd"), *(ROOT / "src").rglob("*.h"),
-                                     *fuzzing.FUZZ.glob("*.[ch]"), ROOT / "tests/fuzzing.py"]
+    folder, sources = (
+        PLACE / name,
+        [
+            *(ROOT / "src").rglob("*.pyx"),
+            *(ROOT / "src").rglob("*.pxd"),
+            *(ROOT / "src").rglob("*.h"),
+            *fuzzing.FUZZ.glob("*.[ch]"),
+            ROOT / "tests/fuzzing.py",
+        ],
+    )
     newest = max(path.stat().st_mtime for path in sources)
     if folder.is_dir() and any(path.stat().st_mtime < newest for path in folder.iterdir()):
         shutil.rmtree(folder)
@@ -168,10 +406,47 @@ def place(name: str) -> Path:
 def mutate(name: str, seconds: int, seed: int) -> tuple[int, float, str]:
     """As explore(), without clang."""
     before = time.process_time()
+    if TARGETS[name].python:
+        return 0, 0.0, ""  # tests/test_attack.py replays them
     program = Builder(place("replay")).program(name)
     done = fuzzing.replay(program, name, "-n", str(1 << 40), "-t", str(seconds), "-s", str(seed))
     count = re.search(r"^(\d+) executions", done.stdout, re.MULTILINE)
     return int(count[1]) if count else 0, time.process_time() - before, done.stderr if done.returncode else ""
+
+
+def reach(name: str, folder: Path, few: Path) -> None:
+    """Copies the inputs of a target in Python that step from a line to another one as no smaller one does."""
+    import parsers  # of tests/fuzz
+
+    seen: set[tuple[str, int, int]] = set()
+    fresh: set[tuple[str, int, int]] = set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        file = frame.f_code.co_filename
+        if "muenfast" not in file and "tomllib" not in file:
+            return None
+        before = frame.f_lineno
+
+        def step(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal before
+            fresh.add((file, before, frame.f_lineno))
+            before = frame.f_lineno
+            return step
+
+        return step
+
+    logging.disable(logging.CRITICAL)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.stat().st_size, path.name)):
+        data = path.read_bytes()
+        fresh.clear()
+        sys.settrace(trace)
+        try:
+            parsers.TARGETS[name](data)
+        finally:
+            sys.settrace(None)
+        if not fresh <= seen:
+            seen |= fresh
+            (few / path.name).write_bytes(data)
 
 
 def minimise(name: str) -> int:
@@ -179,8 +454,16 @@ def minimise(name: str) -> int:
     folder, few = PLACE / "corpus" / name, PLACE / "few" / name
     shutil.rmtree(few, ignore_errors=True)
     few.mkdir(parents=True)
-    subprocess.run([PLACE / "fuzz" / f"fuzz-{name}", "-merge=1", f"-max_len={MOST_INPUT}", few, folder], cwd=ROOT, check=True,
-                   capture_output=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+    if TARGETS[name].python:
+        reach(name, folder, few)
+    else:
+        subprocess.run(
+            [PLACE / "fuzz" / f"fuzz-{name}", "-merge=1", f"-max_len={MOST_INPUT}", few, folder],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
+        )
     inputs, size = [], 0
     for data in sorted((path.read_bytes() for path in few.iterdir()), key=lambda data: (len(data), data)):
         size += 2 + len(data)
@@ -204,15 +487,21 @@ def record(name: str, executions: int, seconds: float, found: bool) -> None:
 def attack(names: list[str], arguments: argparse.Namespace) -> int:
     command, bad, total = clang(), 0, 0
     if command is None:
-        print("there is no clang with libFuzzer (Debian: clang): mutations of the kept corpora, without coverage", flush=True)
+        print(
+            "there is no clang with libFuzzer (Debian: clang): mutations of the kept corpora, without coverage",
+            flush=True,
+        )
     for name in names:
-        if command is None:
+        if command is None or TARGETS[name].python and importlib.util.find_spec("atheris") is None:
             executions, seconds, said = mutate(name, arguments.seconds, arguments.seed or 1)
         else:
             executions, seconds, said = explore(name, arguments.seconds, arguments.seed, command)
         bad += bool(said)
         total += executions
-        print(f"{name:12} {executions:12} executions in {seconds:6.1f} s of CPU time" + (f"\n{said}" if said else ""), flush=True)
+        print(
+            f"{name:12} {executions:12} executions in {seconds:6.1f} s of CPU time" + (f"\n{said}" if said else ""),
+            flush=True,
+        )
         if arguments.record:
             record(name, executions, seconds, bool(said))
         if arguments.keep and command is not None and not said:
@@ -225,8 +514,12 @@ def noticed(plant: Plant) -> str:
     """Who notices a planted bug, and how; "" where nobody does."""
     tree = PLACE / "plant"
     shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__"))
-    mutants.apply(tree, plant.mutation)
+    shutil.copytree(
+        ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.c", "*.so", "*.egg-info", "__pycache__")
+    )
+    plant.plant(tree)
+    if plant.file:
+        return noticed_in_python(plant, tree)
     folder = tree / "fuzz"
     folder.mkdir()
     program = Builder(folder, tree / "src/muenfast").program(plant.target)
@@ -236,6 +529,38 @@ def noticed(plant: Plant) -> str:
         return ""
     said = re.search(r"^oracle: .*|^signal \d+", done.stderr, re.MULTILINE)
     return f"{plant.target} after {time.monotonic() - began:.1f} s: {said[0] if said else done.stderr[-200:]}"
+
+
+def noticed_in_python(plant: Plant, tree: Path) -> str:
+    """The same of a target in Python: the copy has the extensions of the installed package."""
+    installed = Path(importlib.util.find_spec("muenfast").origin or "").parent
+    for module in installed.rglob("*.so"):
+        target = tree / "src/muenfast" / module.relative_to(installed)
+        target.symlink_to(module)
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:5]; import fuzzing; "
+        "sys.exit(fuzzing.replay_python(sys.argv[1], 1000000, 1, float(sys.argv[5])) or 0)"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program,
+            plant.target,
+            str(tree / "src"),
+            str(ROOT / "tests"),
+            str(fuzzing.FUZZ),
+            PLANT_SECONDS,
+        ],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode == 0:
+        return ""
+    return f"{plant.target} after {time.monotonic() - began:.1f} s: {(done.stderr.splitlines() or ['?'])[-1][:150]}"
 
 
 def plants(names: list[str]) -> int:
@@ -257,16 +582,20 @@ def documented(text: str) -> str:
     rows = ["| target | whose bytes | million executions | CPU minutes | findings |", "|---|---|--:|--:|--:|"]
     for name, target in TARGETS.items():
         entry = books.get(name, {"executions": 0, "cpu_seconds": 0, "findings": 0})
-        rows.append(f"| {name} | {target.parses} | {entry['executions'] / 1e6:.1f} | {entry['cpu_seconds'] / 60:.1f} "
-                    f"| {entry['findings']} |")
-    rows.append(f"| all | | {sum(entry['executions'] for entry in books.values()) / 1e6:.1f} "
-                f"| {sum(entry['cpu_seconds'] for entry in books.values()) / 60:.1f} "
-                f"| {sum(entry['findings'] for entry in books.values())} |")
+        rows.append(
+            f"| {name} | {target.parses} | {entry['executions'] / 1e6:.1f} | {entry['cpu_seconds'] / 60:.1f} "
+            f"| {entry['findings']} |"
+        )
+    rows.append(
+        f"| all | | {sum(entry['executions'] for entry in books.values()) / 1e6:.1f} "
+        f"| {sum(entry['cpu_seconds'] for entry in books.values()) / 60:.1f} "
+        f"| {sum(entry['findings'] for entry in books.values())} |"
+    )
     bugs = ["| a check that is removed | in | noticed by |", "|---|---|---|"]
     bugs += [f"| {plant.name} | `{plant.function}` | {plant.target} |" for plant in PLANTS]
     for mark, table in (("tools/attack.py --write", rows), ("plants", bugs)):
         begin = text.index(f"<!-- {mark} -->\n") + len(f"<!-- {mark} -->\n")
-        text = text[:begin] + "\n".join(table) + "\n" + text[text.index("<!-- end -->", begin):]
+        text = text[:begin] + "\n".join(table) + "\n" + text[text.index("<!-- end -->", begin) :]
     return text
 
 

@@ -306,6 +306,9 @@ class _Table:
         if value == "":
             self.wrong(f"{key} is empty: {what}")
             return None
+        if value is not None and "\0" in value:     # no name that the system knows has one
+            self.wrong(f"{key} = {value!r}: holds a NUL")
+            return None
         return None if value is None else str(value)
 
     def texts(self, key: str, what: str) -> tuple[str, ...]:
@@ -314,6 +317,9 @@ class _Table:
         entries = value if isinstance(value, list) else [value]
         if not all(isinstance(entry, str) and entry for entry in entries):
             self.wrong(f"{key} = {value!r}: {what}")
+            return ()
+        if any("\0" in entry for entry in entries):
+            self.wrong(f"{key} = {value!r}: holds a NUL")
             return ()
         return tuple(entries)
 

@@ -140,7 +140,7 @@ static int32_t error_of(const block_event_header *h) {
         return -EINVAL;
     return h->kind == EVENT_WRITE && store.read_only ? -EROFS : 0;
 }
-static void compare(uint64_t number, const uint8_t *answer) {
+FUZZ_QUIET static void compare(uint64_t number, const uint8_t *answer) {
     const block_event_header *q = &history[number];
     block_event_header a;
     static uint8_t want[BLOCK_SIZE];

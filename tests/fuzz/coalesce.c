@@ -15,7 +15,7 @@ enum { MOST_PACKETS = 256, MOST_ELEMENT = 1600 };
 static fuzz_region element, memory;
 static coalescer c;
 static struct { uint8_t bytes[MOST_ELEMENT]; uint32_t length, header, upper; uint64_t key; int flow; bool out, good; } sent[MOST_PACKETS];
-static uint32_t count, last_out[16], supers, merged;
+static uint32_t count, oldest, last_out[16], supers, merged; /* oldest: all before it have left */
 static bool moved;
 static uint32_t room;
 
@@ -25,9 +25,11 @@ static void writer_acts(void) {
     element.theirs[at % (at & 0x8000 ? room : room < 64 ? room : 64)] ^= (uint8_t)(1 | fuzz_u8());
 }
 
-static void leaves(uint32_t index, const char *how) {
+FUZZ_QUIET static void leaves(uint32_t index, const char *how) {
     EXPECT(index < count && !sent[index].out, "packet %u leaves %s, and has left or was never there", index, how);
     sent[index].out = true;
+    while (oldest < count && sent[oldest].out)
+        oldest++;
     if (sent[index].flow >= 0) {
         EXPECT(last_out[sent[index].flow] <= index, "packet %u leaves behind %u of its flow", index, last_out[sent[index].flow]);
         last_out[sent[index].flow] = index;
@@ -36,7 +38,7 @@ static void leaves(uint32_t index, const char *how) {
 static bool same(const uint8_t *a, const uint8_t *b, uint32_t from, uint32_t to) { return memcmp(a + from, b + from, to - from) == 0; }
 
 /* Whether a super-packet's headers p are those of packet q, which is its segment number k at `done` of its payload. */
-static bool is_segment(const uint8_t *p, const uint8_t *q, uint32_t header, uint32_t k, bool last, uint32_t done) {
+FUZZ_QUIET static bool is_segment(const uint8_t *p, const uint8_t *q, uint32_t header, uint32_t k, bool last, uint32_t done) {
     bool ip4 = p[0] >> 4 == 4, tcp = p[ip4 ? 9 : 6] == INET_TCP;
     uint32_t u = ip4 ? 20 : 40;
     if (ip4 ? !same(p, q, 0, 2) || !same(p, q, 6, 10) || !same(p, q, 12, 20) : !same(p, q, 0, 4) || !same(p, q, 6, 40))
@@ -49,7 +51,7 @@ static bool is_segment(const uint8_t *p, const uint8_t *q, uint32_t header, uint
                     same(p, q, u + 18, header) && q[u + 13] == (last ? p[u + 13] : TCP_IS_ACK));
 }
 
-static void one(const coalesce_ready *r) {
+FUZZ_QUIET static void one(const coalesce_ready *r) {
     const uint8_t *p = r->packet;
     vnet_header v;
     uint32_t at, n, index, k, u, header;
@@ -57,7 +59,7 @@ static void one(const coalesce_ready *r) {
     if (r->segments == 1) {
         static const vnet_header none;
         EXPECT(memcmp(&v, &none, sizeof v) == 0, "a single packet with a vnet_header");
-        for (k = 0; k < count; k++) /* the oldest that is the same */
+        for (k = oldest; k < count; k++) /* the oldest that is the same */
             if (!sent[k].out && sent[k].key == r->key && sent[k].length == r->length && memcmp(sent[k].bytes, p, r->length) == 0)
                 break;
         leaves(k, "alone");
@@ -78,7 +80,7 @@ static void one(const coalesce_ready *r) {
         EXPECT(at + 2 <= r->length, "segment %u of %u is not there", k, r->segments);
         n = r->length - at < v.size ? r->length - at : v.size;
         EXPECT(k + 1 == r->segments || n == v.size, "a short segment in the middle");
-        for (index = 0; index < count; index++) /* the oldest that it can be */
+        for (index = oldest; index < count; index++) /* the oldest that it can be */
             if (!sent[index].out && sent[index].key == r->key && sent[index].header == header &&
                 sent[index].length - header == n && memcmp(sent[index].bytes + header, p + at, n) == 0 &&
                 is_segment(p, sent[index].bytes, header, k, k + 1 == r->segments, at - header))
@@ -166,7 +168,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     fuzz_begin(data, size);
     fuzz_peer = writer_acts;
     coalesce_init(&c, memory.ours, fuzz_u8() & 7);
-    count = supers = merged = 0;
+    count = oldest = supers = merged = 0;
     memset(last_out, 0, sizeof last_out);
     for (int turns = 0; fuzz_left() != 0 && turns < 64; turns++) {
         uint8_t what = fuzz_u8(), kind = fuzz_u8(), flags = fuzz_u8();
@@ -192,8 +194,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             if (changes == 0 && (flags & 128) && times == 1)
                 payload = payload > 4 ? payload / 2 : payload;
             length = make_packet(bytes, payload, kind & 15, &s);
-            for (uint32_t k = 0; k < payload; k++)
-                bytes[s.header + k] = (uint8_t)(count * 3 + k);
+            spell(bytes + s.header, payload, count * 3);
             bytes[s.header] = (uint8_t)(count >> 8);
             bytes[s.header + 1] = (uint8_t)count;
             if (s.ip4) {

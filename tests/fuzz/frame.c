@@ -91,7 +91,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             fuzz_bytes(element.theirs + frame_start(kind), n < 64 ? n : 64);
             used = room;
         }
-        status = frame_finish(kind, element.ours, whole, n, used, mark);
+        status = frame_finish(kind, element.ours, whole, element.ours + frame_start(kind), n, used, mark);
         EXPECT((status == FRAME_OVERSIZE) == (n > room), "%u bytes into a room of %u: %d", n, room, status);
         if (status == 0) {
             uint32_t tail = kind == FRAME_ETH ? 2 : 0, back;

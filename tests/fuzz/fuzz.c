@@ -5,12 +5,14 @@ static const uint8_t *at, *end;
 uint32_t fuzz_countdown;
 void (*fuzz_peer)(void);
 uint64_t fuzz_now;
+static uint64_t dice;
 
 void fuzz_begin(const uint8_t *data, size_t size) {
     at = data;
     end = data + size;
     fuzz_countdown = 0;
     fuzz_now = 1000000000;
+    dice = 0;
 }
 size_t fuzz_left(void) { return (size_t)(end - at); }
 
@@ -149,4 +151,12 @@ int fuzz_nanosleep(const struct timespec *t, struct timespec *left) {
     fuzz_now += (uint64_t)t->tv_sec * 1000000000u + (uint64_t)t->tv_nsec;
     fuzz_turn();
     return 0;
+}
+
+ssize_t fuzz_random(void *to, size_t n) {
+    uint8_t *p = to;
+    dice++;
+    for (size_t i = 0; i < n; i++)
+        p[i] = (uint8_t)(dice * (0x9d + 2 * i) + 0x51);
+    return (ssize_t)n;
 }

@@ -27,6 +27,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -34,6 +35,13 @@
 #include <unistd.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+/* Of an oracle's long loops: what they compare tells a fuzzer nothing. */
+#ifdef __clang__
+#define FUZZ_QUIET __attribute__((no_sanitize("coverage")))
+#else
+#define FUZZ_QUIET
+#endif
 
 /* ---- the input */
 void fuzz_begin(const uint8_t *data, size_t size);
@@ -88,6 +96,7 @@ static inline void fuzz_no_future(void *header, uint64_t next) {
 extern uint64_t fuzz_now;
 int fuzz_clock(clockid_t clock, struct timespec *t);
 int fuzz_nanosleep(const struct timespec *t, struct timespec *left);
+ssize_t fuzz_random(void *to, size_t n); /* another one each time, always the same ones */
 
 /* Other modules' functions, for CORE_BINDINGS: unit.c, or a target. */
 void *ring_function(const char *name);
@@ -109,6 +118,7 @@ void *store_function(const char *name);
 #define nanosleep(t, l) fuzz_nanosleep((t), (l))
 #define syscall(...) fuzz_syscall(__VA_ARGS__)
 #define sysconf(name) 2L
+#define getrandom(to, n, flags) fuzz_random((to), (n))
 #endif
 /* ---- files, which are memory of a target's: what the engine reads and writes there, at once */
 ssize_t fuzz_pread(int fd, void *data, size_t n, off_t at);

@@ -5,7 +5,7 @@
 #include "fuzz.h"
 #include "_inet.h"
 
-static uint32_t words(const uint8_t *p, size_t n) { /* unfolded */
+FUZZ_QUIET static uint32_t words(const uint8_t *p, size_t n) { /* unfolded */
     uint32_t high = 0, low = 0;
     size_t i;
     for (i = 0; i + 1 < n; i += 2) {
@@ -31,6 +31,10 @@ static void put16(uint8_t *p, uint32_t v) {
 }
 
 /* A packet of TCP or UDP, mostly well-formed; its bytes. what: kind and sizes. */
+FUZZ_QUIET static void spell(uint8_t *to, uint32_t n, uint32_t seed) {
+    for (uint32_t k = 0; k < n; k++)
+        to[k] = (uint8_t)(seed + k * 7 + (k >> 8));
+}
 typedef struct { bool ip4, tcp; uint32_t upper, header; uint8_t protocol; } shape;
 static uint32_t make_packet(uint8_t *p, uint32_t payload, uint8_t kind, shape *s) {
     uint32_t length;

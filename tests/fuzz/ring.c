@@ -24,7 +24,7 @@ static uint64_t next_epoch, ended_at[256]; /* by epoch: what was published of it
 static uint8_t content(uint64_t epoch, uint64_t number, uint64_t at) {
     return (uint8_t)(epoch * 31 + number * 7 + at * 13 + 1);
 }
-static void fill(uint64_t number) {
+FUZZ_QUIET static void fill(uint64_t number) {
     uint8_t *slot = F_writer_slot(&w, number - w.wc);
     for (uint64_t i = 0; i < w.size; i++)
         slot[i] = content(w.epoch, number, i);

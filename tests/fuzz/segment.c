@@ -11,10 +11,11 @@
 #include "_segment.h"
 
 enum { MOST = 8192 };
-static fuzz_region in, out;
+static fuzz_region in, out, state;
 
 static void split(const uint8_t *packet, uint32_t length, const vnet_header *v, uint32_t mtu) {
-    static segmenter s;
+    segmenter *const held = (segmenter *)state.ours; /* what is written behind it hits a guard page */
+#define s (*held)
     static uint8_t whole[MOST];
     uint8_t kind = v->kind & (uint8_t)~(VNET_ECN | VNET_ACCECN);
     int count = segment_begin(&s, v, packet, length, mtu);
@@ -82,6 +83,8 @@ static void split(const uint8_t *packet, uint32_t length, const vnet_header *v, 
     }
 }
 
+#undef s
+
 static void path(const uint8_t *packet, uint32_t length, uint32_t entry) {
     static uint8_t whole[MOST], news[PMTU_NEWS_MOST];
     uint32_t limit = length == 0 ? 0 : pmtu_of(entry, packet[0]), n, header, done = 0;
@@ -130,6 +133,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (!made) {
         fuzz_region_make(&in, MOST, PROT_READ | PROT_WRITE);
         fuzz_region_make(&out, MOST, PROT_READ | PROT_WRITE);
+        fuzz_region_make(&state, sizeof(segmenter), PROT_READ | PROT_WRITE);
         made = true;
     }
     fuzz_begin(data, size);
@@ -150,8 +154,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         length = make_packet(p, payload, kind, &s);
         memmove(in.ours + in.length - length, p, length);
         p = in.ours + in.length - length;
-        for (uint32_t k = 0; k < payload; k++)
-            p[s.header + k] = (uint8_t)(k * 7 + (k >> 8));
+        spell(p + s.header, payload, 0);
         if (!s.ip4 && what & 64) { /* extension headers: one, of up to 320 bytes */
             uint32_t more = 8 * (1 + fuzz_u8() % 40);
             p -= more;
