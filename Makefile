@@ -82,7 +82,7 @@ crash: $(V)/.installed ## power lost at every flush, in the worst order, under e
 mutants: $(V)/.installed $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
 	@$(PY) tools/mutants.py $(ARGS)
 
-attack: $(V)/.installed $(V)/.test-group ## every parser of foreign bytes fuzzed (clang); ARGS="ring nbd --seconds 60 --keep --record", ARGS=--plants
+attack: $(V)/.installed $(V)/.attack-group ## every parser of foreign bytes fuzzed (clang); ARGS="ring nbd --seconds 60 --keep --record", ARGS=--plants
 	@$(PY) tools/attack.py $(ARGS)
 
 litmus: $(V)/.python ## each pair of docs/memory-model.md under RC11 and AArch64, by herd7 (herdtools7); ARGS="kick" some of it

@@ -491,8 +491,11 @@ def attack(names: list[str], arguments: argparse.Namespace) -> int:
             "there is no clang with libFuzzer (Debian: clang): mutations of the kept corpora, without coverage",
             flush=True,
         )
+    guided = importlib.util.find_spec("atheris") is not None
+    if not guided and any(TARGETS[name].python for name in names):
+        print("there is no Atheris (pip install atheris): targets in Python get mutations, without coverage", flush=True)
     for name in names:
-        if command is None or TARGETS[name].python and importlib.util.find_spec("atheris") is None:
+        if command is None or TARGETS[name].python and not guided:
             executions, seconds, said = mutate(name, arguments.seconds, arguments.seed or 1)
         else:
             executions, seconds, said = explore(name, arguments.seconds, arguments.seed, command)
