@@ -116,12 +116,18 @@ cdef struct client_t:
     uint32_t state
     uint64_t server         # response epoch of the server that was resumed with
     bint fail_fast          # while lost, new requests fail
+    uint32_t checksums      # CHECKSUM_*
+    bint sums               # that server and we have agreed upon them
+    uint64_t strays         # messages with wrong checksums of which nobody knows whose requests they were
     # The reaper: belongs to whoever set `reaping`.
     uint32_t reaping
     uint32_t takers         # threads that must have it next: resume, fail, forget, rebind, close
     uint64_t tail           # all requests below are answered; read by issuers
     uint32_t phase
     uint64_t phase_since
+    uint64_t nonce          # of the offer in this epoch ...
+    bint agreed             # ... and whether it was taken,
+    bint demanded           # or the server serves nobody without one
     uint64_t sectors        # of the only disk, as answered ...
     uint8_t store[16]       # ... and what the same server's bell said: its store, zero = none,
     uint32_t flags          # ... STORE_READ_ONLY for each device
@@ -150,6 +156,7 @@ cdef inline uint32_t units_of(const io_t *io) noexcept nogil:
 cdef uint64_t client_room(const client_t *c) noexcept nogil
 cdef void client_counts(queue_t *q, entry_t *e, uint32_t flow, uint64_t since) noexcept nogil
 cdef void client_stale(client_t *c, uint64_t n) noexcept nogil
+cdef void client_stray(client_t *c, uint64_t n) noexcept nogil
 cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil
 cdef void client_introduced(client_t *c) noexcept nogil
 cdef void client_submit(void *ctx, io_t *io) noexcept nogil

@@ -73,6 +73,27 @@ _Static_assert(_Alignof(block_event) == 8, "block_event alignment");
 MF_OFFSET(block_event, header, 0);
 MF_OFFSET(block_event, data, 24);
 
+/* Checksums between two muenfast peers: what their first request, for the size, and its answer hold at the beginning of
+ * `data`. From then on `valid` is a checksum (_blocksum.h). */
+#define OFFER_MAGIC UINT64_C(0x3f435243426e754d)  /* "MunBCRC?" */
+#define ACCEPT_MAGIC UINT64_C(0x21435243426e754d) /* "MunBCRC!" */
+#define OFFER_AGAIN UINT32_C(0x5245464f)          /* "OFER" */
+#define ACCEPT_AGAIN UINT32_C(0x53455941)         /* "AYES" */
+
+typedef struct {
+    uint64_t sectors; /* an answer's size; 0 */
+    uint64_t magic;
+    uint64_t nonce;   /* an offer's: random; the answer's: its complement */
+    uint32_t sum;     /* an offer's checksum; 0 */
+    uint32_t again;   /* another sign, for magic may be what is garbled */
+} block_offer;
+MF_SIZE(block_offer, 32);
+MF_OFFSET(block_offer, sectors, 0);
+MF_OFFSET(block_offer, magic, 8);
+MF_OFFSET(block_offer, nonce, 16);
+MF_OFFSET(block_offer, sum, 24);
+MF_OFFSET(block_offer, again, 28);
+
 /* Block transport with a shared buffer (second generation of muenblock, Muen's driver subject): short requests and
  * responses in two channels, payload in a plain region that both sides map writable. Muen's customary id serves both
  * channels. */

@@ -67,7 +67,8 @@ class Declared:
             req=request.locator.text, resp=response.locator.text, shm=None if buffer is None else buffer.locator.text,
             req_protocol=f"{request.protocol:x}", resp_protocol=f"{response.protocol:x}", device=list(each.devices),
             read_only=each.read_only, poll=each.poll, pool=None if each.pool is None else str(each.pool),
-            timeout=None if each.timeout is None else str(each.timeout), strict_oneway=not request.bell)
+            timeout=None if each.timeout is None else str(each.timeout), strict_oneway=not request.bell,
+            checksum=each.checksum)
         where = each.where
         called = Options(req=f"{where}: request", resp=f"{where}: response", buffer=f"{where}: buffer",
                          device=f"{where}: device", read_only=f"{where}: read_only")

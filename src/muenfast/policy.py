@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from muenfast import params, pathmtu, shm
+from muenfast._engine import CHECKSUM_MODES
 from muenfast._net import FRAMINGS, LEAST_MTU, MOST_MTU, element_size
 from muenfast._ring import layout
 from muenfast.backing import BLOCK, DEFAULT_DEVICE, Device
@@ -177,6 +178,7 @@ class Connection:
     pool: int | None = None
     timeout: int | None = None
     paths: tuple[str, ...] = ()
+    checksum: str = "off"
 
     @property
     def where(self) -> str:
@@ -484,10 +486,15 @@ def _connection(name: str, table: _Table) -> Connection | None:
     for path in paths:
         if not path.startswith("/") or os.path.realpath(path) == "/":
             table.wrong(f"paths, {path}: is a path from / on, and not / itself")
-    table.end("client, server, request, response, buffer, device, read_only, poll, pool, timeout, paths")
+    checksum = table.take("checksum", str, ", ".join(CHECKSUM_MODES), "off")
+    if checksum not in CHECKSUM_MODES:
+        table.wrong(f"checksum = {checksum!r}: {', '.join(CHECKSUM_MODES)}")
+        checksum = "off"
+    table.end("client, server, request, response, buffer, device, read_only, poll, pool, timeout, paths, checksum")
     if client is None or server is None or request is None or response is None:
         return None
-    return Connection(name, client, server, request, response, buffer, devices, read_only, poll, pool, timeout, paths)
+    return Connection(name, client, server, request, response, buffer, devices, read_only, poll, pool, timeout, paths,
+                      checksum)
 
 
 def _interface(name: str, table: _Table) -> Interface | None:
