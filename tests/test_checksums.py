@@ -33,7 +33,7 @@ from peer import (
 from sums import SummedRaw, SummedServer, behind, crc32c, element, event_sum, flip, offer, offered
 from test_blk_server import Link
 
-from muenfast import BlockDevice, UsageError, exports_from_lists
+from muenfast import BlockDevice, UsageError
 from muenfast.errors import PeerError
 
 HEADER, TRIES = 24, 4   # bytes of an event's; times that a request is sent at most
@@ -587,8 +587,6 @@ def test_words_that_are_none(names: Callable[[str], str]) -> None:
     with pytest.raises(UsageError, match="--checksum 'yes': is one of off, auto, require"):
         from muenfast.connection import Options, channels_from_lists
         channels_from_lists("a", "b", checksum="yes", options=Options())
-    with pytest.raises(UsageError, match="a connection with a shared buffer has no checksums"):
-        exports_from_lists("a", "b", buffer="c", checksum="require")
     found = run("blk", "--req", names("a"), "--resp", names("b"), "--checksum", "maybe")
     assert found.returncode == 2 and "--checksum 'maybe': is one of off, auto, require" in found.stderr
 

@@ -156,7 +156,7 @@ def test_over_a_buffer(names: Callable[[str], str], caplog: pytest.LogCaptureFix
             client.send(*wrong)
             assert all(answer.status != 0 for answer in client.answers(len(wrong)))
             assert server.status()[0]["offences"] == dict.fromkeys(
-                ("kind", "device", "length", "device_offset", "buffer_offset"), 1)
+                ("kind", "device", "length", "device_offset", "buffer_offset"), 1) | {"checksum": 0}
             client.send(*[wrong[-1]] * (PATIENCE + 1))
             eventually(lambda: state(server) == "quarantined")
             eventually(lambda: any("field buffer_offset" in line for line in caplog.messages))

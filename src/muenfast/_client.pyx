@@ -282,7 +282,7 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
     cdef entry_t *e
     cdef entry_t *matched[BATCH]
     cdef int32_t errors[BATCH]
-    cdef uint64_t matches = 0, stale = 0, strays = 0, wrong = 0
+    cdef uint64_t matches = 0, stale = 0, wrong = 0, unread = 0
     cdef bint ours
     if status != SUCCESS:
         return status
@@ -291,29 +291,21 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
         slot = reader_slot(&c.r, k)
         memcpy(&h, slot, sizeof(h))
         e = &c.entries[<uint32_t>(h.priv - c.base) % c.window]
-        ours = load_acquire32(&e.state) == ENTRY_ISSUED and e.priv == h.priv
-        if not ours or e.kind != h.kind or e.id != h.id:
-            if not c.sums:
-                stale += 1
-                continue
-            if client_sum(c, &h, k, slot + sizeof(h)):
-                if h.error != -ECOMM:   # which a server says of a request that it could not read
-                    stale += 1
-                strays += 1
-                continue
-            wrong += 1
-            if not ours:
-                strays += 1
-                continue
-            h.error = -ECOMM
-        else:
-            data = slot + sizeof(h)
-            if h.kind == EVENT_READ and h.error == 0 and e.io != NULL:
-                copy_taken(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, data, BLOCK_SIZE)
-                data = e.io.buf + <uint64_t>e.index * BLOCK_SIZE
-            if c.sums and not client_sum(c, &h, k, data):
+        data = slot + sizeof(h)
+        ours = load_acquire32(&e.state) == ENTRY_ISSUED and e.priv == h.priv and e.kind == h.kind and e.id == h.id
+        if ours and h.kind == EVENT_READ and h.error == 0 and e.io != NULL:
+            copy_taken(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, data, BLOCK_SIZE)
+            data = e.io.buf + <uint64_t>e.index * BLOCK_SIZE
+        if c.sums:                      # of what is wrong, or was when the server read it, nothing is believed
+            if not client_sum(c, &h, k, data):
                 wrong += 1
-                h.error = -ECOMM
+                continue
+            if h.error == -ECOMM:
+                unread += 1
+                continue
+        if not ours:
+            stale += 1
+            continue
         e.state = ENTRY_MATCHED
         matched[matches] = e
         errors[matches] = h.error
@@ -324,11 +316,9 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
         return reader_recover(&c.r)
     reader_advance(&c.r, n)
     client_stale(c, stale)
-    if wrong != 0:
-        reader_blame(&c.r, FAULT_CHECKSUM, wrong)
     client_settle(c, matched, errors, matches)
     if c.sums:
-        client_stray(c, strays)
+        client_stray(c, wrong, unread + stale)
     return SUCCESS
 
 
@@ -340,19 +330,22 @@ cdef bint client_sum(const client_t *c, const block_event_header *h, uint64_t k,
     return event_sum(state, h, c.r.rc + k, c.r.epoch) == h.valid
 
 
-cdef void client_stray(client_t *c, uint64_t n) noexcept nogil:
-    """n answers more are to nobody knows which requests, for they, or what the server read, were wrong. Every request has one
-    answer: once there are no more in flight than strays, those have had theirs. Precondition: reaping is ours."""
+cdef void client_stray(client_t *c, uint64_t wrong, uint64_t others) noexcept nogil:
+    """So many answers more had a wrong checksum, or came to nobody knows which requests: the server could not read those, or
+    they are not in flight. Every request has one answer: once there are no more in flight than strays, those have had theirs.
+    Precondition: reaping is ours, there are checksums."""
     cdef entry_t *matched[BATCH]
     cdef int32_t errors[BATCH]
-    cdef uint64_t at, found = 1
-    if n == 0 and c.strays == 0:
+    cdef uint64_t at, flying, found = 1
+    if wrong != 0:
+        reader_blame(&c.r, FAULT_CHECKSUM, wrong)
+    if wrong + others + c.strays == 0:
         return
     pthread_mutex_lock(&c.lock)
-    c.strays += n
-    n = c.flying
+    c.strays += wrong + others
+    flying = c.flying
     pthread_mutex_unlock(&c.lock)
-    if n > c.strays:
+    if flying > c.strays:
         return
     while found != 0:                   # nothing is issued meanwhile
         found = 0
@@ -365,6 +358,8 @@ cdef void client_stray(client_t *c, uint64_t n) noexcept nogil:
                 found += 1
             at += 1
         if found != 0:
+            if c.free != NULL:
+                c.free(c, matched, found)
             client_settle(c, matched, errors, found)
     pthread_mutex_lock(&c.lock)
     c.strays = 0

@@ -205,8 +205,6 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
 
     if checksum not in CHECKSUM_MODES:
         raise UsageError(f"is one of {', '.join(CHECKSUM_MODES)}", option=called.checksum, value=checksum)
-    if checksum == "require" and any(buffer is not None for buffer in buffers):
-        raise UsageError("a connection with a shared buffer has no checksums", option=called.checksum, value=checksum)
 
     def entry(option: str, i: int, parse: Callable[[str, int, str], int]) -> int | None:
         texts = lists[option]

@@ -118,10 +118,10 @@ class Connection:
         options: dict[str, Any] = {
             "request_protocol": channels.req_protocol, "response_protocol": channels.resp_protocol,
             "request_bell": self._ends[0].bell_view, "response_bell": self._ends[1].bell_view, "poll": channels.poll,
-            "fail_fast": self._policy.mode == "fail", "watch": self._watch}
+            "fail_fast": self._policy.mode == "fail", "watch": self._watch, "checksum": channels.checksum}
         try:
             if channels.buffer is None:
-                self.client = Client(self._ends[0].view, self._ends[1].view, checksum=channels.checksum, **options)
+                self.client = Client(self._ends[0].view, self._ends[1].view, **options)
             else:
                 self.client = BufferClient(*(end.view for end in self._ends), **options)
             self.client.conduct.patience = channels.patience
@@ -245,7 +245,7 @@ class Connection:
     @property
     def checksum(self) -> str:
         """Whether requests and answers have checksums: CHECKSUM of _engine."""
-        return self.client.checksum if isinstance(self.client, Client) else "off"
+        return self.client.checksum
 
     @property
     def _unchecked(self) -> bool:

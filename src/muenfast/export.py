@@ -325,10 +325,10 @@ class Export:
         more: dict[str, Any] = {
             "request_protocol": channels.req_protocol, "response_protocol": channels.resp_protocol,
             "request_bell": request.bell_view, "response_bell": response.bell_view, "poll": channels.poll,
-            "watch": self._watch}
+            "watch": self._watch, "checksum": channels.checksum}
         if buffer is None:
             [store] = stores
-            return Server(request.view, response.view, store, checksum=channels.checksum, **more)
+            return Server(request.view, response.view, store, **more)
         return BufferServer(request.view, response.view, buffer.view, stores, **more)
 
     def _close_ends(self) -> None:
@@ -408,7 +408,7 @@ class Export:
     @property
     def checksum(self) -> str:
         """Whether requests and answers have checksums: CHECKSUM of _engine."""
-        return self.server.checksum if isinstance(self.server, Server) else "off"
+        return self.server.checksum
 
     def _moved(self) -> bool:
         """Whether the channels' memory is to be followed: a peer may have made them anew, or truncated one.
