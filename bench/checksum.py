@@ -2,8 +2,8 @@
 
     python bench/checksum.py [--rounds N] [--json FILE] [--shm] [--other PYTHON]
 
-Server and client are pinned to one CPU each. All pairs stand at once, and one after the other works for a moment: what else the
-machine does meets all alike. --shm: over a shared buffer.
+Server and client are pinned to one CPU each. All pairs stand at once, and one after the other works for a moment: what else
+the machine does meets all alike. --shm: over a shared buffer.
 --other: the Python of an environment with a build that has none, which tells what they cost where they are off.
 """
 
@@ -113,7 +113,8 @@ def main() -> None:
             values = taken[way][row]
             beside = statistics.median(mine / other for mine, other in zip(values, taken[first][row], strict=True))
             low, middle, high = statistics.quantiles(values, n=4)
-            print(f"    {way:12} {middle / 1e3:9.1f} ({low / 1e3:.1f} to {high / 1e3:.1f}) thousand/s, {beside:.3f} of {first}")
+            print(f"    {way:12} {middle / 1e3:9.1f} ({low / 1e3:.1f} to {high / 1e3:.1f}) thousand/s, "
+                  f"{beside:.3f} of {first}")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(taken, file, indent=1)

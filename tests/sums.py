@@ -264,8 +264,8 @@ class SummedBufferClient(BufferClient):
 
 
 class SummedBufferServer(BufferServer):
-    """A plain server that has learnt checksums. garble: what becomes of the bytes of an answer. spoil: where in the buffer a
-    byte of what was read changes after it was summed, None: nowhere."""
+    """A plain server that has learnt checksums. garble: what becomes of the bytes of an answer. spoil: which byte of what
+    was read changes in the buffer after it was summed, None: none."""
 
     def __init__(self, *args: Any, garble: Callable[[bytes, BufferResponse], bytes] | None = None,
                  spoil: Callable[[BufferRequest], int | None] | None = None, **more: Any) -> None:

@@ -82,11 +82,8 @@ def test_known_sums(tmp_path: Path) -> None:
     for source in (*vectors, data):
         done = subprocess.run([program, "sums"], input=source, capture_output=True, timeout=60, check=True)
         lines = [line.split() for line in done.stdout.decode().splitlines()]
-        for length, found in lines[-1:] if source is data else lines:
+        for length, found in lines[::61] if source is data else lines:
             assert int(found, 16) == crc32c(source[:int(length)]), length
-        if source is data:
-            for length, found in lines[::37]:
-                assert int(found, 16) == crc32c(source[:int(length)]), length
 
 
 # ------------------------------------------------------------------ agreement
@@ -392,7 +389,7 @@ def test_a_request_that_comes_wrong_is_sent_again(link: Link) -> None:
             thread.start()
             wrong = failed = 0
             try:
-                end = time.monotonic() + 2
+                end = time.monotonic() + 0.7
                 number = 0
                 while time.monotonic() < end:
                     number += 1

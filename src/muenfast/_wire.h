@@ -24,7 +24,7 @@ typedef struct {
     uint64_t protocol;  /* non-zero */
     uint64_t size;      /* bytes of one element */
     uint64_t elements;  /* number of elements */
-    uint64_t reserved;  /* zero, ignored */
+    uint64_t reserved;  /* zero, ignored; ACCEPT_MAGIC: elements end with checksums (_frame.h) */
     uint64_t wsc;       /* write start counter: raised before an element is touched; atomic */
     uint64_t wc;        /* write counter: raised after an element is complete; atomic */
 } ring_header;
@@ -168,7 +168,8 @@ typedef struct {
     uint32_t unused[3];
     uint64_t reader_rc;   /* advice: the reader's RC ... */
     uint64_t reader_epoch; /* ... in this epoch */
-    uint64_t unused2[6];
+    uint32_t reader_sums; /* 1: the reader takes elements with checksums */
+    uint32_t unused2[11];
 } bell_page;
 MF_SIZE(bell_page, 128);
 _Static_assert(_Alignof(bell_page) == 8, "bell_page alignment");
@@ -183,6 +184,7 @@ MF_OFFSET(bell_page, zeroes, 48);
 MF_OFFSET(bell_page, unused, 52);
 MF_OFFSET(bell_page, reader_rc, 64);
 MF_OFFSET(bell_page, reader_epoch, 72);
-MF_OFFSET(bell_page, unused2, 80);
+MF_OFFSET(bell_page, reader_sums, 80);
+MF_OFFSET(bell_page, unused2, 84);
 
 #endif

@@ -147,3 +147,4 @@ cdef extern from "_wire.h" nogil:
         uint32_t zeroes
         uint64_t reader_rc
         uint64_t reader_epoch
+        uint32_t reader_sums

@@ -171,7 +171,7 @@ class Declared:
             writer_protocol=None if out is None else f"{out.protocol:x}", mtu=str(each.mtu), flags=each.flags,
             pmtu=None if pmtu is None else pmtu.locator.text, netns=each.netns, carrier=each.carrier, mac=each.mac,
             addr=each.addr, marks=each.marks or "auto", up=each.up, offload=each.offload, poll=each.poll,
-            bells=all(region.bell for region in (inp, out) if region is not None), options=called)
+            bells=all(region.bell for region in (inp, out) if region is not None), checksum=each.checksum, options=called)
         permits = [None if name is None else self._permit(name) for name in (each.inp, each.out, each.pmtu)]
         return replace(config, index=index, permits=(permits[0], permits[1], permits[2]),
                        patience=self.patience)
