@@ -22,7 +22,7 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile soak crash mutants model litmus build wheel \
+.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile soak crash mutants model litmus attack build wheel \
 	sdist check-hints clean distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
@@ -81,6 +81,9 @@ crash: $(V)/.installed ## power lost at every flush, in the worst order, under e
 
 mutants: $(V)/.installed $(V)/.test-group ## fences and re-checks removed one at a time: which test notices; ARGS="F1 S1" some of them
 	@$(PY) tools/mutants.py $(ARGS)
+
+attack: $(V)/.installed $(V)/.test-group ## every parser of foreign bytes fuzzed (clang); ARGS="ring nbd --seconds 60 --keep --record", ARGS=--plants
+	@$(PY) tools/attack.py $(ARGS)
 
 litmus: $(V)/.python ## each pair of docs/memory-model.md under RC11 and AArch64, by herd7 (herdtools7); ARGS="kick" some of it
 	@$(PY) tools/litmus.py $(ARGS)

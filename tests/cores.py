@@ -7,6 +7,7 @@ generated here: globals get their values, and pointers to other modules' functio
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -59,10 +60,20 @@ class Cores:
     def translated(self, name: str) -> Path:
         """A module's C."""
         target = self.place / f"{name}.c"
+        if not target.exists() and (made := self._made(name)) is not None:
+            shutil.copyfile(made, target)
         if not target.exists():
             run(sys.executable, "-m", "cython", "-3", "-X", DIRECTIVES, "-I", self.package.parent, "-o", target,
                 self.source(name))
         return target
+
+    def _made(self, name: str) -> Path | None:
+        """What setup.py made of it, where no source has changed since."""
+        made = self.package.parents[1] / "build/cython/src/muenfast" / (name.replace(".", "/") + ".c")
+        if not made.exists():
+            return None
+        sources = [path for kind in ("*.pyx", "*.pxd", "*.h") for path in self.package.rglob(kind)]
+        return made if made.stat().st_mtime > max(path.stat().st_mtime for path in sources) else None
 
     def module(self, function: str) -> str:
         """The module whose .pyx defines that function."""

@@ -439,12 +439,26 @@ def _asked(one: Program | None) -> list[dict[str, Any]]:
 
 
 def test_a_strict_oneway_pair(pair: Callable[..., Pair]) -> None:
-    """Nothing but the two channels is there; it polls."""
-    two = pair("--strict-oneway", "--poll", "500").both()
-    two.answers()
-    assert all(os.path.exists(f"/dev/shm/{name}") and not os.path.exists(f"/dev/shm/{name}.bell") for name in two.channels)
-    assert {entry["poll"] for entry in shown()} == {500}
-    two.end()
+    """Nothing but the two channels is used, which are made before: no page that stands where a bell would; it polls."""
+    two = pair("--strict-oneway", "--poll", "500")
+    assert run("chan", "create", *two.channels, "--size", "2M").returncode == 0
+    bells = [Path(f"/dev/shm/{name}.bell") for name in two.channels]
+    try:
+        for bell in bells:
+            bell.write_bytes(bytes(4096))
+        two.both()
+        two.answers()
+        for one in two.programs:
+            assert one is not None
+            mapped = {line.split()[-1]: line.split()[1] for line in Path(f"/proc/{one.pid}/maps").read_text().splitlines()
+                      if line.split()[-1].removesuffix(".bell").removeprefix("/dev/shm/") in two.channels}
+            assert sorted(mapped) == sorted(f"/dev/shm/{name}" for name in two.channels)
+            assert sorted(mapped.values()) == ["r--s", "rw-s"]
+        assert {entry["poll"] for entry in shown()} == {500}
+        two.end()
+        assert all(bell.read_bytes() == bytes(4096) for bell in bells)
+    finally:
+        assert run("chan", "rm", "--force", *two.channels).returncode == 0
 
 
 # ---- the other framings

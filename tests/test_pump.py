@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Program, unique
+from conftest import Program, run, unique
 from helpers import no_ring
 
 from muenfast.attach import fuse, loop
@@ -292,21 +292,30 @@ def test_channels_that_are_made_anew(serve: Serve, lists: dict[str, str], client
     Paced(made, 400).run()
 
 
-def test_a_server_that_does_not_ring(start: Callable[..., Program], clients: Attach) -> None:
-    """Its answers are the client's own thread's, which is not asked away from them for each request."""
+@pytest.fixture
+def strict_lists() -> Iterator[dict[str, str]]:
+    """Channels that are there, as strict one-way needs them."""
     lists = {"req": unique("req"), "resp": unique("resp")}
+    assert run("chan", "create", *lists.values()).returncode == 0
+    yield lists
+    assert run("chan", "rm", *lists.values()).returncode == 0
+
+
+def test_a_server_that_does_not_ring(strict_lists: dict[str, str], start: Callable[..., Program], clients: Attach) -> None:
+    """Its answers are the client's own thread's, which is not asked away from them for each request."""
+    lists = strict_lists
     start("blk", "--req", lists["req"], "--resp", lists["resp"], "--device", "ram:8M", "--strict-oneway")
-    made = clients(lists)
-    connection = made.clients.disks[0].device.connection
-    turns = connection.client = Turns(made.engine)
+    attached = clients(lists)
+    connection = attached.clients.disks[0].device.connection
+    turns = connection.client = Turns(attached.engine)
     try:
-        Paced(made, 50).run()           # from then on all turns are counted
+        Paced(attached, 50).run()       # from then on all turns are counted
         before = turns.n
-        Paced(made, 500, 0).run()
-        assert not made.engine.attended
+        Paced(attached, 500, 0).run()
+        assert not attached.engine.attended
         assert turns.n - before < 250   # one for each tick, not two for each request
     finally:
-        connection.client = made.engine
+        connection.client = attached.engine
 
 
 def test_waits_are_counted(serve: Serve, lists: dict[str, str], clients: Attach) -> None:

@@ -252,12 +252,13 @@ def fs_load(where: dict[str, Any]) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    former = sorted(books.read()[0])    # of earlier lives: removed in their turn, or they would fill the disk
     print("ready", flush=True)
 
     def work(k: int) -> None:
         dice = random.Random(f"{where['seed']} {k}")
         numbers = itertools.count((where["life"] * THREADS + k) << 20)
-        mine: list[int] = []
+        mine = [number for number in former if (number >> 20) % THREADS == k]
         fixed = os.open(directory / f"fixed{k}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(fixed, FIXED_BLOCKS * BLOCK)
         os.fsync(fixed)
@@ -284,7 +285,7 @@ def fs_load(where: dict[str, Any]) -> None:
                     os.close(fd)
                 books.say(f"+ {number} {size}")
                 mine.append(number)
-                if len(mine) > MOST_FILES:
+                while len(mine) > MOST_FILES:
                     books.say(f"- {mine[0]}")
                     os.unlink(directory / f"file{mine.pop(0)}")
             record.flushes[0] += 1

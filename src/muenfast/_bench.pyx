@@ -25,8 +25,8 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "_frame.h" nogil:
     enum: FRAME_NET
     uint32_t frame_size(int kind, uint32_t mtu) noexcept
-    uint32_t frame_start(int kind) noexcept
-    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark) noexcept
+    int frame_put(int kind, uint8_t *slot, uint32_t size, const uint8_t *packet, uint32_t n, uint32_t used,
+                  uint32_t mark) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
 
 cdef extern from "<stdlib.h>" nogil:
@@ -303,12 +303,11 @@ def packets_write(region, bell, progress, uint32_t mtu, uint64_t count):
                 taken = load_acquire64(&said.reader_rc)
                 if w.wc + n - taken > w.elements - 1:
                     polite()
+            writer_reserve(&w, n)
             for k in range(n):
-                writer_reserve(&w, k + 1)
                 slot = writer_slot(&w, k)
                 at = w.index + k if w.index + k < w.elements else w.index + k - w.elements
-                copy_bytes(slot + frame_start(FRAME_NET), own.base + k * PACKET, PACKET)
-                if frame_finish(FRAME_NET, slot, size, PACKET, used[at], 0) != 0:
+                if frame_put(FRAME_NET, slot, size, own.base + k * PACKET, PACKET, used[at], 0) != 0:
                     wrong += 1
                 used[at] = PACKET
             writer_publish(&w, n)

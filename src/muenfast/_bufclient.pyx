@@ -92,7 +92,7 @@ cdef struct shared_t:
     geometry_t geometry[MOST_DEVICES]
     uint64_t pattern        # what shared_probe left in the buffer begins with this
     uint64_t again_ns       # not before is anything asked anew
-    bint garbled            # an answer came with a wrong checksum
+    bint garbled            # an answer came with a wrong checksum, or demands one
     bint foreign            # it was still there when the server had read into its buffer
 
 
@@ -529,7 +529,8 @@ cdef ring_status shared_listen(client_t *c, uint64_t available) noexcept nogil:
                     and answers[k].device == b.asks[i].device and not b.asks[i].answered):
                 b.asks[i].answered = True
                 if not shared_heard(c, &b.asks[i], &answers[k], c.r.rc - n + k):
-                    reader_blame(&c.r, FAULT_CHECKSUM, 1)
+                    if not c.demanded:
+                        reader_blame(&c.r, FAULT_CHECKSUM, 1)
                     b.garbled = True
                     return SUCCESS
                 b.asks[i].status = answers[k].status
@@ -537,12 +538,15 @@ cdef ring_status shared_listen(client_t *c, uint64_t available) noexcept nogil:
 
 
 cdef bint shared_heard(client_t *c, const ask_t *ask, block_response *a, uint64_t number) noexcept nogil:
-    """Whether the answer to a question is right; a Reset's says what was agreed upon. With checksums, takes them out."""
+    """Whether the answer to a question is one to go on with: it is right, and a Reset's, which says what was agreed upon, does
+    not demand what we have not. With checksums, takes them out."""
     cdef shared_t *b = <shared_t *>c.transport
     cdef uint32_t state = CRC32C_FIRST
     cdef int found
     if ask.kind == REQUEST_RESET:
         c.demanded = a.status == EPROTONOSUPPORT
+        if c.demanded:
+            return False
         if c.checksums == CHECKSUM_OFF:
             return True
         found = OFFER_GARBLED if a.status == ECOMM else accept_look(a, c.nonce, number, c.r.epoch)
@@ -587,7 +591,7 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
             c.r.epoch = c.r.refused = 0
             reader_drain(&c.r)
             b.asked = b.nasks = 0
-            b.foreign = c.agreed = c.demanded = False
+            b.foreign = c.agreed = False
             c.phase = PHASE_RESET
         if c.phase == PHASE_RESET:
             if c.r.epoch == 0 and reader_peek(&c.r, &available) != EPOCH_CHANGED:
@@ -600,7 +604,7 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
         status = reader_peek(&c.r, &available)
         if status == SUCCESS:
             status = shared_listen(c, available)
-            if status == SUCCESS and c.demanded or b.garbled:   # it is there, and would say so again
+            if b.garbled:               # it is there, and would say so again
                 b.again_ns = now + ANSWER_NS
                 b.garbled = False
                 c.phase = PHASE_START

@@ -41,6 +41,45 @@ static inline void copy_bytes(void *to, const void *from, size_t n) {
     memcpy(d, s, n);
 }
 
+/* A packet of a few lines into a slot, from private memory, by stores of which none lies in two lines. One that does keeps those
+ * behind it waiting for both: small packets go at half the rate then (docs/decisions/012). */
+enum { COPY_FEW = 256 };
+
+static inline void copy_part(unsigned char *to, const unsigned char *from, size_t n) {
+    size_t at = 0;
+    if (n & 8) {
+        memcpy(to, from, 8);
+        at = 8;
+    }
+    if (n & 4) {
+        memcpy(to + at, from + at, 4);
+        at += 4;
+    }
+    if (n & 2) {
+        memcpy(to + at, from + at, 2);
+        at += 2;
+    }
+    if (n & 1)
+        to[at] = from[at];
+}
+
+static inline void copy_few(void *to, const void *from, size_t n) {
+#if COPY_VECTORS
+    if (n <= COPY_FEW) {
+        unsigned char *d = (unsigned char *)to;
+        const unsigned char *s = (const unsigned char *)from;
+        size_t at = -(uintptr_t)d % 16;
+        at = at < n ? at : n;
+        copy_part(d, s, at);
+        for (; at + 16 <= n; at += 16)
+            _mm_store_si128((__m128i *)(d + at), _mm_loadu_si128((const __m128i *)(s + at)));
+        copy_part(d + at, s + at, n - at);
+        return;
+    }
+#endif
+    copy_bytes(to, from, n);
+}
+
 /* Payload of any length between a shared buffer and memory: of whole blocks, lines that `rep movsb` does not read before
  * it writes them count for more (docs/decisions/004). */
 enum { COPY_LONG = 4096 };

@@ -75,10 +75,12 @@ static inline int32_t ip_length(const uint8_t *p) {
     return header < IPV4_HEADER || total < header ? FRAME_LENGTH : (int32_t)total;
 }
 
-/* Completes an element into whose room n bytes of a packet were read: what stands beside the packet, and zeros, so that
- * no byte of an earlier element goes out. used: bytes of the room that are not zero behind the packet, at most. mark: for
- * net_hdr. 0, or why the packet is none to send. */
-static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark) {
+/* Completes an element into whose room n bytes of a packet were put: what stands beside the packet, and zeros, so that
+ * no byte of an earlier element goes out. head: the packet's first IPV4_HEADER bytes; elsewhere than in the slot where they
+ * were stored there just now, for a load that several stores make up waits until the other CPU has given the line up. used:
+ * bytes of the room that are not zero behind the packet, at most. mark: for net_hdr. 0, or why the packet is none to send. */
+static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, const uint8_t *head, uint32_t n, uint32_t used,
+                               uint32_t mark) {
     uint32_t start = frame_start(kind);
     uint16_t length = (uint16_t)n;
     if (n > frame_room(kind, size))
@@ -89,7 +91,7 @@ static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t 
         net_hdr h;
         if (n < IPV4_HEADER)
             return FRAME_NOT_IP;
-        memcpy(first, slot + start, sizeof(first));
+        memcpy(first, head, sizeof(first));
         if (first[0] >> 4 == 4) {
             h.protocol = NET_IPV4;
             h.qos = first[1] >> 2;
@@ -135,6 +137,15 @@ static inline int frame_right(int kind, const uint8_t *element, const uint8_t *s
     uint32_t sum;
     memcpy(&sum, slot + size, sizeof sum);
     return frame_sum(kind, element, size, n, number, epoch) == sum;
+}
+
+/* As frame_finish(), and copies the packet, n bytes of private memory, into the element: what stands before it first. */
+static inline int frame_put(int kind, uint8_t *slot, uint32_t size, const uint8_t *packet, uint32_t n, uint32_t used,
+                            uint32_t mark) {
+    int status = frame_finish(kind, slot, size, packet, n, used, mark);
+    if (status == 0)
+        copy_few(slot + frame_start(kind), packet, n);
+    return status;
 }
 
 /* The header of an element, loaded once. */

@@ -45,10 +45,13 @@ cdef extern from "_frame.h" nogil:
     uint32_t frame_size(int kind, uint32_t mtu) noexcept
     uint32_t frame_start(int kind) noexcept
     uint32_t frame_room(int kind, uint32_t size) noexcept
-    int frame_finish(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint32_t used, uint32_t mark) noexcept
     void frame_seal(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint64_t number, uint64_t epoch) noexcept
     bint frame_right(int kind, const uint8_t *element, const uint8_t *slot, uint32_t size, uint32_t n, uint64_t number,
                      uint64_t epoch) noexcept
+    int frame_finish(int kind, uint8_t *slot, uint32_t size, const uint8_t *head, uint32_t n, uint32_t used,
+                     uint32_t mark) noexcept
+    int frame_put(int kind, uint8_t *slot, uint32_t size, const uint8_t *packet, uint32_t n, uint32_t used,
+                  uint32_t mark) noexcept
     net_hdr frame_header(const uint8_t *slot) noexcept
     bint frame_agrees(net_hdr h, uint32_t version) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
@@ -487,16 +490,6 @@ cdef void sender_refused(sender_t *s, int status) noexcept nogil:
         count64(&s.n.malformed, 1)
 
 
-cdef void sender_finished(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
-    """Completes slot k, which holds an IP packet of n bytes."""
-    cdef uint64_t at = sender_index(s, k)
-    frame_finish(s.kind, writer_slot(&s.w, k), s.size, n, s.used[at], s.mark)
-    if s.sums:
-        frame_seal(s.kind, writer_slot(&s.w, k), s.size, n, s.w.wc + k, s.w.epoch)
-    s.used[at] = n
-    count64(&s.n.bytes, n)
-
-
 cdef void sender_tell(sender_t *s, const uint8_t *packet, uint32_t n) noexcept nogil:
     """Tells a packet's sender of its path's MTU, once for each packet that was read and not too often."""
     cdef uint8_t *begin = s.news
@@ -521,16 +514,23 @@ cdef void sender_tell(sender_t *s, const uint8_t *packet, uint32_t n) noexcept n
 cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcept nogil:
     """Makes elements, from slot `filled` on, of the packet in private memory; the slot behind the last one. Stops before
     slot `most`; s.cut.left and s.left say what is yet to come."""
+    cdef uint8_t *slot
+    cdef uint32_t *used
     cdef uint32_t n
     cdef pmtu_verdict verdict
     while filled < most and (s.left != 0 or s.cut.left != 0):
-        writer_reserve(&s.w, filled + 1)
+        # Segments that no limit can refuse are announced together: the header's line is not asked for again for each.
+        writer_reserve(&s.w, min(most, filled + s.cut.left) if s.left == 0 and s.limit == 0 else filled + 1)
+        slot = writer_slot(&s.w, filled)
+        used = &s.used[sender_index(s, filled)]
         if s.left != 0:
-            n = pmtu_fragments_next(&s.parts, writer_slot(&s.w, filled) + frame_start(s.kind))
+            n = pmtu_fragments_next(&s.parts, slot + frame_start(s.kind))
+            frame_finish(s.kind, slot, s.size, pmtu_fragments_head(&s.parts), n, used[0], s.mark)
             s.left -= 1
             count64(&s.n.fragments, 1)
         elif s.limit == 0:
-            n = segment_next(&s.cut, writer_slot(&s.w, filled) + frame_start(s.kind))
+            n = segment_next(&s.cut, slot + frame_start(s.kind))
+            frame_finish(s.kind, slot, s.size, segment_head(&s.cut), n, used[0], s.mark)
             count64(&s.n.segments, s.super)
         else:
             n = segment_next(&s.cut, s.piece)
@@ -544,9 +544,12 @@ cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcep
                 if verdict == PMTU_NEWS:
                     sender_tell(s, s.piece, n)
                 continue
-            copy_bytes(writer_slot(&s.w, filled) + frame_start(s.kind), s.piece, n)
+            frame_put(s.kind, slot, s.size, s.piece, n, used[0], s.mark)
             count64(&s.n.segments, s.super)
-        sender_finished(s, filled, n)
+        if s.sums:
+            frame_seal(s.kind, slot, s.size, n, s.w.wc + filled, s.w.epoch)
+        used[0] = n
+        count64(&s.n.bytes, n)
         filled += 1
     return filled
 
@@ -581,7 +584,7 @@ cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
         if status < 0:
             sender_refused(s, status)
             return False
-    status = frame_finish(s.kind, slot, s.size, n, used, s.mark)
+    status = frame_finish(s.kind, slot, s.size, packet, n, used, s.mark)
     if status == FRAME_OVERSIZE:
         count64(&s.n.oversize, 1)
     elif status == FRAME_NOT_IP:

@@ -50,6 +50,7 @@ cdef extern from "_segment.h" nogil:
     int segment_complete(segmenter *scratch, const vnet_header *v, uint8_t *packet, uint32_t length) noexcept
     uint32_t segment_longest(const segmenter *s) noexcept
     uint32_t segment_next(segmenter *s, uint8_t *to) noexcept
+    const uint8_t *segment_head(const segmenter *s) noexcept
 
 
 cdef extern from "_coalesce.h" nogil:
@@ -104,6 +105,7 @@ cdef extern from "_pmtu.h" nogil:
     pmtu_verdict pmtu_look(const uint8_t *packet, uint32_t length, uint32_t limit) noexcept
     uint32_t pmtu_fragments_begin(pmtu_fragments *f, const uint8_t *packet, uint32_t length, uint32_t limit) noexcept
     uint32_t pmtu_fragments_next(pmtu_fragments *f, uint8_t *to) noexcept
+    const uint8_t *pmtu_fragments_head(const pmtu_fragments *f) noexcept
     uint32_t pmtu_news(const uint8_t *packet, uint32_t length, uint32_t limit, uint8_t *to) noexcept
 
 

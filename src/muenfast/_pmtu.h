@@ -159,6 +159,9 @@ static inline uint32_t pmtu_fragments_next(pmtu_fragments *f, uint8_t *to) {
     return f->header + n;
 }
 
+/* The header of the last fragment, in private memory. */
+static inline const uint8_t *pmtu_fragments_head(const pmtu_fragments *f) { return f->first; }
+
 /* ---- news */
 
 /* Writes what tells a packet's sender of the path's limit: its bytes, at most PMTU_NEWS_MOST. Precondition: pmtu_look()

@@ -159,6 +159,9 @@ static inline int segment_complete(segmenter *scratch, const vnet_header *v, uin
     return 0;
 }
 
+/* The IP header of the last segment, but for its checksum, in private memory. */
+static inline const uint8_t *segment_head(const segmenter *s) { return s->header == 0 ? s->packet : s->first; }
+
 static inline uint32_t segment_next_whole(segmenter *s, uint8_t *to) {
     uint64_t sum;
     uint8_t check[2];

@@ -69,8 +69,11 @@ class End:
     locator: what names the region. writes: whether this is the writing end, of which there is one: claimed in the
     name of `role`, with `more` in the record of the claim. buffer: no channel, but a plain region that both sides write,
     of one connection: "server" or "client" claims that side of it. create: bytes of the region when a POSIX name is
-    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way). permit: as
-    the region has to be, and its bell, but that its group writes, too; both must be there then.
+    missing, None: it must exist. least: bytes it must have. bell: False: none is made or used (strict one-way), and the
+    reader of a region that exists leaves no trace that its writer could see (shm.Region.open_unseen). Where that cannot be
+    (missing, holes, links, made anew) it is told, and goes on as any reader; with `permit` it is refused, and a region that
+    was made anew is not followed. permit: as the region has to be, and its bell, but that its group writes, too; both must
+    be there then.
 
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
@@ -82,16 +85,19 @@ class End:
         self.claim: shm.Claim | None = None
         self.permit = permit
         self._process = os.getpid()
-        if permit is not None:
+        if permit is not None or not self.locator.posix:
             create = None
+        self._told = False
         self.bell: shm.Region | None = None
         what = "channel" if buffer is None else "buffer"
         if self.locator.offset % 8:
             raise UsageError(f"a {what} starts at a multiple of 8 bytes", value=self.locator.text)
         with ExitStack() as stack:
             try:
-                self.region = shm.Region.open(self.locator, writable=writes,
-                                              create=create if self.locator.posix else None, permit=permit)
+                region = None if bell or writes or buffer is not None else self._unseen(missing=create is not None)
+                if region is None:
+                    region = shm.Region.open(self.locator, writable=writes, create=create, permit=permit)
+                self.region = region
             except FileNotFoundError as error:
                 if error.filename != self.locator.path:     # of the book-keeping
                     raise
@@ -102,7 +108,8 @@ class End:
                 raise FileNotFoundError(error.errno, f"{error.strerror} (make it first, with {how})",
                                         error.filename) from error
             stack.callback(lambda: self.region.close())
-            stack.enter_context(shm.apart(self.locator, disk=False))
+            if not self.region.unseen:
+                stack.enter_context(shm.apart(self.locator, disk=False))
             if writes:
                 self._spare(what, channel=buffer is None)
             if len(self.region.view) < least:
@@ -125,6 +132,22 @@ class End:
                         raise
                     log.info("channel %s: no bell (%s), waiting means polling", self.locator.text, error.strerror)
             self._stack = stack.pop_all()
+
+    def _unseen(self, missing: bool) -> shm.Region | None:
+        """The region of a strict one-way reader. None: it cannot be unseen, which is told, or refused by a policy. missing:
+        that it does not exist is such a case."""
+        try:
+            return shm.Region.open_unseen(self.locator, permit=self.permit)
+        except shm.SeenError as error:
+            if self.permit is not None:
+                raise
+            reason = f"{error.rule} ({error.hint})" if error.hint else error.rule
+        except FileNotFoundError:
+            if not missing:
+                raise
+            reason = "it does not exist, and is made here (`muenfast chan create` makes it before)"
+        log.warning("channel %s: its writer sees this reader, strict one-way or not: %s", self.locator.text, reason)
+        return None
 
     def _spare(self, what: str, *, channel: bool) -> None:
         """Raises UsageError, ClaimError where the region is somebody's disk."""
@@ -149,8 +172,16 @@ class End:
         return None if self.bell is None else self.bell.view
 
     def replaced(self) -> bool:
-        """Whether the channel's name means another region now, or none."""
-        return self.region.replaced()
+        """Whether the channel's name means another region now, or none. To the strict one-way reader of a policy it never
+        does: it opens one once, and says that."""
+        if not self.region.replaced():
+            return False
+        once = self.region.unseen and self.permit is not None
+        if once and not self._told:
+            self._told = True
+            log.error("channel %s was removed, or made anew: a strict one-way reader, which opens it once, hears no more; "
+                      "start it again", self.locator.text)
+        return not once
 
     def remap(self) -> bool:
         """Maps the same region anew, after a peer truncated it and gave it its size back; whether it could.
@@ -159,7 +190,8 @@ class End:
         """
         if self.region.truncated():
             return False
-        fresh = shm.Region.open(self.locator, writable=self.region.writable, permit=self.permit)
+        fresh = self.region.again() if self.region.unseen else \
+            shm.Region.open(self.locator, writable=self.region.writable, permit=self.permit)
         if (fresh.device, fresh.inode) != (self.region.device, self.region.inode) or \
                 len(fresh.view) < len(self.region.view):
             fresh.close(keep=True)
@@ -186,7 +218,7 @@ def open_writer(name: str, *, size: int, protocol: int, region_size: int = 1 << 
                 bell: bool = True) -> Writer:
     """Claims the writing side of the channel `name` (made with region_size bytes if missing) and activates it.
 
-    size: bytes of an element. Raises UsageError, ClaimError, PeerError, OSError.
+    size: bytes of an element. bell: False: strict one-way. Raises UsageError, ClaimError, PeerError, OSError.
     """
     end = End(name, writes=True, role="writer", create=region_size, least=_HEADER + size, bell=bell)
     try:
@@ -202,7 +234,9 @@ def open_reader(name: str, *, protocol: int | None = None, size: int | None = No
                 bell: bool = True, poll: int | None = None) -> Reader:
     """A reader of the channel `name` (made with region_size bytes if missing), mapped read-only.
 
-    protocol, size: what the channel must have, None accepts any. Raises UsageError, PeerError, OSError.
+    protocol, size: what the channel must have, None accepts any. bell: False: strict one-way: of a region that exists (on a
+    tmpfs without holes) its writer sees nothing of us that the kernel does not show (docs/security.md); a log line says so
+    where it is another. Raises UsageError, PeerError, OSError.
     """
     end = End(name, writes=False, role="reader", create=region_size, bell=bell)
     try:

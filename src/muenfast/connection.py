@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from muenfast import params, shm
-from muenfast._engine import CHECKSUM_MODES
+from muenfast._engine import CHECKSUM_MODES as CHECKSUM_MODES
 from muenfast._ring import layout
 from muenfast.channel import End
 from muenfast.errors import ClaimError, PeerError, UsageError

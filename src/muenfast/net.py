@@ -18,13 +18,12 @@ from types import TracebackType
 from typing import Any
 
 from muenfast import params, pathmtu, shm, tuntap
-from muenfast._engine import CHECKSUM_MODES
 from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.bpf import Way
 from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size
-from muenfast.connection import MOST_POLL, PATIENCE, blame, place
+from muenfast.connection import CHECKSUM_MODES, MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
 from muenfast.marks import LEAST_MARKS
@@ -110,6 +109,11 @@ class InterfaceConfig:
     permits: tuple[shm.Permit | None, shm.Permit | None, shm.Permit | None] = (None, None, None)
     patience: int = PATIENCE
     checksum: str = "off"
+
+    @property
+    def unseen(self) -> bool:
+        """Whether it only receives, strictly one-way: then it leaves no trace that its peer could see."""
+        return self.out is None and not self.bells
 
     @property
     def element_size(self) -> int:

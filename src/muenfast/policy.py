@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from muenfast import params, pathmtu, shm
-from muenfast._engine import CHECKSUM_MODES
 from muenfast._net import FRAMINGS, LEAST_MTU, MOST_MTU, element_size
 from muenfast._ring import layout
 from muenfast.backing import BLOCK, DEFAULT_DEVICE, Device
@@ -24,6 +23,7 @@ from muenfast.connection import (
     BUFFER_REQUEST_SIZE,
     BUFFER_RESPONSE_SIZE,
     BUFFER_SIZE,
+    CHECKSUM_MODES,
     MOST_POLL,
     REGION_SIZE,
     REQUEST_PROTOCOL,

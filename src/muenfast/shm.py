@@ -13,6 +13,8 @@ probed and swept only under an exclusive flock on the directory they are in; so 
 and nobody sweeps a record between its making and its locking. Dropping one's own record needs no such lock.
 Whoever holds the directory's lock does no more than a few system calls, and others wait for it for 5 s at most.
 
+A region that was opened unseen (strict one-way readers) has no record at all: nothing here knows of it.
+
 Fork: an flock belongs to the open file, which a forked child shares. A child that goes on without exec therefore keeps
 its parent's records alive until it ends too; close() and release() in such a child let go of its own copies only.
 Threads: a Region or Claim may be used and closed from any thread. All sizes and offsets are in bytes.
@@ -55,6 +57,9 @@ _NAME_MAX = 240  # leaves room for ".bell" and the temporary prefix below NAME_M
 _MUTEX_TIMEOUT = 5.0  # s: for the lock of a book-keeping directory
 _REPLACED_TIMEOUT = 5.0  # s: for a name that means another inode whenever we look
 _EMPTY_TIMEOUT = 1.0  # s: for a foreign peer between shm_open and ftruncate
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ, asm-generic/mman-common.h, Linux 5.14
+_FILLED_BY_LOOKS = ("tmpfs", "devtmpfs")  # file systems where a look at a hole of a mapped file allocates it
 
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock, bits/fcntl.h: type, whence, start, length, pid
 
@@ -298,7 +303,9 @@ def give_runtime_dir(uid: int, gid: int) -> None:
         seen = os.lstat(path)
         if not stat.S_ISDIR(seen.st_mode) or seen.st_uid not in (0, uid):
             raise OSError(errno.EEXIST, f"is to be user {uid}'s runtime directory, and is something else", path) from None
-    os.chown(path, uid, gid, follow_symlinks=False)
+    seen = os.lstat(path)
+    if (seen.st_uid, seen.st_gid) != (uid, gid):    # else nobody sees that we looked
+        os.chown(path, uid, gid, follow_symlinks=False)
 
 
 def _room(name: str) -> str:
@@ -597,23 +604,61 @@ def _open(locator: Locator, writable: bool) -> int:
     raise OSError(number, os.strerror(number), locator.path)
 
 
+def _open_unseen(locator: Locator) -> int:
+    """A descriptor to read, by one open() and without an access time that changes: neither the file's, where it is our
+    own or we may (O_NOATIME), nor that of a symbolic link, which is refused. Raises UsageError, OSError."""
+    with _named(locator.path):
+        if not locator.posix:
+            parts = os.path.normpath(locator.path).split("/")
+            for place in ("/".join(parts[:n]) for n in range(2, len(parts) + 1)):
+                if stat.S_ISLNK(os.lstat(place).st_mode):
+                    raise SeenError(f"{place} is a symbolic link, and following one leaves an access time: strict one-way "
+                                    "needs a path without", value=locator.text)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            try:
+                return os.open(locator.path, flags | os.O_NOATIME)
+            except PermissionError as error:
+                if error.errno != errno.EPERM:  # EPERM: somebody else's, of which nothing was opened yet
+                    raise
+            return os.open(locator.path, flags)
+        except BlockingIOError as error:
+            raise OSError(error.errno, "its owner holds a lease on it (F_SETLEASE)", locator.path) from error
+
+
+def _hollow(fd: int, locator: Locator) -> bool:
+    """Whether the region has holes, in a file of a tmpfs. Of a slice where others have some: also what is allocated and was
+    never touched, which the kernel does not tell from one there."""
+    seen = os.fstat(fd)
+    if seen.st_blocks * 512 >= seen.st_size:
+        return False
+    end = seen.st_size if locator.size is None else min(locator.offset + locator.size, seen.st_size)
+    return locator.offset < end and os.lseek(fd, locator.offset, os.SEEK_HOLE) < end
+
+
 # ---- regions
+
+
+class SeenError(UsageError):
+    """Reading this region leaves something that who writes it sees."""
 
 
 class Region:
     """One mapping of a region (or slice), and the note that this process uses it; a context manager.
 
-    size: bytes mapped. device, inode: what the name meant. created: this process made it.
+    size: bytes mapped. device, inode: what the name meant. created: this process made it. unseen: there is no such note,
+    and nothing else that who writes the region could see; then it is never writable, nor opened again.
     view: exactly the region or slice; read-only unless writable. Dead after close(), but a buffer taken from it before
     keeps the mapping until it is released itself.
     """
 
-    __slots__ = ("_fd", "_lock", "_mmap", "_presence", "created", "device", "inode", "locator", "size", "view",
-                 "writable")
+    __slots__ = ("_fd", "_lock", "_mmap", "_presence", "_solid", "created", "device", "inode", "locator", "size", "unseen",
+                 "view", "writable")
 
     def __init__(self, locator: Locator, writable: bool, created: bool, fd: int, seen: os.stat_result,
-                 presence: _Presence) -> None:
-        """Use Region.open. Takes fd and presence over unless it raises."""
+                 presence: _Presence | None, solid: bool = False) -> None:
+        """Use Region.open or Region.open_unseen. Takes fd and presence over unless it raises. solid: with holes it is as if
+        it were truncated."""
         regular = stat.S_ISREG(seen.st_mode)
         end = seen.st_size if regular else 1 << 63
         if locator.size is not None:
@@ -637,6 +682,7 @@ class Region:
         self._lock = threading.Lock()
         self.locator, self.size, self.writable, self.created = locator, size, writable, created
         self.device, self.inode = seen.st_dev, seen.st_ino
+        self.unseen, self._solid = presence is None, solid
         self._fd, self._presence = fd, presence
 
     @classmethod
@@ -691,17 +737,86 @@ class Region:
                 undo.pop_all()
                 return region
 
+    @classmethod
+    def open_unseen(cls, locator: Locator, *, permit: Permit | None = None) -> Region:
+        """Maps what exists, read-only, so that who writes it sees no more of that than what the kernel shows of any file
+        that is open (docs/security.md): opened once, no record, no lock, and nothing but this file looked at.
+
+        permit: as what exists must be. On a tmpfs it must have no holes, which looks would fill, and is mapped in full
+        at once: its writer can see which pages are. Raises UsageError (a slice beyond the file, holes, a symbolic link on
+        the way), PeerError (still empty after 1 s, or truncated meanwhile), OSError.
+        """
+        fd = _open_unseen(locator)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, fd)
+            if permit is not None:
+                permit.check(fd, locator.path)
+            deadline = time.monotonic() + _EMPTY_TIMEOUT
+            while stat.S_ISREG((seen := os.fstat(fd)).st_mode) and seen.st_size == 0:
+                if time.monotonic() > deadline:
+                    raise PeerError(locator.text, "size", 0, "above 0", hint="is its maker still at work?")
+                time.sleep(0.005)
+            if not any(kind(seen.st_mode) for kind in (stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)):
+                raise OSError(errno.ENODEV, "not a file that can be mapped", locator.path)
+            solid = stat.S_ISREG(seen.st_mode) and filesystem(os.path.dirname(locator.path)) in _FILLED_BY_LOOKS
+            if solid and _hollow(fd, locator):
+                raise SeenError(f"has holes ({seen.st_blocks * 512} of {seen.st_size} bytes of its file are allocated), "
+                                "and a look at one fills it, which its writer sees: strict one-way needs a region without",
+                                value=locator.text, hint="`muenfast chan create` makes such ones, and `fallocate -l "
+                                f"{seen.st_size} {locator.path}` fills these")
+            region = cls._mapped_unseen(locator, fd, seen, solid)
+            undo.pop_all()
+            return region
+
+    @classmethod
+    def _mapped_unseen(cls, locator: Locator, fd: int, seen: os.stat_result, solid: bool) -> Region:
+        region = cls(locator, False, False, fd, seen, None, solid)
+        if solid:
+            try:
+                region._mmap.madvise(_POPULATE_READ)
+            except OSError as error:
+                region._let_go()
+                if error.errno == errno.EINVAL:     # before Linux 5.14: its writer sees the first look at each page
+                    return cls(locator, False, False, fd, seen, None, solid)
+                if error.errno == errno.EFAULT:
+                    raise PeerError(locator.text, "size", os.fstat(fd).st_size, f"{seen.st_size}, as it was before "
+                                    "mapping") from error
+                raise OSError(error.errno, error.strerror, locator.path) from error
+        return region
+
+    def again(self) -> Region:
+        """The same file mapped anew without opening it, where this one is unseen. Raises UsageError, PeerError, OSError;
+        ValueError after close()."""
+        with self._lock:
+            if self._fd < 0:
+                raise ValueError("region is closed")
+            fd = os.dup(self._fd)
+        try:
+            return self._mapped_unseen(self.locator, fd, os.fstat(fd), self._solid)
+        except BaseException:
+            os.close(fd)
+            raise
+
     def replaced(self) -> bool:
-        """The name is gone, or means another inode now. Raises OSError when that cannot be seen."""
+        """The name is gone, or means another inode now. Raises OSError when that cannot be seen.
+
+        Where we are unseen no name is looked up, which a peer could let lead through links of its own: only a region
+        that has no name any more is seen.
+        """
+        if self.unseen:
+            with self._lock:
+                return self._fd >= 0 and os.fstat(self._fd).st_nlink == 0
         return not _means(self.locator.path, self.device, self.inode, follow=not self.locator.posix)
 
     def truncated(self) -> bool:
-        """The file is shorter than what is mapped: an access beyond its end is a SIGBUS. ValueError after close()."""
+        """The file is shorter than what is mapped: an access beyond its end is a SIGBUS. Or it has holes again, that we
+        must not fill. ValueError after close()."""
         with self._lock:
             if self._fd < 0:
                 raise ValueError("region is closed")
             now = os.fstat(self._fd)
-        return stat.S_ISREG(now.st_mode) and now.st_size < self.locator.offset + self.size
+            short = stat.S_ISREG(now.st_mode) and now.st_size < self.locator.offset + self.size
+            return short or self._solid and _hollow(self._fd, self.locator)
 
     def close(self, *, keep: bool = False) -> None:
         """Leaves; idempotent. The last leaver of an automatic region unlinks it, unless keep.
@@ -714,14 +829,18 @@ class Region:
             if fd < 0:
                 return
             with contextlib.ExitStack() as stack:
-                stack.callback(self._presence.leave, keep)
+                if self._presence is not None:
+                    stack.callback(self._presence.leave, keep)
                 stack.callback(os.close, fd)
-                with contextlib.suppress(BufferError):  # somebody's buffer owns the mapping now
-                    self.view.release()
-                    self._mmap.close()
-                self.view = memoryview(b"")
-                self.view.release()
-                del self._mmap
+                self._let_go()
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(BufferError):  # somebody's buffer owns the mapping now
+            self.view.release()
+            self._mmap.close()
+        self.view = memoryview(b"")
+        self.view.release()
+        del self._mmap
 
     def __enter__(self) -> Region:
         return self
@@ -756,7 +875,8 @@ def filesystem(directory: str) -> str:
 
 
 def users(region_or_locator: Region | Locator) -> list[dict[str, Any]]:
-    """Live users of a region, oldest first: pid, role, comm, name, writable, since. [] when there is no such region."""
+    """Live users of a region, oldest first: pid, role, comm, name, writable, since; none that is unseen. [] when there is
+    no such region."""
     if isinstance(region_or_locator, Region):
         key = _key(region_or_locator.device, region_or_locator.inode)
     else:
@@ -789,7 +909,8 @@ def make_region(locator: Locator, size: int, mode: int = 0o600, owner: tuple[int
 def remove_region(locator: Locator, *, force: bool = False) -> None:
     """Removes a region and its bell. Users keep what they have mapped, and see replaced().
 
-    Raises ClaimError when it is in use and not force, UsageError for a slice, FileNotFoundError, OSError.
+    Raises ClaimError when it is in use, by others than unseen readers, and not force, UsageError for a slice,
+    FileNotFoundError, OSError.
     """
     if locator.size is not None:
         raise UsageError("a slice cannot be removed, only the file that it is in", value=locator.text)

@@ -36,7 +36,7 @@ def spawn(target: Callable[[], None], name: str) -> threading.Thread:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], object]]:
-    """SIGINT and SIGTERM wait while the only thread starts a process and writes down how that is to be ended: none is lost in between.
+    """SIGINT and SIGTERM wait while the only thread starts a process and writes down how that is to be ended.
 
     It gives what the child calls before it runs a program, so that this one can be interrupted.
     """

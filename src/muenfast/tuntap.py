@@ -104,7 +104,8 @@ def _pass_at_once(index: int) -> None:
     kind = struct.pack("HH8s", 12, _TCA_KIND, b"noqueue")
     message = _TCMSG.pack(socket.AF_UNSPEC, index, 0, _TC_H_ROOT, 0) + kind
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as route:
-        route.send(_NLMSG.pack(_NLMSG.size + len(message), _RTM_NEWQDISC, _REQUEST | _ACK | _CREATE | _REPLACE, 1, 0) + message)
+        flags = _REQUEST | _ACK | _CREATE | _REPLACE
+        route.send(_NLMSG.pack(_NLMSG.size + len(message), _RTM_NEWQDISC, flags, 1, 0) + message)
         answer = route.recv(4096)
     error = -int(struct.unpack_from("i", answer, _NLMSG.size)[0])
     if error and error != errno.EOPNOTSUPP:

@@ -67,6 +67,17 @@ static int bytes(void) {
                 copy_payload(target + to, source + from, n);
                 wrong += check("payload", n, to, from);
             }
+    memset(expected, 0xa5, sizeof expected);
+    memset(target, 0xa5, sizeof target);
+    for (i = 0; i <= COPY_FEW + 1; i++)
+        for (j = 0; j <= 16; j++) {
+            memset(expected, 0xa5, 1024);
+            memcpy(expected + EDGE + j, source + 3 * j, i);
+            memset(target, 0xa5, 1024);
+            copy_few(target + EDGE + j, source + 3 * j, i);
+            if (memcmp(target, expected, 1024) != 0)
+                wrong += check("few", i, EDGE + j, 3 * j);
+        }
     return wrong != 0;
 }
 

@@ -269,7 +269,7 @@ class Broker:
         self._free: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
         self._process = os.getpid()
         self._counting = threading.Lock()
-        self._owing: set[socket.socket] = set()     # an answer that nobody waits for may come yet; of a lane that is not in use
+        self._owing: set[socket.socket] = set()     # an answer that nobody waits for may come yet
         self._still = False
         for lane in lanes[1:]:
             self._free.put(lane)
@@ -308,8 +308,10 @@ class Broker:
 
     def call(self, operation: str, /, **fields: Any) -> tuple[dict[str, Any], list[int]]:
         """What it answers: values and descriptors. Waits for a lane first, and then for as long as the operation takes: of
-        some that is as long as a disk takes. Raises PermissionError for what it refuses, TimeoutError where the process
-        stands still (it may do what it was asked for yet), OSError, ClaimError, MuenfastError: what the operation met there.
+        some that is as long as a disk takes.
+
+        Raises PermissionError for what it refuses, TimeoutError where the process stands still (it may do what it was asked
+        for yet), OSError, ClaimError, MuenfastError: what the operation met there.
         """
         lane = self._free.get()
         try:

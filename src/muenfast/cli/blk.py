@@ -98,8 +98,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
                                     "most 1000 while active, 10000 idle)")
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
-    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; waiting is polling, "
-         "and a server that returns is trusted with --same-store only")
+    add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; "
+         "waiting is polling, and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")
 
 

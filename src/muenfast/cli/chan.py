@@ -18,6 +18,7 @@ log = logging.getLogger("muenfast")
 
 _HEADER = struct.Struct("<8Q")
 _LOCATOR = "NAME (POSIX shared memory), /path, /path@OFFSET+SIZE"
+_UNSEEN = "Readers that are strict one-way are in nobody's books: they are no users here"
 _FIELDS = ("transport", "epoch", "protocol", "size", "elements", "reserved", "wsc", "wc")
 
 
@@ -25,20 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """list, show, create, rm, dump."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    def action(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, allow_abbrev=False,
+                                  description=text[0].upper() + text[1:] + "." + (f" {more}." if more else ""))
 
-    sub = action("list", "regions of POSIX shared memory that hold a channel, or may: unused ones")
+    sub = action("list", "regions of POSIX shared memory that hold a channel, or may: unused ones", _UNSEEN)
     sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub.add_argument("--all", action="store_true", help="other regions of shared memory, too")
-    sub = action("show", "one channel's header, counters and holders")
+    sub = action("show", "one channel's header, counters and holders", _UNSEEN)
     sub.add_argument("channel", metavar="CHANNEL", help=_LOCATOR)
     sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub = action("create", "make regions that stay until they are removed")
     sub.add_argument("channel", metavar="CHANNEL", nargs="+", help=_LOCATOR)
     sub.add_argument("--size", default="1M", help="bytes, like 1M (default)")
     sub.add_argument("--mode", default="600", help="octal permissions (default: 600)")
-    sub = action("rm", "remove regions and their bells; of paths only channels")
+    sub = action("rm", "remove regions and their bells; of paths only channels", _UNSEEN + "; they read nothing new then")
     sub.add_argument("channel", metavar="CHANNEL", nargs="+", help=_LOCATOR)
     sub.add_argument("--force", action="store_true", help="even while it is in use")
     sub = action("dump", "the readable elements of an active channel, the last ones first")
@@ -171,6 +173,7 @@ def _show(arguments: argparse.Namespace) -> int:
     bell = found["bell"]
     if bell is None:
         print("  bell       none")
+        print("  unseen     strict one-way readers, if there are any")
     else:
         rings = "rings" if found.get("epoch") and bell["ringer"] == found["epoch"] else "does not ring"
         print(f"  bell       {rings}, reader at {bell['reader_rc']}"

@@ -92,7 +92,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
     add("--strict-oneway", action="store_true", default=None,
-        help="no bell: nothing but the channels is shared; waiting is polling, and a slow reader is overrun")
+        help="no bell: nothing but the channels is shared, and the writers of such that exist by then see nothing of us "
+             "that the kernel does not show (docs/security.md); waiting is polling, and a slow reader is overrun")
     add("-v", "--verbose", action="store_true", help="say when peers come and go")
 
 
@@ -132,7 +133,8 @@ def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None 
 
     with ExitStack() as stack:
         interfaces = stack.enter_context(Interfaces(configs, None if broker is None else _makers(broker)))
-        sweep()
+        if not all(config.unseen for config in configs):    # those have no books, and look at no directory
+            sweep()
         watched = Watched(broker, "the marks of its interfaces went with it, so that this one ends, too: start it again")
         control = ControlServer({
             "status": Command(lambda: {"command": "net", "entries": [], "interfaces": interfaces.status(),
