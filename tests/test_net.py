@@ -558,7 +558,8 @@ def test_one_way_interfaces(program: Start, spaces: Callable[[], Space]) -> None
         space.ping("10.2.0.2", count=2, wait=0.2)
         entry = eventually(lambda: (found := shown("rx0")[0])["counters"]["tx_dropped"] >= before + 2 and found)
         assert entry["sent"]["lost"]["no_peer"] == entry["counters"]["tx_dropped"] and not entry["writer"]["enabled"]
-        assert shown("tx0")[0]["reader"] == {"enabled": False, "active": False, "element_size": 0, "protocol": 2}
+        assert shown("tx0")[0]["reader"] == {"enabled": False, "active": False, "element_size": 0, "protocol": 2,
+                                              "checksum": "off"}
     assert one.end() == (0, "")
 
 

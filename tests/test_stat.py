@@ -443,8 +443,8 @@ def test_stat_json(served: Served) -> None:
         mine = disk.status()
     assert set(answer) == {"ok", "pid", "command", "monotonic", "entries"}
     entry, other = answer["entries"]
-    assert {"id", "name", "role", "req", "resp", "device", "size", "disks", "read_only", "state", "counters", "offences",
-            "waiting", "in_flight", "devices"} == set(entry) == set(other)
+    assert {"id", "name", "role", "req", "resp", "device", "size", "disks", "read_only", "state", "checksum", "counters",
+            "offences", "waiting", "in_flight", "devices"} == set(entry) == set(other)
     for each, merged in ((entry, {"merged"}), (mine, set())):
         (device,) = each["devices"]
         assert (device["size"], device["block_size"]) == (1 << 20, BLOCK)
@@ -453,8 +453,8 @@ def test_stat_json(served: Served) -> None:
             assert set(one) == {"requests", "bytes", "errors", "depth", "deepest", "latency"} | merged
             assert set(one["errors"]) == ERRORS and set(one["latency"]) == {"least_ns", "sampled", "counts"}
     text = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
-    for word in (*ERRORS, *DIRECTIONS, "offences", "quarantines", "least_ns", "sampled", "deepest", "merged", "waiting",
-                 "in_flight", "monotonic"):
+    for word in (*ERRORS, *DIRECTIONS, "checksum", "offences", "quarantines", "least_ns", "sampled", "deepest", "merged",
+                 "waiting", "in_flight", "monotonic"):
         assert f"`{word}`" in text, word
 
 

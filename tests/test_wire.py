@@ -19,11 +19,13 @@ CHANNEL = [("transport", "Q"), ("epoch", "Q"), ("protocol", "Q"), ("size", "Q"),
            ("wsc", "Q"), ("wc", "Q")]
 EVENT = [("kind", "I"), ("error", "i"), ("id", "Q"), ("valid", "I"), ("priv", "I")]
 BELL = [("magic", "Q"), ("seq", "I"), ("waiters", "I"), ("ringer", "Q"), ("state", "I"), ("flags", "I"),
-        ("store", "16s"), ("zeroes", "I"), ("unused", "12s"), ("reader_rc", "Q"), ("reader_epoch", "Q"), ("unused2", "48s")]
+        ("store", "16s"), ("zeroes", "I"), ("unused", "12s"), ("reader_rc", "Q"), ("reader_epoch", "Q"),
+        ("reader_sums", "I"), ("unused2", "44s")]
 REQUEST = [("kind", "H"), ("device", "H"), ("tag", "I"), ("length", "Q"), ("device_offset", "Q"), ("buffer_offset", "Q")]
 RESPONSE = [("kind", "H"), ("device", "H"), ("tag", "I"), ("status", "Q")]
 STRUCTS = {"ring_header": CHANNEL, "block_event_header": EVENT, "bell_page": BELL,
-           "block_event": [("header", "24s"), ("data", "4096s")], "block_request": REQUEST, "block_response": RESPONSE}
+           "block_event": [("header", "24s"), ("data", "4096s")], "block_request": REQUEST, "block_response": RESPONSE,
+           "block_offer": [("sectors", "Q"), ("magic", "Q"), ("nonce", "Q"), ("sum", "I"), ("again", "I")]}
 
 HEADER = Path(__file__).parents[1] / "src" / "muenfast" / "_wire.h"
 
@@ -149,7 +151,7 @@ def test_a_bell_is_marked_and_names_the_ringing_writer() -> None:
     assert found["magic"] == int.from_bytes(b"MuenBELL", "little")
     assert bytes(bell[:8]) == b"MuenBELL"
     assert (found["ringer"], found["reader_epoch"], found["reader_rc"]) == (0x1234567890, 0x1234567890, 2)
-    assert (found["zeroes"], found["unused"], found["unused2"]) == (0, bytes(12), bytes(48))
+    assert (found["zeroes"], found["unused"], found["reader_sums"], found["unused2"]) == (0, bytes(12), 0, bytes(44))
     assert not any(bell[128:])
     writer.close()
     reader.close()

@@ -29,19 +29,23 @@ TABLE: list[tuple[str, str, str]] = [
     ("bells", "_ring.pyx", "ring bell_kick watched_sleep reader_wait any_ready readers_wait"),
     ("a region that goes away", "_guard.h", ""),
     ("a client's requests, inline", "_blk.pyx",
-     "check_event server_intact server_life server_move event_flow server_refused server_run_blocks server_answer "
-     "server_took server_forgotten server_batch server_finish server_launch server_take server_step"),
+     "check_event server_offered server_verify server_judge server_check server_intact server_life server_move event_flow "
+     "server_refused server_run_blocks server_answer server_took server_forgotten server_batch server_finish server_launch "
+     "server_take server_step"),
     ("a client's requests over a buffer, and the buffer", "_buffer.pyx",
-     "moves repeatable check_request buffer_move checked_flow buffer_flow buffer_refused buffer_run buffer_smart "
-     "buffer_query buffer_answer buffer_answers buffer_sync buffer_batch buffer_finish buffer_launch buffer_take "
-     "buffer_step"),
+     "moves repeatable buffer_taken buffer_right buffer_judge buffer_over buffer_give buffer_summed check_request "
+     "buffer_move checked_flow buffer_flow buffer_refused buffer_run buffer_smart buffer_query buffer_answer "
+     "buffer_answers buffer_sync buffer_batch buffer_finish buffer_launch buffer_take buffer_step"),
     ("a server's answers, inline", "_client.pyx",
-     "client_reap client_settle client_introduced client_take_size client_connect client_answered client_rings"),
+     "client_reap client_sum client_stray client_again client_settle client_introduced client_take_size client_connect "
+     "client_answered client_rings"),
+    ("block messages with checksums", "_blocksum.h", ""),
     ("a server's answers over a buffer", "_bufclient.pyx",
-     "shared_reap can_be probe_word shared_untouched shared_took shared_listen shared_connect"),
-    ("elements of network channels", "_frame.h", "ip_length frame_header frame_agrees frame_take"),
+     "shared_reap shared_sum shared_heard can_be probe_word shared_untouched shared_took shared_listen shared_connect"),
+    ("elements of network channels", "_frame.h", "ip_length frame_header frame_agrees frame_take frame_right"),
     ("elements of network channels", "_net.pyx",
-     "sender_room sender_untaken receiver_malformed receiver_batch receiver_place receiver_merge receiver_loop"),
+     "sender_room sender_untaken sender_asked sender_agree receiver_malformed receiver_take receiver_batch receiver_place "
+     "receiver_merge receiver_loop"),
     ("packets, merged", "_coalesce.h", ""),
     ("packets, split", "_segment.h", ""),
     ("packets, too long for their path", "_pmtu.h", ""),

@@ -1,15 +1,17 @@
 """The block server's engine for the inline transport: requests of one client, executed on a Store.
 
 Runs without the GIL and allocates nothing per request. Trust: of every request the 24-byte header is copied once,
-validated, and only the copy is used; payload is used in place and checked for being intact afterwards.
+validated, and only the copy is used; payload is used in place and checked for being intact afterwards. Where checksums were
+agreed upon, payload is copied once, too: what is verified is what is used.
 """
 cimport cython
-from libc.errno cimport EINVAL, EIO, EROFS, ETIMEDOUT
+from libc.errno cimport ECOMM, EINVAL, EIO, EPROTONOSUPPORT, EROFS, ETIMEDOUT
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._aio cimport *
+from muenfast._blocksum cimport *
 from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
@@ -34,6 +36,7 @@ cdef enum:
     FAULT_VALID = 0
     FAULT_KIND = 1
     FAULT_ID = 2
+    FAULT_CHECKSUM = 3
 
 # What the slow turns of one server of a group, of page faults on its client's memory or the zeroing of a large ring, may
 # take of the others' time, by the clock. Turns are microseconds long; a thread that lost its CPU looks slow, too.
@@ -77,6 +80,13 @@ cdef struct server_t:
     copy_giver giver        # of blocks that are read
     int32_t errors[BATCH]
     files_t *files          # of a server whose store has operations under way, else NULL
+    uint32_t checksums      # CHECKSUM_*
+    bint sums               # this epoch's requests and answers have checksums ...
+    bint unsummed           # ... or have none, and are refused for that
+    uint64_t nonce          # of the offer
+    uint8_t *blocks         # with checksums, without a file: a block for each place of a batch
+    int32_t verdicts[BATCH] # what the checksums of a batch's requests come to: 0 or a negative errno
+    uint32_t covers[BATCH]  # of its answers: states of their checksums behind the blocks that they carry
 
 
 cdef struct files_t:
@@ -89,8 +99,9 @@ cdef struct files_t:
 
 
 cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcept nogil:
-    """0, or the errno that answers a request which breaks a rule. h is a private copy."""
-    if h.valid != 1:
+    """0, or the errno that answers a request which breaks a rule. h is a private copy; its checksum, if it has one, is
+    right."""
+    if h.valid != 1 and not s.sums:
         return -EINVAL
     if h.kind == EVENT_COMMAND:
         return 0 if h.id == COMMAND_SYNC or h.id == COMMAND_SIZE else -EINVAL
@@ -103,13 +114,72 @@ cdef int32_t check_event(const server_t *s, const block_event_header *h) noexcep
     return 0
 
 
-cdef uint32_t event_fault(const block_event_header *h) noexcept nogil:
+cdef uint32_t event_fault(const server_t *s, const block_event_header *h) noexcept nogil:
     """The field that is wrong in a header that check_event() refuses. h is a private copy."""
-    if h.valid != 1:
+    if h.valid != 1 and not s.sums:
         return FAULT_VALID
     if h.kind == EVENT_READ or h.kind == EVENT_WRITE or h.kind == EVENT_COMMAND:
         return FAULT_ID
     return FAULT_KIND
+
+
+cdef int32_t server_offered(server_t *s, const block_event_header *h, uint64_t k) noexcept nogil:
+    """Agrees with a client upon checksums in this epoch, or upon none, by its first request, which stands in slot k; 0, or the
+    errno that answers it. h: a copy of its header."""
+    cdef block_offer offer
+    cdef int found = OFFER_NONE
+    if h.kind == EVENT_COMMAND and h.id == COMMAND_SIZE and h.valid == 1:
+        memcpy(&offer, reader_slot(&s.r, k) + sizeof(block_event_header), sizeof(offer))
+        found = offer_look(&offer, h, 0, s.r.epoch)
+    s.sums = found == OFFER_GOOD
+    s.unsummed = s.checksums == CHECKSUM_REQUIRE and not s.sums
+    s.nonce = offer.nonce if s.sums else 0
+    return -ECOMM if found == OFFER_GARBLED else 0
+
+
+cdef bint server_verify(server_t *s, const block_event_header *h, uint64_t k, uint8_t *block) noexcept nogil:
+    """Whether the checksum of the request in slot k is right. h: a copy of its header. block: where a write's is put first.
+    """
+    cdef uint32_t state = CRC32C_FIRST
+    if h.kind == EVENT_WRITE:
+        copy_taken(block, reader_slot(&s.r, k) + sizeof(block_event_header), BLOCK_SIZE)
+        state = crc32c(state, block, BLOCK_SIZE)
+    return event_sum(state, h, s.r.rc + k, s.r.epoch) == h.valid
+
+
+cdef int32_t server_judge(server_t *s, const block_event_header *h, uint64_t k, uint8_t *block) noexcept nogil:
+    """0, or the errno that answers the request in slot k as its checksum demands: ECOMM: to be sent again; EIO: the client has
+    overwritten it meanwhile. h, block: as server_verify(). Precondition: checksums are not off; in the order of the requests.
+    """
+    cdef int32_t error = 0
+    if s.r.rc + k == 0:
+        error = server_offered(s, h, k)
+    elif s.sums and not server_verify(s, h, k, block):
+        error = -ECOMM
+    if error != 0 and not server_intact(s, k):
+        server_torn(s, 1)
+        return -EIO
+    return -EPROTONOSUPPORT if error == 0 and s.unsummed else error
+
+
+cdef inline int32_t server_check(const server_t *s, uint64_t k) noexcept nogil:
+    """0, or the errno that answers request k of a batch on memory."""
+    if s.checksums != CHECKSUM_OFF and s.verdicts[k] != 0:
+        return s.verdicts[k]
+    return check_event(s, &s.heads[k])
+
+
+cdef void server_size(const server_t *s, uint8_t *data) noexcept nogil:
+    """Makes the block that answers a request for the size."""
+    cdef block_offer answer
+    memset(data, 0, BLOCK_SIZE)
+    memset(&answer, 0, sizeof(answer))
+    answer.sectors = s.store.nblocks * (BLOCK_SIZE // SECTOR_SIZE)
+    if s.sums:
+        answer.magic = ACCEPT_MAGIC
+        answer.nonce = ~s.nonce
+        answer.again = ACCEPT_AGAIN
+    memcpy(data, &answer, sizeof(answer))
 
 
 cdef bint server_intact(server_t *s, uint64_t k) noexcept nogil:
@@ -129,14 +199,25 @@ cdef int32_t server_move(server_t *s, uint64_t first, uint64_t n, uint64_t out) 
     cdef uint64_t k, block = s.heads[first].id
     cdef bint write = s.heads[first].kind == EVENT_WRITE
     cdef uint8_t *data
+    cdef uint8_t *source
     for k in range(n):
         if write:
             data = <uint8_t *>reader_slot(&s.r, first + k) + sizeof(block_event_header)
+            if s.sums:
+                data = s.blocks + (first + k) * BLOCK_SIZE
             if s.store.kind == STORE_MEMORY:
                 copy_taken(s.store.memory + (block + k) * BLOCK_SIZE, data, BLOCK_SIZE)
         else:
             data = writer_slot(&s.w, out + k) + sizeof(block_event_header)
-            if s.store.kind == STORE_MEMORY:
+            if s.sums:      # of one copy: somebody else may write this memory
+                source = s.blocks + (first + k) * BLOCK_SIZE
+                if s.store.kind == STORE_MEMORY:
+                    copy_bytes(source, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
+                else:
+                    memset(source, 0, BLOCK_SIZE)
+                s.covers[first + k] = crc32c(CRC32C_FIRST, source, BLOCK_SIZE)
+                copy_given(&s.giver, data, source, BLOCK_SIZE)
+            elif s.store.kind == STORE_MEMORY:
                 copy_given(&s.giver, data, s.store.memory + (block + k) * BLOCK_SIZE, BLOCK_SIZE)
             else:
                 memset(data, 0, BLOCK_SIZE)
@@ -164,8 +245,10 @@ cdef void server_refused(server_t *s, const block_event_header *h, int32_t error
     """A request broke a rule."""
     cdef uint32_t flow = event_flow(h)
     count64(&s.n.rejected, 1)
-    if error != -EROFS:     # a disk that is read-only may not have been known to be
-        reader_blame(&s.r, event_fault(h), 1)
+    if error == -EINVAL:    # a disk that is read-only may not have been known to be, nor that checksums are required
+        reader_blame(&s.r, event_fault(s, h), 1)
+    elif error == -ECOMM:
+        reader_blame(&s.r, FAULT_CHECKSUM, 1)
     if flow != FLOWS:
         flow_refused(&s.flows[flow], error)
 
@@ -228,6 +311,8 @@ cdef void server_answer(server_t *s, uint64_t first, uint64_t n) noexcept nogil:
                 s.errors[first + k] = -EIO
                 server_torn(s, 1)
         h.error = s.errors[first + k]
+        if s.sums:
+            h.valid = event_sum(s.covers[first + k] if h.error == 0 else CRC32C_FIRST, &h, s.w.wc + k, s.w.epoch)
         memcpy(writer_slot(&s.w, k), &h, sizeof(block_event_header))
     if server_life(s, &wsc):
         writer_publish(&s.w, n)
@@ -247,7 +332,7 @@ cdef bint server_forgotten(const server_t *s) noexcept nogil:
 
 cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     """One round on memory: copy the headers out, check the copies, execute, answer with one publish."""
-    cdef uint64_t n, k, run, sectors, since
+    cdef uint64_t n, k, run, since
     cdef uint8_t *slot
     cdef block_event_header *h
     n = min(available, <uint64_t>MEMORY_BATCH)
@@ -265,6 +350,10 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
             server_took(s, h, 1)
             return SUCCESS
         n = 1
+    if s.checksums != CHECKSUM_OFF:
+        for k in range(n):
+            s.verdicts[k] = server_judge(s, &s.heads[k], k, s.blocks + k * BLOCK_SIZE)
+            s.covers[k] = CRC32C_FIRST
     count64(&s.n.batches, 1)
     since = sampler_begin(&s.sampler, s.r.sleeps)
     s.sampler.requests += n
@@ -272,19 +361,20 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
     k = 0
     while k < n:
         h = &s.heads[k]
-        s.errors[k] = check_event(s, h)
+        s.errors[k] = server_check(s, k)
         if s.errors[k] != 0:
             server_refused(s, h, s.errors[k])
             memset(writer_slot(&s.w, k) + sizeof(block_event_header), 0, BLOCK_SIZE)
             k += 1
         elif h.kind == EVENT_COMMAND:
             slot = writer_slot(&s.w, k) + sizeof(block_event_header)
-            memset(slot, 0, BLOCK_SIZE)
             if h.id == COMMAND_SIZE:
-                sectors = s.store.nblocks * (BLOCK_SIZE // SECTOR_SIZE)
-                memcpy(slot, &sectors, sizeof(sectors))
+                server_size(s, slot)
+                if s.sums:
+                    s.covers[k] = crc32c(CRC32C_FIRST, slot, BLOCK_SIZE)
                 count64(&s.n.sizes, 1)
             else:
+                memset(slot, 0, BLOCK_SIZE)
                 s.errors[k] = store_flush(s.store)
                 server_count(s, FLOW_FLUSH, 1, s.errors[k])
             k += 1
@@ -292,7 +382,7 @@ cdef ring_status server_batch(server_t *s, uint64_t available) noexcept nogil:
             run = 1
             s.errors[k] = 0
             while (k + run < n and s.heads[k + run].kind == h.kind and s.heads[k + run].id == h.id + run
-                    and check_event(s, &s.heads[k + run]) == 0):
+                    and server_check(s, k + run) == 0):
                 s.errors[k + run] = 0
                 run += 1
             server_run_blocks(s, k, run, k)
@@ -310,6 +400,7 @@ cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n,
                        const uint8_t *data) noexcept nogil:
     """Answers n requests. data: their blocks, or NULL: zeros."""
     cdef uint64_t k, wsc, done = 0, most
+    cdef uint32_t state
     cdef uint8_t *slot
     cdef block_event_header h
     while done < n:
@@ -319,6 +410,11 @@ cdef void server_reply(server_t *s, const block_event_header *heads, uint64_t n,
             slot = writer_slot(&s.w, k - done)
             h = heads[k]
             h.error = error
+            if s.sums:
+                state = CRC32C_FIRST
+                if data != NULL:
+                    state = crc32c(state, data + k * BLOCK_SIZE, BLOCK_SIZE)
+                h.valid = event_sum(state, &h, s.w.wc + k - done, s.w.epoch)
             memcpy(slot, &h, sizeof(block_event_header))
             if data != NULL:
                 copy_given(&s.giver, slot + sizeof(block_event_header), data + k * BLOCK_SIZE, BLOCK_SIZE)
@@ -366,18 +462,21 @@ cdef bint server_finish(server_t *s) noexcept nogil:
 
 cdef uint64_t server_launch(server_t *s, const block_event_header *h, uint64_t n) noexcept nogil:
     """Begins the read or write h[0], which was checked, and those behind it, n with it at most, whose blocks follow; how
-    many, 0 where it has to wait. Writes are staged, and checked to be what the client published."""
+    many, 0 where it has to wait. Writes are staged, and checked to be what the client published. With checksums h[0] was
+    verified, and a write staged already; what follows is as far as it is right."""
     cdef files_t *f = s.files
     cdef uint64_t run = 1, k, start = s.store.offset + h.id * BLOCK_SIZE
     cdef int kind = AIO_WRITE if h.kind == EVENT_WRITE else AIO_READ
     cdef uint8_t *stage = f.stage + f.flights.head % AIO_MOST * BLOCK_SIZE
     while (run < n and h[run].kind == h.kind and h[run].id == h.id + run and (run + 1) * BLOCK_SIZE <= s.store.most
             and check_event(s, &h[run]) == 0):
+        if s.sums and not server_verify(s, &h[run], run, stage + run * BLOCK_SIZE):
+            break
         run += 1
     if aio_conflicts(&f.flights.aio, 0, kind, start, run * BLOCK_SIZE, NULL):
         return 0
     if kind == AIO_WRITE:
-        for k in range(run):
+        for k in range(0 if s.sums else run):
             copy_taken(stage + k * BLOCK_SIZE, <uint8_t *>reader_slot(&s.r, k) + sizeof(block_event_header), BLOCK_SIZE)
         if not server_intact(s, 0):
             server_torn(s, run)
@@ -397,11 +496,12 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
     One that overlaps what is under way stays in the ring until that is done, and a sync until everything before it is.
     """
     cdef files_t *f = s.files
-    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run, sectors
+    cdef uint64_t n = flights_room(&f.flights, min(available, <uint64_t>BATCH)), k = 0, i, run
     cdef uint64_t since = 0 if n == 0 else now_ns()
     cdef uint8_t data[BLOCK_SIZE]
     cdef const block_event_header *h
     cdef int32_t error
+    cdef bint over
     for i in range(n):
         memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_event_header))
         f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
@@ -411,8 +511,13 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
     while k < n:
         h = &s.heads[k]
         run = 1
-        error = check_event(s, h)
-        if <int64_t>(s.void_below - s.r.rc) > 0 and (h.kind != EVENT_COMMAND or h.id != COMMAND_SIZE):
+        error = 0
+        over = <int64_t>(s.void_below - s.r.rc) > 0 and (h.kind != EVENT_COMMAND or h.id != COMMAND_SIZE)
+        if not over and s.checksums != CHECKSUM_OFF:
+            error = server_judge(s, h, 0, f.stage + f.flights.head % AIO_MOST * BLOCK_SIZE)
+        if error == 0:
+            error = check_event(s, h)
+        if over:
             count64(&s.n.voided, 1)     # of a predecessor's life
         elif error != 0:
             server_refused(s, h, error)
@@ -422,9 +527,7 @@ cdef ring_status server_take(server_t *s, uint64_t available) noexcept nogil:
         elif h.kind != EVENT_COMMAND:
             run = server_launch(s, h, n - k)
         elif h.id == COMMAND_SIZE:
-            sectors = s.store.nblocks * (BLOCK_SIZE // SECTOR_SIZE)
-            memset(data, 0, BLOCK_SIZE)
-            memcpy(data, &sectors, sizeof(sectors))
+            server_size(s, data)
             count64(&s.n.sizes, 1)
             server_reply(s, h, 1, 0, data)
         elif aio_conflicts(&f.flights.aio, 0, AIO_SYNC, 0, 0, NULL):
@@ -507,6 +610,8 @@ cdef int server_step(server_t *s) noexcept nogil:
     if status == EPOCH_CHANGED:
         s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
         s.knows_epoch = True
+        s.sums = False                      # until its first request says so
+        s.unsummed = s.checksums == CHECKSUM_REQUIRE
         if s.void_below > s.r.elements:     # a ring gone round: what is missed of it is void, and no loss
             count64(&s.n.voided, s.void_below)
             reader_goto(&s.r, s.void_below)
@@ -610,9 +715,9 @@ cdef class Server(ServerEngine):
 
     request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed
     by the caller. request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. watch: of
-    all engines of this process, or None.
+    all engines of this process, or None. checksum: "off", "auto" (with a client that has them) or "require".
     """
-    FIELDS = ("valid", "kind", "id")
+    FIELDS = ("valid", "kind", "id", "checksum")
     cdef server_t *s
     cdef readonly Store store
 
@@ -626,11 +731,16 @@ cdef class Server(ServerEngine):
 
     def __init__(self, request, response, Store store not None, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 Watch watch=None, bint threads=False):
+                 Watch watch=None, checksum="off", bint threads=False):
         if self.store is not None:
             raise UsageError("a Server is initialised once")
+        self.s.checksums = checksum_mode(checksum)
         self.store = store
         self.s.store = &store.s
+        if self.s.checksums != CHECKSUM_OFF and not store_flies(&store.s):
+            self.s.blocks = <uint8_t *>aligned_alloc(BLOCK_SIZE, MEMORY_BATCH * BLOCK_SIZE)
+            if self.s.blocks == NULL:
+                raise MemoryError()
         if store_flies(&store.s):
             self.s.files = <files_t *>calloc(1, sizeof(files_t))
             if self.s.files == NULL:
@@ -661,6 +771,11 @@ cdef class Server(ServerEngine):
             self.s.files = NULL
             free(f.stage)
             free(f)
+
+    @property
+    def checksum(self):
+        """Whether the client's requests have checksums: CHECKSUM of _engine."""
+        return checksum_word(self.s.checksums, self.s.r.epoch != 0, self.s.sums, self.s.unsummed)
 
     @property
     def counters(self):
@@ -696,6 +811,7 @@ cdef class Server(ServerEngine):
             if self.s.files != NULL:
                 self.s.files.flights.leaving = True
             self.land()
+            free(self.s.blocks)
             free(self.s)
             self.s = NULL
 

@@ -8,11 +8,12 @@ A part of the buffer belongs to one request from its issue to its answer, or to 
 server may still be at it. A server that takes another one's place has its claim, so the other one has left the kernel,
 and with it the buffer.
 """
-from libc.errno cimport EIO
+from libc.errno cimport ECOMM, EIO, EPROTONOSUPPORT
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from muenfast._blocksum cimport *
 from muenfast._client cimport *
 from muenfast._count cimport *
 from muenfast._engine cimport *
@@ -30,6 +31,7 @@ cdef extern from *:
     uint64_t trailing_zeros(uint64_t word) noexcept nogil
 
 cdef enum:
+    FAULT_CHECKSUM = 1      # of FIELDS
     ASKS = 4                # most questions at a time while connecting
     SHARE = 16              # requests that one of many disks may have in flight, whatever its share
     MOST_DEVICES = 256      # of one connection; more are refused
@@ -89,6 +91,8 @@ cdef struct shared_t:
     uint64_t ndevices       # as answered
     geometry_t geometry[MOST_DEVICES]
     uint64_t pattern        # what shared_probe left in the buffer begins with this
+    uint64_t again_ns       # not before is anything asked anew
+    bint garbled            # an answer came with a wrong checksum, or demands one
     bint foreign            # it was still there when the server had read into its buffer
 
 
@@ -215,9 +219,10 @@ cdef bint shared_next(shared_t *b, queue_t *q, const io_t *io, entry_t *e) noexc
     return e.place != NOWHERE
 
 
-cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, const entry_t *e,
-                       block_request *r, copy_giver *giver) noexcept nogil:
-    """Fills in a request, and puts its payload into the buffer."""
+cdef uint32_t shared_write(const shared_t *b, const queue_t *q, const io_t *io, const entry_t *e,
+                           block_request *r, copy_giver *giver) noexcept nogil:
+    """Fills in a request, and puts its payload into the buffer; where there are checksums, the state behind that."""
+    cdef const uint8_t *data
     cdef uint64_t length = 0 if io.kind == IO_SYNC else <uint64_t>e.nblocks * q.block_size
     r.kind = <uint16_t>e.kind
     r.device = <uint16_t>q.device
@@ -226,9 +231,15 @@ cdef void shared_write(const shared_t *b, const queue_t *q, const io_t *io, cons
     r.device_offset = e.id * q.block_size
     r.buffer_offset = e.place
     if io.kind == IO_WRITE:
-        copy_given(giver, b.base + e.place, io.buf + <uint64_t>e.index * q.block_size, length)
+        data = io.buf + <uint64_t>e.index * q.block_size
+        copy_given(giver, b.base + e.place, data, length)
+        if q.client.sums:
+            return crc32c(CRC32C_FIRST, data, length)
     elif e.kind == REQUEST_WRITE:
         memset(b.base + e.place, 0, length)
+        if q.client.sums:
+            return crc32c(CRC32C_FIRST, b.base + e.place, length)
+    return CRC32C_FIRST
 
 
 cdef void shared_issue(client_t *c) noexcept nogil:
@@ -241,6 +252,8 @@ cdef void shared_issue(client_t *c) noexcept nogil:
     cdef shared_t *b = <shared_t *>c.transport
     cdef uint64_t room, n, k, bytes, since = 0, most = c.depth
     cdef uint32_t idle = 0              # disks in a row that had nothing to issue
+    cdef uint64_t sum
+    cdef uint32_t states[BATCH]
     cdef block_request requests[BATCH]
     cdef queue_t *q
     cdef io_t *io
@@ -265,7 +278,7 @@ cdef void shared_issue(client_t *c) noexcept nogil:
             if n == 0:
                 since = sampler_begin(&c.sampler, c.slept)
             client_counts(q, e, shared_flow(e), since)
-            shared_write(b, q, io, e, &requests[n], &c.giver)
+            states[n] = shared_write(b, q, io, e, &requests[n], &c.giver)
             if e.kind == REQUEST_WRITE:
                 bytes += requests[n].length
             io.issued += e.nblocks
@@ -286,8 +299,33 @@ cdef void shared_issue(client_t *c) noexcept nogil:
         idle = 0
         writer_reserve(&c.w, n)
         for k in range(n):
+            if c.sums:
+                sum = request_sum(states[k], &requests[k], c.w.wc + k, c.w.epoch)
+                requests[k].length |= sum << 32
             memcpy(writer_slot(&c.w, k), &requests[k], sizeof(block_request))
         writer_publish(&c.w, n)
+
+
+cdef void shared_free(client_t *c, entry_t **matched, uint64_t n) noexcept nogil:
+    """Frees the places of n answered requests in the buffer. Precondition: reaping is ours."""
+    cdef shared_t *b = <shared_t *>c.transport
+    cdef entry_t *e
+    cdef uint64_t k, length
+    pthread_mutex_lock(&c.lock)
+    for k in range(n):
+        e = matched[k]
+        if e.kind == REQUEST_READ or e.kind == REQUEST_WRITE:
+            length = <uint64_t>e.nblocks * c.queues[e.device].block_size
+            shared_mark(b, e.place // b.unit, length // b.unit, False)
+            c.queues[e.device].held -= length
+    pthread_mutex_unlock(&c.lock)
+
+
+cdef bint shared_sum(const client_t *c, block_response *a, uint64_t number, uint32_t state) noexcept nogil:
+    """Whether the checksum of an answer is right, state behind its data; takes it out of the status."""
+    cdef uint64_t sum = a.status >> 32
+    a.status = <uint32_t>a.status
+    return response_sum(state, a, number, c.r.epoch) == sum
 
 
 cdef ring_status shared_reap(client_t *c) noexcept nogil:
@@ -295,11 +333,15 @@ cdef ring_status shared_reap(client_t *c) noexcept nogil:
     cdef shared_t *b = <shared_t *>c.transport
     cdef uint64_t available, n, k, matches = 0, length, copied = 0
     cdef ring_status status = reader_peek(&c.r, &available)
+    cdef uint64_t stale = 0, wrong = 0, unread = 0
+    cdef uint32_t state
     cdef block_response answers[BATCH]
-    cdef const block_response *a
+    cdef block_response *a
+    cdef const uint8_t *data
     cdef entry_t *e
     cdef entry_t *matched[BATCH]
     cdef int32_t errors[BATCH]
+    cdef bint ours
     if status != SUCCESS:
         return status
     n = min(available, <uint64_t>BATCH)
@@ -312,39 +354,50 @@ cdef ring_status shared_reap(client_t *c) noexcept nogil:
         a = &answers[k]
         k += 1
         e = &c.entries[<uint32_t>(a.tag - c.base) % c.window]
-        if (load_acquire32(&e.state) != ENTRY_ISSUED or e.priv != a.tag or e.kind != a.kind or e.device != a.device):
+        ours = load_acquire32(&e.state) == ENTRY_ISSUED and e.priv == a.tag and e.kind == a.kind and e.device == a.device
+        state = CRC32C_FIRST
+        if ours and e.kind == REQUEST_READ and (<uint32_t>a.status if c.sums else a.status) == 0 and (e.io != NULL or c.sums):
+            length = c.queues[e.device].block_size
+            data = b.base + e.place
+            if e.io != NULL:
+                copy_taken(e.io.buf + e.index * length, data, e.nblocks * length)
+                data = e.io.buf + e.index * length
+            copied += e.nblocks * length
+            if c.sums:
+                state = crc32c(CRC32C_FIRST, data, e.nblocks * length)
+        if c.sums:                      # of what is wrong, or was when the server read it, nothing is believed
+            if not shared_sum(c, a, c.r.rc + k - 1, state):
+                wrong += 1
+                continue
+            if a.status == ECOMM:
+                unread += 1
+                continue
+        if not ours:
+            stale += 1
             continue
         e.state = ENTRY_MATCHED
-        if e.kind == REQUEST_READ and a.status == 0 and e.io != NULL:
-            length = c.queues[e.device].block_size
-            copy_taken(e.io.buf + e.index * length, b.base + e.place, e.nblocks * length)
-            copied += e.nblocks * length
         matched[matches] = e
         # 1 is what a plain server says of anything; other small numbers are a Linux errno.
         errors[matches] = 0 if a.status == 0 else (-<int32_t>a.status if 1 < a.status <= 4095 else -EIO)
         matches += 1
     reader_advance(&c.r, k)
-    client_stale(c, k - matches)
+    client_stale(c, stale)
     if load_acquire32(b.broken) != 0:
         for k in range(matches):        # zeros, perhaps: in flight until the buffer is back
             matched[k].state = ENTRY_ISSUED
         return INACTIVE
-    pthread_mutex_lock(&c.lock)
-    for k in range(matches):
-        e = matched[k]
-        if e.kind == REQUEST_READ or e.kind == REQUEST_WRITE:
-            length = <uint64_t>e.nblocks * c.queues[e.device].block_size
-            shared_mark(b, e.place // b.unit, length // b.unit, False)
-            c.queues[e.device].held -= length
-    pthread_mutex_unlock(&c.lock)
+    shared_free(c, matched, matches)
     client_settle(c, matched, errors, matches)
+    if c.sums:
+        client_stray(c, wrong, unread + stale)
     return SUCCESS
 
 
 # ------------------------------------------------------------------ connecting
 
-cdef void shared_ask(client_t *c, uint16_t kind, uint16_t device, bint optional) noexcept nogil:
-    """Adds a question. Precondition: reaping is ours; ASKS are not exceeded."""
+cdef void shared_ask(client_t *c, uint16_t kind, uint16_t device, bint optional, uint64_t half=0) noexcept nogil:
+    """Adds a question. half: with checksums, which one of the answer's 64 bits. Precondition: reaping is ours; ASKS are not
+    exceeded."""
     cdef shared_t *b = <shared_t *>c.transport
     cdef ask_t *ask = &b.asks[b.nasks]
     cdef block_request r
@@ -359,8 +412,14 @@ cdef void shared_ask(client_t *c, uint16_t kind, uint16_t device, bint optional)
     r.kind = kind
     r.device = device
     r.tag = ask.tag
+    r.device_offset = half
     if kind == REQUEST_READ:            # of the first block into the first bytes of the buffer
         r.length = b.geometry[device].length
+    if kind == REQUEST_RESET and c.checksums != CHECKSUM_OFF and c.w.wc == 0:
+        c.nonce = random_epoch()
+        request_offer(&r, c.nonce, c.w.epoch)
+    elif c.agreed:
+        r.length |= <uint64_t>request_sum(CRC32C_FIRST, &r, c.w.wc, c.w.epoch) << 32
     writer_reserve(&c.w, 1)
     memcpy(writer_slot(&c.w, 0), &r, sizeof(r))
     writer_publish(&c.w, 1)
@@ -414,6 +473,8 @@ cdef void shared_ask_geometry(client_t *c) noexcept nogil:
     shared_ask(c, REQUEST_MEDIA_BLOCKS, <uint16_t>b.device, False)
     shared_ask(c, REQUEST_BLOCK_LENGTH, <uint16_t>b.device, False)
     shared_ask(c, REQUEST_MAX_BLOCKS, <uint16_t>b.device, False)
+    if c.agreed:
+        shared_ask(c, REQUEST_MEDIA_BLOCKS, <uint16_t>b.device, False, 1)
 
 
 cdef bint shared_took(client_t *c) noexcept nogil:
@@ -440,7 +501,7 @@ cdef bint shared_took(client_t *c) noexcept nogil:
             return True
         b.device += 1                   # one that cannot be read tells nothing
         return not shared_probe(c)
-    b.geometry[b.device].blocks = b.asks[0].status
+    b.geometry[b.device].blocks = b.asks[0].status | (b.asks[3].status << 32 if c.agreed else 0)
     b.geometry[b.device].length = b.asks[1].status
     b.geometry[b.device].most = b.asks[2].status
     b.device += 1
@@ -467,8 +528,37 @@ cdef ring_status shared_listen(client_t *c, uint64_t available) noexcept nogil:
             if (answers[k].tag == b.asks[i].tag and answers[k].kind == b.asks[i].kind
                     and answers[k].device == b.asks[i].device and not b.asks[i].answered):
                 b.asks[i].answered = True
+                if not shared_heard(c, &b.asks[i], &answers[k], c.r.rc - n + k):
+                    if not c.demanded:
+                        reader_blame(&c.r, FAULT_CHECKSUM, 1)
+                    b.garbled = True
+                    return SUCCESS
                 b.asks[i].status = answers[k].status
     return SUCCESS
+
+
+cdef bint shared_heard(client_t *c, const ask_t *ask, block_response *a, uint64_t number) noexcept nogil:
+    """Whether the answer to a question is one to go on with: it is right, and a Reset's, which says what was agreed upon, does
+    not demand what we have not. With checksums, takes them out."""
+    cdef shared_t *b = <shared_t *>c.transport
+    cdef uint32_t state = CRC32C_FIRST
+    cdef int found
+    if ask.kind == REQUEST_RESET:
+        c.demanded = a.status == EPROTONOSUPPORT
+        if c.demanded:
+            return False
+        if c.checksums == CHECKSUM_OFF:
+            return True
+        found = OFFER_GARBLED if a.status == ECOMM else accept_look(a, c.nonce, number, c.r.epoch)
+        c.agreed = found == OFFER_GOOD
+        return found != OFFER_GARBLED
+    if not c.agreed:
+        return True
+    if ask.kind == REQUEST_READ and <uint32_t>a.status == 0:
+        if load_acquire32(b.broken) != 0:
+            return True                 # no buffer any more: another life will tell
+        state = crc32c(state, b.base, b.geometry[ask.device].length)
+    return shared_sum(c, a, number, state) and a.status != ECOMM
 
 
 cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
@@ -492,13 +582,16 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
         if load_acquire32(b.broken) != 0:
             sleep_ns(1_000_000)
             continue
+        if c.phase == PHASE_START and now < b.again_ns:
+            sleep_ns(min(ns - passed, <uint64_t>10_000_000))
+            continue
         if c.phase == PHASE_START:
             c.base = <uint32_t>random_epoch()
             writer_start(&c.w, random_epoch())
             c.r.epoch = c.r.refused = 0
             reader_drain(&c.r)
             b.asked = b.nasks = 0
-            b.foreign = False
+            b.foreign = c.agreed = False
             c.phase = PHASE_RESET
         if c.phase == PHASE_RESET:
             if c.r.epoch == 0 and reader_peek(&c.r, &available) != EPOCH_CHANGED:
@@ -511,6 +604,11 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
         status = reader_peek(&c.r, &available)
         if status == SUCCESS:
             status = shared_listen(c, available)
+            if b.garbled:               # it is there, and would say so again
+                b.again_ns = now + ANSWER_NS
+                b.garbled = False
+                c.phase = PHASE_START
+                continue
         if status == EPOCH_CHANGED or status == INACTIVE or status == INCOMPATIBLE_INTERFACE:
             c.phase = PHASE_START       # another server, or none any more
             continue
@@ -545,15 +643,15 @@ cdef class BufferClient(ClientEngine):
     request: the request channel's memory, writable, claimed by the caller; response: the response channel's; buffer:
     writable, at least 4096 bytes. request_bell, response_bell: writable buffers or None. poll: microseconds, None:
     adaptive. fail_fast: while the server is lost, new requests fail instead of waiting for it. watch: of all engines of
-    this process, or None.
+    this process, or None. checksum: as Client has it.
 
     disks is empty until the first resume().
     """
-    FIELDS = ("tag",)
+    FIELDS = ("tag", "checksum")
 
     def __init__(self, request, response, buffer, *, request_protocol=BUFFER_PROTOCOL,
                  response_protocol=BUFFER_PROTOCOL, request_bell=None, response_bell=None, poll=None, fail_fast=False,
-                 Watch watch=None):
+                 Watch watch=None, checksum="off"):
         cdef shared_t *b
         if self.c.transport != NULL:
             raise UsageError("a BufferClient is initialised once")
@@ -561,6 +659,8 @@ cdef class BufferClient(ClientEngine):
         if b == NULL:
             raise MemoryError()
         self.c.transport = b
+        self.c.checksums = checksum_mode(checksum)
+        self.c.free = shared_free
         self.c.issue = shared_issue
         self.c.reap = shared_reap
         self.c.connect = shared_connect

@@ -2,14 +2,15 @@
 
 Runs without the GIL and allocates nothing per request. Trust: of every request the 32 bytes are copied once, validated,
 and only the copy is used. The buffer's contents may change at any time: that spoils the client's own data, and nothing
-else, for no decision rests on them.
+else, for no decision rests on them. With checksums data goes through memory of our own, which is verified.
 """
-from libc.errno cimport EINVAL, EIO, EROFS, ETIMEDOUT
+from libc.errno cimport ECOMM, EINVAL, EIO, EPROTONOSUPPORT, EROFS, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from muenfast._aio cimport *
+from muenfast._blocksum cimport *
 from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
@@ -19,6 +20,9 @@ from muenfast._wire cimport *
 import hashlib as _hashlib
 
 from muenfast.errors import UsageError
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
 
 # Bytes moved to or from memory before the answers so far are published: little, so that the client goes on while the
 # next ones are copied (docs/decisions/003).
@@ -37,6 +41,7 @@ cdef enum:
     FAULT_LENGTH = 2
     FAULT_DEVICE_OFFSET = 3
     FAULT_BUFFER_OFFSET = 4
+    FAULT_CHECKSUM = 5
 
 
 cdef struct device_t:
@@ -57,6 +62,11 @@ cdef struct buffer_counters:    # of what belongs to no direction of a device
     uint64_t voided         # requests of an earlier life, not answered
     uint64_t cancelled      # requests of a life that ended before their turn came, not answered
     uint64_t connections
+
+
+cdef struct seal_t:         # of a request, whose length is the lower half of what stood there
+    uint32_t sum            # the upper half
+    uint64_t number         # in its epoch
 
 
 cdef struct buffer_server_t:
@@ -84,6 +94,13 @@ cdef struct buffer_server_t:
     uint8_t smart[512]      # SMART_SIZE
     requests_t *files       # of a server with a store that has operations under way, else NULL
     copy_giver giver        # of blocks that are read
+    uint32_t checksums      # CHECKSUM_*
+    bint sums               # this epoch's requests and answers have checksums ...
+    bint unsummed           # ... or have none, and are refused for that
+    uint64_t nonce          # of the offer
+    seal_t seals[BATCH]     # of `heads`
+    uint32_t covers[BATCH]  # of `answers`: states of their checksums behind the data that they are about
+    uint8_t *mirror         # with checksums: `length` bytes, through which goes what has one, at its place in the buffer
 
 
 cdef struct requests_t:
@@ -139,6 +156,99 @@ cdef uint32_t request_fault(const buffer_server_t *s, const block_request *h) no
     return FAULT_BUFFER_OFFSET
 
 
+cdef void buffer_taken(buffer_server_t *s, uint64_t n) noexcept nogil:
+    """Takes the checksums out of `heads`, n copies of what stands in the ring; with number 0 agrees upon them, or upon none.
+    """
+    cdef uint64_t k
+    cdef int found
+    for k in range(n):
+        s.seals[k].number = s.r.rc + k
+        s.seals[k].sum = 0
+        if s.r.rc + k == 0:
+            found = request_look(&s.heads[0], s.r.epoch)
+            s.sums = found == OFFER_GOOD
+            s.unsummed = s.checksums == CHECKSUM_REQUIRE and not s.sums
+            s.nonce = s.heads[0].device_offset
+            s.seals[0].sum = found == OFFER_GARBLED
+        elif s.sums:
+            s.seals[k].sum = <uint32_t>(s.heads[k].length >> 32)
+            s.heads[k].length = <uint32_t>s.heads[k].length
+
+
+cdef inline bint buffer_within(const buffer_server_t *s, const block_request *h) noexcept nogil:
+    """Whether the payload of a request lies in the buffer."""
+    return h.buffer_offset <= s.length and h.length <= s.length - h.buffer_offset
+
+
+cdef bint buffer_right(const buffer_server_t *s, const block_request *h, const seal_t *seal) noexcept nogil:
+    """Whether the checksum of a request is right, h a copy of it. A write's payload is in the mirror then. Precondition:
+    nothing that is under way has that place there."""
+    cdef uint32_t state = CRC32C_FIRST
+    if h.kind == REQUEST_WRITE:
+        if not buffer_within(s, h):
+            return False
+        copy_taken(s.mirror + h.buffer_offset, s.buffer + h.buffer_offset, h.length)
+        state = crc32c(state, s.mirror + h.buffer_offset, h.length)
+    return request_sum(state, h, seal.number, s.r.epoch) == seal.sum
+
+
+cdef uint64_t buffer_judge(buffer_server_t *s, const block_request *h, const seal_t *seal) noexcept nogil:
+    """0, or the status that answers a request as its checksum demands, which is counted: ECOMM: to be sent again.
+    Precondition: as buffer_right(); checksums are not off."""
+    if seal.number == 0:
+        if seal.sum != 0:               # a sign of an offer, but none
+            buffer_blamed(s, FAULT_CHECKSUM)
+            return ECOMM
+    elif s.sums and not buffer_right(s, h, seal):
+        buffer_blamed(s, FAULT_CHECKSUM)
+        return ECOMM
+    if s.unsummed:
+        count64(&s.n.rejected, 1)
+        return (EPROTONOSUPPORT if moves(h) or h.kind == REQUEST_SYNC or h.kind == REQUEST_RESET or h.kind == REQUEST_NONE
+                else 0)
+    return 0
+
+
+cdef inline bint buffer_over(const buffer_server_t *s, const block_request *h, uint64_t number) noexcept nogil:
+    """Whether a request is of a predecessor's life and gets no answer. What that had agreed upon nobody knows: with checksums
+    only the first one, which says it anew, gets one."""
+    return <int64_t>(s.void_below - number) > 0 and (not repeatable(h) or s.sums and number != 0)
+
+
+cdef inline bint buffer_refuses(const buffer_server_t *s, uint64_t status) noexcept nogil:
+    """Whether what buffer_judge() says is the answer."""
+    return status != 0 or s.unsummed
+
+
+cdef inline uint8_t *buffer_data(const buffer_server_t *s, const block_request *h) noexcept nogil:
+    """Where a store reads or writes the payload of a request, which was checked."""
+    return (s.mirror if s.sums else s.buffer) + h.buffer_offset
+
+
+cdef void buffer_give(buffer_server_t *s, const block_request *h, uint32_t *cover) noexcept nogil:
+    """Puts what was read from the mirror into the buffer. cover: the state of a checksum behind it."""
+    cover[0] = crc32c(CRC32C_FIRST, s.mirror + h.buffer_offset, h.length)
+    copy_given(&s.giver, s.buffer + h.buffer_offset, s.mirror + h.buffer_offset, h.length)
+
+
+cdef int buffer_summed(buffer_server_t *s, const block_request *h, uint32_t *cover) noexcept nogil:
+    """As buffer_move(), of one read or write whose checksum was right, through the mirror. cover: as buffer_give()."""
+    cdef const store_t *store = s.devices[h.device].store
+    cdef uint8_t *data = s.mirror + h.buffer_offset
+    if load_acquire32(s.broken) != 0:
+        return -EIO
+    if h.kind == REQUEST_WRITE:
+        if store.kind == STORE_MEMORY:
+            copy_payload(store.memory + h.device_offset, data, h.length)
+    else:
+        if store.kind == STORE_MEMORY:
+            copy_payload(data, store.memory + h.device_offset, h.length)
+        else:
+            memset(data, 0, h.length)
+        buffer_give(s, h, cover)
+    return -EIO if load_acquire32(s.broken) != 0 or store_broken(store) else 0
+
+
 cdef int buffer_move(buffer_server_t *s, const block_request *h, uint64_t length) noexcept nogil:
     """Executes a read, write or discard of `length` bytes that begins as *h, which was checked; 0 or a negative errno.
 
@@ -177,6 +287,8 @@ cdef uint64_t buffer_joined(const buffer_server_t *s, const block_request *h, ui
     cdef uint64_t most = MEMORY_BYTES if copied else <uint64_t>-1
     cdef uint64_t together = d.store.most if h.kind != REQUEST_DISCARD else <uint64_t>-1
     length[0] = h.length
+    if s.sums and not d.flies:          # each by itself, for each has its own checksum
+        return 1
     while run < n and length[0] < most:
         next = &h[run]
         if next.kind != h.kind or next.device != h.device or next.device_offset != h.device_offset + length[0]:
@@ -237,15 +349,24 @@ cdef void buffer_measured(buffer_server_t *s, uint64_t n, uint64_t since) noexce
             flow_took(flow, ns, 1)
 
 
-cdef uint64_t buffer_run(buffer_server_t *s, const block_request *h, uint64_t n, uint64_t *status) noexcept nogil:
+cdef uint64_t buffer_run(buffer_server_t *s, const block_request *h, uint64_t n, uint64_t *status,
+                         uint32_t *cover) noexcept nogil:
     """Executes as one operation request h[0], which was checked, and those after it, n with it at most, that continue it;
-    how many. status: one per request.
+    how many. status: one per request. cover: as buffer_give(), where there are checksums: then h[0] is done alone.
 
     What fails together is tried one by one: only the request that cannot be done gets the error.
     """
     cdef uint64_t length, k, run = buffer_joined(s, h, n, &length)
     cdef int together, error
     cdef flow_t *flow = buffer_flow(s, h.kind, h.device)
+    if s.sums and h.kind != REQUEST_DISCARD:
+        cover[0] = CRC32C_FIRST
+        error = buffer_summed(s, h, cover)
+        status[0] = <uint64_t>-error
+        if error != 0:
+            buffer_failed(s, flow, 1, error)
+        flow_done(flow, 1, h.length if error == 0 else 0)
+        return 1
     together = buffer_move(s, h, length)
     for k in range(run):
         error = together
@@ -279,7 +400,6 @@ cdef uint64_t buffer_smart(buffer_server_t *s, const block_request *h) noexcept 
 cdef uint64_t buffer_query(buffer_server_t *s, const block_request *h) noexcept nogil:
     """The status that answers everything but reads, writes, discards and syncs."""
     cdef bint exists = h.device < s.ndevices
-    cdef const device_t *d = &s.devices[h.device] if exists else NULL
     if h.kind == REQUEST_RESET or h.kind == REQUEST_NONE:
         if h.kind == REQUEST_RESET:     # nothing is under way by now: buffer_take waits for that
             count64(&s.n.resets, 1)
@@ -293,6 +413,14 @@ cdef uint64_t buffer_query(buffer_server_t *s, const block_request *h) noexcept 
     count64(&s.n.queries, 1)
     if not exists:
         return 0
+    if s.sums and h.kind != REQUEST_SMART:
+        return <uint32_t>(buffer_known(s, h) >> (32 if h.device_offset == 1 else 0))
+    return buffer_known(s, h)
+
+
+cdef uint64_t buffer_known(buffer_server_t *s, const block_request *h) noexcept nogil:
+    """The status that answers a query about a device that is there."""
+    cdef const device_t *d = &s.devices[h.device]
     if h.kind == REQUEST_MEDIA_BLOCKS:
         return d.size // d.block_size
     if h.kind == REQUEST_BLOCK_LENGTH:
@@ -316,11 +444,14 @@ cdef bint buffer_answers(buffer_server_t *s, uint64_t first, uint64_t n) noexcep
 
     A client that has begun a new epoch, or the same one anew, gets no answer to the old one's requests.
     """
-    cdef uint64_t k
+    cdef uint64_t k, sum
     if load_acquire64(&s.r.hdr.epoch) != s.r.epoch or <int64_t>(reader_settled(&s.r, &s.r.hdr.wsc) - s.r.wc) < 0:
         return False
     writer_reserve(&s.w, n)
     for k in range(n):
+        if s.sums:
+            sum = response_sum(s.covers[first + k], &s.answers[first + k], s.w.wc + k, s.w.epoch)
+            s.answers[first + k].status = <uint32_t>s.answers[first + k].status | sum << 32
         memcpy(writer_slot(&s.w, k), &s.answers[first + k], sizeof(block_response))
     writer_publish(&s.w, n)
     return True
@@ -346,6 +477,7 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
     cdef uint64_t n = min(min(available, <uint64_t>BATCH), s.w.elements)
     cdef uint64_t k = 0, i, run, waiting = 0, moved = 0, since
     cdef uint64_t status[BATCH]
+    cdef uint32_t cover
     cdef const block_request *h
     cdef bint alive = True, predecessors = <int64_t>(s.void_below - s.r.rc) > 0
     for i in range(n):
@@ -354,22 +486,31 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
         return reader_recover(&s.r)
     if predecessors:
         n = min(n, s.void_below - s.r.rc)
+    s.last = s.heads[n - 1]
+    if s.checksums != CHECKSUM_OFF:
+        buffer_taken(s, n)
     count64(&s.n.batches, 1)
     since = sampler_begin(&s.sampler, s.r.sleeps)
     s.sampler.requests += n
     while alive and k < n:
         h = &s.heads[k]
-        if predecessors and not repeatable(h):
+        if predecessors and buffer_over(s, h, s.r.rc + k):
             count64(&s.n.voided, 1)
             k += 1
             continue
         run = 1
-        if moves(h):
+        cover = CRC32C_FIRST
+        status[0] = 0
+        if s.checksums != CHECKSUM_OFF:
+            status[0] = buffer_judge(s, h, &s.seals[k])
+        if s.checksums != CHECKSUM_OFF and buffer_refuses(s, status[0]):
+            pass
+        elif moves(h):
             status[0] = check_request(s, h)
             if status[0] != 0:
                 buffer_refused(s, h, -<int>status[0])
             else:
-                run = buffer_run(s, h, n - k, status)
+                run = buffer_run(s, h, n - k, status, &cover)
                 for i in range(run):
                     moved += s.heads[k + i].length
         elif h.kind == REQUEST_SYNC:
@@ -383,11 +524,15 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
             status[0] = buffer_sync(s, h)
         else:
             status[0] = buffer_query(s, h)
+            if s.sums and s.r.rc + k == 0:
+                status[0] = ACCEPT_AGAIN
+                cover = accept_state(s.nonce)
         for i in range(run):
             s.answers[waiting].kind = s.heads[k].kind
             s.answers[waiting].device = s.heads[k].device
             s.answers[waiting].tag = s.heads[k].tag
             s.answers[waiting].status = status[i]
+            s.covers[waiting] = cover
             waiting += 1
             k += 1
         if moved >= MEMORY_BYTES:
@@ -400,7 +545,6 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
         if since != 0:
             buffer_measured(s, waiting, since)
     count64(&s.n.cancelled, n - k)
-    s.last = s.heads[n - 1]
     s.has_last = True
     reader_advance(&s.r, n)
     return SUCCESS
@@ -408,8 +552,9 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
 
 # ------------------------------------------------------------------ files
 
-cdef void buffer_reply(buffer_server_t *s, const block_request *h, uint64_t status) noexcept nogil:
-    """Answers one request."""
+cdef void buffer_reply(buffer_server_t *s, const block_request *h, uint64_t status, uint32_t cover) noexcept nogil:
+    """Answers one request. cover: the state of its checksum behind what was read."""
+    s.covers[0] = cover
     s.answers[0].kind = h.kind
     s.answers[0].device = h.device
     s.answers[0].tag = h.tag
@@ -457,6 +602,9 @@ cdef bint buffer_finish(buffer_server_t *s) noexcept nogil:
             s.answers[k].device = h[k].device
             s.answers[k].tag = h[k].tag
             s.answers[k].status = 0 if error == 0 else REFUSED if h.kind == REQUEST_SYNC else <uint64_t>-error
+            s.covers[k] = CRC32C_FIRST
+            if s.sums and error == 0 and h.kind == REQUEST_READ:
+                buffer_give(s, &h[k], &s.covers[k])
         k = 0
         while k < n and buffer_answers(s, k, min(n - k, s.w.elements)):
             k += min(n - k, s.w.elements)
@@ -472,37 +620,49 @@ cdef void buffer_fly(buffer_server_t *s, const block_request *h, uint64_t first,
     cdef int kind = (AIO_READ if h.kind == REQUEST_READ else AIO_WRITE if h.kind == REQUEST_WRITE else
                      AIO_DISCARD if h.kind == REQUEST_DISCARD else AIO_SYNC)
     flights_add(&s.files.flights, first, <uint32_t>n, kind, d.file, d.store.offset + h.device_offset, length,
-                NULL if kind == AIO_DISCARD or kind == AIO_SYNC else s.buffer + h.buffer_offset)
+                NULL if kind == AIO_DISCARD or kind == AIO_SYNC else buffer_data(s, h))
 
 
-cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, uint64_t n) noexcept nogil:
-    """Begins or executes request h[0] and what can be done together with it, of n; how many, 0 where it has to wait."""
+cdef uint64_t buffer_launch(buffer_server_t *s, const block_request *h, const seal_t *seal, uint64_t n) noexcept nogil:
+    """Begins or executes request h[0] and what can be done together with it, of n; how many, 0 where it has to wait. seal:
+    of each; h[0] was verified."""
     cdef requests_t *f = s.files
     cdef const device_t *d
     cdef uint64_t run, length, k
     cdef uint64_t status[BATCH]
     cdef const uint8_t *data
+    cdef uint32_t cover = CRC32C_FIRST
     cdef int kind
     status[0] = check_request(s, h)
     if status[0] != 0:
         buffer_refused(s, h, -<int>status[0])
-        buffer_reply(s, h, status[0])
+        buffer_reply(s, h, status[0], CRC32C_FIRST)
         buffer_measured(s, 1, f.since[f.flights.head % AIO_MOST])
         return 1
     d = &s.devices[h.device]
     run = buffer_joined(s, h, n, &length)
     kind = AIO_READ if h.kind == REQUEST_READ else AIO_WRITE
-    data = NULL if h.kind == REQUEST_DISCARD else s.buffer + h.buffer_offset
+    data = NULL if h.kind == REQUEST_DISCARD else buffer_data(s, h)
     if not d.flies:
         if aio_conflicts(&f.flights.aio, AIO_NO_FILE, kind, 0, length, data):
             return 0
-        buffer_run(s, h, run, status)
+        buffer_run(s, h, run, status, &cover)
         for k in range(run):
-            buffer_reply(s, &h[k], status[k])
+            buffer_reply(s, &h[k], status[k], cover)
             buffer_measured(s, 1, f.since[f.flights.head % AIO_MOST])
         return run
     if aio_conflicts(&f.flights.aio, d.file, kind, d.store.offset + h.device_offset, length, data):
         return 0
+    if s.sums:
+        k = 1
+        if kind == AIO_WRITE and aio_conflicts(&f.flights.aio, AIO_NO_FILE, AIO_READ, 0, length, data):
+            run = k                     # another one's place in the mirror: not to be changed
+            length = h.length
+        while k < run and buffer_right(s, &h[k], &seal[k]):
+            k += 1
+        while run > k:                  # the first that is wrong comes by itself next
+            run -= 1
+            length -= h[run].length
     flow_begun(checked_flow(s, h.kind, h.device), run)
     buffer_fly(s, h, f.flights.head, run, length)
     return run
@@ -520,28 +680,48 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
     cdef uint64_t since = 0 if n == 0 else now_ns()
     cdef const block_request *h
     cdef const device_t *d
+    cdef uint64_t status
+    cdef bint over
     for i in range(n):
         memcpy(&s.heads[i], reader_slot(&s.r, i), sizeof(block_request))
         f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
         f.since[(f.flights.head + i) % AIO_MOST] = since
     if not reader_intact(&s.r):
         return reader_recover(&s.r)
+    if s.checksums != CHECKSUM_OFF:
+        buffer_taken(s, n)
+        for i in range(n):
+            f.heads[(f.flights.head + i) % AIO_MOST] = s.heads[i]
     while k < n:
         h = &s.heads[k]
         d = &s.devices[h.device] if h.device < s.ndevices else NULL
         run = 1
-        if <int64_t>(s.void_below - s.r.rc) > 0 and not repeatable(h):
+        over = buffer_over(s, h, s.r.rc)
+        status = 0
+        if (not over and s.sums and h.kind == REQUEST_WRITE and buffer_within(s, h)
+                and aio_conflicts(&f.flights.aio, AIO_NO_FILE, AIO_READ, 0, h.length, s.mirror + h.buffer_offset)):
+            f.flights.blocked = True    # its place in the mirror is in use
+            break
+        if s.checksums != CHECKSUM_OFF and not over:
+            status = buffer_judge(s, h, &s.seals[k])
+        if over:
             count64(&s.n.voided, 1)     # of a predecessor's life
+        elif s.checksums != CHECKSUM_OFF and buffer_refuses(s, status):
+            buffer_reply(s, h, status, CRC32C_FIRST)
         elif moves(h):
-            run = buffer_launch(s, h, n - k)
+            run = buffer_launch(s, h, &s.seals[k], n - k)
         elif h.kind == REQUEST_RESET and f.flights.aio.nflying != 0:
             run = 0
         elif h.kind != REQUEST_SYNC:
-            buffer_reply(s, h, buffer_query(s, h))
+            status = buffer_query(s, h)
+            if s.sums and s.r.rc == 0:
+                buffer_reply(s, h, ACCEPT_AGAIN, accept_state(s.nonce))
+            else:
+                buffer_reply(s, h, status, CRC32C_FIRST)
         elif d != NULL and d.flies and aio_conflicts(&f.flights.aio, d.file, AIO_SYNC, 0, 0, NULL):
             run = 0
         elif d == NULL or not d.flies or d.store.read_only:
-            buffer_reply(s, h, buffer_sync(s, h))
+            buffer_reply(s, h, buffer_sync(s, h), CRC32C_FIRST)
             buffer_measured(s, 1, since)
         else:
             flow_begun(checked_flow(s, REQUEST_SYNC, h.device), 1)
@@ -550,6 +730,8 @@ cdef ring_status buffer_take(buffer_server_t *s, uint64_t available) noexcept no
             f.flights.blocked = True
             break
         s.last = h[run - 1]
+        if s.sums and s.seals[k + run - 1].number != 0:
+            s.last.length |= <uint64_t>s.seals[k + run - 1].sum << 32
         s.has_last = True
         reader_advance(&s.r, run)
         f.flights.head += run
@@ -578,6 +760,8 @@ cdef void buffer_begin(buffer_server_t *s) noexcept nogil:
     """
     s.void_below = 0 if s.knows_epoch else load_acquire64(&s.r.hdr.wc)
     s.knows_epoch = s.connected = True
+    s.sums = False                      # until its first request says so
+    s.unsummed = s.checksums == CHECKSUM_REQUIRE
     s.refused = 0
     count64(&s.n.connections, 1)
     if s.void_below > s.r.elements:
@@ -663,12 +847,13 @@ cdef class BufferServer(ServerEngine):
 
     request: the request channel's memory (read-only will do); response: the response channel's, writable, claimed by
     the caller; buffer: writable, at least 4096 bytes. stores: device 0, 1, ... request_bell, response_bell: writable
-    buffers or None. poll: microseconds, None: adaptive. watch: of all engines of this process, or None.
+    buffers or None. poll: microseconds, None: adaptive. watch: of all engines of this process, or None. checksum:
+    as Server has it.
 
     The response channel becomes active with the first run() and keeps its epoch until close(). run() belongs to one
     thread; stop(), counters and state may be used from others.
     """
-    FIELDS = ("kind", "device", "length", "device_offset", "buffer_offset")
+    FIELDS = ("kind", "device", "length", "device_offset", "buffer_offset", "checksum")
     cdef buffer_server_t *s
     cdef Mapping buffer
     cdef readonly tuple stores
@@ -683,7 +868,7 @@ cdef class BufferServer(ServerEngine):
 
     def __init__(self, request, response, buffer, stores, *, request_protocol=BUFFER_PROTOCOL,
                  response_protocol=BUFFER_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 Watch watch=None, bint threads=False):
+                 Watch watch=None, checksum="off", bint threads=False):
         cdef device_t *d
         cdef Store store
         cdef uint32_t flags = 0, zeroes = 0
@@ -692,6 +877,7 @@ cdef class BufferServer(ServerEngine):
         cdef bint direct
         if self.s.devices != NULL:
             raise UsageError("a BufferServer is initialised once")
+        self.s.checksums = checksum_mode(checksum)
         stores = tuple(stores)
         count = len(stores)
         if not all([isinstance(each, Store) for each in stores]):
@@ -717,6 +903,10 @@ cdef class BufferServer(ServerEngine):
             if number < STORE_FLAGS:
                 flags |= (STORE_READ_ONLY if store.s.read_only else 0) << <uint32_t>number
                 zeroes |= <uint32_t>store_zeroes(&store.s) << <uint32_t>number
+        if self.s.checksums != CHECKSUM_OFF:
+            self.s.mirror = <uint8_t *>aligned_alloc(BLOCK_SIZE, (self.s.length + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE)
+            if self.s.mirror == NULL:
+                raise MemoryError()
         if any([each.waits for each in stores]):
             self.s.files = <requests_t *>calloc(1, sizeof(requests_t))
             if self.s.files == NULL:
@@ -764,6 +954,11 @@ cdef class BufferServer(ServerEngine):
             self.buffer.drop()
 
     @property
+    def checksum(self):
+        """Whether the client's requests have checksums: CHECKSUM of _engine."""
+        return checksum_word(self.s.checksums, self.s.connected, self.s.sums, self.s.unsummed)
+
+    @property
     def counters(self):
         """All counters of this server's life; readable while it runs."""
         cdef buffer_counters n = self.s.n
@@ -806,6 +1001,7 @@ cdef class BufferServer(ServerEngine):
             if self.s.files != NULL:
                 self.s.files.flights.leaving = True
             self.land()
+            free(self.s.mirror)
             free(self.s.devices)
             free(self.s.flows)
             free(self.s)

@@ -81,6 +81,7 @@ ctypedef void (*issue_fn)(client_t *c) noexcept nogil           # lock held, sta
 ctypedef ring_status (*reap_fn)(client_t *c) noexcept nogil     # reaping is ours
 ctypedef bint (*connect_fn)(client_t *c, uint64_t ns) noexcept nogil    # likewise; state CONNECTING or LOST
 ctypedef void (*renew_fn)(client_t *c) noexcept nogil           # lock held; nothing is in flight any more
+ctypedef void (*free_fn)(client_t *c, entry_t **matched, uint64_t n) noexcept nogil     # reaping is ours; they are answered
 
 
 cdef struct client_t:
@@ -90,6 +91,7 @@ cdef struct client_t:
     reap_fn reap
     connect_fn connect
     renew_fn renew
+    free_fn free
     void *transport         # the transport's own
     # Issuers: everything up to the next group belongs to whoever holds `lock`.
     pthread_mutex_t lock
@@ -116,12 +118,18 @@ cdef struct client_t:
     uint32_t state
     uint64_t server         # response epoch of the server that was resumed with
     bint fail_fast          # while lost, new requests fail
+    uint32_t checksums      # CHECKSUM_*
+    bint sums               # that server and we have agreed upon them
+    uint64_t strays         # answers of which nobody knows to which requests they were
     # The reaper: belongs to whoever set `reaping`.
     uint32_t reaping
     uint32_t takers         # threads that must have it next: resume, fail, forget, rebind, close
     uint64_t tail           # all requests below are answered; read by issuers
     uint32_t phase
     uint64_t phase_since
+    uint64_t nonce          # of the offer in this epoch ...
+    bint agreed             # ... and whether it was taken,
+    bint demanded           # or the server serves nobody without one
     uint64_t sectors        # of the only disk, as answered ...
     uint8_t store[16]       # ... and what the same server's bell said: its store, zero = none,
     uint32_t flags          # ... STORE_READ_ONLY for each device
@@ -150,6 +158,7 @@ cdef inline uint32_t units_of(const io_t *io) noexcept nogil:
 cdef uint64_t client_room(const client_t *c) noexcept nogil
 cdef void client_counts(queue_t *q, entry_t *e, uint32_t flow, uint64_t since) noexcept nogil
 cdef void client_stale(client_t *c, uint64_t n) noexcept nogil
+cdef void client_stray(client_t *c, uint64_t wrong, uint64_t others) noexcept nogil
 cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil
 cdef void client_introduced(client_t *c) noexcept nogil
 cdef void client_submit(void *ctx, io_t *io) noexcept nogil

@@ -10,11 +10,12 @@ from cpython.buffer cimport (
 )
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
-from libc.errno cimport EIO
+from libc.errno cimport ECOMM, EIO, EPROTONOSUPPORT
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from muenfast._blocksum cimport *
 from muenfast._count cimport *
 from muenfast._engine cimport *
 from muenfast._ring cimport *
@@ -30,7 +31,13 @@ from muenfast.errors import UsageError
 
 cdef enum:
     LINUX_ERRNO_MAX = 4095  # linux/err.h MAX_ERRNO
+    GARBLED_MOST = 3        # times that a request is issued again because a checksum was wrong
     WRITE_BATCH = 4         # writes published together, so that the server copies while we do (docs/decisions/003)
+
+# Of FIELDS.
+cdef enum:
+    FAULT_TAG = 0
+    FAULT_CHECKSUM = 1
 
 # How long a client that (re)connects waits for a server to notice that it had gone: as long as a slow disk may take
 # over the writes that it executes out of the request slots.
@@ -66,10 +73,11 @@ cdef uint64_t client_room(const client_t *c) noexcept nogil:
     At most `depth` of each disk are in flight; one that takes long does not count those answered after it. Invariant:
     head - tail <= window <= elements of either ring, and tail counts answered requests only, so that neither the request
     ring (the server has read what it answered) nor the response ring can overrun.
-    Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too.
+    Nothing is issued to a server other than the one whose store was checked: the reaper finds its epoch changed, too. Nor
+    while there are strays: what is in flight then comes to an end, and shows whose they were.
     """
     cdef uint64_t room = c.window - (c.head - load_acquire64(&c.tail)), most = <uint64_t>c.depth * c.nqueues
-    room = min(room, most - c.flying if c.flying < most else 0)
+    room = min(room, most - c.flying if c.flying < most and c.strays == 0 else 0)
     return room if load_relaxed64(&c.r.hdr.epoch) == c.server else 0
 
 
@@ -99,6 +107,8 @@ cdef void client_issue(client_t *c) noexcept nogil:
     cdef entry_t *e
     cdef block_event_header h
     cdef uint8_t *slot
+    cdef const uint8_t *data
+    cdef uint32_t state
     h.error = 0
     h.valid = 1
     while q.first != NULL:
@@ -121,9 +131,13 @@ cdef void client_issue(client_t *c) noexcept nogil:
             h.id = COMMAND_SYNC if io.kind == IO_SYNC else io.block + io.issued
             h.priv = c.base + <uint32_t>c.head
             slot = writer_slot(&c.w, k)
+            data = io.buf + <uint64_t>io.issued * BLOCK_SIZE if io.kind == IO_WRITE else NULL
+            if c.sums:
+                state = CRC32C_FIRST if data == NULL else crc32c(CRC32C_FIRST, data, BLOCK_SIZE)
+                h.valid = event_sum(state, &h, c.w.wc + k, c.w.epoch)
             memcpy(slot, &h, sizeof(h))
-            if io.kind == IO_WRITE:
-                copy_given(&c.giver, slot + sizeof(h), io.buf + <uint64_t>io.issued * BLOCK_SIZE, BLOCK_SIZE)
+            if data != NULL:
+                copy_given(&c.giver, slot + sizeof(h), data, BLOCK_SIZE)
             e.priv = h.priv
             e.kind = h.kind
             e.id = h.id
@@ -203,6 +217,7 @@ cdef void client_submit(void *ctx, io_t *first) noexcept nogil:
     while io != NULL:
         io.error = 0
         io.issued = 0
+        io.garbled = 0
         io.pending = units_of(io)
         last = io
         io = io.next
@@ -263,10 +278,12 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
     cdef ring_status status = reader_peek(&c.r, &available)
     cdef block_event_header h
     cdef const uint8_t *slot
+    cdef const uint8_t *data
     cdef entry_t *e
     cdef entry_t *matched[BATCH]
     cdef int32_t errors[BATCH]
-    cdef uint64_t matches = 0, stale = 0
+    cdef uint64_t matches = 0, stale = 0, wrong = 0, unread = 0
+    cdef bint ours
     if status != SUCCESS:
         return status
     n = available if available < BATCH else BATCH
@@ -274,12 +291,22 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
         slot = reader_slot(&c.r, k)
         memcpy(&h, slot, sizeof(h))
         e = &c.entries[<uint32_t>(h.priv - c.base) % c.window]
-        if (load_acquire32(&e.state) != ENTRY_ISSUED or e.priv != h.priv or e.kind != h.kind or e.id != h.id):
+        data = slot + sizeof(h)
+        ours = load_acquire32(&e.state) == ENTRY_ISSUED and e.priv == h.priv and e.kind == h.kind and e.id == h.id
+        if ours and h.kind == EVENT_READ and h.error == 0 and e.io != NULL:
+            copy_taken(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, data, BLOCK_SIZE)
+            data = e.io.buf + <uint64_t>e.index * BLOCK_SIZE
+        if c.sums:                      # of what is wrong, or was when the server read it, nothing is believed
+            if not client_sum(c, &h, k, data):
+                wrong += 1
+                continue
+            if h.error == -ECOMM:
+                unread += 1
+                continue
+        if not ours:
             stale += 1
             continue
         e.state = ENTRY_MATCHED
-        if h.kind == EVENT_READ and h.error == 0 and e.io != NULL:
-            copy_taken(e.io.buf + <uint64_t>e.index * BLOCK_SIZE, slot + sizeof(h), BLOCK_SIZE)
         matched[matches] = e
         errors[matches] = h.error
         matches += 1
@@ -290,20 +317,93 @@ cdef ring_status client_reap(client_t *c) noexcept nogil:
     reader_advance(&c.r, n)
     client_stale(c, stale)
     client_settle(c, matched, errors, matches)
+    if c.sums:
+        client_stray(c, wrong, unread + stale)
     return SUCCESS
+
+
+cdef bint client_sum(const client_t *c, const block_event_header *h, uint64_t k, const uint8_t *data) noexcept nogil:
+    """Whether the checksum of the k-th answer is right, h a copy of its header. data: its block, where it has one."""
+    cdef uint32_t state = CRC32C_FIRST
+    if h.kind == EVENT_READ and h.error == 0:
+        state = crc32c(state, data, BLOCK_SIZE)
+    return event_sum(state, h, c.r.rc + k, c.r.epoch) == h.valid
+
+
+cdef void client_stray(client_t *c, uint64_t wrong, uint64_t others) noexcept nogil:
+    """So many answers more had a wrong checksum, or came to nobody knows which requests: the server could not read those, or
+    they are not in flight. Every request has one answer: once there are no more in flight than strays, those have had theirs.
+    Precondition: reaping is ours, there are checksums."""
+    cdef entry_t *matched[BATCH]
+    cdef int32_t errors[BATCH]
+    cdef uint64_t at, flying, found = 1
+    if wrong != 0:
+        reader_blame(&c.r, FAULT_CHECKSUM, wrong)
+    if wrong + others + c.strays == 0:
+        return
+    pthread_mutex_lock(&c.lock)
+    c.strays += wrong + others
+    flying = c.flying
+    pthread_mutex_unlock(&c.lock)
+    if flying > c.strays:
+        return
+    while found != 0:                   # nothing is issued meanwhile
+        found = 0
+        at = load_acquire64(&c.tail)
+        while at != load_acquire64(&c.head) and found < BATCH:
+            if load_acquire32(&c.entries[at % c.window].state) == ENTRY_ISSUED:
+                matched[found] = &c.entries[at % c.window]
+                matched[found].state = ENTRY_MATCHED
+                errors[found] = -ECOMM
+                found += 1
+            at += 1
+        if found != 0:
+            if c.free != NULL:
+                c.free(c, matched, found)
+            client_settle(c, matched, errors, found)
+    pthread_mutex_lock(&c.lock)
+    c.strays = 0
+    if c.state == CLIENT_READY:
+        c.issue(c)
+    pthread_mutex_unlock(&c.lock)
 
 
 cdef void client_stale(client_t *c, uint64_t n) noexcept nogil:
     """n answers were to nothing that is in flight."""
     if n != 0:
         count64(&c.n.stale, n)
-        reader_blame(&c.r, 0, n)
+        reader_blame(&c.r, FAULT_TAG, n)
+
+
+cdef void client_again(client_t *c, io_t *again) noexcept nogil:
+    """Puts back requests that were answered, but with a wrong checksum; `issued` of each is its device. Precondition: lock
+    held. Behind one that is partly issued: client_requeue() looks for that in the first place."""
+    cdef io_t *io
+    cdef io_t **link
+    cdef queue_t *q
+    while again != NULL:
+        io = again
+        again = io.next
+        q = &c.queues[io.issued]
+        link = &q.first
+        while link[0] != NULL and (link[0].issued != 0 or link[0].garbled != 0):
+            link = &link[0].next
+        count64(&q.n.reissued, 1)
+        io.issued = 0
+        io.error = 0
+        io.pending = units_of(io)
+        io.garbled += 1
+        io.next = link[0]
+        if link[0] == NULL:
+            q.last = io
+        link[0] = io
 
 
 cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, uint64_t n) noexcept nogil:
     """Ends n requests (ENTRY_MATCHED) whose answers were validated, and issues what waited for their room.
 
-    Precondition: reaping is ours. errors: 0 or what the server says; what is no negative errno becomes EIO.
+    Precondition: reaping is ours. errors: 0 or what the server says; what is no negative errno becomes EIO. With checksums
+    ECOMM is that a request or its answer came with a wrong one: it is issued again, whole, GARBLED_MOST times.
     """
     cdef uint64_t k, tail, head, now = 0
     cdef uint32_t devices[BATCH]
@@ -314,6 +414,9 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
     cdef io_t *io
     cdef io_t *finished = NULL
     cdef io_t **link = &finished
+    cdef io_t *again = NULL
+    cdef io_t **again_link = &again
+    cdef bint sums = c.sums, garbled
     count64(&c.n.batches, 1)
     count64(&c.answers, n)
     for k in range(n):
@@ -323,8 +426,13 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
         f = flows[k] = &c.queues[device].flows[matched[k].flow]
         count64(&f.requests, 1)
         error = errors[k] if -LINUX_ERRNO_MAX <= errors[k] <= 0 else -EIO
+        garbled = sums and error == -ECOMM
+        if garbled and io != NULL and io.garbled == GARBLED_MOST:
+            error = -EIO
+            garbled = False
         if error != 0:
-            flow_failed(f, 1, error)
+            if not garbled:
+                flow_failed(f, 1, error)
         elif matched[k].flow != FLOW_FLUSH:
             count64(&f.bytes, <uint64_t>nblocks * c.queues[device].block_size)
         if matched[k].since != 0:
@@ -333,14 +441,18 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
         store_release32(&matched[k].state, ENTRY_FREE)
         if io == NULL:
             continue
-        if error != 0:
+        if error != 0 and not (garbled and io.error != 0):
             io.error = error
         io.pending -= nblocks
         if io.pending == 0:
             io.issued = device
             io.next = NULL
-            link[0] = io
-            link = &io.next
+            if sums and io.error == -ECOMM:
+                again_link[0] = io
+                again_link = &io.next
+            else:
+                link[0] = io
+                link = &io.next
     tail = c.tail
     head = load_acquire64(&c.head)
     while tail != head and load_acquire32(&c.entries[tail % c.window].state) == ENTRY_FREE:
@@ -352,6 +464,8 @@ cdef void client_settle(client_t *c, entry_t **matched, const int32_t *errors, u
     for k in range(n):
         c.queues[devices[k]].flying -= 1
         flow_ended(flows[k], 1)
+    if again != NULL:
+        client_again(c, again)
     if c.state == CLIENT_READY:
         if c.settled != 0:
             client_adapt(c)
@@ -614,7 +728,7 @@ cdef void client_fail(client_t *c, uint32_t state) noexcept nogil:
             io.next = finished
             finished = io
     store_release64(&c.tail, c.head)
-    c.flying = 0
+    c.flying = c.strays = 0
     pthread_mutex_unlock(&c.lock)
     client_finish(c, finished, True)
 
@@ -663,7 +777,7 @@ cdef void client_requeue(client_t *c) noexcept nogil:
             if q.first == NULL:
                 q.last = last
             q.first = first
-    c.head = c.flying = 0
+    c.head = c.flying = c.strays = 0
     store_release64(&c.tail, 0)
 
 
@@ -686,21 +800,36 @@ cdef bint client_take_size(client_t *c, uint64_t available) noexcept nogil:
     cdef uint64_t n = available if available < BATCH else BATCH
     cdef uint64_t k, sectors = 0
     cdef block_event_header h
+    cdef block_offer answer
     cdef const uint8_t *slot
-    cdef bint found = False
+    cdef bint found = False, demanded = False
+    cdef uint32_t state
+    cdef int agreed = OFFER_NONE
     for k in range(n):
         slot = reader_slot(&c.r, k)
         memcpy(&h, slot, sizeof(h))
-        if h.kind == EVENT_COMMAND and h.id == COMMAND_SIZE and h.priv == c.base - 1 and h.error == 0:
-            memcpy(&sectors, slot + sizeof(h), sizeof(sectors))
-            found = True
+        if h.kind == EVENT_COMMAND and h.id == COMMAND_SIZE and h.priv == c.base - 1 and not found:
+            memcpy(&answer, slot + sizeof(h), sizeof(answer))
+            if c.checksums != CHECKSUM_OFF:
+                agreed = answer_look(&answer, c.nonce)
+                state = crc32c(CRC32C_FIRST, slot + sizeof(h), BLOCK_SIZE)
+                if agreed == OFFER_GOOD and (h.error != 0 or event_sum(state, &h, c.r.rc + k, c.r.epoch) != h.valid):
+                    agreed = OFFER_GARBLED
+            sectors = answer.sectors
+            found = h.error == 0
+            demanded = h.error == -EPROTONOSUPPORT
     client_introduced(c)
     if not reader_intact(&c.r):         # covers the bell: a server ends its predecessor's epoch before it speaks
         reader_recover(&c.r)
         return False
     reader_advance(&c.r, n)
+    if agreed == OFFER_GARBLED:         # asked anew, and until then nobody knows
+        reader_blame(&c.r, FAULT_CHECKSUM, 1)
+        return False
+    c.demanded = demanded
     if found:
         c.sectors = sectors
+        c.agreed = agreed == OFFER_GOOD
     return found
 
 
@@ -713,6 +842,7 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
     """
     cdef uint64_t start = now_ns(), now, passed, available
     cdef block_event_header h
+    cdef block_offer offer
     cdef uint8_t *slot
     cdef ring_status status
     while True:
@@ -741,6 +871,13 @@ cdef bint client_connect(client_t *c, uint64_t ns) noexcept nogil:
             writer_reserve(&c.w, 1)
             slot = writer_slot(&c.w, 0)
             memcpy(slot, &h, sizeof(h))
+            if c.checksums != CHECKSUM_OFF:
+                memset(&offer, 0, sizeof(offer))
+                offer.magic = OFFER_MAGIC
+                offer.again = OFFER_AGAIN
+                offer.nonce = c.nonce = random_epoch()
+                offer.sum = offer_sum(&offer, &h, c.w.wc, c.w.epoch)
+                memcpy(slot + sizeof(h), &offer, sizeof(offer))
             writer_publish(&c.w, 1)
             c.phase = PHASE_SIZE
             c.phase_since = now
@@ -781,6 +918,7 @@ cdef void client_resume(client_t *c) noexcept nogil:
     """
     pthread_mutex_lock(&c.lock)
     c.server = c.r.epoch
+    c.sums = c.agreed
     client_requeue(c)
     c.waiting_since = c.measured = c.measured_ns = 0
     c.window = WINDOW
@@ -1326,6 +1464,15 @@ cdef class ClientEngine:
         return load_relaxed64(&self.c.flying)
 
     @property
+    def checksum(self):
+        """Whether the answers of the server that answered last have checksums: CHECKSUM of _engine. "refused": it serves nobody
+        without them; before there was one: "idle"."""
+        if self.c.demanded:
+            return "refused"
+        return checksum_word(self.c.checksums, self.c.phase == PHASE_ANSWERED or self.c.state == CLIENT_READY,
+                             self.c.agreed, False)
+
+    @property
     def conduct(self):
         """Of the server, by its answers: FIELDS."""
         return conduct_of(self, &self.c.r, self.FIELDS)
@@ -1389,15 +1536,17 @@ cdef class Client(ClientEngine):
 
     request: the request channel's memory, writable, claimed by the caller; response: the response channel's.
     request_bell, response_bell: writable buffers or None. poll: microseconds, None: adaptive. fail_fast: while the
-    server is lost, new requests fail instead of waiting for it. watch: of all engines of this process, or None.
+    server is lost, new requests fail instead of waiting for it. watch: of all engines of this process, or None. checksum:
+    "off", "auto" (with a server that has them) or "require", which is for the caller of resume() to see to: `checksum`.
     """
-    FIELDS = ("priv",)
+    FIELDS = ("priv", "checksum")
 
     def __init__(self, request, response, *, request_protocol=BLOCK_REQUEST_PROTOCOL,
                  response_protocol=BLOCK_RESPONSE_PROTOCOL, request_bell=None, response_bell=None, poll=None,
-                 fail_fast=False, Watch watch=None):
+                 fail_fast=False, Watch watch=None, checksum="off"):
         if self.request is not None:
             raise UsageError("a Client is initialised once")
+        self.c.checksums = checksum_mode(checksum)
         self.c.issue = client_issue
         self.c.reap = client_reap
         self.c.connect = client_connect

@@ -65,6 +65,10 @@ cdef inline bint was_taken(Mapping m) noexcept:
     return m is not None and m.held and load_acquire32(m.broken) != 0
 
 
+cdef uint32_t checksum_mode(object text) except? 0
+cdef str checksum_word(uint32_t mode, bint connected, bint agreed, bint refused)
+
+
 cdef enum server_event:
     SERVER_TICK = 0
     SERVER_CONNECTED = 1

@@ -2,6 +2,9 @@ from typing_extensions import disjoint_base
 
 from muenfast._ring import Conduct
 
+CHECKSUM_MODES: tuple[str, ...]
+CHECKSUM: tuple[str, ...]
+
 @disjoint_base
 class ServerEngine:
     EVENTS: tuple[str, ...]

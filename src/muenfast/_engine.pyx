@@ -3,11 +3,33 @@ from cpython.bytes cimport PyBytes_AS_STRING
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from muenfast._blocksum cimport CHECKSUM_AUTO, CHECKSUM_OFF, CHECKSUM_REQUIRE
 from muenfast._ring cimport *
 from muenfast._thread cimport TIMER_SLACK_NS, prepare_thread
 from muenfast._wire cimport *
 
 from muenfast.errors import UsageError
+
+# What an end does about checksums, and what `muenfast stat` shows of that: "off": it has none; "idle": nobody is connected; "agreed"; "plain": the other side has none; "refused": and is not served for that.
+CHECKSUM_MODES = ("off", "auto", "require")
+CHECKSUM = ("off", "idle", "agreed", "plain", "refused")
+
+
+cdef uint32_t checksum_mode(object text) except? 0:
+    """CHECKSUM_OFF, ... of one of CHECKSUM_MODES. Raises UsageError."""
+    modes = {"off": CHECKSUM_OFF, "auto": CHECKSUM_AUTO, "require": CHECKSUM_REQUIRE}
+    if text not in modes:
+        raise UsageError(f"checksums are one of {', '.join(CHECKSUM_MODES)}", option="checksum", value=text)
+    return modes[text]
+
+
+cdef str checksum_word(uint32_t mode, bint connected, bint agreed, bint refused):
+    """One of CHECKSUM."""
+    if mode == CHECKSUM_OFF:
+        return "off"
+    if not connected:
+        return "idle"
+    return "agreed" if agreed else "refused" if refused else "plain"
 
 
 cdef class ServerEngine:

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "_copy.h"
+#include "_crc32c.h"
 #include "_wire.h"
 
 enum { FRAME_RAW = 0, FRAME_NET = 1, FRAME_ETH = 2 };
@@ -37,8 +38,19 @@ enum {
     FRAME_LENGTH = -1,   /* a length that cannot be: beyond the element, or shorter than its own header */
     FRAME_PROTOCOL = -2, /* net_hdr and packet disagree which IP it is, or it is none */
     FRAME_OVERSIZE = -3, /* more than an element holds */
-    FRAME_NOT_IP = -4
+    FRAME_NOT_IP = -4,
+    FRAME_CHECKSUM = -5  /* not that of what the element holds */
 };
+
+enum { FRAME_SUM = 4 }; /* bytes of a checksum, behind an element of an epoch that has them */
+
+/* What a checksum covers behind the packet and what stands before it. */
+typedef struct {
+    uint64_t covered; /* bytes of that */
+    uint64_t number;  /* of the element, from 0 in each epoch */
+    uint64_t epoch;
+} frame_place;
+MF_SIZE(frame_place, 24);
 
 /* Bytes of an element. mtu: FRAME_LEAST to FRAME_MOST. */
 static inline uint32_t frame_size(int kind, uint32_t mtu) {
@@ -100,6 +112,31 @@ static inline int frame_finish(int kind, uint8_t *slot, uint32_t size, const uin
     if (kind == FRAME_ETH)
         memcpy(slot + size - ETH_LENGTH, &length, sizeof(length));
     return 0;
+}
+
+/* The checksum of an element in private memory, or our own channel's, that holds a packet of n bytes: of net_hdr as many as
+ * its own header says. */
+static inline uint32_t frame_sum(int kind, const uint8_t *element, uint32_t size, uint32_t n, uint64_t number,
+                                 uint64_t epoch) {
+    frame_place place = {kind == FRAME_RAW ? size : frame_start(kind) + n, number, epoch};
+    return ~crc32c(crc32c(CRC32C_FIRST, element, place.covered), &place, sizeof place);
+}
+
+/* Completes an element, which frame_finish() has, with its checksum. */
+static inline void frame_seal(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint64_t number, uint64_t epoch) {
+    uint32_t sum;
+    if (kind == FRAME_NET)
+        n = (uint32_t)ip_length(slot + frame_start(kind));
+    sum = frame_sum(kind, slot, size, n, number, epoch);
+    memcpy(slot + size, &sum, sizeof sum);
+}
+
+/* Whether a packet of n bytes, that frame_take() copied to `element`, has the checksum that stands in its slot. */
+static inline int frame_right(int kind, const uint8_t *element, const uint8_t *slot, uint32_t size, uint32_t n,
+                              uint64_t number, uint64_t epoch) {
+    uint32_t sum;
+    memcpy(&sum, slot + size, sizeof sum);
+    return frame_sum(kind, element, size, n, number, epoch) == sum;
 }
 
 /* As frame_finish(), and copies the packet, n bytes of private memory, into the element: what stands before it first. */

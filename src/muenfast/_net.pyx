@@ -12,6 +12,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from muenfast._blocksum cimport CHECKSUM_AUTO, CHECKSUM_OFF, CHECKSUM_REQUIRE
+from muenfast._engine cimport checksum_mode, checksum_word
 from muenfast._marks cimport *
 from muenfast._packets cimport *
 from muenfast._ring cimport *
@@ -37,10 +39,15 @@ cdef extern from "_frame.h" nogil:
     enum: FRAME_PROTOCOL
     enum: FRAME_OVERSIZE
     enum: FRAME_NOT_IP
+    enum: FRAME_CHECKSUM
+    enum: FRAME_SUM
     enum: ETH_HEADER
     uint32_t frame_size(int kind, uint32_t mtu) noexcept
     uint32_t frame_start(int kind) noexcept
     uint32_t frame_room(int kind, uint32_t size) noexcept
+    void frame_seal(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint64_t number, uint64_t epoch) noexcept
+    bint frame_right(int kind, const uint8_t *element, const uint8_t *slot, uint32_t size, uint32_t n, uint64_t number,
+                     uint64_t epoch) noexcept
     int frame_finish(int kind, uint8_t *slot, uint32_t size, const uint8_t *head, uint32_t n, uint32_t used,
                      uint32_t mark) noexcept
     int frame_put(int kind, uint8_t *slot, uint32_t size, const uint8_t *packet, uint32_t n, uint32_t used,
@@ -59,6 +66,13 @@ FRAMINGS = {"raw": FRAME_RAW, "net_hdr": FRAME_NET, "eth_dev": FRAME_ETH}
 LEAST_MTU, MOST_MTU = FRAME_LEAST, FRAME_MOST
 MERGES = {"tcp4": COALESCE_TCP4, "tcp6": COALESCE_TCP6, "udp": COALESCE_UDP}
 MOST_PORTS = PORTS      # devices of one interface: itself and its children
+
+# Of FIELDS of Receiver.
+cdef enum:
+    FAULT_LENGTH = 0
+    FAULT_PROTOCOL = 1
+    FAULT_CHECKSUM = 2
+
 
 cdef enum:
     PORTS = 256             # MOST_CHILDREN of marks.py, and the interface itself
@@ -79,6 +93,9 @@ cdef uint64_t BATCH_BYTES = 16384
 # Between looks at a reader that has the ring full, and how long one that takes nothing is waited for: it may be dead.
 cdef uint64_t NAP_NS = 50_000
 cdef uint64_t STUCK_NS = 300_000_000
+# An epoch with checksums, or without, lasts as long at least; and a reader that says that it takes them has as long to come.
+cdef uint64_t AGREE_NS = 200_000_000
+cdef uint64_t MISSING_NS = 1_000_000_000
 # How long, at an epoch's end, a reader may take what is there.
 cdef uint64_t LEAVE_NS = 20_000_000
 # How long the next packet is looked for before an engine sleeps, where that paid lately: a round trip with two wake-ups from
@@ -294,6 +311,10 @@ cdef struct sender_t:
     uint32_t marks
     uint8_t *spill          # SPILL bytes for what an element does not hold, behind as many
     uint32_t *used          # of each element: bytes of its room that may be other than zero in this epoch
+    uint32_t checksums      # CHECKSUM_*
+    bint sums               # elements of this epoch have checksums
+    uint64_t room           # bytes of the channel behind its header
+    uint64_t began_ns       # when the epoch began
     uint8_t information[PACKET_INFORMATION]
     uint8_t ancillary[ANCILLARY]
     vnet_header vnet        # of the packet that was read, counting from its first byte on
@@ -525,6 +546,8 @@ cdef uint64_t sender_pieces(sender_t *s, uint64_t filled, uint64_t most) noexcep
                 continue
             frame_put(s.kind, slot, s.size, s.piece, n, used[0], s.mark)
             count64(&s.n.segments, s.super)
+        if s.sums:
+            frame_seal(s.kind, slot, s.size, n, s.w.wc + filled, s.w.epoch)
         used[0] = n
         count64(&s.n.bytes, n)
         filled += 1
@@ -569,6 +592,8 @@ cdef bint sender_whole(sender_t *s, uint64_t k, uint32_t n) noexcept nogil:
     elif status != 0:
         count64(&s.n.malformed, 1)
     else:
+        if s.sums:
+            frame_seal(s.kind, slot, s.size, n, s.w.wc + k, s.w.epoch)
         s.used[at] = n
         count64(&s.n.bytes, n)
     return status == 0
@@ -722,6 +747,47 @@ cdef void sender_leave(sender_t *s) noexcept nogil:
     count64(&s.n.untaken, sender_untaken(s, epoch))
 
 
+cdef void sender_start(sender_t *s, bint sums) noexcept nogil:
+    """Begins an epoch, whose elements have checksums or none."""
+    s.sums = sums
+    s.w.size = s.size + (FRAME_SUM if sums else 0)
+    s.w.elements = s.room // s.w.size
+    s.w.rest = s.room % s.w.size
+    s.w.reserved = ACCEPT_MAGIC if sums else 0
+    s.full_since = 0
+    s.given_up = False
+    s.began_ns = now_ns()
+    writer_start(&s.w, random_epoch())
+    memset(s.used, 0, s.w.elements * sizeof(uint32_t))
+
+
+cdef bint sender_asked(const sender_t *s) noexcept nogil:
+    """Whether elements are to have checksums: that is required, or wanted, and the reader takes them."""
+    if s.checksums != CHECKSUM_AUTO:
+        return s.checksums == CHECKSUM_REQUIRE
+    return s.w.bell != NULL and load_relaxed32(&s.w.bell.reader_sums) == 1 and s.room >= s.size + FRAME_SUM
+
+
+cdef void sender_agree(sender_t *s) noexcept nogil:
+    """Begins another epoch where the reader takes checksums by now, or no longer; at most every AGREE_NS. Precondition:
+    checksums are CHECKSUM_AUTO, the link is up, no packet is pending.
+
+    Trust: what the bell says is advice. A reader that has not come to an epoch with checksums in time may be one that has
+    none, behind one that was killed: then there are none until one says so again.
+    """
+    cdef bint asked = sender_asked(s), missing = s.sums and load_relaxed64(&s.w.bell.reader_epoch) != s.w.epoch
+    cdef uint64_t passed
+    if asked == s.sums and not missing:
+        return
+    passed = now_ns() - s.began_ns
+    if missing and passed >= MISSING_NS:
+        store_relaxed32(&s.w.bell.reader_sums, 0)
+        asked = False
+    if asked != s.sums and passed >= AGREE_NS:
+        sender_leave(s)
+        sender_start(s, asked)
+
+
 cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     """Does what the link's state asks for; SENDER_UP, SENDER_DOWN, or -errno."""
     cdef uint32_t k
@@ -731,8 +797,7 @@ cdef int sender_relink(sender_t *s, uint32_t link) noexcept nogil:
     s.given_up = False
     if link & 1:
         if s.w.hdr != NULL:
-            writer_start(&s.w, random_epoch())
-            memset(s.used, 0, s.w.elements * sizeof(uint32_t))
+            sender_start(s, sender_asked(s))
         return SENDER_UP
     if s.w.hdr != NULL:
         sender_leave(s)
@@ -797,6 +862,8 @@ cdef sender_event sender_loop(sender_t *s, uint64_t ns) noexcept nogil:
                 return <sender_event>event
             if event == -EBADFD:
                 return SENDER_GONE
+        if s.checksums == CHECKSUM_AUTO and s.linked & 1 != 0 and s.w.hdr != NULL and not sender_pending(s):
+            sender_agree(s)
         turns += 1
         if turns % 256 == 0:
             passed = now_ns() - start
@@ -837,6 +904,7 @@ cdef struct receiver_counters:
     uint64_t over           # times the ring was overrun; the elements that cost are the reader's `lost_total`
     uint64_t length         # dropped, as the rest is: a length that cannot be
     uint64_t protocol       # neither IPv4 nor IPv6, or not what net_hdr says
+    uint64_t checksum       # wrong
     uint64_t down           # the interface was down
     uint64_t refused        # by the kernel
     uint64_t batches[CLASSES]
@@ -853,6 +921,8 @@ cdef struct receiver_t:
     bint merges             # what comes is merged: `c` instead of `stage`
     uint32_t size
     uint64_t batch
+    uint32_t checksums      # CHECKSUM_*
+    bint sums               # elements of this epoch have checksums
     uint64_t stride         # of packets in private memory
     uint8_t *stage
     coalescer c
@@ -920,9 +990,26 @@ cdef int receiver_write(receiver_t *v, uint32_t number, uint32_t mark, uint8_t *
     return -EBADFD if errno == EBADFD else 0
 
 
-cdef inline void receiver_malformed(receiver_t *v, bint length) noexcept nogil:
-    count64(&v.n.length if length else &v.n.protocol, 1)
-    reader_blame(&v.r, not length, 1)
+cdef void receiver_malformed(receiver_t *v, int status) noexcept nogil:
+    """Counts an element whose packet is dropped. status: FRAME_LENGTH, FRAME_PROTOCOL or FRAME_CHECKSUM."""
+    if status == FRAME_LENGTH:
+        count64(&v.n.length, 1)
+        reader_blame(&v.r, FAULT_LENGTH, 1)
+    elif status == FRAME_CHECKSUM:
+        count64(&v.n.checksum, 1)
+        reader_blame(&v.r, FAULT_CHECKSUM, 1)
+    else:
+        count64(&v.n.protocol, 1)
+        reader_blame(&v.r, FAULT_PROTOCOL, 1)
+
+
+cdef int32_t receiver_take(receiver_t *v, uint64_t k, uint8_t *to, uint32_t *mark) noexcept nogil:
+    """As frame_take(), of element k, whose checksum is looked at, too, where there are such."""
+    cdef const uint8_t *slot = reader_slot(&v.r, k)
+    cdef int32_t n = frame_take(v.kind, to, slot, v.size, mark)
+    if v.sums and n >= 0 and not frame_right(v.kind, to, slot, v.size, <uint32_t>n, v.r.rc + k, v.r.epoch):
+        return FRAME_CHECKSUM
+    return n
 
 
 cdef ring_status receiver_batch(receiver_t *v, int *gone) noexcept nogil:
@@ -937,7 +1024,7 @@ cdef ring_status receiver_batch(receiver_t *v, int *gone) noexcept nogil:
         return status
     n = min(n, v.batch)
     for k in range(n):
-        v.lengths[k] = frame_take(v.kind, v.stage + k * v.stride + HEADROOM, reader_slot(&v.r, k), v.size, &v.tags[k])
+        v.lengths[k] = receiver_take(v, k, v.stage + k * v.stride + HEADROOM, &v.tags[k])
     if not reader_intact(&v.r):
         return reader_recover(&v.r)
     reader_advance(&v.r, n)
@@ -945,7 +1032,7 @@ cdef ring_status receiver_batch(receiver_t *v, int *gone) noexcept nogil:
     memset(&none, 0, sizeof(none))
     for k in range(n):
         if v.lengths[k] < 0:
-            receiver_malformed(v, v.lengths[k] == FRAME_LENGTH)
+            receiver_malformed(v, v.lengths[k])
             continue
         mark = v.tags[k]
         number = marks_child(v.marks, mark)
@@ -971,11 +1058,22 @@ cdef void receiver_ready(receiver_t *v, int *gone) noexcept nogil:
 cdef bint receiver_place(receiver_t *v, uint64_t k, int *status) noexcept nogil:
     """Copies element k to where it is going to be; whether it was whole. status: 0, or what is wrong with it."""
     cdef const uint8_t *slot = reader_slot(&v.r, k)
-    cdef net_hdr h = frame_header(slot)
+    cdef net_hdr h
+    cdef uint32_t mark
+    cdef int32_t n
+    if v.sums:                          # what is verified is what goes on
+        n = receiver_take(v, k, v.stage + HEADROOM, &mark)
+        slot = v.stage + HEADROOM
+        if n < 0:
+            status[0] = n
+            return reader_intact(&v.r)
+    h = frame_header(slot)
     status[0] = coalesce_place(&v.c, slot + sizeof(h), v.size - <uint32_t>sizeof(h),
                                <uint64_t>marks_child(v.marks, h.mark) << 32 | h.mark)
-    if status[0] == 0 and not frame_agrees(h, coalesce_version(&v.c)):
-        status[0] = COALESCE_NOT_IP
+    if status[0] == COALESCE_FRAME:
+        status[0] = FRAME_LENGTH
+    elif status[0] != 0 or not frame_agrees(h, coalesce_version(&v.c)):
+        status[0] = FRAME_PROTOCOL
     return reader_intact(&v.r)
 
 
@@ -1002,7 +1100,7 @@ cdef ring_status receiver_merge(receiver_t *v, int *gone) noexcept nogil:
                     break
             k += 1
             if wrong != 0:
-                receiver_malformed(v, wrong == COALESCE_FRAME)
+                receiver_malformed(v, wrong)
             elif coalesce_commit(&v.c) != 0:
                 receiver_ready(v, gone)
         if status != SUCCESS:
@@ -1084,6 +1182,9 @@ cdef receiver_event receiver_loop(receiver_t *v, uint64_t ns) noexcept nogil:
             passed = now_ns() - start
         if status == EPOCH_CHANGED:
             v.connected = True
+            v.sums = v.r.size != v.size
+            if v.checksums != CHECKSUM_OFF and v.r.bell != NULL and not v.r.mute:   # the writer may have taken it back
+                store_relaxed32(&v.r.bell.reader_sums, 1)
             if not v.joined:
                 v.joined = True
                 receiver_join(v)
@@ -1158,7 +1259,7 @@ cdef class Sender(Pump):
 
     memory: the channel, claimed by the caller, or None: what comes is dropped. framing: one of FRAMINGS; a raw device gives
     packet information. pressed: whether a reader that tells how far it is, by the bell, is waited for. paths: the region of
-    path MTUs, or None.
+    path MTUs, or None. checksum: "off", "auto" (where the reader says, by the bell, that it takes them) or "require".
     """
     EVENTS = ("tick", "up", "down", "stopped", "broken", "gone", "child")
     cdef sender_t s
@@ -1166,9 +1267,11 @@ cdef class Sender(Pump):
     cdef uint8_t *memory
 
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol=0, bell=None,
-                 bint pressed=True, paths=None):
+                 bint pressed=True, paths=None, checksum="off"):
+        cdef uint64_t least
         if self.ports is not None:
             raise UsageError("a Sender is initialised once")
+        self.s.checksums = checksum_mode(checksum)
         self.check(framing, mtu, ports)
         self.s.ports, self.s.count, self.s.turn, self.s.wake = ports.ports, &ports.count, &ports.turn, ports.wake
         self.s.loan = &ports.loan
@@ -1187,7 +1290,9 @@ cdef class Sender(Pump):
             self.s.marks = <uint32_t>min(self.paths.length // sizeof(uint32_t), <uint64_t>1 << 24)
         self.s.batch = BATCH
         if memory is not None:
-            self.ring = hold(memory, True, SHMSTREAM_HEADER_SIZE + self.size)
+            least = self.size + (FRAME_SUM if self.s.checksums == CHECKSUM_REQUIRE else 0)
+            self.ring = hold(memory, True, SHMSTREAM_HEADER_SIZE + least)
+            self.s.room = self.ring.length - SHMSTREAM_HEADER_SIZE
             self.s.used = <uint32_t *>calloc((self.ring.length - SHMSTREAM_HEADER_SIZE) // self.size, sizeof(uint32_t))
             if self.s.used == NULL:
                 raise MemoryError
@@ -1230,6 +1335,11 @@ cdef class Sender(Pump):
     def active(self):
         """Whether the channel has an epoch."""
         return self.s.w.hdr != NULL and self.s.w.epoch != 0
+
+    @property
+    def checksum(self):
+        """Whether elements have checksums: CHECKSUM of _engine."""
+        return checksum_word(self.s.checksums, self.active, self.s.sums, False)
 
     @property
     def elements(self):
@@ -1278,16 +1388,18 @@ cdef class Receiver(Pump):
 
     memory: the channel, read-only. framing: one of FRAMINGS. poll: microseconds between looks at a channel whose writer does
     not ring, None: adaptive. merge: what the devices take as super-packets, of MERGES. tells: whether it is the one that tells
-    the writer, by the bell, how far it is.
+    the writer, by the bell, how far it is, and whether it takes checksums. checksum: "off", "auto" (where the writer makes them)
+    or "require": elements without them are not taken.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone", "child")
-    FIELDS = ("length", "protocol")
+    FIELDS = ("length", "protocol", "checksum")
     cdef receiver_t v
 
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None,
-                 merge=(), bint tells=True):
+                 merge=(), bint tells=True, checksum="off"):
         if self.ring is not None:
             raise UsageError("a Receiver is initialised once")
+        self.v.checksums = checksum_mode(checksum)
         self.check(framing, mtu, ports)
         self.v.ports, self.v.marks, self.v.loan = ports.ports, &ports.marks.t, &ports.loan
         self.v.kind, self.v.size, self.v.offload = FRAMINGS[framing], self.size, ports.offload
@@ -1306,6 +1418,10 @@ cdef class Receiver(Pump):
             raise MemoryError
         self.ring = hold(memory, False, SHMSTREAM_HEADER_SIZE + self.size)
         reader_init(&self.v.r, self.ring.base, self.ring.length, self.size, protocol)
+        if self.v.checksums != CHECKSUM_OFF:
+            self.v.r.sums_size = self.size + FRAME_SUM
+        if self.v.checksums == CHECKSUM_REQUIRE:
+            self.v.r.want_size = <uint64_t>-1       # of no element
         self.v.r.broken = self.ring.broken
         self.v.r.spin_ns = SPIN_NS
         self.v.r.yields = True
@@ -1316,6 +1432,8 @@ cdef class Receiver(Pump):
             self.v.r.mute = not tells
             self.v.left_epoch = load_relaxed64(&self.v.r.bell.reader_epoch)
             self.v.left_rc = load_relaxed64(&self.v.r.bell.reader_rc)
+            if tells:
+                store_relaxed32(&self.v.r.bell.reader_sums, self.v.checksums != CHECKSUM_OFF)
 
     def __dealloc__(self):
         free(self.v.stage)
@@ -1344,6 +1462,12 @@ cdef class Receiver(Pump):
         return bool(self.v.connected)
 
     @property
+    def checksum(self):
+        """Whether elements have checksums: CHECKSUM of _engine; "refused": an epoch that has none, and is not taken."""
+        cdef bint refused = self.v.checksums == CHECKSUM_REQUIRE and self.v.r.refused != 0
+        return checksum_word(self.v.checksums, self.v.connected or refused, self.v.sums and not refused, refused)
+
+    @property
     def batches(self):
         """Rounds in which packets came."""
         return self.v.r.batches
@@ -1365,9 +1489,9 @@ cdef class Receiver(Pump):
     def counters(self):
         """By name; `batches`: rounds by their size, 1, 2 to 3, 4 to 7, ..."""
         cdef receiver_counters *n = &self.v.n
-        lost = {"overrun": self.v.r.lost_total, "length": n.length, "protocol": n.protocol, "down": n.down,
-                "refused": n.refused}
-        frame = n.length + n.protocol
+        lost = {"overrun": self.v.r.lost_total, "length": n.length, "protocol": n.protocol, "checksum": n.checksum,
+                "down": n.down, "refused": n.refused}
+        frame = n.length + n.protocol + n.checksum
         return {"rx_packets": n.packets, "rx_bytes": n.bytes, "rx_errors": n.over + frame, "rx_over_errors": n.over,
                 "rx_frame_errors": frame, "rx_dropped": n.down + n.refused, "lost": lost,
                 "merged": {"supers": self.v.c.supers, "segments": self.v.c.supers + self.v.c.merged,
@@ -1390,6 +1514,8 @@ cdef class Receiver(Pump):
         self.enter()
         self.closed = True
         self.v.connected = False
+        if self.v.r.bell != NULL and not self.v.r.mute:
+            store_relaxed32(&self.v.r.bell.reader_sums, 0)
         self.v.r.bell = NULL
         self.drop()
         busy_leave(&self.busy)

@@ -29,6 +29,7 @@ cdef struct writer_t:
     uint64_t size           # bytes of an element
     uint64_t elements
     uint64_t rest           # bytes behind the last element, zero
+    uint64_t reserved       # what stands there in the header
     uint64_t epoch          # 0 while inactive
     uint64_t wc             # private: the shared copy is only ever stored
     uint64_t wsc            # private, never lowered within an epoch
@@ -53,6 +54,7 @@ cdef struct reader_t:
     uint64_t capacity       # bytes mapped behind the header
     uint64_t want_protocol  # 0: any
     uint64_t want_size      # 0: any
+    uint64_t sums_size      # of elements with checksums that are taken, too; 0: none are
     uint64_t protocol       # of the synchronised epoch, checked copies
     uint64_t size
     uint64_t elements

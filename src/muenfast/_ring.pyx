@@ -95,7 +95,7 @@ cdef void writer_start(writer_t *w, uint64_t epoch) noexcept nogil:
     store_relaxed64(&w.hdr.protocol, w.protocol)
     store_relaxed64(&w.hdr.size, w.size)
     store_relaxed64(&w.hdr.elements, w.elements)
-    store_relaxed64(&w.hdr.reserved, 0)
+    store_relaxed64(&w.hdr.reserved, w.reserved)
     store_relaxed64(&w.hdr.wsc, 0)
     store_relaxed64(&w.hdr.wc, 0)
     w.wc = w.wsc = w.index = 0
@@ -215,11 +215,11 @@ cdef void reader_init(reader_t *r, const uint8_t *base, uint64_t length, uint64_
 
 
 cdef inline bint acceptable(const reader_t *r, uint64_t transport, uint64_t protocol, uint64_t size,
-                            uint64_t elements) noexcept nogil:
+                            uint64_t elements, uint64_t reserved) noexcept nogil:
     """Whether a header (copies of its fields) is one that this reader takes and whose elements all lie in the region."""
     return (transport == SHMSTREAM_TRANSPORT and protocol != 0 and size != 0 and elements != 0
             and (r.want_protocol == 0 or protocol == r.want_protocol)
-            and (r.want_size == 0 or size == r.want_size)
+            and (r.want_size == 0 or size == r.want_size or size == r.sums_size and reserved == ACCEPT_MAGIC)
             and elements <= r.capacity // size)
 
 
@@ -229,7 +229,7 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
     Trust: transport, protocol, size and elements are loaded once each; the check that 64 + size * elements fits
     divides by the checked, non-zero size and cannot overflow.
     """
-    cdef uint64_t epoch = 0, transport, protocol, size, elements
+    cdef uint64_t epoch = 0, transport, protocol, size, elements, reserved
     cdef int attempt, pause
     for attempt in range(4):
         epoch = load_acquire64(&r.hdr.epoch)
@@ -239,12 +239,13 @@ cdef ring_status reader_sync(reader_t *r) noexcept nogil:
         protocol = load_relaxed64(&r.hdr.protocol)
         size = load_relaxed64(&r.hdr.size)
         elements = load_relaxed64(&r.hdr.elements)
+        reserved = load_relaxed64(&r.hdr.reserved)
         for pause in range(SETTLE_PAUSES):
             cpu_pause()
         fence_acquire()
         if load_relaxed64(&r.hdr.epoch) != epoch:
             continue                    # the writer restarts right now
-        if not acceptable(r, transport, protocol, size, elements):
+        if not acceptable(r, transport, protocol, size, elements, reserved):
             r.epoch = 0
             r.refused = epoch
             return INCOMPATIBLE_INTERFACE
@@ -518,7 +519,8 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     if epoch == r.refused:
         # By now there may be another header under the same epoch: a hint, reader_sync looks properly.
         return acceptable(r, load_relaxed64(&r.hdr.transport), load_relaxed64(&r.hdr.protocol),
-                          load_relaxed64(&r.hdr.size), load_relaxed64(&r.hdr.elements))
+                          load_relaxed64(&r.hdr.size), load_relaxed64(&r.hdr.elements),
+                          load_relaxed64(&r.hdr.reserved))
     return epoch != r.epoch or load_acquire64(&r.hdr.wc) != r.rc
 
 

@@ -24,6 +24,7 @@ cdef struct io_t:
     int32_t error           # result: 0 or a negative errno
     uint32_t issued         # the target's own: requests written to the ring
     uint32_t pending        # the target's own: requests not answered
+    uint32_t garbled        # the target's own: times that it was issued again for a wrong checksum
     io_t *next              # the next one submitted together, or NULL; then the target's own
 
 

@@ -24,7 +24,7 @@ typedef struct {
     uint64_t protocol;  /* non-zero */
     uint64_t size;      /* bytes of one element */
     uint64_t elements;  /* number of elements */
-    uint64_t reserved;  /* zero, ignored */
+    uint64_t reserved;  /* zero, ignored; ACCEPT_MAGIC: elements end with checksums (_frame.h) */
     uint64_t wsc;       /* write start counter: raised before an element is touched; atomic */
     uint64_t wc;        /* write counter: raised after an element is complete; atomic */
 } ring_header;
@@ -72,6 +72,27 @@ MF_SIZE(block_event, 4120);
 _Static_assert(_Alignof(block_event) == 8, "block_event alignment");
 MF_OFFSET(block_event, header, 0);
 MF_OFFSET(block_event, data, 24);
+
+/* Checksums between two muenfast peers: what their first request, for the size, and its answer hold at the beginning of
+ * `data`. From then on `valid` is a checksum (_blocksum.h). */
+#define OFFER_MAGIC UINT64_C(0x3f435243426e754d)  /* "MunBCRC?" */
+#define ACCEPT_MAGIC UINT64_C(0x21435243426e754d) /* "MunBCRC!" */
+#define OFFER_AGAIN UINT32_C(0x5245464f)          /* "OFER" */
+#define ACCEPT_AGAIN UINT32_C(0x53455941)         /* "AYES" */
+
+typedef struct {
+    uint64_t sectors; /* an answer's size; 0 */
+    uint64_t magic;
+    uint64_t nonce;   /* an offer's: random; the answer's: its complement */
+    uint32_t sum;     /* an offer's checksum; 0 */
+    uint32_t again;   /* another sign, for magic may be what is garbled */
+} block_offer;
+MF_SIZE(block_offer, 32);
+MF_OFFSET(block_offer, sectors, 0);
+MF_OFFSET(block_offer, magic, 8);
+MF_OFFSET(block_offer, nonce, 16);
+MF_OFFSET(block_offer, sum, 24);
+MF_OFFSET(block_offer, again, 28);
 
 /* Block transport with a shared buffer (second generation of muenblock, Muen's driver subject): short requests and
  * responses in two channels, payload in a plain region that both sides map writable. Muen's customary id serves both
@@ -147,7 +168,8 @@ typedef struct {
     uint32_t unused[3];
     uint64_t reader_rc;   /* advice: the reader's RC ... */
     uint64_t reader_epoch; /* ... in this epoch */
-    uint64_t unused2[6];
+    uint32_t reader_sums; /* 1: the reader takes elements with checksums */
+    uint32_t unused2[11];
 } bell_page;
 MF_SIZE(bell_page, 128);
 _Static_assert(_Alignof(bell_page) == 8, "bell_page alignment");
@@ -162,6 +184,7 @@ MF_OFFSET(bell_page, zeroes, 48);
 MF_OFFSET(bell_page, unused, 52);
 MF_OFFSET(bell_page, reader_rc, 64);
 MF_OFFSET(bell_page, reader_epoch, 72);
-MF_OFFSET(bell_page, unused2, 80);
+MF_OFFSET(bell_page, reader_sums, 80);
+MF_OFFSET(bell_page, unused2, 84);
 
 #endif

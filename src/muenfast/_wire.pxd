@@ -110,6 +110,18 @@ cdef extern from "_wire.h" nogil:
         block_event_header header
         uint8_t data[4096]
 
+    const uint64_t OFFER_MAGIC
+    const uint64_t ACCEPT_MAGIC
+    const uint32_t OFFER_AGAIN
+    const uint32_t ACCEPT_AGAIN
+
+    ctypedef struct block_offer:
+        uint64_t sectors
+        uint64_t magic
+        uint64_t nonce
+        uint32_t sum
+        uint32_t again
+
     ctypedef struct block_request:
         uint16_t kind
         uint16_t device
@@ -135,3 +147,4 @@ cdef extern from "_wire.h" nogil:
         uint32_t zeroes
         uint64_t reader_rc
         uint64_t reader_epoch
+        uint32_t reader_sums

@@ -139,7 +139,7 @@ class BlockServer(_Group):
 def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_only: bool = False, pool: int = DEFAULT_POOL,
           timeout: float = DEFAULT_TIMEOUT, inject: str | None = None, req_protocol: str | None = None,
           resp_protocol: str | None = None, size: str | None = None, buffer_size: str | None = None,
-          poll: int | None = None, bells: bool = True) -> BlockServer:
+          poll: int | None = None, bells: bool = True, checksum: str = "off") -> BlockServer:
     """Exports a disk whose data Python code keeps (docs/stores.md) over two channels, until close().
 
         with muenfast.serve(MyStore(), req="a", resp="c") as server:
@@ -147,7 +147,7 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
 
     store: an object with the callbacks get_size, pread, ...; over a shared buffer perhaps a list of them, the disks of
     one connection. req, resp, shm: locators. pool: threads that call it, 1 to 64. timeout: seconds that it has for an
-    answer, 1 to 1200. inject: faults, as --inject. req_protocol to bells: as `channels_from_lists`.
+    answer, 1 to 1200. inject: faults, as --inject. req_protocol to checksum: as `channels_from_lists`.
 
     Raises UsageError, StoreError, ClaimError, OSError.
     """
@@ -163,7 +163,8 @@ def serve(store: object, req: str, resp: str, *, shm: str | None = None, read_on
                              f"{' and no method '.join(lacking)}", option="store", index=index, value=repr(each)[:80],
                              hint="docs/stores.md shows one; exports_from_lists and BlockServer serve files and RAM")
     found = channels_from_lists(req, resp, buffer=shm, options=called, req_protocol=req_protocol,
-                                resp_protocol=resp_protocol, size=size, buffer_size=buffer_size, poll=poll, bells=bells)
+                                resp_protocol=resp_protocol, size=size, buffer_size=buffer_size, poll=poll, bells=bells,
+                                checksum=checksum)
     if len(found) != 1:
         raise UsageError("one store has one connection", option="req", value=req)
     if not stores or len(stores) > 1 and shm is None:
@@ -309,7 +310,8 @@ class BlockClients(_Group):
         for connection in self.connections:
             said = ""
             while not connection.wait_ready(0.1):
-                if time.monotonic() > patience and connection.client.incompatible is None:  # else that is said
+                if time.monotonic() > patience and connection.client.incompatible is None \
+                        and connection.checksum != "refused":  # else that is said
                     patience = time.monotonic() + _WAIT_SILENTLY
                     text = connection.unanswered(_WAIT_SILENTLY)
                     if text != said:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from muenfast import params, shm
+from muenfast._engine import CHECKSUM_MODES as CHECKSUM_MODES
 from muenfast._ring import layout
 from muenfast.channel import End
 from muenfast.errors import ClaimError, PeerError, UsageError
@@ -44,10 +45,11 @@ class Options:
     timeout: str = "--timeout"
     inject: str = "--inject"
     poll: str = "--poll"
+    checksum: str = "--checksum"
 
 
 IN_PYTHON = Options("req", "resp", "req_protocol", "resp_protocol", "size", "device", "read_only", "buffer", "buffer_size",
-                    "pool", "timeout", "inject", "poll")
+                    "pool", "timeout", "inject", "poll", "checksum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Channels:
     channel where they are made; buffer_size: of the buffer. poll: microseconds between polls, None: adaptive. bells:
     False: strict one-way, nothing flows back. options: of the lists. permits: as the regions have to be, in their order;
     then none of them is made. patience: rules that the peer may break in a second before it is quarantined, 0: any number.
+    checksum: of each message and its block: "off", "auto": with a peer that has them, "require": with no other.
     """
 
     req: shm.Locator
@@ -73,6 +76,7 @@ class Channels:
     buffer_size: int = BUFFER_SIZE
     permits: tuple[shm.Permit, ...] | None = None
     patience: int = PATIENCE
+    checksum: str = "off"
 
     @property
     def name(self) -> str:
@@ -131,6 +135,11 @@ class Channels:
             return f"; the other side has no shared buffer: leave it out ({self.options.buffer})"
         return ""
 
+    def demanded(self) -> PeerError:
+        """What to say of a server that serves nobody without checksums."""
+        return PeerError(self.resp.text, "error", "EPROTONOSUPPORT", "an answer: the server requires checksums",
+                         hint=f"{self.options.checksum} auto, or require, offers them")
+
     def unanswered(self, seconds: float, server: dict[str, Any] | None) -> str:
         """What to say of a server that has not answered a client for so long. server: who claims to write responses."""
         called = self.options.buffer
@@ -163,10 +172,12 @@ def blame(option: str, index: int, value: str) -> Iterator[None]:
 def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None, resp_protocol: str | None = None,
                         size: str | None = None, poll: int | None = None, bells: bool = True,
                         buffer: str | None = None, buffer_size: str | None = None, patience: int = PATIENCE,
+                        checksum: str = "off",
                         more: dict[str, list[str] | None] | None = None,
                         options: Options | None = None) -> list[Channels]:
     """Pairs comma lists by position; nothing is opened. buffer: an empty entry is an inline connection. more: further
-    lists whose lengths must agree. patience: as Channels has it. options: what the lists are called, default: as here.
+    lists whose lengths must agree. patience, checksum: as Channels has them. options: what the lists are called, default:
+    as here.
 
     Raises UsageError naming option, entry, value and rule.
     """
@@ -192,6 +203,9 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
     if poll is not None and not 1 <= poll <= MOST_POLL:
         raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option=called.poll, value=poll)
 
+    if checksum not in CHECKSUM_MODES:
+        raise UsageError(f"is one of {', '.join(CHECKSUM_MODES)}", option=called.checksum, value=checksum)
+
     def entry(option: str, i: int, parse: Callable[[str, int, str], int]) -> int | None:
         texts = lists[option]
         return parse(option, i, texts[i]) if texts and texts[i] else None
@@ -209,7 +223,7 @@ def channels_from_lists(req: str, resp: str, *, req_protocol: str | None = None,
         return Channels(reqs[i], resps[i], i, entry(called.req_protocol, i, params.protocol) or protocols[0],
                         entry(called.resp_protocol, i, params.protocol) or protocols[1],
                         sizes if size is None else (size, size), poll, bells, called, buffers[i], room or BUFFER_SIZE,
-                        patience=patience)
+                        patience=patience, checksum=checksum)
 
     return [connection(i) for i in range(count)]
 

@@ -67,7 +67,8 @@ class Declared:
             req=request.locator.text, resp=response.locator.text, shm=None if buffer is None else buffer.locator.text,
             req_protocol=f"{request.protocol:x}", resp_protocol=f"{response.protocol:x}", device=list(each.devices),
             read_only=each.read_only, poll=each.poll, pool=None if each.pool is None else str(each.pool),
-            timeout=None if each.timeout is None else str(each.timeout), strict_oneway=not request.bell)
+            timeout=None if each.timeout is None else str(each.timeout), strict_oneway=not request.bell,
+            checksum=each.checksum)
         where = each.where
         called = Options(req=f"{where}: request", resp=f"{where}: response", buffer=f"{where}: buffer",
                          device=f"{where}: device", read_only=f"{where}: read_only")
@@ -170,7 +171,7 @@ class Declared:
             writer_protocol=None if out is None else f"{out.protocol:x}", mtu=str(each.mtu), flags=each.flags,
             pmtu=None if pmtu is None else pmtu.locator.text, netns=each.netns, carrier=each.carrier, mac=each.mac,
             addr=each.addr, marks=each.marks or "auto", up=each.up, offload=each.offload, poll=each.poll,
-            bells=all(region.bell for region in (inp, out) if region is not None), options=called)
+            bells=all(region.bell for region in (inp, out) if region is not None), checksum=each.checksum, options=called)
         permits = [None if name is None else self._permit(name) for name in (each.inp, each.out, each.pmtu)]
         return replace(config, index=index, permits=(permits[0], permits[1], permits[2]),
                        patience=self.patience)

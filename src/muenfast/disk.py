@@ -118,7 +118,7 @@ class Connection:
         options: dict[str, Any] = {
             "request_protocol": channels.req_protocol, "response_protocol": channels.resp_protocol,
             "request_bell": self._ends[0].bell_view, "response_bell": self._ends[1].bell_view, "poll": channels.poll,
-            "fail_fast": self._policy.mode == "fail", "watch": self._watch}
+            "fail_fast": self._policy.mode == "fail", "watch": self._watch, "checksum": channels.checksum}
         try:
             if channels.buffer is None:
                 self.client = Client(self._ends[0].view, self._ends[1].view, **options)
@@ -236,9 +236,21 @@ class Connection:
                 self._look(gone=not self.client.server_active)
 
     def _incompatible(self) -> PeerError | None:
-        """What is wrong with a response channel that was refused."""
+        """What is wrong with a response channel that was refused, or with us."""
+        if self.checksum == "refused":
+            return self.channels.demanded()
         header = self.client.incompatible
         return None if header is None else self.channels.misfit(False, header)
+
+    @property
+    def checksum(self) -> str:
+        """Whether requests and answers have checksums: CHECKSUM of _engine."""
+        return self.client.checksum
+
+    @property
+    def _unchecked(self) -> bool:
+        """Whether the server that answered has no checksums, which are required."""
+        return self.channels.checksum == "require" and self.checksum != "agreed"
 
     def _complain(self, text: str) -> None:
         """Says once what stands in the way of a connection."""
@@ -252,6 +264,9 @@ class Connection:
         if buffer is not None and self._foreign():
             return PeerError(buffer.text, "content", "what this side left there",
                              f"what the server reads: name the same buffer on both sides ({self.channels.options.buffer})")
+        if self._unchecked:
+            return PeerError(self.channels.resp.text, "checksum", self._failure, "one in each answer",
+                             hint=f"{self.channels.options.checksum} auto does without where the server has none")
         field, expected = ("size", "a disk") if buffer is None else ("geometry", "disks")
         return PeerError(self.channels.resp.text, field, self._failure, expected)
 
@@ -282,8 +297,9 @@ class Connection:
         False when it has gone meanwhile.
         """
         geometry, store = self.client.geometry, self.client.store
+        unchecked = "the server has no checksums" if self._unchecked else None
         if not self._ready.is_set():
-            wrong = self._misshapen() or ("the server uses another buffer" if self._foreign() else None)
+            wrong = unchecked or self._misshapen() or ("the server uses another buffer" if self._foreign() else None)
             if wrong is not None:
                 self._give_up(wrong)
                 return True
@@ -300,7 +316,9 @@ class Connection:
         same = self._same_store or proven
         resized = geometry != self._geometry
         wrong = None
-        if resized and not (proven and self._grown(geometry)):
+        if unchecked is not None:
+            wrong = "the server returned without checksums, which are required"
+        elif resized and not (proven and self._grown(geometry)):
             wrong = f"the server returned with {_described(geometry)} instead of {_described(self._geometry)}"
         elif self._foreign():
             wrong = "the server returned with another buffer: name the same one on both sides"
@@ -479,7 +497,7 @@ class BlockDevice:
     that a server which announces no or another identity still has the same data. depth: most requests of one disk in
     flight (inline: of one block each), 1 to 1024; None: it adapts. watch: polls for this disk while it is idle.
     connection: another disk's `connection`, which stays that one's; what it was made with counts, and device.
-    req_protocol to shm_size: as `channels_from_lists`.
+    req_protocol to checksum: as `channels_from_lists`.
 
     All methods may be called from any number of threads; requests of several threads are in flight together.
     Raises TimeoutError when no server answers, PeerError when what answers is none, ClaimError, UsageError, OSError.
@@ -490,7 +508,7 @@ class BlockDevice:
                  same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
                  req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
                  poll: int | None = None, bells: bool = True, shm: str | None = None, shm_size: str | None = None,
-                 device: int = 0, connection: Connection | None = None) -> None:
+                 checksum: str = "off", device: int = 0, connection: Connection | None = None) -> None:
         if not isinstance(device, int) or device < 0:
             raise UsageError("disks of a connection are numbered from 0", option="device", value=device)
         self.device = device
@@ -503,7 +521,7 @@ class BlockDevice:
                     raise UsageError("a block device needs a request and a response channel", hint="BlockDevice(req, resp)")
                 (channels,) = channels_from_lists(req, resp, req_protocol=req_protocol, resp_protocol=resp_protocol,
                                                   size=size, poll=poll, bells=bells, buffer=shm, buffer_size=shm_size,
-                                                  options=_CALLED)
+                                                  checksum=checksum, options=_CALLED)
             if isinstance(on_peer_loss, str):
                 on_peer_loss = OnPeerLoss.parse(on_peer_loss, "on_peer_loss")
             if device and channels.buffer is None:
@@ -647,7 +665,7 @@ class BlockDevice:
             "role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
             "state": self.connection.state, "read_only": disk is not None and self.read_only, "failure": self.failure,
             "in_flight": 0 if disk is None else disk.in_flight,
-            "offences": self.client.conduct.offences,
+            "checksum": self.connection.checksum, "offences": self.client.conduct.offences,
             "counters": self.client.counters | (disk.counters if disk is not None else {}),
             "devices": [] if disk is None else [
                 {"number": self.device, "size": self.size, "block_size": disk.block_size, "directions": disk.directions}]}

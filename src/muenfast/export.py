@@ -69,7 +69,7 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
                        pool: str | None = None, timeout: str | None = None, inject: str | None = None,
                        req_protocol: str | None = None, resp_protocol: str | None = None, size: str | None = None,
                        poll: int | None = None, bells: bool = True, buffer: str | None = None,
-                       buffer_size: str | None = None, patience: int = PATIENCE,
+                       buffer_size: str | None = None, patience: int = PATIENCE, checksum: str = "off",
                        options: Options | None = None) -> list[ExportConfig]:
     """The server's lists (see channels_from_lists). device: default ram:64M each. read_only: "yes,no,...". pool, timeout:
     of user-space stores, default 4 threads, 30 seconds. inject: faults. Of the last four one entry is for all. Raises
@@ -89,7 +89,7 @@ def exports_from_lists(req: str, resp: str, *, device: str | None = None, read_o
              if entries is not None and len(entries) > 1}
     channels = channels_from_lists(req, resp, more=more, options=called, req_protocol=req_protocol,
                                    resp_protocol=resp_protocol, size=size, poll=poll, bells=bells, buffer=buffer,
-                                   buffer_size=buffer_size, patience=patience)
+                                   buffer_size=buffer_size, patience=patience, checksum=checksum)
     parsed = [Device.parse(text, option=called.device, index=i)
               for i, text in enumerate(devices or [DEFAULT_DEVICE] * len(channels))]
     flagged = [params.flag(called.read_only, i, text) for i, text in enumerate(flags or ["no"])]
@@ -240,6 +240,7 @@ class Export:
         self._peer = PeerLog(f"export {self.name}")
         self._comings = PeerLog(f"export {self.name}", most=20)
         self._offences = Offences(f"export {self.name}", config.channels.req.text)
+        self._refusing = False  # whether the client has no checksums and is refused for that
         for number in range(len(self.backings)):
             self._say_tail(number)
 
@@ -324,7 +325,7 @@ class Export:
         more: dict[str, Any] = {
             "request_protocol": channels.req_protocol, "response_protocol": channels.resp_protocol,
             "request_bell": request.bell_view, "response_bell": response.bell_view, "poll": channels.poll,
-            "watch": self._watch}
+            "watch": self._watch, "checksum": channels.checksum}
         if buffer is None:
             [store] = stores
             return Server(request.view, response.view, store, **more)
@@ -397,8 +398,17 @@ class Export:
             self._peer.warning("%s", self.config.channels.misfit(True, self.server.fault))
 
     def _blame(self) -> None:
-        """Says what the client gets wrong."""
+        """Says what the client gets wrong, or lacks."""
         self._offences.look(self.server.conduct)
+        before, self._refusing = self._refusing, self.checksum == "refused"
+        if self._refusing and not before:
+            self._peer.warning("the client offers no checksums: every request of it is refused (%s auto serves it all the "
+                               "same)", self.config.channels.options.checksum)
+
+    @property
+    def checksum(self) -> str:
+        """Whether requests and answers have checksums: CHECKSUM of _engine."""
+        return self.server.checksum
 
     def _moved(self) -> bool:
         """Whether the channels' memory is to be followed: a peer may have made them anew, or truncated one.
@@ -544,8 +554,8 @@ class Export:
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
                  "read_only": self.read_only, "state": self.state,
-                 "counters": self.server.counters, "offences": self.server.conduct.offences, "waiting": waiting,
-                 "devices": devices,
+                 "checksum": self.checksum, "counters": self.server.counters, "offences": self.server.conduct.offences,
+                 "waiting": waiting, "devices": devices,
                  "in_flight": waiting + sum(way["depth"] for each in devices for way in each["directions"].values())}
         for key, of in (("injected", "injected"), ("store", "counters")):
             if entries := [each for backing in self.backings if (each := getattr(backing.store, of, None))]:

@@ -23,7 +23,7 @@ from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_
 from muenfast._ring import layout
 from muenfast.bpf import Way
 from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size
-from muenfast.connection import MOST_POLL, PATIENCE, blame, place
+from muenfast.connection import CHECKSUM_MODES, MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
 from muenfast.marks import LEAST_MARKS
@@ -65,10 +65,11 @@ class Options:
     addr: str = "--addr"
     carrier: str = "--carrier"
     marks: str = "--marks"
+    checksum: str = "--checksum"
 
 
 _IN_PYTHON = Options("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "poll", "netns",
-                     "size", "mac", "addr", "carrier", "marks")
+                     "size", "mac", "addr", "carrier", "marks", "checksum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class InterfaceConfig:
     carrier: one of CARRIERS. mac, addresses, up: set once the interface is made. pmtu: the region of path MTUs.
     offload: whether the device gives and takes super-packets, of net_hdr only. marks: one of MARKS. permits: as the regions
     inp, out and pmtu have to be; then none of them is made. patience: rules that the peer may break in a second before it
-    is quarantined, 0: any number.
+    is quarantined, 0: any number. checksum: of each element: "off", "auto": where the reader takes them, "require": in both
+    directions.
     """
 
     name: str
@@ -106,6 +108,7 @@ class InterfaceConfig:
     marks: str = "auto"
     permits: tuple[shm.Permit | None, shm.Permit | None, shm.Permit | None] = (None, None, None)
     patience: int = PATIENCE
+    checksum: str = "off"
 
     @property
     def unseen(self) -> bool:
@@ -144,7 +147,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
                           pmtu: str | None = None, flags: str | None = None, poll: int | None = None,
                           netns: str | None = None, size: str | None = None, bells: bool = True,
                           carrier: str | None = None, mac: str | None = None, addr: str | None = None, up: bool = False,
-                          offload: bool = True, marks: str = "auto", patience: int = PATIENCE, module: bool = False,
+                          offload: bool = True, marks: str = "auto", patience: int = PATIENCE, checksum: str = "off",
+                          module: bool = False,
                           options: Options | None = None) -> list[InterfaceConfig]:
     """Pairs comma lists by position; nothing is opened.
 
@@ -175,6 +179,8 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
     params.same_length({called.name: names, **lists})
     if poll is not None and not 1 <= poll <= MOST_POLL:
         raise UsageError(f"a pause in microseconds is a number from 1 to {MOST_POLL}", option=called.poll, value=poll)
+    if checksum not in CHECKSUM_MODES:
+        raise UsageError(f"is one of {', '.join(CHECKSUM_MODES)}", option=called.checksum, value=checksum)
     if marks not in MARKS:
         raise UsageError(f"marks go one of these ways: {', '.join(MARKS)}", option=called.marks, value=marks)
 
@@ -228,7 +234,7 @@ def interfaces_from_lists(name: str, *, inp: str | None = None, out: str | None 
             tuntap.check_mac(station, called.mac, i) if station else None,
             tuntap.check_addresses(addresses, called.addr, i) if addresses else (), up, called,
             shm.Locator.parse(text, option=called.pmtu, index=i) if text else None, offload and framing == "net_hdr",
-            marks, patience=patience)
+            marks, patience=patience, checksum=checksum)
 
     configs = [interface(i) for i in range(count)]
     if marks not in ("auto", "none") and not any(config.framing == "net_hdr" for config in configs):
@@ -338,11 +344,12 @@ class _Half:
         if self.writes:
             paths = None if interface.paths is None else interface.paths.view
             return Sender(interface.ports, None if end is None else end.view, framing=config.framing, mtu=config.mtu,
-                          protocol=config.writer_protocol, bell=None if end is None else end.bell_view, paths=paths)
+                          protocol=config.writer_protocol, bell=None if end is None else end.bell_view, paths=paths,
+                          checksum=config.checksum)
         assert end is not None
         engine = Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu,
                           protocol=config.reader_protocol, bell=end.bell_view, poll=config.poll,
-                          merge=interface.own.device.merges, tells=self._tells(end))
+                          merge=interface.own.device.merges, tells=self._tells(end), checksum=config.checksum)
         engine.conduct.patience = config.patience
         return engine
 
@@ -413,6 +420,13 @@ class _Half:
         assert isinstance(self.engine, Receiver) and self.locator is not None
         config = self.interface.config
         protocol, size, elements = self.engine.fault
+        if config.checksum == "require" and size == config.element_size:
+            return PeerError(self.locator.text, "checksum", "none in its elements", "one in each",
+                             hint=f"no carrier until the other end has {config.options.checksum} require, or auto and a "
+                                  "bell; with auto here it is done without")
+        if config.checksum == "off" and size == config.element_size + 4:
+            return PeerError(self.locator.text, "header", f"size {size}: elements with checksums", "elements without",
+                             hint=f"no carrier until {config.options.checksum} is auto, or require, here, or off there")
         return PeerError(self.locator.text, "header", f"protocol {protocol:x}, size {size}, elements {elements}",
                          f"protocol {config.reader_protocol:x}, size {config.element_size}, elements that fit",
                          hint="no carrier until mtu, flags and protocols (--reader-protocol, --writer-protocol) are the "
@@ -621,9 +635,10 @@ class Interface:
                 "peer": None if self.receiver is None else self.receiver.writer or None,
                 "writer": {"enabled": config.out is not None, "active": sender.active,
                            "element_size": 0 if config.out is None else sender.size, "elements": sender.elements,
-                           "protocol": config.writer_protocol},
+                           "protocol": config.writer_protocol, "checksum": sender.checksum},
                 "reader": {"enabled": incoming is not None, "active": isinstance(incoming, Receiver) and incoming.connected,
-                           "element_size": 0 if incoming is None else incoming.size, "protocol": config.reader_protocol},
+                           "element_size": 0 if incoming is None else incoming.size, "protocol": config.reader_protocol,
+                           "checksum": incoming.checksum if isinstance(incoming, Receiver) else "off"},
                 "counters": flat,
                 "interface": {**self.ports.counters(0), "queue_drops": self._queue_drops(), "lost": self.own.dropped()},
                 "children": self.children.status(),

@@ -23,6 +23,7 @@ from muenfast.connection import (
     BUFFER_REQUEST_SIZE,
     BUFFER_RESPONSE_SIZE,
     BUFFER_SIZE,
+    CHECKSUM_MODES,
     MOST_POLL,
     REGION_SIZE,
     REQUEST_PROTOCOL,
@@ -177,6 +178,7 @@ class Connection:
     pool: int | None = None
     timeout: int | None = None
     paths: tuple[str, ...] = ()
+    checksum: str = "off"
 
     @property
     def where(self) -> str:
@@ -204,6 +206,7 @@ class Interface:
     offload: bool = True
     poll: int | None = None
     children: tuple[str, ...] = ()
+    checksum: str = "off"
 
     @property
     def where(self) -> str:
@@ -490,10 +493,20 @@ def _connection(name: str, table: _Table) -> Connection | None:
     for path in paths:
         if not path.startswith("/") or os.path.realpath(path) == "/":
             table.wrong(f"paths, {path}: is a path from / on, and not / itself")
-    table.end("client, server, request, response, buffer, device, read_only, poll, pool, timeout, paths")
+    checksum = _checksum(table)
+    table.end("client, server, request, response, buffer, device, read_only, poll, pool, timeout, paths, checksum")
     if client is None or server is None or request is None or response is None:
         return None
-    return Connection(name, client, server, request, response, buffer, devices, read_only, poll, pool, timeout, paths)
+    return Connection(name, client, server, request, response, buffer, devices, read_only, poll, pool, timeout, paths,
+                      checksum)
+
+
+def _checksum(table: _Table) -> str:
+    checksum = str(table.take("checksum", str, ", ".join(CHECKSUM_MODES), "off"))
+    if checksum not in CHECKSUM_MODES:
+        table.wrong(f"checksum = {checksum!r}: {', '.join(CHECKSUM_MODES)}")
+        return "off"
+    return checksum
 
 
 def _interface(name: str, table: _Table) -> Interface | None:
@@ -509,13 +522,14 @@ def _interface(name: str, table: _Table) -> Interface | None:
     offload = table.take("offload", bool, "true or false", True)
     poll = table.parsed("poll", _POLL, "microseconds")
     children = table.texts("children", "names of interfaces that `muennet_cfg add_child` may make")
-    table.end("subject, in, out, mtu, flags, pmtu, netns, carrier, mac, addr, marks, up, offload, poll, children")
+    checksum = _checksum(table)
+    table.end("subject, in, out, mtu, flags, pmtu, netns, carrier, mac, addr, marks, up, offload, poll, children, checksum")
     if inp is None and out is None:
         table.wrong("has neither in nor out")
     if subject is None:
         return None
     return Interface(name, subject, inp, out, mtu, flags, up=up, offload=offload, poll=poll,
-                     children=children, **texts)
+                     children=children, checksum=checksum, **texts)
 
 
 # ------------------------------------------------------------------ what follows from the rest

@@ -25,7 +25,7 @@ MOST_NAME = 31  # characters: kmod-dblock's limit
 
 _Regions = list[tuple[str, int, str, str, int, float]]  # as place() tells them
 
-_TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol")
+_TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol", "checksum")
 _STORE = ("pool", "timeout", "inject")  # of which an export's disks have one each
 
 
@@ -54,7 +54,7 @@ def config_of(*, device: Sequence[str] | None = None, read_only: bool = False, p
     [channels] = channels_from_lists(
         req, resp, buffer=lists.get("shm"), buffer_size=lists.get("shm_size"), size=lists.get("size"), poll=poll,
         req_protocol=lists.get("req_protocol"), resp_protocol=lists.get("resp_protocol"), bells=not strict_oneway,
-        options=called)
+        checksum=lists.get("checksum") or "off", options=called)
     texts = list(device or [DEFAULT_DEVICE])
     if len(texts) > 1 and channels.buffer is None:
         raise UsageError("inline channels carry one disk", option=called.device, index=1, value=texts[1],

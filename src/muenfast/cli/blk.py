@@ -27,7 +27,7 @@ SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads", "c
 LISTS = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "pool",
          "timeout", "inject")
 _DECIDED = ("req", "resp", "device", "shm", "shm_size", "read_only", "req_protocol", "resp_protocol", "size", "poll",
-            "strict_oneway", "pool", "timeout", "inject", "control")
+            "strict_oneway", "checksum", "pool", "timeout", "inject", "control")
 _SERVER_MODULES = ("muenfast.doctor", "muenfast.serving", "muenfast.control", "muenfast.backing.ram",
                    "muenfast.backing.null", "muenfast.backing.file", "muenfast.backing.user")
 _CLIENT_MODULES = ("muenfast.doctor", "muenfast.blk", "muenfast.control", "muenfast.attach.nbd",
@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_options(parser, "connections")
     add_client_options(parser)
     add_waiting_options(parser)
+    add("--checksum", metavar="WHEN", help="CRC-32C of each message and its block: auto: with a peer that has them, too; "
+                                           "require: with no other; off (default: off)")
 
 
 def add_client_options(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         lists = {**{name: getattr(arguments, name) for name in ("req", "resp", "req_protocol", "resp_protocol",
                                                                  "size")},
-                 "buffer": arguments.shm, "buffer_size": arguments.shm_size, "options": Options(), **waiting(arguments)}
+                 "buffer": arguments.shm, "buffer_size": arguments.shm_size, "options": Options(),
+                 "checksum": "off" if arguments.checksum is None else arguments.checksum, **waiting(arguments)}
         if arguments.client:
             # Over a buffer one connection has several disks: how many sockets there are to be is known later.
             sockets = {"--nbd": _sockets(arguments)} if arguments.shm is None else None

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _PATIENCE = 5.0  # seconds for what a process answers at once
 log = logging.getLogger("muenfast")
 
-_TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol", "pool", "timeout", "inject")
+_TEXTS = ("req", "resp", "shm", "size", "shm_size", "req_protocol", "resp_protocol", "pool", "timeout", "inject",
+          "checksum")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                              "(default: 30)")
     add("--inject", metavar="FAULTS", help="faults, as for `muenfast blk`, of all its disks")
     add("--poll", metavar="N", help="microseconds between polls of a channel without a bell")
+    add("--checksum", metavar="WHEN", help="off, auto or require, as for `muenfast blk`")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared")
 
     destroy = command("destroy", "end an export for good: its client fails what is outstanding, and its device goes")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LISTS = ("name", "inp", "out", "reader_protocol", "writer_protocol", "mtu", "pmtu", "flags", "netns", "size", "carrier",
          "mac", "addr")
-_DECIDED = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks")
+_DECIDED = (*LISTS, "poll", "peer", "strict_oneway", "up", "no_offload", "marks", "checksum")
 
 
 def _broker(part: Declared, only: list[str] | None) -> Broker:
@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--marks", metavar="WAY", help="how netfilter marks go between packets and net_hdr: tcx, clsact or tap (auto, the "
                                        "default: the first that works; `muenfast doctor` tells what each lacks), or none: "
                                        "marks are 0")
+    add("--checksum", metavar="WHEN", help="CRC-32C of each element, which is 4 bytes longer: auto: where its reader says, "
+                                           "by the bell, that it takes them; require: in both directions, at both ends; "
+                                           "off (default: off)")
     add("--netns", metavar="L", help="network namespaces, by name, path or process number; one entry is for all "
                                      "(default: the caller's)")
     add("--size", metavar="L", help="size of channels that are made because they are missing (default: 256 to 1024 "
@@ -119,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         return serve(interfaces_from_lists(**lists, options=Options(), poll=poll, bells=not arguments.strict_oneway,
                                            peer=bool(arguments.peer), up=bool(arguments.up),
                                            offload=not arguments.no_offload, marks=arguments.marks or "auto",
-                                           patience=patience(arguments)), stop)
+                                           patience=patience(arguments), checksum=arguments.checksum or "off"), stop)
 
 
 def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None = None) -> int:

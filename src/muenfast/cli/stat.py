@@ -121,6 +121,8 @@ def _broker(broker: dict[str, Any]) -> str:
 
 def _show(entry: dict[str, Any]) -> None:
     flags = " read-only" if entry.get("read_only") else ""
+    if entry.get("checksum", "off") != "off":
+        flags += f" checksums {entry['checksum']}"
     print(f"  {entry['role']} {entry['req']} {entry['resp']} {entry.get('device', '-')} {entry['size']} bytes{flags}: "
           f"{_state(entry)}")
     devices = _counted(entry)
