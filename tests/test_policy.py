@@ -139,7 +139,7 @@ def applied(path: Path) -> dict[str, str]:
 # (what is replaced, by what, the table that is named, what is said)
 WRONG = {
     "no version": ("version = 1", "", "the file", "version is missing"),
-    "another version": ("version = 1", "version = 2", "the file", "version is 1"),
+    "another version": ("version = 1", "version = 2", "the file", "version 2: this muenfast reads version 1"),
     "no TOML": ("version = 1", "version = ", "the file", "is no TOML"),
     "unknown key": ("bell = false\nsize", "ring = false\nsize", "channels.ab", "ring is no key of it"),
     "unknown table": ("[buffers.buf]", "[buffer.buf]", "the file", "buffer is no key of it"),

@@ -133,6 +133,18 @@ def tried(program: Callable[..., Program], tmp_path: Path, outside: Path, prefix
 
 @pytest.mark.root
 class TestWithin:
+    def test_a_module_by_its_path(self, program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str,
+                                  alone: None) -> None:
+        """A disk's own module is found where the policy says that it is, without a word on its folder."""
+        (outside / "probe_store.py").write_text(
+            "class Probe:\n    def __init__(self, place): pass\n    def get_size(self): return 4096\n"
+            "    def pread(self, buf, offset): pass\n")
+        (outside / "probe_store.py").chmod(0o644)
+        text = POLICY.replace("py:probe_store:Probe:PLACE", f"py:{outside}/probe_store.py:Probe:PLACE").replace(
+            'paths = ["PLACE"]', "")
+        server = program("blk", "--policy", policy(tmp_path, prefix, text, PLACE=str(outside)), "--subject", "storage")
+        assert status_of(server.pid)["Seccomp"] == "2" and server.end()[0] == 0
+
     def test_what_is_forbidden(self, program: Callable[..., Program], tmp_path: Path, outside: Path, prefix: str,
                                monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
         """A store that goes astray reaches its own files, threads and Unix sockets; nothing else."""

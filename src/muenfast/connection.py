@@ -150,7 +150,8 @@ class Channels:
         elif server is not None:
             why = f"process {server['pid']} serves there, but gives no answer"
         else:
-            why = f"is `muenfast blk` running there, {'without' if self.buffer is None else 'with the same'} {called}?"
+            shared = f"{'without' if self.buffer is None else 'with the same'} {called}"
+            why = "is `muenfast blk` running there" + (f", by this policy ({called})?" if ": " in called else f", {shared}?")
         return f"no server answered within {seconds:g} s: {why}"
 
 

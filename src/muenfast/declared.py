@@ -108,6 +108,8 @@ class Declared:
                     found.change.append("/dev/shm")
                 elif device.kind == "py":
                     found.read += [place for place in map(os.path.realpath, sys.path) if place != "/"]
+                    if "/" in device.module:
+                        found.read.append(os.path.dirname(os.path.realpath(device.module)))
                     found.change += each.paths
         return found
 

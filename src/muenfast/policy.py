@@ -370,8 +370,9 @@ _SECTIONS = ("version", "subjects", "channels", "buffers", "path_mtus", "connect
 
 def _policy(path: str, content: dict[str, Any], findings: list[Finding]) -> Policy:
     top = _Table("the file", content, findings)
-    if top.take("version", int, "1, of this format", needed=True) not in (None, 1):
-        top.wrong("version is 1, of this format")
+    version = top.take("version", int, "1, of this format", needed=True)
+    if version not in (None, 1):
+        top.wrong(f"version {version}: this muenfast reads version 1")
 
     def tables(section: str) -> Iterator[tuple[str, _Table]]:
         entries = top.take(section, dict, f"tables [{section}.NAME]", {})
