@@ -150,8 +150,10 @@ class Channels:
         elif server is not None:
             why = f"process {server['pid']} serves there, but gives no answer"
         else:
-            shared = f"{'without' if self.buffer is None else 'with the same'} {called}"
-            why = "is `muenfast blk` running there" + (f", by this policy ({called})?" if ": " in called else f", {shared}?")
+            how = f"{'without' if self.buffer is None else 'with the same'} {called}"
+            if ": " in called:      # not an option, but a policy's line
+                how = f"by this policy ({called.partition(':')[0]})"
+            why = f"is `muenfast blk` running there, {how}?"
         return f"no server answered within {seconds:g} s: {why}"
 
 
