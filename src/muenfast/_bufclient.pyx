@@ -49,6 +49,8 @@ cdef uint64_t REAP_BYTES = 65536
 cdef uint64_t AREA_BYTES = 1 << 22
 # After this long without an answer from an active server the client starts over.
 cdef uint64_t ANSWER_NS = 1_000_000_000
+# A server whose answer came wrong, or that demands checksums, is asked again after this long.
+cdef uint64_t ANEW_NS = 200_000_000
 # As long as a disk may take to wake up: for the first read, see shared_probe.
 cdef uint64_t PROBE_NS = 30_000_000_000
 # What a server may know nothing of is waited for this long after everything else was answered.
@@ -605,7 +607,7 @@ cdef bint shared_connect(client_t *c, uint64_t ns) noexcept nogil:
         if status == SUCCESS:
             status = shared_listen(c, available)
             if b.garbled:               # it is there, and would say so again
-                b.again_ns = now + ANSWER_NS
+                b.again_ns = now + ANEW_NS
                 b.garbled = False
                 c.phase = PHASE_START
                 continue
