@@ -81,6 +81,9 @@ class Tun:
         self.namespace.run("; ".join([f"ip link set {self.name} mtu {mtu}", *lines, f"ip link set {self.name} up"]))
         # Also without duplicate address detection an IPv6 address is tentative for a moment.
         eventually(lambda: not self.namespace.run(f"ip -6 addr show dev {self.name} tentative"))
+        # And the kernel takes packets to it in only once it has a route, a moment after that.
+        for each in (address.partition("/")[0] for address in addresses if ":" in address):
+            eventually(lambda each=each: f"local {each} " in self.namespace.run("ip -6 route show table local"))
 
     def read(self) -> list[bytes]:
         """Everything that waits to be read."""
