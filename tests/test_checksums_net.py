@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 import random
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from helpers import eventually
+from helpers import compiled, eventually
 from net_peer import PROTOCOL, eth_element, ipv4, net_element, udp
 from peer import EPOCH, RESERVED, ChannelReader, ChannelWriter, Result
 from sums import ACCEPT, crc32c, flip
@@ -306,3 +308,10 @@ def test_how_it_is_asked_for() -> None:
     assert config.checksum == "require"
     with pytest.raises(UsageError, match="checksum 'maybe': is one of off, auto, require"):
         interfaces_from_lists("net9", checksum="maybe")
+
+
+def test_what_stands_in_the_slot_is_not_believed(tmp_path: Path) -> None:
+    """A length that changed between the look at it and the checksum: nothing beyond the element is read."""
+    run = subprocess.run([compiled("frames", tmp_path, "-O1", "-g", "-fsanitize=address,undefined")], capture_output=True,
+                         text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

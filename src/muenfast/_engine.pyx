@@ -10,7 +10,8 @@ from muenfast._wire cimport *
 
 from muenfast.errors import UsageError
 
-# What an end does about checksums, and what `muenfast stat` shows of that: "off": it has none; "idle": nobody is connected; "agreed"; "plain": the other side has none; "refused": and is not served for that.
+# What an end does about checksums, and what `muenfast stat` shows of that. "off": it has none; "idle": nobody is connected;
+# "agreed"; "plain": the other side has none; "refused": and is not served for that.
 CHECKSUM_MODES = ("off", "auto", "require")
 CHECKSUM = ("off", "idle", "agreed", "plain", "refused")
 

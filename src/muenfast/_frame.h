@@ -122,11 +122,18 @@ static inline uint32_t frame_sum(int kind, const uint8_t *element, uint32_t size
     return ~crc32c(crc32c(CRC32C_FIRST, element, place.covered), &place, sizeof place);
 }
 
-/* Completes an element, which frame_finish() has, with its checksum. */
+/* Completes an element, which frame_finish() has, with its checksum. n: bytes that were put there, of which the packet's own
+ * header may count fewer. That is read from the slot, which by now others may have changed: it is believed up to n. */
 static inline void frame_seal(int kind, uint8_t *slot, uint32_t size, uint32_t n, uint64_t number, uint64_t epoch) {
     uint32_t sum;
-    if (kind == FRAME_NET)
-        n = (uint32_t)ip_length(slot + frame_start(kind));
+    if (kind == FRAME_NET) {
+        uint8_t first[IPV4_HEADER];
+        int32_t own;
+        memcpy(first, slot + frame_start(kind), sizeof(first));
+        own = ip_length(first);
+        if (own >= 0 && (uint32_t)own < n)
+            n = (uint32_t)own;
+    }
     sum = frame_sum(kind, slot, size, n, number, epoch);
     memcpy(slot + size, &sum, sizeof sum);
 }
