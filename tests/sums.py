@@ -9,9 +9,11 @@ import errno
 import functools
 import random
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
+from helpers import block
 from peer import (
     BLOCK_BYTES,
     BUFFER_READ,
@@ -180,6 +182,31 @@ class SummedServer(InlineServer):
 def flip(raw: bytes, at: int, bits: int = 0x5A) -> bytes:
     """With one byte changed."""
     return raw[:at] + bytes([raw[at] ^ bits]) + raw[at + 1:]
+
+
+def mistaken(read: Callable[[int, int], bytes], blocks: int, most: int, rounds: int) -> list[int]:
+    """Where four threads got anything but block(0), block(1), ... or an I/O error: the first numbers. read(length, offset);
+    up to `most` blocks at a time, of so many."""
+    wrong: list[int] = []
+
+    def use(seed: int) -> None:
+        own = random.Random(seed)
+        for _ in range(rounds):
+            count = own.randrange(1, most + 1)
+            first = own.randrange(blocks - count)
+            try:
+                data = read(count * BLOCK_BYTES, first * BLOCK_BYTES)
+            except OSError:
+                continue
+            if data != b"".join(block(number) for number in range(first, first + count)):
+                wrong.append(first)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
 
 
 def element(number: int, elements: int) -> slice:

@@ -7,7 +7,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,9 +42,7 @@ BAD = Event(READ, 0, 1 << 40, 1, 7)
 
 @pytest.fixture
 def link(names: Callable[[str], str], program: Any) -> Iterator[Link]:
-    with ExitStack() as stack:
-        link = Link(names, program)
-        stack.callback(link.close)
+    with closing(Link(names, program)) as link:
         yield link
 
 

@@ -277,17 +277,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     next_epoch = 1;
     honest = followed = false;
     forget();
-    for (int turns = 0; fuzz_left() != 0 && turns < 60; turns++) {
-        uint8_t what = fuzz_u8();
-        if (what < 128)
-            client_acts();
-        else if (what < 240)
-            step();
-        else
-            fuzz_arm();
-    }
-    for (int k = 0; k < 4; k++)
-        step();
+    fuzz_serve(60, 128, 4, step);
     fuzz_region_check(&requests);
     fuzz_region_check(&answers);
     fuzz_region_check(&disk);

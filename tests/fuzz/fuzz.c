@@ -107,6 +107,20 @@ void fuzz_peer_acts(void) {
         fuzz_peer();
 }
 
+void fuzz_serve(int most, uint8_t acts, int last, void (*step)(void)) {
+    while (fuzz_left() != 0 && most-- > 0) {
+        uint8_t what = fuzz_u8();
+        if (what < acts)
+            fuzz_peer();
+        else if (what < 240)
+            step();
+        else
+            fuzz_arm();
+    }
+    while (last-- > 0)
+        step();
+}
+
 /* Long copies have a turn in the middle, and all have one behind. */
 void *fuzz_copy(void *to, const void *from, size_t n) {
     if (fuzz_countdown == 0)

@@ -79,6 +79,9 @@ static inline void fuzz_turn(void) {
         fuzz_peer_acts();
 }
 static inline void fuzz_arm(void) { fuzz_countdown = 1 + fuzz_u8() % 48; }
+/* A server's life: up to `most` turns, `acts` of 256 the client's, some that arm it, the others the server's; then `last` of
+ * these. */
+void fuzz_serve(int most, uint8_t acts, int last, void (*step)(void));
 void *fuzz_copy(void *to, const void *from, size_t n);
 long fuzz_syscall(long number, ...);
 
