@@ -43,7 +43,8 @@ def attack() -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_is_found(builder: Builder, name: str) -> None:
-    """Neither in what was found to matter, nor in 8000 mutations of it, always the same ones."""
+    """Neither in what was found to matter, nor in mutations of it, always the same ones: as many of 8000 as a second allows,
+    and 256 in any case."""
     kept = len(fuzzing.unpack(fuzzing.corpus(name).read_bytes()))
     if TARGETS[name].python:
         assert kept >= 5 and fuzzing.replay_python(name, 2000, 1, 1.0) == ""
@@ -51,7 +52,7 @@ def test_nothing_is_found(builder: Builder, name: str) -> None:
     done = fuzzing.replay(builder.program(name), name, "-n", "8000", "-s", "1", "-t", "1")
     assert done.returncode == 0, done.stderr
     count = re.search(r"(\d+) executions", done.stdout)
-    assert count is not None and int(count[1]) > kept > 50
+    assert count is not None and int(count[1]) >= kept + 256 and kept > 50
 
 
 def test_each_planted_bug_still_has_its_text(attack: ModuleType) -> None:

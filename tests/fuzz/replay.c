@@ -1,15 +1,15 @@
 /* main() for a target where there is no libFuzzer: replays a corpus, then mutations of it, always the same ones.
  *
  * usage: TARGET [-n EXECUTIONS] [-s SEED] [-t SECONDS] [-o FILE] NAME.corpus|INPUT|FOLDER...
- * Prints how many inputs were run. What fails is left in FILE (failed-input). -t: ends after that time, too. NAME.corpus:
- * inputs one after the other, each behind its length, a little-endian u16.
+ * Prints how many inputs were run. What fails is left in FILE (failed-input). -t: mutations, of which there are some in any
+ * case, end after that time, too. NAME.corpus: inputs one after the other, each behind its length, a little-endian u16.
  */
 #include <dirent.h>
 #include <sys/stat.h>
 
 #include "fuzz.h"
 
-enum { MOST = 4096, INPUTS = 4096 };
+enum { MOST = 4096, INPUTS = 4096, MUTATIONS = 256 /* between looks at the clock */ };
 static struct { uint8_t *data; size_t size; } corpus[INPUTS];
 static size_t inputs;
 static uint8_t now[MOST];
@@ -152,7 +152,7 @@ static double seconds(void) {
 int main(int argc, char **argv) {
     static const int deaths[] = {SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGALRM};
     unsigned long most = 0, done = 0;
-    double limit = 0, start = seconds();
+    double limit = 0, start;
     for (int option; (option = getopt(argc, argv, "n:s:t:o:")) != -1;)
         switch (option) {
         case 'n': most = strtoul(optarg, NULL, 0); break;
@@ -169,10 +169,11 @@ int main(int argc, char **argv) {
         alarm(20); /* an input that does not end */
         once(corpus[i].data, corpus[i].size);
     }
+    start = seconds();
     for (unsigned long i = 0; i < most; i++, done++) {
-        if (i % 256 == 0) {
+        if (i % MUTATIONS == 0) {
             alarm(20);
-            if (limit != 0 && seconds() - start >= limit)
+            if (i != 0 && limit != 0 && seconds() - start >= limit)
                 break;
         }
         mutate();
