@@ -634,10 +634,11 @@ def test_events_of_a_life(rig: Rig) -> None:
     """Coming, going, a channel that does not fit, stopping."""
     server = rig.serve(ram(DISK)[0])
     client = rig.client()
-    assert server.connected
+    assert server.connected and server.attached
     client.disconnect()
+    assert server.connected and not server.attached     # before the server has looked
     rig.step()
-    assert not server.connected
+    assert not server.connected and not server.attached
     other = ChannelWriter(str(rig.place / "req"), 16, BUFFER_PROTOCOL)
     rig.stack.callback(other.close)
     other.activate()

@@ -175,6 +175,12 @@ cdef class ServerEngine:
         return min(load_relaxed64(&self.r.hdr.wc) - load_relaxed64(&self.r.rc), self.r.elements)
 
     @property
+    def attached(self):
+        """Whether a client that run() has told of is there still: one that has left is seen at once here, by run() at its next
+        look."""
+        return bool(self.connected and self.held() and load_acquire64(&self.r.hdr.epoch) != 0)
+
+    @property
     def broken(self):
         """Name of what was taken away by its owner ("request", "response", "buffer"), or None."""
         return self.taken_away()

@@ -341,4 +341,4 @@ def _client_of(export: Export) -> str | None:
     found = shm.writer_holder(export._ends[0].region)
     if found is not None:
         return f"its client, process {found['pid']},"
-    return "a client" if export.server.connected else None
+    return "a client" if export.server.attached else None
