@@ -43,8 +43,8 @@ def attack() -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_is_found(builder: Builder, name: str) -> None:
-    """Neither in what was found to matter, nor in mutations of it, always the same ones: as many of 8000 as a second allows,
-    and 256 in any case."""
+    """Neither in what was found to matter, nor in mutations of it, always the same ones: as many of 8000 as a second
+    allows, and 256 in any case."""
     kept = len(fuzzing.unpack(fuzzing.corpus(name).read_bytes()))
     if TARGETS[name].python:
         assert kept >= 5 and fuzzing.replay_python(name, 2000, 1, 1.0) == ""
