@@ -239,6 +239,21 @@ def test_a_good_one(file: Path) -> None:
     assert json.loads(run("policy", "check", "--json", str(file)).stdout) == {"findings": []}
 
 
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("addr", "10.0.0.1/99", "addr '10.0.0.1/99': an address is IPv4 or IPv6"),
+    ("mac", "02:00:00:00:00:01", "mac '02:00:00:00:00:01': only an Ethernet device"),
+    ("marks", "quick", "marks 'quick': marks go one of these ways"),
+    ("carrier", "often", "carrier 'often': ")])
+def test_what_serving_would_refuse_is_found(file: Path, key: str, value: str, said: str) -> None:
+    """An entry is looked at as serving looks at it, in the same words."""
+    file.write_text(file.read_text().replace("[interfaces.net1]", f'[interfaces.net1]\n{key} = "{value}"'))
+    done = run("policy", "check", str(file))
+    assert done.returncode == 1 and done.stdout.startswith(f"interfaces.net1: {said}"), done.stdout
+    refused = run("net", "--policy", str(file), "--subject", "guest")
+    assert refused.returncode == 2 and f"interfaces.net1: {key}" in refused.stderr, refused.stderr
+    assert said.partition(": ")[2] in refused.stderr
+
+
 def test_users_that_are_not_there(file: Path) -> None:
     """Only where the file is meant for this machine."""
     file.write_text(file.read_text().replace('"irc"', '"nobody-of-that-name"'))

@@ -440,11 +440,11 @@ def resident(pid: int) -> int:
     raise Failed(f"process {pid} is gone")
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = PATIENCE, pause: float = 0.001) -> Any:
+def until(true: Callable[[], Any], what: str | Callable[[], str], seconds: float = PATIENCE, pause: float = 0.001) -> Any:
     end = time.monotonic() + seconds
     while not (value := true()):
         if time.monotonic() > end:
-            raise Failed(what)
+            raise Failed(what() if callable(what) else what)
         time.sleep(pause)
     return value
 
@@ -776,7 +776,8 @@ class ClientVictim(Victim):
         try:
             with server.running():
                 self.order("honest")
-                report = until(lambda: self._back(User.THREADS), "service is not back", pause=0.002)
+                report = until(lambda: self._back(User.THREADS), lambda: f"service is not back: {self._found()}",
+                               pause=0.002)
                 row.back.append(self.in_time(begin))
                 until(lambda: self.order("")["calls"] > report["calls"] + 400, "no call returns any more")
                 self._count_junk(server, 100)
@@ -802,6 +803,10 @@ class ClientVictim(Victim):
     def _back(self, threads: int) -> dict[str, Any] | None:
         report = self.order("")
         return report if len(report["good"]) == threads else None
+
+    def _found(self) -> dict[str, Any]:
+        """What there is to say of a client that gets nowhere."""
+        return {name: value for name, value in self.order("").items() if name != "acknowledged"}
 
     def _count_junk(self, server: HonestServer | HonestBufferServer, n: int) -> None:
         """Answers that nobody asked for are all counted, and cost nothing else."""

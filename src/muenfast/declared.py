@@ -16,10 +16,10 @@ from muenfast.errors import UsageError
 from muenfast.export import ExportConfig, check_devices
 from muenfast.net import MOST_INTERFACES, InterfaceConfig, interfaces_from_lists
 from muenfast.net import Options as NetOptions
-from muenfast.policy import Connection, Interface, Policy, PolicyError, Region, load
+from muenfast.policy import Connection, Finding, Interface, Policy, PolicyError, Region, load
 from muenfast.serving import config_of
 
-__all__ = ["Declared"]
+__all__ = ["Declared", "refusals"]
 
 _T = TypeVar("_T")
 
@@ -58,7 +58,17 @@ class Declared:
     def _permit(self, name: str) -> shm.Permit:
         return permit(self.policy.regions[name], dict(self.known), self.policy.path)
 
+    def config(self, index: int, each: Connection | Interface) -> ExportConfig | InterfaceConfig:
+        """An entry of the policy as lists would have it, without its permits. Raises UsageError."""
+        return self._connection(index, each) if isinstance(each, Connection) else self._network(index, each)
+
     def _channels(self, index: int, each: Connection) -> ExportConfig:
+        config = self._connection(index, each)
+        names = [each.request, each.response, *([] if each.buffer is None else [each.buffer])]
+        return replace(config, channels=replace(config.channels, permits=tuple(map(self._permit, names)),
+                                                patience=self.patience))
+
+    def _connection(self, index: int, each: Connection) -> ExportConfig:
         regions = self.policy.regions
         request, response = regions[each.request], regions[each.response]
         buffer = None if each.buffer is None else regions[each.buffer]
@@ -72,10 +82,7 @@ class Declared:
         where = each.where
         called = Options(req=f"{where}: request", resp=f"{where}: response", buffer=f"{where}: buffer",
                          device=f"{where}: device", read_only=f"{where}: read_only")
-        names = [each.request, each.response, *([] if each.buffer is None else [each.buffer])]
-        channels = replace(config.channels, index=index, options=called, permits=tuple(map(self._permit, names)),
-                           patience=self.patience)
-        return replace(config, channels=channels)
+        return replace(config, channels=replace(config.channels, index=index, options=called))
 
     def exports(self, only: Iterable[str] | None = None) -> list[ExportConfig]:
         """The connections that it serves. only: their names. Raises UsageError."""
@@ -159,6 +166,10 @@ class Declared:
                                           if each.subject == self.subject}, "has", only)
 
     def _interface(self, index: int, each: Interface) -> InterfaceConfig:
+        permits = [None if name is None else self._permit(name) for name in (each.inp, each.out, each.pmtu)]
+        return replace(self._network(index, each), permits=(permits[0], permits[1], permits[2]), patience=self.patience)
+
+    def _network(self, index: int, each: Interface) -> InterfaceConfig:
         regions = self.policy.regions
         inp, out, pmtu = (None if name is None else regions[name] for name in (each.inp, each.out, each.pmtu))
         where = each.where
@@ -174,9 +185,7 @@ class Declared:
             pmtu=None if pmtu is None else pmtu.locator.text, netns=each.netns, carrier=each.carrier, mac=each.mac,
             addr=each.addr, marks=each.marks or "auto", up=each.up, offload=each.offload, poll=each.poll,
             bells=all(region.bell for region in (inp, out) if region is not None), checksum=each.checksum, options=called)
-        permits = [None if name is None else self._permit(name) for name in (each.inp, each.out, each.pmtu)]
-        return replace(config, index=index, permits=(permits[0], permits[1], permits[2]),
-                       patience=self.patience)
+        return replace(config, index=index)
 
     def _chosen(self, kind: str, all_of_it: Mapping[str, _T], verb: str, only: Iterable[str] | None) -> list[_T]:
         """Its entries of a kind, in the file's order, or those that `only` names, in that order."""
@@ -193,3 +202,19 @@ class Declared:
             if name in names[:index]:
                 raise UsageError("is named twice", option="--only", index=index, value=name)
         return [all_of_it[name] for name in names]
+
+
+def refusals(policy: Policy) -> list[Finding]:
+    """What serving would refuse of each connection and interface by itself, as the texts of devices, addresses and names.
+    Precondition: load() found nothing."""
+    found = []
+    entries: list[Connection | Interface] = [*policy.connections.values(), *policy.interfaces.values()]
+    for each in entries:
+        try:
+            Declared(policy, each.server if isinstance(each, Connection) else each.subject, {}).config(0, each)
+        except UsageError as error:
+            at = (error.option or "").removeprefix(each.where).lstrip(": ")
+            given = "" if error.value is None else f" {str(error.value)!r}"
+            hint = f" ({error.hint})" if error.hint else ""
+            found.append(Finding(each.where, f"{at}{given}: {error.rule}{hint}"))
+    return found

@@ -61,6 +61,7 @@ def _told(arguments: argparse.Namespace, findings: list[Finding], fine: str) -> 
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from muenfast.declared import refusals
     from muenfast.enforcement import accounts
     from muenfast.policy import PolicyError, load
 
@@ -68,6 +69,8 @@ def _check(arguments: argparse.Namespace) -> int:
         policy, findings = load(arguments.file)
     except PolicyError as error:
         return _told(arguments, error.findings, "")
+    if not findings:
+        findings += refusals(policy)
     if not arguments.file_only:
         findings += accounts(policy)[1]
     counts = {"subjects": policy.subjects, "regions": policy.regions, "connections": policy.connections,
