@@ -440,6 +440,14 @@ def resident(pid: int) -> int:
     raise Failed(f"process {pid} is gone")
 
 
+def _size(name: str) -> int | None:
+    """Bytes of a region; None: none, for a client that gave up its disk is about to make it anew."""
+    try:
+        return os.stat(peer.channel_path(name)).st_size
+    except FileNotFoundError:
+        return None
+
+
 def until(true: Callable[[], Any], what: str | Callable[[], str], seconds: float = PATIENCE, pause: float = 0.001) -> Any:
     end = time.monotonic() + seconds
     while not (value := true()):
@@ -506,7 +514,7 @@ class Victim:
         for name, (_, _, length) in zip((self.req, self.resp), SHARED if self.buffer else INLINE, strict=True):
             lengths |= {name: length, name + ".bell": 4096}
         for name, length in lengths.items():
-            if os.stat(peer.channel_path(name)).st_size != length:
+            if until(lambda name=name: _size(name), f"{name} is not there") != length:
                 raise Failed(f"{name} was left with another size")
         return int(said)
 
@@ -770,22 +778,9 @@ class ClientVictim(Victim):
         self.attack(mode, seconds, seed)
         attacked = self.order("hostile")
         begin = time.monotonic()
-        server: HonestServer | HonestBufferServer = (
-            HonestBufferServer(self.req, self.resp, self.buffer, [self.disk]) if self.buffer else
-            HonestServer(self.req, self.resp, self.disk))
-        try:
-            with server.running():
-                self.order("honest")
-                report = until(lambda: self._back(User.THREADS), lambda: f"service is not back: {self._found()}",
-                               pause=0.002)
-                row.back.append(self.in_time(begin))
-                until(lambda: self.order("")["calls"] > report["calls"] + 400, "no call returns any more")
-                self._count_junk(server, 100)
-                report = self.order("pause")
-                until(lambda: self.order("")["busy"] == 0, "a call hangs")
-                report = self.order("")
-        finally:
-            server.close()
+        self.order("honest")
+        while (report := self._served(begin, row)) is None:
+            pass
         if report["wrong"]:
             raise Failed(f"{len(report['wrong'])} blocks were not read as written: {report['wrong'][0]}")
         for i, token in report["acknowledged"].items():
@@ -799,6 +794,41 @@ class ClientVictim(Victim):
         return " ".join(f"{name}+{value}" for name, value in
                         {**changes, "errors": attacked["errors"] - first["errors"],
                          "given-up": report["given_up"] - first["given_up"]}.items())
+
+    def _served(self, begin: float, row: Row) -> dict[str, Any] | None:
+        """What the client says after an honest server's time; None: it gave up its disk after all, by an answer of the
+        attack that it found then only, and its user's next one has made the channels anew."""
+        self.in_time(begin)
+        until(self._channels, "the client has no channels")
+        made = self._channels()
+        with contextlib.ExitStack() as stack:
+            try:
+                server: HonestServer | HonestBufferServer = (
+                    HonestBufferServer(self.req, self.resp, self.buffer, [self.disk]) if self.buffer else
+                    HonestServer(self.req, self.resp, self.disk))
+            except FileNotFoundError:
+                return None
+            stack.callback(server.close)
+            stack.enter_context(server.running())
+            until(lambda: self._back(User.THREADS) or self._channels() != made,
+                  lambda: f"service is not back: {self._found()}", pause=0.002)
+            report = self._back(User.THREADS)
+            if report is None:
+                return None
+            row.back.append(self.in_time(begin))
+            until(lambda: self.order("")["calls"] > report["calls"] + 400, "no call returns any more")
+            self._count_junk(server, 100)
+            self.order("pause")
+            until(lambda: self.order("")["busy"] == 0, "a call hangs")
+            return self.order("")
+
+    def _channels(self) -> tuple[int, ...] | None:
+        """Which files the client's regions are, None: not all are there."""
+        try:
+            return tuple(os.stat(peer.channel_path(name)).st_ino
+                         for name in (self.req, self.req + ".bell", *([self.buffer] if self.buffer else [])))
+        except FileNotFoundError:
+            return None
 
     def _back(self, threads: int) -> dict[str, Any] | None:
         report = self.order("")

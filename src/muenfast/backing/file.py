@@ -10,6 +10,7 @@ import hashlib
 import logging
 import mmap
 import os
+import pwd
 import stat
 import time
 from contextlib import ExitStack
@@ -249,12 +250,21 @@ def _identity(fd: int, part: str = "") -> bytes:
     return hashlib.blake2b(f"file:{where}{part}".encode(), digest_size=16).digest()
 
 
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
+
+
 def _next_step(number: int | None, device: Device) -> str | None:
     if device.path in ("ram", "null"):
         return f"{device.path} wants a size, like {device.path}:64M"
     if number == errno.ENOENT and device.partition:
         return f"there is no file of that name, so partition {device.partition} of {device.path} is meant, which is not " \
                "there either"
+    if number == errno.EACCES:
+        return f"it, and each folder before it, has to let in {_user()}, as whom this process runs"
     if number != errno.ENOENT:
         return None
     disk, mark, word = device.path.rpartition("#")
