@@ -401,7 +401,8 @@ def test_a_server_of_another_user_is_not_asked(namespace: Namespace, monkeypatch
     try:
         assert squatter.stdout is not None and squatter.stdout.readline() == "ready\n"
         run = program(namespace, "add_child", "net0", "x")
-        assert run.returncode == 1 and "neither root's nor yours: it is not asked\nCommand failed\n" in run.stderr
+        assert run.returncode == 1 and run.stderr.endswith("\nCommand failed\n")
+        assert "neither root's nor yours: it is not asked (where it should be, ask as that user" in run.stderr
         assert squatter.communicate(timeout=10)[0] == "b''\n"
     finally:
         squatter.kill()

@@ -132,7 +132,8 @@ def ask(interface: str, request: dict[str, Any], *, timeout: float = _ANSWER_TIM
     with connection:
         if uid not in (0, os.geteuid()):
             raise MuenfastError(f"process {pid}, which answers for {interface}, is user {uid}'s, neither root's nor yours: "
-                                "it is not asked")
+                                "it is not asked (where it should be, ask as that user, for example by `setpriv --reuid "
+                                f"{uid} --clear-groups COMMAND`)")
         if os.geteuid() not in (0, uid):
             raise MuenfastError(f"{interface} is served by process {pid} of user {uid}, who answers only root and itself")
         try:
