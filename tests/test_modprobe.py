@@ -141,6 +141,12 @@ def test_a_held_channel_names_the_parameter(program: Start, four: dict[str, str]
 # ---- modinfo
 
 
+def test_modinfo_alone_names_the_modules() -> None:
+    done = run("modinfo")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["muenblock-client", "muenblock-server", "muennet"]
+
+
 @pytest.mark.parametrize("name", ["muenblock-server", "muenblock_client"])
 def test_modinfo_prints_as_modinfo_does(name: str) -> None:
     """`key:` in 16 columns; a parameter is name:description (type); every one of the table is there, once."""
@@ -163,7 +169,7 @@ def test_modinfo_as_json() -> None:
     assert by_name["req_shm_name"]["required"] and not by_name["req_shm_protocol"]["required"]
 
 
-@pytest.mark.parametrize("words", [["modinfo"], ["modinfo", "x"], ["modinfo", "muenblock-server", "y"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["modinfo", "--json"], ["modinfo", "x"], ["modinfo", "muenblock-server", "y"]], ids=" ".join)
 def test_modinfo_misused(words: list[str]) -> None:
     """Status 2, one line."""
     done = run(*words)

@@ -6,11 +6,13 @@ import argparse
 import json
 
 from muenfast import modules
+from muenfast.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODULE, --json."""
-    parser.add_argument("module", metavar="MODULE", help=", ".join(map(modules.command_name, modules.MODULES.values())))
+    parser.add_argument("module", metavar="MODULE", nargs="?",
+                        help=", ".join(map(modules.command_name, modules.MODULES.values())) + " (default: name them)")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object, which also says what is "
                                                             "required, and by which generation of the module")
 
@@ -19,6 +21,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the module as modinfo(8) does."""
     from muenfast import __version__
 
+    if arguments.module is None:
+        if arguments.json:
+            raise UsageError("goes with a MODULE", option="--json")
+        for module in modules.MODULES.values():
+            print(f"{modules.command_name(module):<18}{module.description}")
+        return 0
     module = modules.find(arguments.module)
     if arguments.json:
         print(json.dumps({"name": module.name, "description": module.description, "version": __version__,
