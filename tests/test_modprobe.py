@@ -169,7 +169,8 @@ def test_modinfo_as_json() -> None:
     assert by_name["req_shm_name"]["required"] and not by_name["req_shm_protocol"]["required"]
 
 
-@pytest.mark.parametrize("words", [["modinfo", "--json"], ["modinfo", "x"], ["modinfo", "muenblock-server", "y"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["modinfo", "--json"], ["modinfo", "x"], ["modinfo", "muenblock-server", "y"]],
+                         ids=" ".join)
 def test_modinfo_misused(words: list[str]) -> None:
     """Status 2, one line."""
     done = run(*words)
