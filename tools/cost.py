@@ -224,8 +224,10 @@ class Programs(Builder):
                          flags=(*before, *flags))
 
     def _compile(self, target: Path, source: Path, *more: str) -> Path:
-        run(*self.command, *self.flags, "-D_GNU_SOURCE", "-w", "-Werror=implicit-function-declaration", f"-I{self.place}",
-            f"-I{SOURCES}", f"-I{self.cores.package}", *python_includes(), *more, "-c", "-o", target, source)
+        # Without what is for debuggers, which decides nothing, and which valgrind does not know of every compiler.
+        run(*self.command, *self.flags, "-g0", "-D_GNU_SOURCE", "-w", "-Werror=implicit-function-declaration",
+            f"-I{self.place}", f"-I{SOURCES}", f"-I{self.cores.package}", *python_includes(), *more, "-c", "-o", target,
+            source)
         return target
 
     def _unit(self, core: str) -> Path:
