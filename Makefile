@@ -22,7 +22,8 @@ MAKEFLAGS += --no-builtin-rules
 # One venv, one pip at a time, with make -j too; setup.py compiles the extensions side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile soak crash mutants model litmus attack build wheel \
+.PHONY: help demo test test-guest check asan ubsan tsan coverage torn hostile soak crash mutants model litmus attack \
+	check-cost build wheel \
 	sdist check-hints clean distclean bootstrap FORCE
 
 # $(call quietly,what,command): says what is done, and shows the command's output only where it fails.
@@ -91,6 +92,10 @@ litmus: $(V)/.python ## each pair of docs/memory-model.md under RC11 and AArch64
 model: bootstrap $(V)/.python ## the protocol in Promela, verified by spin, and each fence and look removed; ARGS="F1 bell" some of it
 	@$(PY) tools/model.py $(ARGS)
 
+# Of the C that was built; a compiler, libc or CPU of which nothing is kept ends with status 2: docs/testing.md.
+check-cost: $(V)/.installed $(V)/.test-group ## instructions of the hot loops, by callgrind, against bench/cost.json; ARGS="--write", "--against HEAD", "ring"
+	@$(PY) tools/cost.py $(ARGS)
+
 build: $(V)/.installed ## build the package and install it into .venv
 
 sdist: $(V)/.test-group ## the source archive, in dist/
@@ -117,7 +122,8 @@ distclean: clean ## remove .venv, too
 
 bootstrap:
 	@NO_INSTALL=$(NO_INSTALL) tools/bootstrap.sh "$(if $(KEEP_PYTHON),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))" \
-		$(if $(filter test check model,$(MAKECMDGOALS)),test) $(if $(filter test-guest,$(MAKECMDGOALS)),guest)
+		$(if $(filter test check model,$(MAKECMDGOALS)),test) $(if $(filter test-guest,$(MAKECMDGOALS)),guest) \
+		$(if $(filter check-cost,$(MAKECMDGOALS)),cost)
 
 # A venv is bound to its interpreter and its place. A PYTHON that was asked for replaces another
 # one's venv; the default keeps what is there.

@@ -132,10 +132,13 @@ def kinds(pid: int, load: Callable[[], int]) -> dict[str, int]:
 
 
 class Measured:
-    """One process, and what it is asked for: load() makes that many requests."""
+    """One process, and what it is asked for: load() makes that many requests, read() one at that byte; disk: who asks,
+    where there is no device."""
 
-    def __init__(self, kind: str, way: str, pid: int, load: Callable[[], int], times: int) -> None:
+    def __init__(self, kind: str, way: str, pid: int, load: Callable[[], int], times: int,
+                 read: Callable[[int], object], disk: BlockDevice | None = None) -> None:
         self.kind, self.way, self.pid, self.load, self.times = kind, way, pid, load, times
+        self.read, self.disk = read, disk
         beside = None if way == "--no-sandbox" else f"{kind}, --no-sandbox"
         self.calls, self.work = (
             Row(f"{kind}, {way}: {what}", "calls/1000 requests", lambda: 0.0, beside and f"{beside}: {what}", True)
@@ -221,7 +224,7 @@ def reads_of(disk: BlockDevice) -> Callable[[], int]:
     return load
 
 
-def reads_of_node(stack: ExitStack, node: str) -> Callable[[], int]:
+def reads_of_node(stack: ExitStack, node: str) -> tuple[Callable[[], int], Callable[[int], object]]:
     fd = os.open(node, os.O_RDONLY | os.O_DIRECT)
     stack.callback(os.close, fd)
     buffer = mmap.mmap(-1, 4096)
@@ -231,7 +234,7 @@ def reads_of_node(stack: ExitStack, node: str) -> Callable[[], int]:
             os.preadv(fd, [buffer], random.randrange(SIZE // 4096) * 4096)
         return BATCH
 
-    return load
+    return load, lambda at: os.preadv(fd, [buffer], at)
 
 
 def made(stack: ExitStack, pair: Pair, place: Path, users: list[str], kind: str, way: str) -> Measured:
@@ -256,10 +259,11 @@ def made(stack: ExitStack, pair: Pair, place: Path, users: list[str], kind: str,
     if kind == "device":
         started(stack, pair.near, "blk", *common, "server")
         pid, lines = started(stack, pair.far, "blk", "--client", *common, "client", "--same-store", *WAYS[way])
-        return Measured(kind, way, pid, reads_of_node(stack, lines[0].split()[4]), 4)
+        load, read = reads_of_node(stack, lines[0].split()[4])
+        return Measured(kind, way, pid, load, 4, read)
     pid, _ = started(stack, pair.far, "blk", *common, "server", *WAYS[way])
     disk = stack.enter_context(BlockDevice(f"{name}-req", f"{name}-resp"))
-    return Measured(kind, way, pid, reads_of(disk), 100 if kind == "ram" else 20)
+    return Measured(kind, way, pid, reads_of(disk), 100 if kind == "ram" else 20, lambda at: disk.pread(4096, at), disk)
 
 
 def show(rows: list[Row]) -> None:

@@ -1,7 +1,7 @@
 #!/bin/sh
-# usage: tools/bootstrap.sh PYTHON [test] [guest]
-# Checks what building and running (with "test", testing; with "guest", tests in tools/guest) muenfast takes from the
-# system.
+# usage: tools/bootstrap.sh PYTHON [test] [guest] [cost]
+# Checks what building and running (with "test", testing; with "guest", tests in tools/guest; with "cost", tools/cost.py)
+# muenfast takes from the system.
 # As root with apt-get the missing packages are installed, exactly those; else they are named,
 # and the exit status is 1 if the build cannot do without them. NO_INSTALL=1: name them only.
 set -u
@@ -83,6 +83,11 @@ case $goals in *" guest "*)
     have lvm && have dmsetup || need "lvm2 dmsetup" "volumes on the disks"
     have nbd-client || need nbd-client "disks by NBD"
     have sfdisk || need fdisk "disks with partitions"
+esac
+case $goals in *" cost "*)
+    # Its header, too, by which a program tells callgrind what to count.
+    have valgrind && printf '#include <valgrind/callgrind.h>\n' | $cc -E -x c -o /dev/null - 2>/dev/null ||
+        need valgrind "to count instructions"
 esac
 
 [ -n "$need$want" ] || exit 0
