@@ -62,7 +62,8 @@ def every_row() -> list[str]:
               for way in ("read", "write")]
     found += [f"packet {framing} {size} B, {way}" for framing in ("raw", "net_hdr") for size in (64, 1522)
               for way in ("send", "receive")]
-    return [*(f"{row}, batch {batch}" for row in found for batch in BATCHES), "checksum of 4096 B, batch 1"]
+    return [*(f"{row}, batch {batch}" for row in found for batch in BATCHES), "checksum of 4096 B, batch 1",
+            *(f"packet net_hdr 1500 B, {way}, batch 16" for way in ("split", "merge"))]
 
 
 @dataclass(frozen=True)

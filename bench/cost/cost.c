@@ -63,7 +63,8 @@ static void __attribute__((constructor)) tell(void) {
 #ifdef __x86_64__
     unsigned a, b = 0, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    printf("%s%s%s%s%s%s", __builtin_cpu_supports("sse4.2") ? " sse4.2" : "", __builtin_cpu_supports("pclmul") ? " pclmul" : "",
+    printf("%s%s%s%s%s%s", __builtin_cpu_supports("sse4.2") ? " sse4.2" : "",
+           __builtin_cpu_supports("pclmul") ? " pclmul" : "",
            __builtin_cpu_supports("avx2") ? " avx2" : "", __builtin_cpu_supports("avx512vl") ? " avx512vl" : "",
            b >> 9 & 1 ? " erms" : "", d >> 4 & 1 ? " fsrm" : "");
 #endif

@@ -1,5 +1,5 @@
-/* Rows: requests that a block server with a RAM disk answers, inline (core: _blk) and, with SHARED (bufserver.c), over a buffer
- * (core: _buffer). The client is this file. One look that finds nothing ends each batch.
+/* Rows: requests that a block server with a RAM disk answers, inline (core: _blk) and, with SHARED (bufserver.c), over a
+ * buffer (core: _buffer). The client is this file. One look that finds nothing ends each batch.
  */
 #include "cost.h"
 
