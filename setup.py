@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 
 HEADERS = [f"src/muenfast/{name}.h" for name in ("_atomics", "_copy", "_wire", "_guard", "_smart", "_aio", "_faults",
                                                   "_jobs", "_uring", "_checksum", "_inet", "_segment", "_coalesce", "_pmtu",
-                                                  "_turns", "_marks", "_frame", "_crc32c", "_blocksum",
+                                                  "_turns", "_marks", "_frame", "_crc32c", "_blocksum", "_plain",
                                                   "attach/_pump", "attach/_fuse_uring")]
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 if os.environ.get("MUENFAST_WERROR") == "1":

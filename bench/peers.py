@@ -1,10 +1,14 @@
 """muenfast beside its peers, in one run: nbdkit's memory plugin driven by fio and libnbd, fio's io_uring engine on the same
-file, the kernel's loop device on tmpfs, nbdfuse with a loop device over nbdkit, nbdkit's Python plugin.
+file, the kernel's loop device on tmpfs, nbdfuse with a loop device over nbdkit, nbdkit's Python plugin; the ring beside
+plain C, multiprocessing, pyzmq, faster-fifo, iceoryx2 and POSIX message queues.
 
-    python bench/peers.py [nbd python file device] [--rounds N] [--seconds S] [--directory DIR] [--json FILE]
+    python bench/peers.py [ring nbd python file device] [--rounds N] [--scale F] [--seconds S] [--directory DIR]
+        [--json FILE]
 
 Needs nbdkit (for `python` its plugin, nbdkit-plugin-python), fio with its nbd engine, nbdcopy and nbdfuse (libnbd-bin),
-losetup; `device` needs root. DIR, where the file is made, has to be on a disk: a file system without O_DIRECT is refused.
+losetup; `device` needs root. `ring` needs none of them, and takes what is there of the dependency group `peers` (pip
+install --group peers); --scale is its work per sample. DIR, where the file is made, has to be on a disk: a file system
+without O_DIRECT is refused.
 Two CPUs: the load, or the client engine, on the first, the server on the second; of a block device the front end has the
 second one to itself and the server is beside the load. Everything that is made goes with the run.
 """
@@ -27,7 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
-from muenfast import measure, shm
+from muenfast import measure, ringpeers, shm
 from muenfast._target import Memory
 from muenfast.attach.fuse import FuseAttachment
 from muenfast.blk import BlockClients, BlockDevice, BlockServer, channels_from_lists, exports_from_lists
@@ -350,26 +354,55 @@ def device_rows(bench: Bench) -> Iterator[Row]:
                 yield beside(row, f"nbdfuse + loop over nbdkit memory: {load[0]}")
 
 
+def ring(rounds: int, scale: float) -> dict[str, object]:
+    """The rings' report, printed: figure, furthest samples, what both sides cost, ratios, and the floors."""
+    rows = ringpeers.ring_peer_rows(scale)
+    measure.take(rows, rounds, lambda done, count: print(f"\r{done}/{count} ", end="", file=sys.stderr))
+    report = measure.report("ring peers", rows, ringpeers.POLICY)
+    report["floors"] = ringpeers.floors(report)
+    print(f"\rring: {report['environment']['cpu']}; {ringpeers.POLICY}")
+    for row in report["rows"]:
+        if row["missing"] is not None:
+            print(f"  {row['name']:<70}missing: {row['missing']}")
+            continue
+        figure = f"{row['median']:10.0f} ns " if row["unit"] == "ns" else f"{row['median'] / 1e3:10.1f} k/s"
+        against = ", ".join(f"{value:.2f} of {limit}" for value, limit in measure.ratios(row))
+        cost = f"{row['notes']['CPU ns each']['median']:8.0f} ns CPU, " if "CPU ns each" in row["notes"] else " " * 17
+        print(f"  {row['name']:<70}{figure}  {ringpeers.spread(row):<12}{cost}"
+              f"lost {sum(row['notes']['lost']['samples']):.0f}  {against}".rstrip())
+    for floor in report["floors"]:
+        said = "missing" if floor["ratio"] is None else f"{floor['ratio']:.2f} {'met' if floor['met'] else 'MISSED'}"
+        print(f"  at least {floor['floor']:6.2f}: {said:<14} {floor['row']} / {floor['limit']}")
+    return report
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="peers.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", nargs="*", help="nbd, python, file, device (default: all)")
+    parser.add_argument("subject", nargs="*", help="ring, nbd, python, file, device (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each sample (default: 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of `ring`: work per sample, of the usual (default: 1)")
     parser.add_argument("--directory", default=".", help="where the file is made (default: here)")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     subjects: dict[str, Callable[[Bench], Iterator[Row]]] = {
         "nbd": nbd_rows, "python": python_rows, "file": partial(file_rows, directory=arguments.directory),
         "device": device_rows}
+    names = ("ring", *subjects)
     for subject in arguments.subject:
-        if subject not in subjects:
-            parser.error(f"a subject is one of {', '.join(subjects)}, not {subject}")
-    if missing := [name for name in PACKAGES if shutil.which(name) is None]:
+        if subject not in names:
+            parser.error(f"a subject is one of {', '.join(names)}, not {subject}")
+    if not 0 < arguments.scale <= 100:
+        parser.error(f"a scale is above 0, at most 100, not {arguments.scale}")
+    if arguments.subject != ["ring"] and (missing := [name for name in PACKAGES if shutil.which(name) is None]):
         parser.error(f"{', '.join(missing)} missing: apt-get install {' '.join(PACKAGES[name] for name in missing)}")
     reports = []
     before = os.sched_getaffinity(0)
-    for subject in arguments.subject or subjects:
+    for subject in arguments.subject or names:
+        if subject == "ring":
+            reports.append(ring(arguments.rounds, arguments.scale))
+            continue
         with ExitStack() as stack:
             bench = Bench(stack, arguments.seconds)
             rows = list(subjects[subject](bench))

@@ -2,7 +2,7 @@
 
 Each pair of functions runs in two processes, one per CPU, on memory they share. All are flow-controlled by a word of
 their own (a progress line), so that nothing is lost and every element is moved; the ring's protocol itself has no such
-word. Waiting, on both sides: POLITE pauses between looks.
+word. Waiting, on both sides: POLITE pauses between looks, but where a number of `pauses` is given.
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
@@ -28,6 +28,15 @@ cdef extern from "_frame.h" nogil:
     int frame_put(int kind, uint8_t *slot, uint32_t size, const uint8_t *packet, uint32_t n, uint32_t used,
                   uint32_t mark) noexcept
     int32_t frame_take(int kind, uint8_t *to, const uint8_t *slot, uint32_t size, uint32_t *mark) noexcept
+
+cdef extern from "_plain.h" nogil:
+    ctypedef enum plain_status:
+        PLAIN_INACTIVE, PLAIN_NO_DATA, PLAIN_EPOCH, PLAIN_OVERRUN, PLAIN_SUCCESS
+    ctypedef struct plain_reader:
+        uint64_t epoch, protocol, size, elements, rc
+    void plain_start(ring_header *h, uint64_t epoch, uint64_t protocol, uint64_t size, uint64_t elements) noexcept
+    void plain_write(ring_header *h, const void *element) noexcept
+    plain_status plain_read(plain_reader *r, const ring_header *h, uint64_t capacity, void *element) noexcept
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -85,10 +94,14 @@ cdef class _Private:
         free(self.base)
 
 
-cdef void polite() noexcept nogil:
+cdef void rest(int pauses) noexcept nogil:
     cdef int i
-    for i in range(POLITE):
+    for i in range(pauses):
         cpu_pause()
+
+
+cdef void polite() noexcept nogil:
+    rest(POLITE)
 
 
 cdef void meet(uint64_t *words, uint64_t side) noexcept nogil:
@@ -106,10 +119,12 @@ cdef uint64_t window(uint64_t slots, uint64_t size, uint64_t batch) noexcept nog
     return min(slots, max(<uint64_t>AHEAD_BYTES // size, 2 * batch))
 
 
-def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t area, uint64_t count):
+def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t area, uint64_t count,
+               int pauses=POLITE):
     """Writes `count` elements of `size` bytes, `batch` per call, never more than a window() ahead of the reader.
 
     area: elements of private memory that they come from, in turns, a multiple of batch; as in all these functions.
+    pauses: between two looks at a full ring.
     """
     cdef _Held r = _Held(region, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held p = _Held(progress, 4 * LINE)
@@ -127,7 +142,7 @@ def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t area, u
             while w.wc + n - taken > most:
                 taken = load_acquire64(&words[DONE])
                 if w.wc + n - taken > most:
-                    polite()
+                    rest(pauses)
             writer_copy(&w, own.base + at * size, n)
             at = at + batch if at + batch < area else 0
         while load_acquire64(&words[DONE]) < count:
@@ -135,8 +150,9 @@ def ring_write(region, progress, uint64_t size, uint64_t batch, uint64_t area, u
         writer_stop(&w)
 
 
-def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t area, uint64_t count):
-    """Reads `count` elements into private memory, up to `batch` per call, validated; (seconds, lost)."""
+def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t area, uint64_t count, int pauses=POLITE):
+    """Reads `count` elements into private memory, up to `batch` per call, validated; (seconds, lost). pauses: between two
+    looks at an empty ring."""
     cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
     cdef _Held p = _Held(progress, 4 * LINE)
     cdef uint64_t *words = <uint64_t *>p.base
@@ -157,7 +173,7 @@ def ring_read(region, progress, uint64_t size, uint64_t batch, uint64_t area, ui
                 at = at + n if at + n < area else 0
                 store_release64(&words[DONE], done)
             elif status == NO_DATA:
-                polite()
+                rest(pauses)
             else:
                 break
         start = now_ns() - start
@@ -407,6 +423,92 @@ def slots_read(memory, progress, uint64_t size, uint64_t part, uint64_t count):
                 slot = slot + 1 if slot + 1 < slots else 0
             taken += n
             store_release64(&words[DONE], taken)
+        start = now_ns() - start
+    return start / 1e9
+
+
+# ------------------------------------------------------------------ the protocol as plain C does it
+
+def plain_ring_write(region, progress, uint64_t size, uint64_t area, uint64_t count, int pauses):
+    """ring_write() by _plain.h, one element per call."""
+    cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held p = _Held(progress, 4 * LINE)
+    cdef uint64_t *words = <uint64_t *>p.base
+    cdef ring_header *h = <ring_header *>m.base
+    cdef _Private own = _Private(size * area)
+    cdef uint64_t elements = (<uint64_t>m.view.len - SHMSTREAM_HEADER_SIZE) // size
+    cdef uint64_t put = 0, taken = 0, at = 0, most = window(elements, size, 1)
+    plain_start(h, random_epoch(), 1, size, elements)
+    with nogil:
+        meet(words, 1)
+        while put < count:
+            while put - taken == most:
+                taken = load_acquire64(&words[DONE])
+                if put - taken == most:
+                    rest(pauses)
+            plain_write(h, own.base + at * size)
+            put += 1
+            at = at + 1 if at + 1 < area else 0
+        while load_acquire64(&words[DONE]) < count:
+            polite()
+        store_release64(&h.epoch, 0)
+
+
+def plain_ring_read(region, progress, uint64_t size, uint64_t area, uint64_t count, int pauses):
+    """ring_read() by _plain.h, one element per call; (seconds, lost)."""
+    cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held p = _Held(progress, 4 * LINE)
+    cdef uint64_t *words = <uint64_t *>p.base
+    cdef const ring_header *h = <const ring_header *>m.base
+    cdef _Private own = _Private(size * area)
+    cdef plain_reader r
+    cdef plain_status status
+    cdef uint64_t done = 0, at = 0, start
+    memset(&r, 0, sizeof(r))
+    r.protocol, r.size = 1, size
+    with nogil:
+        while plain_read(&r, h, <uint64_t>m.view.len, own.base) != PLAIN_EPOCH:
+            polite()
+        meet(words, 2)
+        start = now_ns()
+        while done < count:
+            status = plain_read(&r, h, <uint64_t>m.view.len, own.base + at * size)
+            if status == PLAIN_SUCCESS:
+                done += 1
+                at = at + 1 if at + 1 < area else 0
+                store_release64(&words[DONE], done)
+            elif status == PLAIN_NO_DATA:
+                rest(pauses)
+            else:
+                break
+        start = now_ns() - start
+        store_release64(&words[DONE], count)
+    return start / 1e9, count - done
+
+
+def plain_bounce(out, back, uint64_t size, uint64_t count, bint leads):
+    """ring_bounce() by _plain.h, both sides looking after one pause; seconds."""
+    cdef _Held o = _Held(out, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Held b = _Held(back, SHMSTREAM_HEADER_SIZE + size)
+    cdef _Private own = _Private(size)
+    cdef ring_header *mine = <ring_header *>o.base
+    cdef const ring_header *other = <const ring_header *>b.base
+    cdef plain_reader r
+    cdef uint64_t i, start, elements = (<uint64_t>o.view.len - SHMSTREAM_HEADER_SIZE) // size
+    memset(&r, 0, sizeof(r))
+    r.protocol, r.size = 1, size
+    plain_start(mine, random_epoch(), 1, size, elements)
+    with nogil:
+        while plain_read(&r, other, <uint64_t>b.view.len, own.base) != PLAIN_EPOCH:
+            polite()
+        start = now_ns()
+        for i in range(count):
+            if leads:
+                plain_write(mine, own.base)
+            while plain_read(&r, other, <uint64_t>b.view.len, own.base) != PLAIN_SUCCESS:
+                cpu_pause()
+            if not leads:
+                plain_write(mine, own.base)
         start = now_ns() - start
     return start / 1e9
 
