@@ -1003,7 +1003,7 @@ cdef void receiver_malformed(receiver_t *v, int status) noexcept nogil:
         reader_blame(&v.r, FAULT_PROTOCOL, 1)
 
 
-cdef int32_t receiver_take(receiver_t *v, uint64_t k, uint8_t *to, uint32_t *mark) noexcept nogil:
+cdef inline int32_t receiver_take(receiver_t *v, uint64_t k, uint8_t *to, uint32_t *mark) noexcept nogil:
     """As frame_take(), of element k, whose checksum is looked at, too, where there are such."""
     cdef const uint8_t *slot = reader_slot(&v.r, k)
     cdef int32_t n = frame_take(v.kind, to, slot, v.size, mark)
