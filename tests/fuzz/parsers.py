@@ -1,5 +1,5 @@
-"""The fuzz targets in Python: partition tables, policies, requests to control sockets and to a broker, regions of path MTUs,
-NBD's negotiation.
+"""The fuzz targets in Python: partition tables, policies, requests to control sockets and to a broker, regions of path
+MTUs, NBD's negotiation.
 
 usage: parsers.py TARGET [libFuzzer's options and folders]: explores, by Atheris, which has to be installed.
 
@@ -452,7 +452,7 @@ def control_requests(data: bytes) -> None:
     assert all(value is None or name in calls[0] for name, value in request.items() if name != "command"), request
 
 
-# The product's operations and their fields, once more, by docs/decisions/018 and what broker/disks.py and broker/net.py say.
+# The product's operations and their fields, once more: what broker/disks.py and broker/net.py are asked for.
 _DISK_NAME = re.compile(r"muendisk[a-z]{1,3}")
 _NUMBERS: dict[str, tuple[int, int]] = {
     "size": (0, 2**63 - 1),
@@ -767,14 +767,17 @@ def _net_service(take: Input, books: set[_Handle]) -> Iterator[Any]:
     """A NetService for an interface with two children, and one without any."""
     null = os.open("/dev/null", os.O_RDWR)
     configs = [
-        _Stub(name=name, framing="net_hdr", mtu=1400 + k, netns=None, offload=False, marks="auto", addresses=(), mac=None, up=True)
+        _Stub(
+            name=name, framing="net_hdr", mtu=1400 + k, netns=None, offload=False, marks="auto", addresses=(), mac=None,
+            up=True,
+        )
         for k, name in enumerate(("net0", "net1"))
     ]  # fmt: skip
     there: dict[str, Any] = {}
 
     class Device:
         def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool) -> None:
-            assert (name, framing, mtu) in (("net0", "net_hdr", 1400), ("net0.5", "net_hdr", 1400), ("net1", "net_hdr", 1401))
+            assert framing == "net_hdr" and (name, mtu) in (("net0", 1400), ("net0.5", 1400), ("net1", 1401))
             assert name not in there, f"{name} is made twice"
             assert name != "net0.5" or "net0" in there, "a child without its parent"
             if take.u8() > 240:
@@ -860,9 +863,9 @@ def _asked(take: Input, operations: dict[str, tuple[str, ...]]) -> bytes:
 
 
 def broker_requests(data: bytes) -> None:
-    """Who was taken over, and asks. The product's own operations, on devices that are not there: each request is answered and
-    counted, those whose fields are not what the table says are refused, and so are those of what was not made here; what is
-    done is what may be done just then; in the end everything was given back."""
+    """Who was taken over, and asks. The product's own operations, on devices that are not there: each request is answered
+    and counted, those whose fields are not what the table says are refused, and so are those of what was not made here; what
+    is done is what may be done just then; in the end everything was given back."""
     take, books = Input(data), set[_Handle]()
     of_disks = not take.u8() & 1
     operations = _DISK_OPERATIONS if of_disks else _NET_OPERATIONS
@@ -911,7 +914,8 @@ def broker_requests(data: bytes) -> None:
 
 
 def path_mtus(data: bytes) -> None:
-    """Whoever may write such a region. It is refused as none, or its limits are the words that are not 0; one is set, no other."""
+    """Whoever may write such a region. It is refused as none, or its limits are the words that are not 0; one is set, no
+    other."""
     take = Input(data)
     start, kind = take.u8() % 6, take.u8()
     memory = bytearray(take.bytes(take.u8() % 64))
