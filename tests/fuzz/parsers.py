@@ -864,8 +864,8 @@ def _asked(take: Input, operations: dict[str, tuple[str, ...]]) -> bytes:
 
 def broker_requests(data: bytes) -> None:
     """Who was taken over, and asks. The product's own operations, on devices that are not there: each request is answered
-    and counted, those whose fields are not what the table says are refused, and so are those of what was not made here; what
-    is done is what may be done just then; in the end everything was given back."""
+    and counted, those whose fields are not what the table says are refused, and so are those of what was not made here;
+    what is done is what may be done just then; in the end everything was given back."""
     take, books = Input(data), set[_Handle]()
     of_disks = not take.u8() & 1
     operations = _DISK_OPERATIONS if of_disks else _NET_OPERATIONS
