@@ -38,18 +38,22 @@ class Target:
 
 TARGETS = {
     "ring": Target("a channel's header, counters and elements, at its reader", "_ring"),
+    "bell": Target("a channel's bell, under who sleeps on it", "_ring"),
     "buffer": Target("a client's requests over a shared buffer", "_buffer", ("_ring",)),
     "blk": Target("a client's requests, inline", "_blk", ("_ring",)),
     "client": Target("a server's answers, inline", "_client", ("_ring",)),
     "bufclient": Target("a server's answers over a shared buffer", "_bufclient", ("_ring", "_client")),
     "nbd": Target("an NBD client's requests", "attach._nbd"),
+    "paths": Target("a region of path MTUs, and a bell's advice to a sender", "_net", ("_ring",)),
     "segment": Target("super-packets that are split, and packets too long for their path"),
     "frame": Target("packets in elements, three framings"),
     "coalesce": Target("packets that are merged"),
+    "net": Target("a channel's elements, on their way to the devices", "_net", ("_ring",)),
     "partitions": Target("a disk's partition tables", python=True),
     "policies": Target("a policy's file", python=True),
     "control": Target("requests to a control socket", python=True),
     "broker": Target("requests to a broker", python=True),
+    "pathmtus": Target("a region of path MTUs, as it is opened", python=True),
     "negotiation": Target("an NBD client's choice of its export", python=True),
 }
 

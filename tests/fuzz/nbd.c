@@ -37,6 +37,7 @@ static uint8_t *arena;
 static const uint8_t zeros[E_PIECE];
 static uint8_t disk[DISK], model[DISK], stream[STREAM], out[OUT];
 static uint32_t stream_size, stream_at, out_size, chunk, accept_most, syncs;
+static uint32_t most_stream, most_data; /* bytes; fewer where they go in small pieces: a round for each is what takes the time */
 static bool late, big, ended;
 static T_io_t *waiting[WAITING];
 static uint32_t nwaiting;
@@ -45,7 +46,7 @@ static struct asked { uint16_t flags, type; uint64_t cookie, offset; uint32_t le
 static uint32_t nasked;
 
 /* ---- the socket */
-static ssize_t nbd_recvmsg(int fd, struct msghdr *m, int flags) {
+FUZZ_QUIET static ssize_t nbd_recvmsg(int fd, struct msghdr *m, int flags) {
     size_t most = chunk, done = 0;
     if (stream_at == stream_size) {
         errno = EAGAIN;
@@ -63,7 +64,7 @@ static ssize_t nbd_recvmsg(int fd, struct msghdr *m, int flags) {
     }
     return (ssize_t)done;
 }
-static ssize_t nbd_sendmsg(int fd, const struct msghdr *m, int flags) {
+FUZZ_QUIET static ssize_t nbd_sendmsg(int fd, const struct msghdr *m, int flags) {
     size_t done = 0;
     if (accept_most == 0) {
         errno = EAGAIN;
@@ -80,7 +81,7 @@ static ssize_t nbd_sendmsg(int fd, const struct msghdr *m, int flags) {
 }
 
 /* ---- the disk below */
-static void execute(T_io_t *io) {
+FUZZ_QUIET static void execute(T_io_t *io) {
     uint64_t at = io->block * d.block, n = (uint64_t)io->nblocks * d.block;
     io->error = 0;
     for (uint64_t k = at; k < at + n && io->kind != E_IO_SYNC; k += d.block) {
@@ -151,7 +152,7 @@ static int refused(const struct asked *a) {
         return EOPNOTSUPP;
     return 0;
 }
-static uint64_t be(const uint8_t *p, int n) {
+FUZZ_QUIET static uint64_t be(const uint8_t *p, int n) {
     uint64_t v = 0;
     while (n-- > 0)
         v = v << 8 | *p++;
@@ -171,7 +172,7 @@ static int parse(void) { /* 0: well, 1: a wrong magic, 2: cut */
             return 0;
         a->error = refused(a);
         data += a->type == 0 && a->error == 0 ? a->length : 0;
-        if (data > OUT - (64 << 10)) { /* more than is worth the time: the stream ends before */
+        if (data > most_data) { /* more than is worth the time: the stream ends before */
             stream_size = at;
             return 0;
         }
@@ -189,7 +190,7 @@ static int parse(void) { /* 0: well, 1: a wrong magic, 2: cut */
 static void request(uint16_t flags, uint16_t type, uint64_t offset, uint32_t length, uint32_t number) {
     uint8_t *p = stream + stream_size;
     uint32_t payload = type == 1 ? length : 0;
-    if (stream_size + 28 > STREAM)
+    if (stream_size + 28 > most_stream)
         return;
     p = put32(p, 0x25609513);
     p = put16(p, flags);
@@ -198,7 +199,7 @@ static void request(uint16_t flags, uint16_t type, uint64_t offset, uint32_t len
     p = put64(p, offset);
     put32(p, length);
     stream_size += 28;
-    payload = payload < STREAM - stream_size ? payload : STREAM - stream_size;
+    payload = payload < most_stream - stream_size ? payload : most_stream - stream_size;
     payload = payload < 20000 ? payload : 20000;
     memset(stream + stream_size, (int)(0x31 + number * 7), payload);
     stream_size += payload;
@@ -243,7 +244,7 @@ static uint32_t code_of(const struct asked *a) {
             return codes[i][1];
     return 0;
 }
-static void answers(void) {
+FUZZ_QUIET static void answers(void) {
     uint32_t at = 0, next = 0, count = 0, want_syncs = 0;
     for (uint32_t k = 0; k < nasked && late; k++)
         for (uint32_t other = 0; other < k; other++)
@@ -315,11 +316,10 @@ static void answers(void) {
                 from = (from + d.block - 1) / d.block * d.block;
                 to = to / d.block * d.block;
             }
-            for (; from < to && from < DISK; from++)
-                model[from] = 0;
+            if (from < to && from < DISK)
+                memset(model + from, 0, (to < DISK ? to : DISK) - from);
         } else if (a->type == 1) {
-            for (uint64_t i = 0; i < a->length && from + i < DISK; i++)
-                model[from + i] = stream[a->data + i];
+            memcpy(model + (from < DISK ? from : DISK), stream + a->data, from >= DISK ? 0 : a->length < DISK - from ? a->length : DISK - from);
         } else if (a->type == 0)
             for (uint64_t i = 0; i < length; i++)
                 EXPECT(data[i] == (from + i < DISK ? model[from + i] : 0), "byte %llu is not what was written", (unsigned long long)(from + i));
@@ -383,6 +383,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         memset(disk + k, (int)(k / 512 + 3), 512);
     memcpy(model, disk, DISK);
     chunk = sizes & 128 ? 1 + sizes % 64 : 70000;
+    most_stream = sizes & 128 ? 4096 : STREAM;
+    most_data = kind & 128 ? 8192 : OUT - (64 << 10);
     accept_most = 300000;
     make_stream();
     int how = parse();

@@ -1,4 +1,5 @@
-"""The fuzz targets in Python: partition tables, policies, requests to control sockets and to a broker, NBD's negotiation.
+"""The fuzz targets in Python: partition tables, policies, requests to control sockets and to a broker, regions of path
+MTUs, NBD's negotiation.
 
 usage: parsers.py TARGET [libFuzzer's options and folders]: explores, by Atheris, which has to be installed.
 
@@ -9,11 +10,14 @@ them without Atheris.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +31,9 @@ if __name__ == "__main__":
             "muenfast.policy",
             "muenfast.control",
             "muenfast.broker",
+            "muenfast.broker.disks",
+            "muenfast.broker.net",
+            "muenfast.pathmtu",
             "muenfast.attach.nbd",
             "tomllib",
             "json",
@@ -36,9 +43,11 @@ else:
     _instrumented = contextlib.nullcontext()
 
 with _instrumented:
-    from muenfast import broker, control, flowgraph, partition, policy
-    from muenfast.attach import nbd
-    from muenfast.errors import UsageError
+    from muenfast import control, flowgraph, partition, pathmtu, policy
+    from muenfast.attach import nbd, root
+    from muenfast.broker import disks
+    from muenfast.broker import net as broker_net
+    from muenfast.errors import ClaimError, UsageError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -443,58 +452,510 @@ def control_requests(data: bytes) -> None:
     assert all(value is None or name in calls[0] for name, value in request.items() if name != "command"), request
 
 
+# The product's operations and their fields, once more: what broker/disks.py and broker/net.py are asked for.
+_DISK_NAME = re.compile(r"muendisk[a-z]{1,3}")
+_NUMBERS: dict[str, tuple[int, int]] = {
+    "size": (0, 2**63 - 1),
+    "start": (0, 2**63 - 1),
+    "number": (1, 256),
+    "thread": (1, 2**22),
+    "bystander": (1, 2**22),
+    "milliseconds": (0, 60000),
+    "but": (0, 2**22),
+    "device": (1, 2**31),
+}
+_DISK_OPERATIONS = {
+    "counts": (),
+    "claim": ("name",),
+    "release": ("name",),
+    "mount": ("name", "read_only", "max_io", "uring"),
+    "mounted": ("name",),
+    "unmount": ("name", "force"),
+    "rmdir": ("name",),
+    "resize file": ("name", "size", "read_only"),
+    "watch": ("name", "thread", "bystander"),
+    "unwatch": ("name",),
+    "loop": ("name", "read_only", "max_io", "block_size", "discard"),
+    "free loop": ("name", "milliseconds"),
+    "resize loop": ("name", "size"),
+    "open": ("name",),
+    "sync": ("name",),
+    "users": ("name", "but"),
+    "make node": ("name",),
+    "remove node": ("name",),
+    "open part": ("name", "number"),
+    "reread": ("name",),
+    "change": ("name", "number", "operation", "start", "size"),
+    "make part": ("name", "number"),
+    "remove part": ("name", "number"),
+    "uevents": (),
+}
+_NET_OPERATIONS = {
+    "counts": (),
+    "device": ("name",),
+    **{
+        name: ("device",)
+        for name in ("marks", "follow marks", "name", "follow", "configure", "drops", "lost", "unmark", "close")
+    },
+}
+_GOOD: dict[str, tuple[Any, ...]] = {
+    "name": ("muendiska", "muendiskb", "muendiskc", "net0", "net1", "net0.5"),
+    "read_only": (True, False),
+    "force": (True, False),
+    "discard": (True, False),
+    "max_io": (4096, 131072, 1 << 20),
+    "uring": ("auto", "kernel", "off"),
+    "block_size": (512, 4096),
+    "operation": (1, 2, 3),
+    "size": (0, 4096, 1 << 20),
+    "start": (0, 1 << 20),
+    "number": (1, 2, 256),
+    "thread": (os.getpid(),),
+    "bystander": (os.getpid(),),
+    "milliseconds": (0, 60000),
+    "but": (0, 1),
+    "device": (1, 2, 3),
+}
+_BAD: tuple[Any, ...] = (
+    "muendiska\n", "muendisk", "muendiskA", "xmuendiska", "muendiskaaaa", "../muendiska", "", 0, -1, 257, 1 << 63, True,
+    False, 1.0, None, [], {}, 4097, 1 << 21, "Auto", 60001, "net0\n", "net/0", "a" * 16, "net9",
+)  # fmt: skip
+
+
+def _admissible(field: str, value: Any, net_names: bool) -> bool:
+    """Whether a field may hold that."""
+    if field == "name":
+        if type(value) is not str:
+            return False
+        if net_names:
+            return 1 <= len(value) <= 15 and not any(letter in "/:" or letter in " \t\n\r\f\v" for letter in value)
+        return _DISK_NAME.fullmatch(value) is not None
+    if field in ("read_only", "force", "discard"):
+        return value is True or value is False
+    if field == "uring":
+        return value in ("auto", "kernel", "off") and type(value) is str
+    if type(value) is not int:
+        return False
+    if field == "block_size":
+        return value in (512, 4096)
+    if field == "max_io":
+        return value % 4096 == 0 and 4096 <= value <= 1 << 20
+    if field == "operation":
+        return value in (1, 2, 3)
+    least, most = _NUMBERS[field]
+    return least <= value <= most
+
+
+class _Handle:
+    """Something that is made, and has to be given back, once. `open`: all of those that were not."""
+
+    def __init__(self, books: set[_Handle], what: str) -> None:
+        self.books, self.what = books, what
+        books.add(self)
+
+    def back(self) -> None:
+        assert self in self.books, f"{self.what} is given back twice"
+        self.books.remove(self)
+
+
+class _FakeRoot:
+    """As attach.root.Root, of nothing: asserts that what it is told to do may be done just then."""
+
+    def __init__(self, books: set[_Handle], take: Input) -> None:
+        self.books, self.take, self.null = books, take, os.open("/dev/null", os.O_RDWR)
+        self.claims: dict[str, _Handle] = {}
+        self.mounts: dict[str, dict[str, Any]] = {}
+        self.loops = 0
+
+    def fail(self) -> None:
+        """At times the kernel says no."""
+        if self.take.u8() > 240:
+            raise OSError(errno.EIO, "by chance", "fake")
+
+    def claim(self, name: str) -> Any:
+        assert _DISK_NAME.fullmatch(name), name
+        if name == "muendiskc" or name in self.claims:
+            return None
+        self.claims[name] = handle = _Handle(self.books, name)
+
+        def release() -> None:
+            assert name not in self.mounts, f"{name} is released, and mounted"
+            handle.back()
+            del self.claims[name]
+
+        return _Stub(release=release)
+
+    def reclaim(self, name: str) -> list[str]:
+        assert name in self.claims
+        self.fail()
+        return []
+
+    def mount(self, name: str, *, read_only: bool, max_io: int, uring: str) -> Any:
+        assert name in self.claims and name not in self.mounts, f"{name} is mounted twice, or without a claim"
+        self.fail()
+        abort = os.dup(self.null) if self.take.u8() & 3 else -1
+        self.mounts[name] = {"abort": abort, "loop": -1, "node": False, "tree": True, "parts": set()}
+        return root.Mount(f"/fake/{name}", os.dup(self.null), 1, abort, False)
+
+    def of(self, name: str) -> dict[str, Any]:
+        assert name in self.mounts, f"{name} is not mounted"
+        return self.mounts[name]
+
+    def looped(self, name: str) -> dict[str, Any]:
+        found = self.of(name)
+        assert found["loop"] >= 0, f"{name} has no loop device"
+        return found
+
+    def mounted(self, name: str) -> None:
+        if name in self.mounts:
+            self.fail()
+
+    def mountpoint(self, name: str) -> str:
+        self.of(name)
+        return f"/fake/{name}"
+
+    def unmount(self, name: str, force: bool) -> None:
+        self.of(name)["tree"] = False
+
+    def rmdir(self, name: str) -> None:
+        found = self.of(name)
+        if found["tree"]:
+            raise OSError(errno.EBUSY, "busy", name)
+        assert not found["node"] and not found["parts"], f"{name} goes, its nodes do not"
+        del self.mounts[name]
+
+    def resize_file(self, name: str, size: int, read_only: bool) -> None:
+        self.of(name)
+
+    def loop(self, name: str, **how: Any) -> int:
+        found = self.of(name)
+        assert found["abort"] >= 0, "a client that does not answer could not be ended"
+        assert found["loop"] < 0 and found["tree"], f"{name} gets a second loop device, or one after its mount"
+        assert how["block_size"] in (512, 4096)
+        self.fail()
+        self.loops += 1
+        found["loop"] = self.loops
+        return self.loops
+
+    def owns(self, name: str) -> bool:
+        return self.of(name)["loop"] >= 0 and self.take.u8() < 250
+
+    def free_loop(self, name: str, timeout: float) -> bool:
+        self.of(name)["loop"] = -1
+        return True
+
+    def resize_loop(self, name: str, size: int) -> None:
+        self.looped(name)
+
+    def open(self, name: str) -> int:
+        self.looped(name)
+        return os.dup(self.null)
+
+    def sync(self, name: str) -> list[str]:
+        self.looped(name)
+        return []
+
+    def users(self, name: str, but: int | None) -> list[str]:
+        self.of(name)
+        return []
+
+    def make_node(self, name: str) -> None:
+        self.looped(name)["node"] = True
+
+    def remove_node(self, name: str) -> None:
+        self.of(name)["node"] = False
+
+    def partitions(self, name: str) -> Any:
+        found = self.looped(name)
+
+        def node(number: int, device: int) -> bool:
+            assert 1 <= number <= 256 and device == 77 + number
+            found["parts"].add(number)
+            return True
+
+        def remove(number: int, device: int) -> None:
+            assert number in found["parts"] and device == 77 + number, f"partition {number} was not made here"
+            found["parts"].remove(number)
+
+        return _Stub(
+            disk=name, open=lambda: os.dup(self.null), open_part=lambda number: os.dup(self.null), reread=lambda fd: None,
+            change=self.change, make_node=node, remove_node=remove,
+        )  # fmt: skip
+
+    def change(self, fd: int, operation: int, number: int, start: int, size: int) -> None:
+        assert operation in (1, 2, 3) and 1 <= number <= 256 and 0 <= min(start, size) <= max(start, size) < 1 << 63
+        self.fail()
+
+    def end(self) -> None:
+        for found in self.mounts.values():
+            if found["abort"] >= 0:
+                os.close(found["abort"])
+        os.close(self.null)
+
+
+class _Timer:
+    """As threading.Timer, that never fires."""
+
+    def __init__(self, seconds: float, what: Any, arguments: Any = ()) -> None:
+        assert seconds > 0
+
+    def start(self) -> None:
+        pass
+
+    cancel = join = start
+
+
+@contextlib.contextmanager
+def _disk_service(take: Input, books: set[_Handle]) -> Iterator[Any]:
+    """A DiskService for two disks, on nothing."""
+    fake = _FakeRoot(books, take)
+
+    def leash(kind: str, thread: int, arguments: list[str], fds: list[int], other: tuple[int, int]) -> Any:
+        assert kind == "fuse" and other[0] == os.getpid() and len(fds) <= 1
+        handle = _Handle(books, "a watchdog")
+        return _Stub(pid=1, give=lambda: os.dup(fake.null), wait=handle.back)
+
+    def release(mountpoint: str, device: str, abort: int) -> list[str]:
+        name = device.removeprefix("/dev/")
+        assert mountpoint == f"/fake/{name}" and name in fake.mounts
+        found = fake.mounts.pop(name)
+        assert abort in (-1, found["abort"])
+        if found["abort"] >= 0:
+            os.close(found["abort"])
+        return []
+
+    class Uevents:
+        def __init__(self, *words: str) -> None:
+            pass
+
+        def uevents(self) -> Any:
+            return _Stub(detach=lambda: os.dup(fake.null))
+
+    changed = {
+        "Root": lambda where: fake,
+        "Leash": leash,
+        "watchdog": _Stub(release=release),
+        "threading": _Stub(Timer=_Timer, Lock=threading.Lock),
+        "loop": _Stub(is_bound=lambda number: True, detach=lambda number, timeout: None),
+        "partitions": _Stub(
+            of_kernel=lambda disk: {number: _Stub(number=77 + number) for number in (1, 2, 256)}, Acts=Uevents,
+            ADD=disks.partitions.ADD, RESIZE=disks.partitions.RESIZE,
+        ),
+    }  # fmt: skip
+    with _replaced(disks, changed):
+        try:
+            yield disks.DiskService(os.getpid(), 2)
+        finally:
+            fake.end()
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, changed: dict[str, Any]) -> Iterator[None]:
+    """A module with other names in it."""
+    before = {name: getattr(module, name) for name in changed}
+    try:
+        for name, value in changed.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _net_service(take: Input, books: set[_Handle]) -> Iterator[Any]:
+    """A NetService for an interface with two children, and one without any."""
+    null = os.open("/dev/null", os.O_RDWR)
+    configs = [
+        _Stub(
+            name=name, framing="net_hdr", mtu=1400 + k, netns=None, offload=False, marks="auto", addresses=(), mac=None,
+            up=True,
+        )
+        for k, name in enumerate(("net0", "net1"))
+    ]  # fmt: skip
+    there: dict[str, Any] = {}
+
+    class Device:
+        def __init__(self, name: str, framing: str, mtu: int, *, namespace: int | None, offload: bool) -> None:
+            assert framing == "net_hdr" and (name, mtu) in (("net0", 1400), ("net0.5", 1400), ("net1", 1401))
+            assert name not in there, f"{name} is made twice"
+            assert name != "net0.5" or "net0" in there, "a child without its parent"
+            if take.u8() > 240:
+                raise OSError(errno.EIO, "by chance", name)
+            self.name, self.index, self.merges, self.offload, self.fd = name, 5, (), offload, null
+            self.news = _Stub(fileno=lambda: null)
+            self.handle = _Handle(books, name)
+            there[name] = self
+
+        @contextlib.contextmanager
+        def place(self) -> Iterator[int]:
+            assert self.handle in books, f"{self.name} was closed"
+            yield null
+
+        def rename(self) -> None:
+            assert self.handle in books
+
+        def follow(self) -> bool | None:
+            assert self.handle in books
+            return (None, True, False)[take.u8() % 3]
+
+        def configure(self, *, namespace: int | None, addresses: Any, mac: Any, up: bool) -> None:
+            assert self.handle in books and self.name != "net0.5" and up and addresses == ()
+
+        def queue_drops(self) -> int:
+            assert self.handle in books
+            return 3
+
+        def close(self) -> None:
+            if self.handle in books:
+                self.handle.back()
+                there.pop(self.name, None)
+
+    def attach(index: int, *, ways: Any, vnet: bool) -> Any:
+        if take.u8() > 240:
+            raise OSError(errno.EIO, "by chance", "bpf")
+        handle = _Handle(books, "marks")
+
+        def close() -> None:
+            if handle in books:
+                handle.back()
+
+        return _Stub(way=_Stub(value="tcx"), tap=None, follow=lambda index: None, dropped=lambda: {"x": 1}, close=close)
+
+    changed = {
+        "Device": Device,
+        "bpf": _Stub(attach=attach),
+        "netns": _Stub(inside=lambda namespace, what: what()),
+        "Makers": lambda: _Stub(name=lambda device, namespace: _Stub(detach=lambda: os.dup(null))),
+    }
+    with _replaced(broker_net, changed):
+        try:
+            yield broker_net.NetService(configs, {"net0.5": "net0"})
+        finally:
+            os.close(null)
+
+
+def _lowest_free() -> int:
+    """The lowest descriptor that there is not: it is the same again once all that were made after it are closed."""
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.close(fd)
+    return fd
+
+
+def _asked(take: Input, operations: dict[str, tuple[str, ...]]) -> bytes:
+    """One request: of the table, mostly right."""
+    what = take.u8()
+    if what > 250:
+        return take.bytes(take.u8() % 40)
+    name = list(operations)[what % len(operations)]
+    request: dict[str, Any] = {"do": name}
+    for field in operations[name]:
+        kind = take.u8()
+        request[field] = _BAD[kind % len(_BAD)] if kind > 225 else _GOOD[field][kind % len(_GOOD[field])]
+    kind = take.u8()
+    if kind > 245:
+        request["other"] = 1
+    elif kind > 235 and len(request) > 1:
+        request.popitem()
+    elif kind > 230:
+        request["do"] = _value(take)
+    return json.dumps(request).encode("utf-8", "surrogatepass")
+
+
 def broker_requests(data: bytes) -> None:
-    """Who was taken over, and asks. There is an answer, it is counted, and an operation sees what its table says."""
-    calls: list[tuple[str, dict[str, Any]]] = []
-    service = broker.Service()
+    """Who was taken over, and asks. The product's own operations, on devices that are not there: each request is answered
+    and counted, those whose fields are not what the table says are refused, and so are those of what was not made here;
+    what is done is what may be done just then; in the end everything was given back."""
+    take, books = Input(data), set[_Handle]()
+    of_disks = not take.u8() & 1
+    operations = _DISK_OPERATIONS if of_disks else _NET_OPERATIONS
+    files = _lowest_free()
+    with _disk_service(take, books) if of_disks else _net_service(take, books) as service:
+        assert service.operations.keys() == operations.keys()
+        refused = requests = 0
+        while take and requests < 40:
+            line = _asked(take, operations)
+            strange = take.u8() == 77
+            answer = service.answer(line, strange)
+            requests += 1
+            assert len(json.dumps(answer.values)) < 1 << 16
+            if answer.own:
+                for fd in answer.fds:
+                    os.close(fd)
+            assert service.requests == requests and service._under_way == 0
+            try:
+                request = json.loads(line)
+            except ValueError:
+                request = None
+            right = (
+                not strange
+                and isinstance(request, dict)
+                and isinstance(request.get("do"), str)
+                and request["do"] in operations
+                and request.keys() - {"do"} == set(operations[request["do"]])
+                and all(_admissible(field, value, not of_disks) for field, value in request.items() if field != "do")
+            )
+            if answer.values["ok"]:
+                assert right, line
+            else:
+                refused += answer.values["kind"] == "refused"
+                # "other" is what nobody thought of
+                assert answer.values["kind"] in (("refused", "os") if right else ("refused",)), (line, answer.values)
+            assert service.refused == refused
+        claims = sum(handle.what in ("muendiska", "muendiskb", "muendiskc") for handle in books)
+        assert claims <= 2, "more disks than the policy declares"
+        service.end()
+        assert service.answer(b'{"do": "counts"}').values["kind"] == "other"
+        assert not books, [handle.what for handle in books]
+    assert _lowest_free() == files, "a descriptor is left"
 
-    def operation(name: str, /, **kinds: broker.Kind) -> None:
-        def run(**fields: Any) -> broker.Answer:
-            calls.append((name, fields))
-            return broker.Answer({"done": True})
 
-        service.operations[name] = broker.Operation(run, kinds)
+# ------------------------------------------------------------------ regions of path MTUs
 
-    operation("disk", name=broker.word(r"muendisk[a-z]{1,8}"), number=broker.number(1, 255), force=broker.flag)
-    operation("path", path=broker.word(r"/[!-~]{1,200}"))
-    operation("none")
+
+def path_mtus(data: bytes) -> None:
+    """Whoever may write such a region. It is refused as none, or its limits are the words that are not 0; one is set, no
+    other."""
     take = Input(data)
-    strange = take.u8() == 77
-    line = _request(
-        take,
-        "do",
-        ("disk", "path", "none", "counts"),
-        {
-            "name": ("muendiska", "muendiskb1", "xmuendiska", "muendiska\n", "muendisk"),
-            "number": (1, 255, 0, 256, True, 1.0),
-            "force": (True, False, 0),
-            "path": (),
-            "other": (),
-        },
-    )[: broker.MOST_BYTES]
-    answer = service.answer(line, strange)
-    json.dumps(answer.values)
-    assert service.requests == 1 and service._under_way == 0
-    if answer.values["ok"]:
-        request = json.loads(line)
-        assert not strange and service.refused == 0
-        assert (
-            calls == []
-            if request["do"] == "counts"
-            else calls == [(request["do"], {name: value for name, value in request.items() if name != "do"})]
-        ), calls
-        for name, fields in calls:
-            if name == "disk":
-                assert type(fields["number"]) is int and 1 <= fields["number"] <= 255 and type(fields["force"]) is bool
-                assert (
-                    9 <= len(fields["name"]) <= 16
-                    and fields["name"].startswith("muendisk")
-                    and all("a" <= letter <= "z" for letter in fields["name"])
-                ), fields
-            elif name == "path":
-                assert fields["path"][0] == "/" and 2 <= len(fields["path"]) <= 201 and fields["path"].isascii(), fields
-    else:
-        assert not calls and answer.values["kind"] == "refused" and service.refused == 1, answer
+    start, kind = take.u8() % 6, take.u8()
+    memory = bytearray(take.bytes(take.u8() % 64))
+    if kind & 1:  # what such a region holds
+        memory[1::2] = bytes(len(memory[1::2]))
+        for at in range(2, len(memory), 4):
+            memory[at : at + 2] = bytes(len(memory[at : at + 2]))
+    if kind & 2 and len(memory) >= 8:
+        at = take.u8() % (len(memory) // 4) * 4
+        memory[at : at + 4] = (b"\xff\xff\xff\xff", b"\0\0\1\0", b"\xff\xff\0\0", b"\0\0\0\x80")[take.u8() & 3]
+    region: Any = _Stub(size=len(memory), view=memoryview(memory), locator=_Stub(text="fake"))
+    words = list(struct.unpack_from(f"={len(memory) // 4}I", memory))
+    with _replaced(pathmtu.shm, {"writer_holder": lambda region: {"pid": 1} if kind & 64 else None}):
+        try:
+            pathmtu._check(region)
+        except ClaimError:
+            assert kind & 64
+            return
+        except UsageError as error:
+            assert str(error) and (len(memory) < 4 or any(65535 < word < 0xFFFFFFFF for word in words)), words
+            return
+    assert words and not kind & 64 and all(word <= 65535 or word == 0xFFFFFFFF for word in words), words
+    assert pathmtu.entries(region) == len(words)
+    for mark in (0, 1, len(words), len(words) + 1, -1, start):
+        assert pathmtu.get(region) == {m: word for m, word in enumerate(words, 1) if word}
+        limit = take.number(2)
+        try:
+            pathmtu.put(region, mark, limit)
+        except UsageError:
+            assert not 1 <= mark <= len(words)
+            continue
+        assert 1 <= mark <= len(words), f"mark {mark} of {len(words)}"
+        words[mark - 1] = limit
+    assert struct.unpack_from(f"={len(words)}I", memory) == tuple(words)
+    text = take.bytes(take.u8() % 8).decode("latin-1")
+    try:
+        value = pathmtu.check("--mtu", text)
+    except UsageError:
+        return
+    assert 0 <= value <= 65535 and int(text) == value, (text, value)
 
 
 # ------------------------------------------------------------------ NBD's negotiation
@@ -609,6 +1070,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "policies": policies,
     "control": control_requests,
     "broker": broker_requests,
+    "pathmtus": path_mtus,
     "negotiation": negotiation,
 }
 
