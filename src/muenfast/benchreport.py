@@ -123,7 +123,8 @@ def figure(value: float, unit: str) -> str:
 def ratios(row: dict[str, Any]) -> list[tuple[float, str]]:
     """Those of a report's row, each with what it is of: of a name like the row's own, up to a colon, the rest."""
     head = row["name"].partition(": ")[0] + ": "
-    return [(value, name.removeprefix(head)) for name, value in row["ratios"].items() if value is not None]
+    found = row.get("ratios") or {row.get("limit") or "": row.get("ratio")}     # of runs when there was one for each row
+    return [(value, name.removeprefix(head)) for name, value in found.items() if value is not None]
 
 
 def table(report: Report) -> str:
@@ -250,7 +251,8 @@ def _tails(reports: Sequence[Report]) -> list[list[str]]:
     for report in reports:
         points: Points = {}
         for row in report["rows"]:
-            seen = {name: row["notes"][name]["median"] for name in _PERCENTILES if name in row.get("notes", {})}
+            notes = row.get("notes") or {}      # of runs before there were any
+            seen = {name: notes[name]["median"] for name in _PERCENTILES if name in notes}
             if row["samples"] and row["name"].endswith(", p99") and row["unit"] in LESS:
                 seen["p99"] = statistics.median(row["samples"])
             if row["samples"] and row["name"].endswith(", median") and row["unit"] in LESS:
