@@ -145,6 +145,15 @@ MISUSE = {
 }
 
 
+def test_help_loads_no_command() -> None:
+    """Nor does one command load another."""
+    text = ("import sys\nfrom muenfast.cli import main\nassert main(sys.argv[1:]) == 0\n"
+            "print(sorted(name for name in sys.modules if name.startswith('muenfast.cli.') and '._' not in name))")
+    for words, loaded in ((["--help"], "[]"), (["blk", "--help"], "['muenfast.cli.blk']")):
+        done = subprocess.run([sys.executable, "-c", text, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == loaded
+
+
 @pytest.mark.parametrize("case", MISUSE)
 def test_misuse_is_told_in_one_line_and_undone(case: str, four: dict[str, str], tmp_path: Path) -> None:
     """Status 2; the line names option, entry, value and rule; nothing was made, also where the second entry failed."""

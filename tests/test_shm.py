@@ -319,9 +319,9 @@ def test_nothing_left_when_a_step_fails(name: Locator, monkeypatch: pytest.Monke
     def fail(*arguments: object, **named: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    owner = {"mmap": shm.mmap, "json": shm}.get(step, os)
+    owner = {"mmap": shm.mmap}.get(step, os)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "_write" if step == "json" else step, fail)
+        patch.setattr(owner, "pwrite" if step == "json" else step, fail)
         with pytest.raises(OSError) as caught:
             Region.open(name, writable=writable, create=PAGE, mode=0o640 if step == "fchmod" else 0o600)
     assert caught.value.errno == errno.EIO and caught.value.filename
@@ -467,6 +467,63 @@ def test_note_of_another_boot_is_not_believed(runtime: Path, name: Locator) -> N
         json.dumps({"name": name.text, "path": name.path, "auto": True, "boot": "another"}))
     Region.open(name, writable=True).close()
     assert os.path.exists(name.path)
+
+
+def test_records_are_names_of_few_files(runtime: Path, name: Locator) -> None:
+    """A process's records and notes in a room share one file, and each says its own, the last that was said."""
+    with contextlib.ExitStack() as stack:
+        regions = [stack.enter_context(Region.open(Locator.parse(f"{name.text}-{k}"), writable=bool(k % 2), create=PAGE))
+                   for k in range(9)]
+        claims = [stack.enter_context(shm.claim(f"k{k}", f"thing {k}")) for k in range(5)]
+        for room in ("regions", "claims"):
+            assert len({os.stat(each).st_ino for each in (runtime / room).iterdir()}) == 1
+        for k, region in enumerate(regions):
+            [user] = shm.users(region)
+            assert (user["name"], user["writable"], user["pid"]) == (f"{name.text}-{k}", bool(k % 2), os.getpid())
+        claims[3].release()
+        assert shm.holder("k3") is None
+        with shm.claim("k3", "another thing"):
+            found = {each["key"]: each["what"] for each in shm.claims()}
+            assert found == {f"k{k}": f"thing {k}" if k != 3 else "another thing" for k in range(5)}
+        assert shm.stale() == []
+
+
+def test_a_file_of_records_is_followed_by_another(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads a record reads no more than so many lines."""
+    monkeypatch.setattr(shm._File, "MOST", 3)
+    with contextlib.ExitStack() as stack:
+        for k in range(8):
+            stack.enter_context(shm.claim(f"k{k}", f"thing {k}"))
+        assert len({os.stat(each).st_ino for each in (runtime / "claims").iterdir()}) == 3
+        assert len({each["what"] for each in shm.claims()}) == 8
+
+
+def test_without_links_each_record_has_a_file(runtime: Path, name: Locator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without hard links."""
+    real = os.link
+
+    def refused(source: str, path: str, **more: object) -> None:
+        if path.startswith(str(runtime)):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
+        real(source, path, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", refused)
+    with Region.open(name, writable=True, create=PAGE) as region, shm.claim("a", "x"), shm.claim("b", "y"):
+        assert len(books(runtime)) == len({os.stat(runtime / each).st_ino for each in books(runtime)}) == 4
+        assert [each["what"] for each in shm.claims()] == ["x", "y"] and len(shm.users(region)) == 1
+
+
+def test_a_look_for_what_the_dead_left_reads_the_room_once(name: Locator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many regions there are; and our own records need no look."""
+    looks: list[str] = []
+    real = os.listdir
+    with contextlib.ExitStack() as stack:
+        for k in range(6):
+            stack.enter_context(Region.open(Locator.parse(f"{name.text}-{k}"), writable=True, create=PAGE))
+        monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or real(path))  # type: ignore[func-returns-value]
+        monkeypatch.setattr(shm, "_probe", lambda *path, **more: pytest.fail("a look"))
+        assert shm.stale() == []
+        assert len([path for path in looks if path.endswith("regions")]) == 1
 
 
 def test_book_keeping_taken_away(runtime: Path, name: Locator) -> None:

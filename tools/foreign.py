@@ -84,7 +84,7 @@ def _python_lines(source: str) -> set[int]:
 
 def _span(lines: list[str], name: str) -> tuple[int, int]:
     """First and last line (from 1) of a function, by its indentation. Raises LookupError."""
-    pattern = re.compile(rf"^(\s*)(?:cdef|cpdef|def|static inline)\b[^\n=]*?\b{re.escape(name)}\(")
+    pattern = re.compile(rf"^(\s*)(?:cdef|cpdef|def|static inline|FRAME_APART)\b[^\n=]*?\b{re.escape(name)}\(")
     starts = [i for i, line in enumerate(lines) if pattern.match(line)]
     if len(starts) != 1:
         raise LookupError(f"{name}: {len(starts)} functions of that name")

@@ -48,6 +48,18 @@ cdef enum:
     # next: it depends on who is a little faster, and halves everything.
     AHEAD_BYTES = 256 << 10
 
+cdef extern from *:
+    """
+    #ifndef MUENFAST_FLAGS
+    #define MUENFAST_FLAGS "?"
+    #endif
+    """
+    const char *MUENFAST_FLAGS
+    const char *__VERSION__
+
+# What compiled this module, and with what beside the interpreter's own options.
+COMPILER = "gcc-compatible " + __VERSION__.decode()
+FLAGS = MUENFAST_FLAGS.decode()
 AHEAD = AHEAD_BYTES
 HEADER = SHMSTREAM_HEADER_SIZE
 
@@ -233,6 +245,55 @@ def ring_bounce(out, back, uint64_t size, uint64_t count, bint leads, laps, out_
     return start / 1e9
 
 
+def ring_batches(out, back, uint64_t size, uint64_t batch, uint64_t count, bint leads, out_bell, back_bell):
+    """`batch` elements out, published at once, and as many back, `count` times, both sides asleep in between; (seconds, batches
+    published, system calls made to wake the other side) of this side."""
+    cdef _Held o = _Held(out, SHMSTREAM_HEADER_SIZE + size * batch)
+    cdef _Held b = _Held(back, SHMSTREAM_HEADER_SIZE + size * batch)
+    cdef _Held ob = _Held(out_bell, sizeof(bell_page))
+    cdef _Held bb = _Held(back_bell, sizeof(bell_page))
+    cdef _Private own = _Private(size * batch)
+    cdef writer_t w
+    cdef reader_t r
+    cdef uint32_t stop = 0
+    cdef uint64_t i, n, taken, start, wakes, batches
+    cdef ring_status status
+    writer_init(&w, o.base, o.view.len, size, 1)
+    reader_init(&r, b.base, b.view.len, size, 1)
+    r.may_spin = False
+    w.bell = <bell_page *>ob.base
+    r.bell = <bell_page *>bb.base
+    writer_start(&w, random_epoch())
+    with nogil:
+        while reader_copy(&r, own.base, 1, &n) != EPOCH_CHANGED:
+            polite()
+        wakes, batches = w.wakes, w.batches
+        start = now_ns()
+        for i in range(count):
+            if leads:
+                put_many(&w, own.base, size, batch)
+            taken = 0
+            while taken < batch:
+                status = reader_copy(&r, own.base, batch - taken, &n)
+                if status == NO_DATA:
+                    reader_wait(&r, 100_000_000, &stop)
+                elif status == SUCCESS:
+                    taken += n
+                else:
+                    break
+            if taken < batch:
+                break
+            if not leads:
+                put_many(&w, own.base, size, batch)
+        start = now_ns() - start
+        wakes, batches = w.wakes - wakes, w.batches - batches
+        if leads:
+            writer_stop(&w)
+    if taken < batch:
+        raise UsageError("elements were lost between two that wait for each other")
+    return start / 1e9, batches, wakes
+
+
 def publish(region, bell, uint64_t size, uint64_t count):
     """Writes `count` elements that nobody reads, one by one, with a bell that nobody sleeps on; seconds."""
     cdef _Held m = _Held(region, SHMSTREAM_HEADER_SIZE + size)
@@ -270,6 +331,15 @@ cdef inline void put(writer_t *w, const uint8_t *data, uint64_t size) noexcept n
     writer_reserve(w, 1)
     copy_bytes(writer_slot(w, 0), data, size)
     writer_publish(w, 1)
+
+
+cdef inline void put_many(writer_t *w, const uint8_t *data, uint64_t size, uint64_t n) noexcept nogil:
+    """n slots, published once."""
+    cdef uint64_t k
+    writer_reserve(w, n)
+    for k in range(n):
+        copy_bytes(writer_slot(w, k), data + k * size, size)
+    writer_publish(w, n)
 
 
 # ------------------------------------------------------------------ packets

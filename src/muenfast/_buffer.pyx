@@ -17,7 +17,6 @@ from muenfast._ring cimport *
 from muenfast._store cimport *
 from muenfast._wire cimport *
 
-import hashlib as _hashlib
 
 from muenfast.errors import UsageError
 
@@ -1012,4 +1011,6 @@ def identity_of(identities):
     """16 bytes for what one connection serves: the store's own where it is one, else made of all in their order."""
     if len(identities) == 1:
         return identities[0]
-    return _hashlib.blake2b(b"".join(identities), digest_size=16).digest()
+    from hashlib import blake2b     # which a server without buffers does not need, nor wait for
+
+    return blake2b(b"".join(identities), digest_size=16).digest()

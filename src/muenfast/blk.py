@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -99,7 +98,9 @@ class BlockServer(_Group):
                 export = Export(config, watch=watch)
                 stack.callback(export.close)
                 self.exports.append(export)
-            sharing = [export for export in self.exports if export.shares]
+            sharing = [export for export in self.exports if export.could_share]
+            if sharing and not sharing[0].shares:   # which is asked once: it reads the table of mounts
+                sharing = []
             count = min(len(sharing), max(threads, math.ceil(len(sharing) / Crew.MOST)))
             crews = [crew for k in range(count) if len(crew := sharing[k::count]) > 1]
             for export in set(self.exports).difference(*crews):
@@ -440,6 +441,8 @@ class BlockClients(_Group):
         attached = [disk for disk in self.disks if disk.front is not None or disk.nbd is not None]
         if not attached:
             return
+        from concurrent.futures import ThreadPoolExecutor  # no server needs it
+
         with ThreadPoolExecutor(len(attached)) as pool:
             ends = [pool.submit(self._detach, disk) for disk in attached]
         failures = [error for error in (end.exception() for end in ends) if error is not None]

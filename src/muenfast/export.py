@@ -275,15 +275,19 @@ class Export:
                         tail, self.config.devices[number].text, unit)
 
     @property
-    def shares(self) -> bool:
+    def could_share(self) -> bool:
         """Whether it may share a thread with others: its disk makes no system calls, its disk and channels are memory,
         not files, pages of which wait for a disk or (FUSE) somebody's process, and the channels are soon zeroed. One
-        request beside a buffer may be as long as that."""
+        request beside a buffer may be as long as that. All that differs between exports; `shares` has what does not."""
         name = self.config.device.name
         return (self.config.channels.buffer is None and not self.backings[0].store.waits
                 and (name is None or shm.Locator.parse(name).posix)
-                and all(end.locator.posix and len(end.view) <= _SHARED_REGION for end in self._ends)
-                and shm.filesystem("/dev/shm") in ("tmpfs", "ramfs"))
+                and all(end.locator.posix and len(end.view) <= _SHARED_REGION for end in self._ends))
+
+    @property
+    def shares(self) -> bool:
+        """could_share, and POSIX shared memory is memory here."""
+        return self.could_share and shm.filesystem("/dev/shm") in ("tmpfs", "ramfs")
 
     def start(self) -> None:
         """Begins to serve, in a thread of its own. Raises OSError where none is to be had."""

@@ -7,11 +7,13 @@ sample is kept; figures are medians. Each row names the limit it is held against
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import mmap
 import os
 import platform
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from muenfast import _bench
+from muenfast import __version__, _bench
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.threads import interrupts_held
 
@@ -35,13 +37,10 @@ _HEADER = 64
 _BLOCK = 4096
 _PIECE = 65536  # _bufclient.pyx, PIECE_BYTES
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_CPUS = len(os.sched_getaffinity(0))  # before this process is pinned
 RING_SHAPES = ((64, 4096), (1522, 1024), (4120, 512), (131072, 32))  # bytes of an element, elements
 BATCHES = (1, 8, 64)
 DEPTHS = (1, 8, 32)
-
-
-UNITS = ("ns", "us", "%", "MiB")  # less of it is better; the others count something per second
-WHOLE = (*UNITS, "Gb/s")  # not in thousands
 
 
 @dataclass
@@ -49,7 +48,9 @@ class Row:
     """One figure: samples of `unit`, more is better unless `less`, held against the row called `limit`, and those of
     `beside`.
 
-    missing: why there can be no samples. notes: what was seen beside each sample, by name.
+    missing: why there can be no samples. notes: what was seen beside each sample, by name. kind: "product", "limit"
+    (what the machine can do) or "peer" (another program that does the same). at: where it lies on scales, by name of
+    the scale; line: of which points it is one there.
     """
 
     name: str
@@ -61,6 +62,9 @@ class Row:
     beside: tuple[str, ...] = ()
     missing: str | None = None
     notes: dict[str, list[float]] = field(default_factory=dict)
+    kind: str = "product"
+    at: dict[str, int] = field(default_factory=dict)
+    line: str | None = None
 
     @property
     def median(self) -> float | None:
@@ -118,12 +122,56 @@ def die_with(parent: int, number: int) -> None:
         os._exit(1)
 
 
+def _first_line(path: str) -> str | None:
+    """None: there is no such file, or it may not be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readline().strip()
+    except OSError:
+        return None
+
+
 def environment() -> dict[str, Any]:
-    """What a figure means nothing without."""
+    """What a figure means nothing without: the machine, the versions, how all was built, and the command line, its program
+    without a path."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release().split("-")[0],
-            "python": platform.python_version(), "load": os.getloadavg()[0]}
+    bad = "/sys/devices/system/cpu/vulnerabilities"
+    return {"cpu": model, "cpus": _CPUS, "kernel": platform.release().split("-")[0],
+            "python": platform.python_version(), "load": os.getloadavg()[0], "muenfast": __version__,
+            "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "none to be seen",
+            "mitigations": {name: _first_line(f"{bad}/{name}") for name in sorted(os.listdir(bad) if os.path.isdir(bad)
+            else ())}, "libc": " ".join(platform.libc_ver()), "compiler": _bench.COMPILER, "flags": _bench.FLAGS,
+            "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]]}
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """The living processes that a process, or one of them, has started."""
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            for child in (_first_line(f"/proc/{pid}/task/{task}/children") or "").split():
+                yield int(child)
+                yield from _descendants(int(child))
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of all that it has started, living or waited for."""
+    total = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF,
+                                                                                   resource.RUSAGE_CHILDREN)))
+    for pid in _descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                total += int((_first_line(f"/proc/{pid}/task/{task}/schedstat") or "0").split()[0]) / 1e9
+    return total
+
+
+def memory() -> float:
+    """MiB resident in this process and those that it has started, what they share counted once."""
+    total = 0
+    for pid in (os.getpid(), *_descendants(os.getpid())):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+            total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return total / 1024
 
 
 def _shared(size: int) -> mmap.mmap:
@@ -175,19 +223,28 @@ class _Laps:
 
     def __init__(self, measure: Callable[[int, mmap.mmap | None], float], count: int) -> None:
         self._measure, self._count = measure, count
+        self.notes: dict[str, list[float]] = {}
 
     def mean(self) -> float:
         return self._measure(self._count, None) / self._count * 1e9
 
+    def half(self) -> float:
+        """Half of them were faster; the rest is in the notes."""
+        self.tail()
+        return self.notes["p50"][-1]
+
     def tail(self) -> float:
         laps = _shared(8 * self._count)
         self._measure(self._count, laps)
-        return float(sorted(memoryview(laps).cast("Q")[:self._count])[self._count * 99 // 100])
+        ordered = sorted(memoryview(laps).cast("Q")[:self._count])
+        for name, part in (("p50", 500), ("p90", 900), ("p99", 990), ("p99.9", 999)):
+            self.notes.setdefault(name, []).append(float(ordered[self._count * part // 1000]))
+        return float(ordered[self._count * 99 // 100])
 
 
-def _lap_rows(name: str, laps: _Laps, limit: str | None = None) -> list[Row]:
-    return [Row(name, "ns", laps.mean, limit=limit, less=True),
-            Row(f"{name}, p99", "ns", laps.tail, limit=limit and f"{limit}, p99", less=True)]
+def _lap_rows(name: str, laps: _Laps, limit: str | None = None, kind: str = "product") -> list[Row]:
+    return [Row(name, "ns", laps.mean, limit=limit, less=True, kind=kind),
+            Row(f"{name}, p99", "ns", laps.tail, limit=limit and f"{limit}, p99", less=True, kind=kind, notes=laps.notes)]
 
 
 def _both(pair: Pair, call: Callable[[bool], float]) -> float:
@@ -212,14 +269,14 @@ def _round_trips(pair: Pair, scale: float) -> Iterator[Row]:
         words = _shared(4096)
         return _both(pair, lambda leads: _bench.wake_bounce(words, count, leads, laps))
 
-    yield from _lap_rows("cache line round trip", _Laps(partial(bounce, 0, 1), polled))
+    yield from _lap_rows("cache line round trip", _Laps(partial(bounce, 0, 1), polled), kind="limit")
     for size in (64, 4120):
         for slots, word in ((1, "1 slot"), (64, "64 slots")):
             bare = f"bare round trip {size} B, {word}"
-            yield from _lap_rows(bare, _Laps(partial(bounce, size, slots), polled))
+            yield from _lap_rows(bare, _Laps(partial(bounce, size, slots), polled), kind="limit")
             yield from _lap_rows(f"ring round trip {size} B, {word}", _Laps(partial(ring, size, slots, False), polled),
                                  limit=bare)
-    yield from _lap_rows("futex round trip", _Laps(wake, slept))
+    yield from _lap_rows("futex round trip", _Laps(wake, slept), kind="limit")
     yield from _lap_rows("ring round trip 64 B, both asleep", _Laps(partial(ring, 64, 64, True), slept),
                          limit="futex round trip")
 
@@ -295,20 +352,22 @@ def ring_rows(scale: float = 1.0) -> list[Row]:
     rows = []
     for size, elements in RING_SHAPES:
         copy, queue = f"copy {size} B", f"bare queue {size} B"
-        rows.append(Row(copy, "elements/s", partial(_copy, pair, size, elements, volume)))
-        rows.append(Row(queue, "elements/s", partial(_queue, pair, size, elements, volume), limit=copy))
+        rows.append(Row(copy, "elements/s", partial(_copy, pair, size, elements, volume), kind="limit",
+                        at={"bytes": size}, line="copy"))
+        rows.append(Row(queue, "elements/s", partial(_queue, pair, size, elements, volume), limit=copy, kind="limit",
+                        at={"bytes": size}, line="bare queue"))
         for batch in BATCHES:
             if batch <= elements // 4:
                 rows.append(Row(f"ring {size} B batch {batch}", "elements/s",
                                 partial(_ring, pair, size, elements, batch, volume),
-                                limit=queue if batch == 1 else copy))
+                                limit=queue if batch == 1 else copy, at={"bytes": size, "batch": batch}, line="ring"))
         if size < 8192:
             rows.append(Row(f"Python {size} B one by one", "elements/s",
                             partial(_python_ring, pair, size, elements, 1, min(volume // size, 500_000)),
-                            limit=f"ring {size} B batch 1"))
+                            limit=f"ring {size} B batch 1", at={"bytes": size, "batch": 1}, line="Python"))
             rows.append(Row(f"Python {size} B batch 64", "elements/s",
                             partial(_python_ring, pair, size, elements, 64, min(volume // size, 10_000_000)),
-                            limit=f"ring {size} B batch 64"))
+                            limit=f"ring {size} B batch 64", at={"bytes": size, "batch": 64}, line="Python"))
     rows.append(Row("publish 64 B, beyond the copy", "ns", partial(_publish, 64, 4096, 1_000_000), less=True))
     return [*rows, *_round_trips(pair, scale)]
 
@@ -450,9 +509,10 @@ def _device_rows(server: _Child, client: _Child, memory: _Child, count: int, siz
     for depth in DEPTHS:
         for write, word in ((False, "read"), (True, "write")):
             limit = f"memory, {word} 4 KiB depth {depth}"
-            yield Row(limit, "blocks/s", partial(load, memory.said, depth, write))
+            yield Row(limit, "blocks/s", partial(load, memory.said, depth, write), kind="limit", at={"depth": depth},
+                      line=f"memory, {word} 4 KiB")
             yield Row(f"device, {word} 4 KiB depth {depth}", "blocks/s", partial(load, client.said, depth, write),
-                      limit=limit)
+                      limit=limit, at={"depth": depth}, line=f"device, {word} 4 KiB")
     for child, word in ((server, "server"), (client, "client with device")):
         yield Row(f"idle {word}, CPU", "%", partial(cost, child), less=True)
     for of_client, word in ((False, "server"), (True, "client with device")):
@@ -527,27 +587,46 @@ def _disk_rows(disk: Any, size: int, volume: int) -> Iterator[Row]:
                 times[k], before = now - before, now
         return (time.perf_counter_ns() - start) / 1e9
 
-    yield Row("memcpy 4 KiB random", "blocks/s", lambda: copy(_BLOCK, blocks, len(blocks)))
-    yield Row("memcpy 4 KiB random, into 128 KiB", "blocks/s", lambda: copy(_BLOCK, blocks, 32))
-    yield Row("memcpy 128 KiB sequential", "pieces/s", lambda: copy(1 << 17, list(range(size >> 17)), size >> 17))
+    yield Row("memcpy 4 KiB random", "blocks/s", lambda: copy(_BLOCK, blocks, len(blocks)), kind="limit")
+    yield Row("memcpy 4 KiB random, into 128 KiB", "blocks/s", lambda: copy(_BLOCK, blocks, 32), kind="limit")
+    yield Row("memcpy 128 KiB sequential", "pieces/s", lambda: copy(1 << 17, list(range(size >> 17)), size >> 17),
+              kind="limit")
     for depth in DEPTHS:
         for write, word in ((False, "read"), (True, "write")):
             yield Row(f"{word} 4 KiB random depth {depth}", "blocks/s",
-                      partial(moved, _BLOCK, depth, write), limit="memcpy 4 KiB random")
+                      partial(moved, _BLOCK, depth, write), limit="memcpy 4 KiB random", at={"depth": depth},
+                      line=f"{word} 4 KiB random")
     yield from _lap_rows("read 4 KiB random, one call", _Laps(lap, max(100, volume // 10_000)))
     for depth in DEPTHS:
         for write, word in ((False, "read"), (True, "write")):
             yield Row(f"{word} 128 KiB sequential depth {depth}", "pieces/s",
-                      partial(moved, 1 << 17, depth, write), limit="memcpy 128 KiB sequential")
+                      partial(moved, 1 << 17, depth, write), limit="memcpy 128 KiB sequential", at={"depth": depth},
+                      line=f"{word} 128 KiB sequential")
+
+
+_OPERATIONS = ("elements/s", "blocks/s", "pieces/s", "packets/s", "operations/s")
+CPU = "CPU ns per operation"
 
 
 def take(rows: list[Row], rounds: int, step: Callable[[int, int], None]) -> None:
-    """Takes all samples, round by round. step(done, all) is called after each."""
+    """Takes all samples, round by round. step(done, all) is called after each. Beside what counts operations, or is
+    their time, it notes the CPU time of all processes of a sample, its preparation included, as if all of it were
+    operations."""
     rows = [row for row in rows if row.missing is None]
     for number in range(rounds):
         for k, row in enumerate(rows):
-            row.samples.append(row.sample())
+            before, start = _cpu_seconds(), time.perf_counter()
+            value = row.sample()
+            used = (_cpu_seconds() - before) / (time.perf_counter() - start)
+            row.samples.append(value)
+            if value > 0 and (row.unit in _OPERATIONS or row.unit == "ns"):
+                row.notes.setdefault(CPU, []).append(used * (value if row.unit == "ns" else 1e9 / value))
             step(number * len(rows) + k + 1, rounds * len(rows))
+
+
+def missing(name: str, reason: str) -> Row:
+    """In place of rows that cannot be had."""
+    return Row(name, "", lambda: 0.0, missing=reason)
 
 
 def ratio(row: Row, limit: str | None, rows: list[Row]) -> float | None:
@@ -566,31 +645,8 @@ def report(what: str, rows: list[Row], policy: str = POLICY) -> dict[str, Any]:
         against = ([] if row.limit is None else [row.limit]) + list(row.beside)
         return {"name": row.name, "unit": row.unit, "median": row.median, "limit": row.limit,
                 "ratio": ratio(row, row.limit, rows), "ratios": {name: ratio(row, name, rows) for name in against},
-                "missing": row.missing, "samples": row.samples,
+                "missing": row.missing, "samples": row.samples, "kind": row.kind, "at": row.at, "line": row.line,
                 "notes": {name: {"median": statistics.median(seen), "samples": seen} for name, seen in row.notes.items()}}
 
-    return {"benchmark": what, "environment": {**environment(), "policy": policy}, "rows": [entry(row) for row in rows]}
-
-
-def ratios(row: dict[str, Any]) -> list[tuple[float, str]]:
-    """Those of a report's row, each with what it is of: of a name like the row's own, up to a colon, the rest."""
-    head = row["name"].partition(": ")[0] + ": "
-    return [(value, name.removeprefix(head)) for name, value in row["ratios"].items() if value is not None]
-
-
-def plot(reports: list[dict[str, Any]]) -> str:
-    """An SVG of every ratio, drawn from the JSON."""
-    bars = [(f"{r['benchmark']}: {row['name']}", value, limit) for r in reports for row in r["rows"]
-            for value, limit in ratios(row)]
-    height = 60 + 22 * len(bars)
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{height}" font-family="sans-serif" '
-             'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
-             '<text x="10" y="22" font-size="15">muenfast / limit of the same run (1 = equal; longer is better)</text>']
-    scale = 400 / max([1.2, *(value for _, value, _ in bars)])
-    for k, (what, value, limit) in enumerate(bars):
-        y = 40 + 22 * k
-        lines.append(f'<text x="10" y="{y + 13}">{what}</text>')
-        lines.append(f'<rect x="340" y="{y + 2}" width="{value * scale:.1f}" height="15" fill="#4a7ab5"/>')
-        lines.append(f'<text x="{346 + value * scale:.1f}" y="{y + 14}">{value:.2f} of {limit}</text>')
-    lines.append(f'<line x1="{340 + scale:.1f}" y1="36" x2="{340 + scale:.1f}" y2="{height - 12}" stroke="#b03030"/>')
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return {"benchmark": what, "environment": {**environment(), "policy": policy, "memory": round(memory(), 1)},
+            "rows": [entry(row) for row in rows]}

@@ -507,7 +507,8 @@ def _rows(spaces: Spaces, links: Sequence[Link], many: Link, scale: float) -> It
         others = {VETH: (), OURS: (VETH, BARE_VETH, SOCAT, PLAIN)}.get(load.link.name, (VETH,))
         against = [f"{what}: {name}" for name in others]
         return Row(f"{what}: {load.link.name}", unit, sample, limit=against[0] if against else None, less=less,
-                   beside=tuple(against[1:]), missing=load.link.missing, notes={} if notes is None else notes)
+                   beside=tuple(against[1:]), missing=load.link.missing, notes={} if notes is None else notes,
+                   kind="product" if load.link.name in (OURS, PLAIN) else "peer")
 
     for load in loads:
         notes: dict[str, list[float]] = {}

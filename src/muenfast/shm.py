@@ -8,6 +8,8 @@ Book-keeping, in runtime_dir() (private to one user; nothing in it is a peer's w
     claims/KEY                  one per exclusive claim, flocked by its holder
     claims/KEY~PID-RANDOM       one per claim that is shared or of a part ("span"), flocked by its holder
 
+A record is a name of a file that its process keeps locked: up to 256 records of a directory are names of one file, in which
+each has a line, NAME JSON; a line is written before its name is there. A note is such a name, too, and is read only.
 A record counts only while it is locked, so the kernel ends those of a dead process. Invariant: records are made,
 probed and swept only under an exclusive flock on the directory they are in; so a probe is never mistaken for a holder,
 and nobody sweeps a record between its making and its locking. Dropping one's own record needs no such lock.
@@ -16,7 +18,8 @@ Whoever holds the directory's lock does no more than a few system calls, and oth
 A region that was opened unseen (strict one-way readers) has no record at all: nothing here knows of it.
 
 Fork: an flock belongs to the open file, which a forked child shares. A child that goes on without exec therefore keeps
-its parent's records alive until it ends too; close() and release() in such a child let go of its own copies only.
+its parent's records alive until it ends too, or has let go of all: close() and release() in such a child let go of its own
+copies only.
 Threads: a Region or Claim may be used and closed from any thread. All sizes and offsets are in bytes.
 """
 
@@ -26,22 +29,17 @@ import contextlib
 import errno
 import fcntl
 import functools
-import glob
-import hashlib
 import json
 import mmap
 import os
 import re
-import secrets
 import stat
 import struct
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -207,18 +205,16 @@ def _means(path: str, device: int, inode: int, *, follow: bool = True) -> bool:
     return (now.st_dev, now.st_ino) == (device, inode)
 
 
-def _write(fd: int, value: dict[str, Any]) -> None:
-    os.ftruncate(fd, 0)
-    data = json.dumps(value).encode() + b"\n"
-    written = os.pwrite(fd, data, 0)
-    if written != len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _read(fd: int) -> dict[str, Any]:
-    """{} when there is no JSON object (its writer died)."""
+def _read(fd: int, name: str) -> dict[str, Any]:
+    """What the record or note of that name says, the last of its lines; {} when there is none (its writer died)."""
+    data = b"\n" + os.pread(fd, os.fstat(fd).st_size, 0)
+    if data.startswith(b"\n{"):      # one of its own, as they were once
+        line = data
+    else:
+        _, _, line = data[:data.rfind(b"\n") + 1].rpartition(b"\n" + os.fsencode(name) + b" ")
+        line = line.partition(b"\n")[0]
     try:
-        value = json.loads(os.pread(fd, 1 << 16, 0))
+        value = json.loads(line)
     except (ValueError, RecursionError):    # of the last: nested too deep
         return {}
     return value if isinstance(value, dict) else {}
@@ -241,9 +237,15 @@ def _identity(what: str, extra: dict[str, Any] | None) -> dict[str, Any]:
         role = "python"
     if arguments and re.fullmatch("[a-z][a-z-]*", arguments[0]):
         role += " " + arguments[0]
+    pid = os.getpid()
+    return {"role": role, **(extra or {}), "pid": pid, "comm": _comm(pid), "what": what, "since": time.time()}
+
+
+@functools.cache
+def _comm(pid: int) -> str:
+    """Our own, as it was first asked for."""
     with open("/proc/self/comm", errors="replace") as file:
-        comm = file.read().strip()
-    return {"role": role, **(extra or {}), "pid": os.getpid(), "comm": comm, "what": what, "since": time.time()}
+        return file.read().strip()
 
 
 def _describe(info: dict[str, Any]) -> str:
@@ -339,34 +341,126 @@ def _mutex(room: str) -> Iterator[None]:
         os.close(fd)
 
 
-class _Record:
-    """A file that says who we are, and that we live: locked until drop() or our end."""
+# Paths of records from locking to drop(), and the process whose they are: to that one they live. A forked child looks, for
+# it is not told when its parent drops one.
+_held: dict[str, int] = {}
 
-    __slots__ = ("_fd", "_lock", "_path", "pid")
+
+class _File:
+    """The locked file whose names are records, of one process in one room: making a name is cheaper than making a file, and
+    on an ext4 from which many were just deleted by far. open until its last record is dropped."""
+
+    __slots__ = ("_end", "_fd", "_inode", "_lines", "_paths", "pid")
+
+    MOST = 256  # lines: who reads one reads them all, 50 KB or so
+
+    def __init__(self, path: str, line: bytes) -> None:
+        """path: its first record."""
+        self.pid, self._paths, self._lines, self._end = os.getpid(), {path}, 0, 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            seen = os.fstat(self._fd)
+            self._inode = seen.st_dev, seen.st_ino
+            with _named(path):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._append(line)
+        except BaseException:
+            self.drop(path)
+            raise
+
+    def _append(self, line: bytes) -> None:
+        if os.pwrite(self._fd, line, self._end) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += len(line)
+        self._lines += 1
+
+    def add(self, path: str, line: bytes, *, record: bool) -> bool:
+        """Gives it one more name; False: that needs another file. record: not a note. Raises FileExistsError."""
+        if self._fd < 0 or self._lines >= self.MOST:
+            return False
+        with contextlib.suppress(OSError), _named(path):
+            self._append(line)
+            try:
+                os.link(next(iter(self._paths)), path)
+            except FileExistsError:
+                raise _Stands(path) from None
+            if _means(path, *self._inode, follow=False):
+                if record:
+                    self._paths.add(path)
+                return True
+            os.unlink(path)     # somebody tidied up, and another one has the name that we linked
+        return False
+
+    def drop(self, path: str) -> None:
+        """Takes a record's name away, unless in a child of fork(), where it is the parent's."""
+        self._paths.discard(path)
+        try:
+            if self.pid == os.getpid() and _means(path, *self._inode, follow=False):
+                _unlink(path)
+        finally:
+            if not self._paths:
+                fd, self._fd = self._fd, -1
+                os.close(fd)
+
+
+_files: dict[str, _File] = {}  # room -> that which takes the next record
+_files_lock = threading.Lock()  # of these, and what they hold
+
+
+def _forked() -> None:
+    global _files_lock
+    _files_lock = threading.Lock()      # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+class _Stands(Exception):
+    """A name is taken."""
+
+
+def _enter(path: str, info: dict[str, Any], *, record: bool) -> _File | None:
+    """Makes a record or (None) a note. Precondition: the room's mutex is held. Raises FileExistsError, OSError."""
+    room, _, name = path.rpartition("/")
+    line = os.fsencode(name) + b" " + json.dumps(info).encode() + b"\n"
+    with _files_lock:
+        file = _files.get(room)
+        try:
+            if file is not None and file.pid == os.getpid() and file.add(path, line, record=record):
+                return file
+        except _Stands:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        if record:
+            file = _files[room] = _File(path, line)
+            return file
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with _named(path):
+            if os.pwrite(fd, line, 0) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(fd)
+    return None
+
+
+class _Record:
+    """A name that says who we are, and that we live: of a locked file until drop() or our end."""
+
+    __slots__ = ("_file", "_path", "pid")
 
     def __init__(self, path: str, info: dict[str, Any]) -> None:
         """Precondition: the room's mutex is held, and no file stands at path."""
-        self._path, self._lock, self.pid = path, threading.Lock(), os.getpid()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with _named(path):
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _write(self._fd, info)
-        except BaseException:
-            self.drop()
-            raise
+        self._path, self.pid = path, os.getpid()
+        self._file = _enter(path, info, record=True)
+        _held[path] = self.pid
 
     def drop(self) -> None:
-        """Idempotent. Unlinks before it unlocks: a free name never carries our lock."""
-        with self._lock:
-            fd, self._fd = self._fd, -1
-            if fd < 0:
-                return
-            try:
-                if self.pid == os.getpid():
-                    _unlink(self._path, os.fstat(fd))
-            finally:
-                os.close(fd)
+        """Idempotent. Its name goes before its lock may: a free name never carries our lock."""
+        with _files_lock:
+            file, self._file = self._file, None
+            if file is not None:
+                _held.pop(self._path, None)
+                file.drop(self._path)
 
 
 def _probe(path: str, sweep: bool = True) -> dict[str, Any] | None:
@@ -380,8 +474,8 @@ def _probe(path: str, sweep: bool = True) -> dict[str, Any] | None:
         with _named(path):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        info = _read(fd)
-        return {"key": os.path.basename(path), "role": "unknown", "what": "unknown", "pid": 0, "since": 0.0, **info}
+        name = os.path.basename(path)
+        return {"key": name, "role": "unknown", "what": "unknown", "pid": 0, "since": 0.0, **_read(fd, name)}
     else:
         if sweep:
             _unlink(path)
@@ -407,10 +501,9 @@ _swept: set[str] = set()
 
 def _sweep() -> None:
     """Once per process: what dead processes left, about inodes whose name no longer means them."""
-    base = runtime_dir()
-    if base in _swept:
+    if runtime_dir_of(os.geteuid()) in _swept:
         return
-    _swept.add(base)
+    _swept.add(runtime_dir())
     claimed, room = _room("claims"), _room("regions")
     with _mutex(claimed):
         _live(claimed)
@@ -456,7 +549,7 @@ def _auto(room: str, key: str, sweep: bool = True) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        state = _read(fd)
+        state = _read(fd, key)
     finally:
         os.close(fd)
     path = state.get("path")
@@ -478,7 +571,7 @@ class _Presence:
         self._room, self._key = room, _key(seen.st_dev, seen.st_ino)
         info = _identity(f"region {locator.text}", {"name": locator.text, "writable": writable})
         info["key"] = self._key
-        self._record = _Record(os.path.join(room, f"{self._key}~{os.getpid()}-{secrets.token_hex(8)}"), info)
+        self._record = _Record(os.path.join(room, f"{self._key}~{os.getpid()}-{os.urandom(8).hex()}"), info)
 
     def drop(self) -> None:
         """Leaves without looking whether somebody else is still there. Idempotent."""
@@ -520,7 +613,7 @@ def _make_inode(stack: contextlib.ExitStack, path: str, size: int, mode: int,
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise OSError(error.errno, error.strerror, path) from error
         while True:
-            source = os.path.join(directory, f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+            source = os.path.join(directory, f"{_TEMPORARY}{os.getpid()}-{os.urandom(8).hex()}")
             with _named(path):
                 fd = os.open(source, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
                 stack.callback(os.close, fd)
@@ -581,11 +674,8 @@ def _create(locator: Locator, size: int, mode: int, writable: bool) -> tuple[int
 
 def _note(path: str, state: dict[str, Any]) -> None:
     # An old note of this key is about an inode that is no more: we have just been given its number.
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        _write(fd, state)
-    finally:
-        os.close(fd)
+    _unlink(path)
+    _enter(path, state, record=False)
 
 
 def _open(locator: Locator, writable: bool) -> int:
@@ -996,19 +1086,31 @@ class Claim:
         self.release()
 
 
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")  # a key that stands for itself
+
+
 def _file_name(key: str) -> str:
     """Injective, without '~' and '/'."""
     if not key:
         raise UsageError("a claim's key must not be empty")
-    name = urllib.parse.quote(key, safe="", errors="surrogateescape").replace("~", "%7E")
+    if _PLAIN.fullmatch(key):
+        return key
+    from urllib.parse import quote  # takes longer to load than most claims to make, as does hashlib
+
+    name = quote(key, safe="", errors="surrogateescape").replace("~", "%7E")
     if name.startswith("."):
         name = "%2E" + name[1:]
-    return name if len(name) <= 200 else f"{name[:100]}%{hashlib.sha256(name.encode()).hexdigest()}"
+    if len(name) <= 200:
+        return name
+    from hashlib import sha256
+
+    return f"{name[:100]}%{sha256(name.encode()).hexdigest()}"
 
 
 def _claim(key: str, what: str, info: dict[str, Any] | None, shared: bool,
-           span: tuple[int, int | None] = (0, None)) -> Claim:
-    """span: the part that is claimed, in bytes, its end excluded (None: all that follows)."""
+           span: tuple[int, int | None] = (0, None), alone: bool = False) -> Claim:
+    """span: the part that is claimed, in bytes, its end excluded (None: all that follows). alone: nobody ever shares this
+    key, or claims a part: one record is looked at, not the whole room."""
     name = _file_name(key)
     _sweep()
     full = {**_identity(what, info), "key": key, "shared": shared}
@@ -1017,12 +1119,12 @@ def _claim(key: str, what: str, info: dict[str, Any] | None, shared: bool,
         full["span"] = span
     room = _room("claims")
     with _mutex(room):
-        for other in _live(room, name):
+        for other in filter(None, [_probe(os.path.join(room, name))]) if alone else _live(room, name):
             start, end = other.get("span", (0, None))
             if (end is None or span[0] < end) and (span[1] is None or start < span[1]) and \
                     not (shared and other.get("shared")):
                 raise ClaimError(what, _describe(other))
-        suffix = f"~{os.getpid()}-{secrets.token_hex(8)}" if shared or part else ""
+        suffix = f"~{os.getpid()}-{os.urandom(8).hex()}" if shared or part else ""
         return Claim(_Record(os.path.join(room, name + suffix), full), full)
 
 
@@ -1035,7 +1137,8 @@ def claim_writer(region: Region, role: str, more: dict[str, Any] | None = None) 
     """Claims the writer's side of a channel: its device, inode and offset. more: for the record. Raises ClaimError,
     OSError."""
     info = {"role": role, **(more or {})}
-    return _claim(_writer_key(region), f"the writer's side of channel {region.locator.text}", info, False)
+    return _claim(_writer_key(region), f"the writer's side of channel {region.locator.text}", info, False,
+                  alone=True)
 
 
 def claim_buffer(region: Region, side: str, role: str) -> Claim:
@@ -1063,7 +1166,7 @@ def writer_process(region: Region) -> int:
     """
     try:
         with open(os.path.join(runtime_dir(), "claims", _file_name(_writer_key(region))), "rb") as file:
-            info = _read(file.fileno())
+            info = _read(file.fileno(), os.path.basename(file.name))
         pid = int(info["pid"])
         with open(f"/proc/{pid}/comm", errors="replace") as file:
             return pid if file.read().strip() == info["comm"] else 0
@@ -1150,10 +1253,12 @@ def apart(locator: Locator, *, disk: bool, timeout: float = 0.2) -> Iterator[Non
 
 def loop_on(path: str) -> str | None:
     """The loop device whose file this is, as far as names tell: to ask the files could wait for a dead file system."""
+    from glob import glob
+
     name = os.path.realpath(path)
-    for entry in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):      # freed meanwhile
-            if Path(entry).read_text().rstrip("\n") == name:
+    for entry in glob("/sys/block/loop*/loop/backing_file"):
+        with contextlib.suppress(OSError), open(entry) as file:     # freed meanwhile
+            if file.read().rstrip("\n") == name:
                 return "/dev/" + entry.split("/")[3]
     return None
 
@@ -1232,12 +1337,14 @@ def stale(mapped: Collection[tuple[int, int]] = ()) -> list[Stale]:
         if not os.path.isdir(room):
             continue
         with _mutex(room):
-            for entry in sorted(os.listdir(room)):
-                path = os.path.join(room, entry)
+            entries = sorted(os.listdir(room))
+            lives = {entry for entry in entries if (kind == "claim" or "~" in entry) and _lives(os.path.join(room, entry))}
+            used = {entry.partition("~")[0] for entry in lives}
+            for entry in entries:
                 if kind == "user" and "~" not in entry:
-                    found += _stale_note(room, entry, mapped)
-                elif _probe(path, sweep=False) is None:
-                    found.append(Stale(kind, path, _whose(path)))
+                    found += _stale_note(room, entry, entry in used, mapped)
+                elif entry not in lives:
+                    found.append(Stale(kind, os.path.join(room, entry), _whose(os.path.join(room, entry))))
     for path in _temporaries():
         with contextlib.suppress(OSError):
             if _probe(path, sweep=False) is None:
@@ -1245,12 +1352,17 @@ def stale(mapped: Collection[tuple[int, int]] = ()) -> list[Stale]:
     return found
 
 
-def _stale_note(room: str, key: str, mapped: Collection[tuple[int, int]]) -> list[Stale]:
+def _lives(path: str) -> bool:
+    """Whether a record has a live holder; of our own that needs no look. Precondition: as _probe()."""
+    return _held.get(path) == os.getpid() or _probe(path, sweep=False) is not None
+
+
+def _stale_note(room: str, key: str, used: bool, mapped: Collection[tuple[int, int]]) -> list[Stale]:
     path = _auto(room, key, sweep=False)
     if path is None:
         return [Stale("note", os.path.join(room, key), "about an automatic region that is no more", key)]
     device, _, inode = key.partition("-")
-    if _live(room, key, sweep=False) or (int(device), int(inode)) in mapped:
+    if used or (int(device), int(inode)) in mapped:
         return []
     return [Stale("bell" if path.endswith(".bell") else "region", path, "made automatically, its users are dead", key)]
 
@@ -1262,7 +1374,7 @@ def _whose(path: str) -> str:
     except FileNotFoundError:
         return "gone meanwhile"
     try:
-        info = _read(fd)
+        info = _read(fd, os.path.basename(path))
     finally:
         os.close(fd)
     return f"of {info.get('what', 'something')}, by process {info.get('pid', 'unknown')}, which is dead"

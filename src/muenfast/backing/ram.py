@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import mmap
 from contextlib import ExitStack
 
@@ -44,7 +43,9 @@ class RamBacking(Backing):
                                      hint="name its size, or remove it with `muenfast chan rm`")
                 stack.enter_context(shm.apart(locator, disk=True, timeout=5.0))
                 stack.enter_context(shm.claim(f"ram-{region.device}-{region.inode}", f"RAM disk {device.name}"))
-                identity = hashlib.blake2b(f"ram:{region.device}:{region.inode}:{_boot()}".encode(), digest_size=16)
+                from hashlib import blake2b  # takes longer to load than a disk without a name to make
+
+                identity = blake2b(f"ram:{region.device}:{region.inode}:{_boot()}".encode(), digest_size=16)
                 self.store = Store.in_memory(region.view, read_only=read_only, identity=identity.digest())
             stack.callback(lambda: self.store.close())
             self._stack = stack.pop_all()

@@ -28,6 +28,7 @@ _READ = ("/usr", "/lib", "/lib64", "/proc", "/sys", "/etc/localtime", "/etc/pass
          "/etc/ld.so.cache", "/dev/urandom")
 _WRITE = ("/dev/null",)
 _NAMES = ("/dev", "/run/muenfast")
+_LATE = ("hashlib", "urllib.parse", "glob")  # that any room loads when it needs them
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def declared(arguments: argparse.Namespace, role: Role,
     files, io_uring = role.bounds(found, only)
     confined = not arguments.no_sandbox and (os.geteuid() == 0 or role.broker is None)
     if os.geteuid() == 0:
-        for name in role.modules:
+        for name in (*role.modules, *_LATE):
             import_module(name)
         account = found.account
         if not os.environ.get("MUENFAST_RUNTIME_DIR"):

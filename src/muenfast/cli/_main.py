@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from muenfast.cli._text import describe
@@ -70,8 +70,9 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def parser() -> Parser:
-    """The parser of all commands."""
+def parser(words: Collection[str] | None = None) -> Parser:
+    """The parser of all commands. words: what it is to parse, if that is known: commands whose names are not among them get
+    no arguments, for to load their modules takes longer than everything else."""
     top = Parser(
         prog="muenfast",
         description="Disks and networks across the one-way shared memory channels of the Muen separation kernel.",
@@ -79,8 +80,11 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"muenfast {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        _module(name).add_arguments(sub)
+        meant = words is None or name in words
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
+                                  add_help=meant)
+        if meant:
+            _module(name).add_arguments(sub)
     return top
 
 
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None, interrupts: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")
-    top = parser()
+    top = parser(sys.argv[1:] if argv is None else argv)
     try:
         arguments, more = top.parse_known_args(argv)
         if more:

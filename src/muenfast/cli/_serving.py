@@ -10,9 +10,10 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from muenfast import params
-from muenfast.threads import ending
+from muenfast.threads import ending, spawn
 
 log = logging.getLogger("muenfast")
 
@@ -88,9 +89,20 @@ def notify(state: str) -> None:
             log.warning("NOTIFY_SOCKET %s: %s", os.environ["NOTIFY_SOCKET"], error.strerror or error)
 
 
+def prepare() -> None:
+    """Begins to load what sweep() needs: regions are made meanwhile, which does not take the interpreter all the time."""
+    spawn(_doctor, "doctor")
+
+
+def _doctor() -> Any:
+    from muenfast import doctor  # late: to load it takes longer than to begin to serve
+
+    return doctor
+
+
 def sweep() -> None:
     """Takes away what dead processes left, whatever its names; clients are served, or servers asked, meanwhile."""
-    from muenfast import doctor  # now: to load it takes longer than to begin to serve
+    doctor = _doctor()
 
     doctor.sweep()
 
