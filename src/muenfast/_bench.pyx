@@ -256,7 +256,7 @@ def ring_batches(out, back, uint64_t size, uint64_t batch, uint64_t count, bint 
     cdef writer_t w
     cdef reader_t r
     cdef uint32_t stop = 0
-    cdef uint64_t i, n, taken, start, wakes, batches
+    cdef uint64_t i, n, taken = 0, start, wakes, batches
     cdef ring_status status
     writer_init(&w, o.base, o.view.len, size, 1)
     reader_init(&r, b.base, b.view.len, size, 1)
