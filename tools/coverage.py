@@ -21,7 +21,7 @@ TREE = PLACE / "tree"
 TESTS = [f"tests/test_{name}.py" for name in (
     "wire", "params", "shm", "ring", "ring_hostile", "ring_model", "blk_server", "blk_client", "blk_group", "blk_buffer",
     "buffer_client", "user", "faults", "files", "slow_disks", "smart", "quarantine", "checksums", "checksums_buffer",
-    "checksums_net", "nbd", "marks", "packets", "packets_kernel", "pump", "net", "net_marks", "net_offload", "netcfg")]
+    "checksums_net", "packets", "pump")]
 # A signal that arrives while the tracer runs inside a wait without the GIL has its exception swallowed there by
 # Cython's tracing: the wait, rightly endless, goes on. For the same reason timeouts are a thread's, not a signal's. And a
 # handler runs where there is no Python otherwise. A turn that is traced takes so long that its server leaves the others.
@@ -104,7 +104,7 @@ def main() -> int:
             print(f"{total:6} {reached / total:8.1%}  {name}")
     expected = {f"src/muenfast/{name}" for name in (
         "_ring.pyx", "_target.pyx", "_store.pyx", "_user.pyx", "_engine.pyx", "_blk.pyx", "_buffer.pyx",
-        "_client.pyx", "_bufclient.pyx", "_net.pyx", "_packets.pyx", "_marks.pyx", "attach/_nbd.pyx",
+        "_client.pyx", "_bufclient.pyx", "_net.pyx", "_packets.pyx",
         "_atomics.h", "_copy.h", "_guard.h", "_coalesce.h", "_segment.h", "_frame.h", "_gather.h", "_pmtu.h",
         "_blocksum.h")}
     cores = [value for name, value in figures.items() if name.endswith((".pyx", ".h")) and "bench" not in name]

@@ -231,7 +231,7 @@ def _show(report: dict[str, Any]) -> None:
     print(f"{report['benchmark']}: {environment['cpu']}, {environment['cpus']} CPUs; {environment['policy']}")
     for row in report["rows"]:
         if row["missing"] is not None:
-            print(f"  {row['name']:<50}missing: {row['missing']}")
+            print(f"  {row['name']:<49} missing: {row['missing']}")
             continue
         figure = (f"{row['median']:12.1f} {row['unit']}" if row["unit"] in benchreport.WHOLE
                   else f"{row['median'] / 1e3:12.1f} k{row['unit']}")
