@@ -609,6 +609,39 @@ while True:
         shm._sweep()
 
 
+# Claims "before", forks a child that goes on without exec, claims "after", and waits to be killed.
+FORKS = """if True:
+    import os, time
+    from muenfast import shm
+    before = shm.claim("before", "a thing")
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    after = shm.claim("after", "a thing")
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_forked_child_keeps_nothing_that_came_after_it(runtime: Path) -> None:
+    """Of a parent that was killed: what the child shares is held until it ends, what was made behind it is free."""
+    parent = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    try:
+        parent.kill()
+        parent.wait()
+        shm.claim("after", "a thing").release()
+        with pytest.raises(ClaimError):
+            shm.claim("before", "a thing")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.stdout.read()        # until the child has gone, too
+        parent.stdout.close()
+    shm.claim("before", "a thing").release()
+
+
 def test_forked_child_leaves_its_parents_things_alone(name: Locator) -> None:
     with Region.open(name, writable=True, create=PAGE) as region, shm.claim("k", "x") as held:
         child = os.fork()

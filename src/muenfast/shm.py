@@ -18,8 +18,8 @@ Whoever holds the directory's lock does no more than a few system calls, and oth
 A region that was opened unseen (strict one-way readers) has no record at all: nothing here knows of it.
 
 Fork: an flock belongs to the open file, which a forked child shares. A child that goes on without exec therefore keeps
-its parent's records alive until it ends too, or has let go of all: close() and release() in such a child let go of its own
-copies only.
+those of its parent's records that were made before it alive until it ends too, or has let go of all: close() and release()
+in such a child let go of its own copies only.
 Threads: a Region or Claim may be used and closed from any thread. All sizes and offsets are in bytes.
 """
 
@@ -407,12 +407,15 @@ _files: dict[str, _File] = {}  # room -> that which takes the next record
 _files_lock = threading.Lock()  # of these, and what they hold
 
 
-def _forked() -> None:
-    global _files_lock
-    _files_lock = threading.Lock()      # another thread may have held it
+def _forked_parent() -> None:
+    """What is made from now on goes into new files: the child, which shares the locks of those that there are, would keep
+    it alive behind us."""
+    _files.clear()
+    _files_lock.release()
 
 
-os.register_at_fork(after_in_child=_forked)
+# Held meanwhile: no thread is in the middle of a record, here or in the child.
+os.register_at_fork(before=_files_lock.acquire, after_in_parent=_forked_parent, after_in_child=_files_lock.release)
 
 
 class _Stands(Exception):
