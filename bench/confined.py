@@ -15,11 +15,9 @@ found to be. Exit status 1 where one takes more than the other.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import json
 import os
-import pwd
 import re
 import shutil
 import subprocess
@@ -30,7 +28,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from sandbox import SIZE, WAITS, WAYS, Measured, kinds, made
+from sandbox import SIZE, WAITS, WAYS, Measured, as_found, kinds, made
 
 from muenfast import _blk, _ring
 from muenfast.measure import Pair, environment
@@ -127,45 +125,42 @@ def main() -> int:
         if shutil.which(tool) is None:
             raise SystemExit(f"confined.py: {tool} is not installed")
     os.sched_setaffinity(0, {pair.near})
-    rooms = [Path(f"/run/muenfast-{pwd.getpwnam(user).pw_uid}") for user in users]
-    new = [room for room in rooms if not room.exists()]
-    for kind in _LEFT_OUT:
-        calls: dict[str, dict[str, int]] = {}
-        steps: dict[str, list[tuple[int, int]]] = {}
-        for way in WAYS:
-            with ExitStack() as stack:
-                place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muenfast-confined-")))
-                place.chmod(0o755)
-                process = made(stack, pair, place, users, kind, way)
-                process.load()
+    with as_found(users):
+        for kind in _LEFT_OUT:
+            calls: dict[str, dict[str, int]] = {}
+            steps: dict[str, list[tuple[int, int]]] = {}
+            for way in WAYS:
+                with ExitStack() as stack:
+                    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muenfast-confined-")))
+                    place.chmod(0o755)
+                    process = made(stack, pair, place, users, kind, way)
+                    process.load()
 
-                def reads(process: Measured = process) -> int:
-                    for number in range(arguments.requests):
-                        process.read(number * 4096 % SIZE)
-                    return arguments.requests
+                    def reads(process: Measured = process) -> int:
+                        for number in range(arguments.requests):
+                            process.read(number * 4096 % SIZE)
+                        return arguments.requests
 
-                calls[way] = kinds(process.pid, reads)
-                if kind == "ram":
-                    steps[way] = sorted(Counter(instructions(process)).items())
-            told = ", ".join(f"{name} {count}" for name, count in sorted(calls[way].items()))
-            print(f"{kind}, {way}: {arguments.requests} reads, one at a time: {told or 'no call'}", flush=True)
-            if steps:
-                told = ", ".join(f"{count} ({times} times)" for count, times in steps[way])
-                print(f"{kind}, {way}: instructions of a step that answers a write: {told}", flush=True)
-        # What is not made for each request is made by time: prctl and stat once a second.
-        each = {way: {name: round(count / arguments.requests, 1) for name, count in found.items()
-                      if name not in (*WAITS, *_LEFT_OUT[kind]) and count >= arguments.requests / 2}
-                for way, found in calls.items()}
-        # Of most steps: some begin a ring anew.
-        usual = {way: max(found, key=lambda item: item[1])[0] for way, found in steps.items()}
-        alike = all(len(set(map(str, both))) <= 1 for both in (each.values(), usual.values()))
-        status = status if alike else 1
-        told = ", ".join(f"{name} {count}" for name, count in each["confined"].items())
-        print(f"{kind}: {'alike' if alike else 'NOT alike'}; calls for each request: {told or 'none'}", flush=True)
-        reports.append({"kind": kind, "requests": arguments.requests, "calls": calls, "each": each, "instructions": steps})
-    for room in new:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(room)
+                    calls[way] = kinds(process.pid, reads)
+                    if kind == "ram":
+                        steps[way] = sorted(Counter(instructions(process)).items())
+                told = ", ".join(f"{name} {count}" for name, count in sorted(calls[way].items()))
+                print(f"{kind}, {way}: {arguments.requests} reads, one at a time: {told or 'no call'}", flush=True)
+                if steps:
+                    told = ", ".join(f"{count} ({times} times)" for count, times in steps[way])
+                    print(f"{kind}, {way}: instructions of a step that answers a write: {told}", flush=True)
+            # What is not made for each request is made by time: prctl and stat once a second.
+            each = {way: {name: round(count / arguments.requests, 1) for name, count in found.items()
+                          if name not in (*WAITS, *_LEFT_OUT[kind]) and count >= arguments.requests / 2}
+                    for way, found in calls.items()}
+            # Of most steps: some begin a ring anew.
+            usual = {way: max(found, key=lambda item: item[1])[0] for way, found in steps.items()}
+            alike = all(len(set(map(str, both))) <= 1 for both in (each.values(), usual.values()))
+            status = status if alike else 1
+            told = ", ".join(f"{name} {count}" for name, count in each["confined"].items())
+            print(f"{kind}: {'alike' if alike else 'NOT alike'}; calls for each request: {told or 'none'}", flush=True)
+            reports.append({"kind": kind, "requests": arguments.requests, "calls": calls, "each": each,
+                            "instructions": steps})
     if arguments.json is not None:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"environment": environment(), "reports": reports}, file, indent=1)

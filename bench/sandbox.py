@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -266,6 +266,19 @@ def made(stack: ExitStack, pair: Pair, place: Path, users: list[str], kind: str,
     return Measured(kind, way, pid, reads_of(disk), 100 if kind == "ram" else 20, lambda at: disk.pread(4096, at), disk)
 
 
+@contextlib.contextmanager
+def as_found(users: list[str]) -> Iterator[None]:
+    """What muenfast makes in /run for users who had nothing there goes afterwards."""
+    rooms = [Path(f"/run/muenfast-{pwd.getpwnam(user).pw_uid}") for user in users]
+    new = [room for room in rooms if not room.exists()]
+    try:
+        yield
+    finally:
+        for room in new:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(room)
+
+
 def show(rows: list[Row]) -> None:
     for row in rows:
         print(f"{row.name:<45} {row.median:10.1f} {row.unit}, {min(row.samples):.1f} to {max(row.samples):.1f}")
@@ -283,32 +296,29 @@ def main() -> None:
         if shutil.which(tool) is None:
             raise SystemExit(f"sandbox.py: {tool} is not installed")
     os.sched_setaffinity(0, {pair.near})
-    rooms = [Path(f"/run/muenfast-{pwd.getpwnam(user).pw_uid}") for user in users]
-    new = [room for room in rooms if not room.exists()]
-    for kind in ("ram", "file", "device"):
-        with ExitStack() as stack:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muenfast-sandbox-")))
-            place.chmod(0o755)
-            both = [made(stack, pair, place, users, kind, way) for way in WAYS]
-            for each in both:
-                each.load()
-            time.sleep(1)
-            for turn in range(arguments.rounds):
-                for each in both if turn % 2 else both[::-1]:
-                    each.sample()
-            tables[kind] = {each.way: kinds(each.pid, each.load) for each in both}
-        reports.append(measure.report(f"sandbox {kind}", [row for each in both for row in each.rows],
-                                      "who asks on the first CPU, what is looked at on the second; 4 KiB reads, of a "
-                                      "device one at a time, else 2048 in a call; --no-sandbox and confined in turns"))
-        show([row for each in both for row in each.rows])
-        only = sorted(tables[kind]["confined"].keys() - tables[kind]["--no-sandbox"].keys())
-        print(f"{kind}: kinds of calls of the confined one only: {', '.join(only) or 'none'}", flush=True)
+    with as_found(users):
+        for kind in ("ram", "file", "device"):
+            with ExitStack() as stack:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muenfast-sandbox-")))
+                place.chmod(0o755)
+                both = [made(stack, pair, place, users, kind, way) for way in WAYS]
+                for each in both:
+                    each.load()
+                time.sleep(1)
+                for turn in range(arguments.rounds):
+                    for each in both if turn % 2 else both[::-1]:
+                        each.sample()
+                tables[kind] = {each.way: kinds(each.pid, each.load) for each in both}
+            reports.append(measure.report(f"sandbox {kind}", [row for each in both for row in each.rows],
+                                          "who asks on the first CPU, what is looked at on the second; 4 KiB reads, of a "
+                                          "device one at a time, else 2048 in a call; --no-sandbox and confined in turns"))
+            show([row for each in both for row in each.rows])
+            only = sorted(tables[kind]["confined"].keys() - tables[kind]["--no-sandbox"].keys())
+            print(f"{kind}: kinds of calls of the confined one only: {', '.join(only) or 'none'}", flush=True)
     rows = calls_behind(40 * arguments.rounds, pair.far)
     show(rows)
     reports.append(measure.report("sandbox calls", rows, "two processes on the second CPU, from Python, 5000 calls "
                                                          "in turns"))
-    for room in new:
-        shutil.rmtree(room)
     if arguments.json is not None:
         for report in reports:
             report["calls"] = tables.get(report["benchmark"].split()[1], {})

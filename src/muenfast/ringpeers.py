@@ -54,6 +54,10 @@ class Peer:
         return f"{self.module} is not installed: pip install {self.package or self.module}"
 
 
+def _message(size: int) -> bytes:
+    return bytes(range(64)) * (size // 64) + bytes(size % 64)
+
+
 def _exact(last: bytes | None, data: bytes, peer: str) -> None:
     if last != data:
         raise MuenfastError(f"{peer}: the last message is not what was sent")
@@ -63,7 +67,7 @@ def _pipe(stack: ExitStack, size: int) -> tuple[Send, Receive]:
     from multiprocessing import Pipe
 
     far, near = (stack.enter_context(end) for end in reversed(Pipe(duplex=False)))
-    data = bytes(range(64)) * (size // 64) + bytes(size % 64)
+    data = _message(size)
 
     def send(count: int, ready: Callable[[], None]) -> None:
         put = far.send_bytes
@@ -87,7 +91,7 @@ def _mp_queue(stack: ExitStack, size: int) -> tuple[Send, Receive]:
 
     queue: Any = get_context("fork").Queue()
     stack.callback(queue.close)
-    data = bytes(range(64)) * (size // 64) + bytes(size % 64)
+    data = _message(size)
 
     def send(count: int, ready: Callable[[], None]) -> None:
         ready()
@@ -114,7 +118,7 @@ def _posix(stack: ExitStack, size: int) -> tuple[Send, Receive]:
     queue = posix_ipc.MessageQueue(name, posix_ipc.O_CREX, max_messages=10, max_message_size=size)
     stack.callback(queue.close)
     queue.unlink()
-    data = bytes(range(64)) * (size // 64) + bytes(size % 64)
+    data = _message(size)
 
     def send(count: int, ready: Callable[[], None]) -> None:
         ready()
@@ -136,7 +140,7 @@ def _zmq(stack: ExitStack, size: int) -> tuple[Send, Receive]:
     import zmq  # type: ignore[import-not-found,unused-ignore]
 
     place = f"ipc://{stack.enter_context(tempfile.TemporaryDirectory(prefix='muenfast-bench-'))}/s"
-    data = bytes(range(64)) * (size // 64) + bytes(size % 64)
+    data = _message(size)
 
     def send(count: int, ready: Callable[[], None]) -> None:
         with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
@@ -165,7 +169,7 @@ def _fifo(stack: ExitStack, size: int, many: bool) -> tuple[Send, Receive]:
 
     queue: Any = Queue(max_size_bytes=1 << 20, loads=bytes, dumps=lambda message: message)
     stack.callback(queue.close)
-    data = bytes(range(64)) * (size // 64) + bytes(size % 64)
+    data = _message(size)
 
     def send(count: int, ready: Callable[[], None]) -> None:
         messages = [data] * BATCH
@@ -230,7 +234,7 @@ def _iceoryx(stack: ExitStack, size: int) -> tuple[Send, Receive]:
     import ctypes
 
     name = f"muenfast-bench-{os.getpid()}-{time.monotonic_ns()}"
-    data = bytes(range(64)) * (size // 64) + bytes(size % 64)
+    data = _message(size)
     gone = stack.enter_context(_Signal())
 
     def send(count: int, ready: Callable[[], None]) -> None:

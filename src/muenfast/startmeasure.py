@@ -81,7 +81,12 @@ class Program:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.communicate()
+        try:
+            self.process.communicate(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise MuenfastError(f"a `muenfast` of the measurement did not end in {_PATIENCE:g} s, and was killed") from None
 
 
 def _timed(words: Sequence[str]) -> float:
