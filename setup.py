@@ -24,10 +24,9 @@ if sanitizer := os.environ.get("MUENFAST_SANITIZE"):
     CFLAGS += [*LDFLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]
 if COVERAGE := os.environ.get("MUENFAST_COVERAGE"):
     LDFLAGS = ["--coverage", "-Wl,--gc-sections", "-Wl,--wrap=__gcov_exit", "-Wl,-T,tools/counters.ld"]
-    # An inline function that nobody calls has lines, too.
+    # An inline function that nobody calls has lines, too. gcov's fork would put all counters back to 0 in the child.
     CFLAGS += ["--coverage", "-fprofile-update=atomic", "-O0", "-fkeep-inline-functions", "-ffunction-sections",
-               "-fdata-sections",
-               "-D_GNU_SOURCE=1", "-include", "tools/counters.h"]
+               "-fdata-sections", "-fno-builtin-fork", "-D_GNU_SOURCE=1", "-include", "tools/counters.h"]
 
 
 def pkg_config(package: str, option: str) -> list[str] | None:
