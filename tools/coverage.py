@@ -20,17 +20,20 @@ import sys
 import sysconfig
 import venv
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "coverage"
 TREE = PLACE / "tree"
 COUNTERS = PLACE / "counters"       # what all processes count in: tools/counters.h
+PROGRAMS = PLACE / "programs"       # what the tests' own programs of C reach, by gcov's usual ways: tests/helpers.py
 PYTHON = PLACE / "venv/bin/python"
 THRESHOLD = 0.95
-MEASURING = {"_bench.pyx", "_netbench.pyx"}     # loops of `muenfast bench`: with figures, but no cores
+MEASURING = {"_bench.pyx", "_netbench.pyx", "_plain.h"}     # loops of `muenfast bench`: with figures, but no cores
 # Lines that no test can be asked to reach, and why.
 LEFT_OUT = [(re.compile(r"\s*raise MemoryError\(\)"), "there is memory")]
+_SOURCE = re.compile(rf"^({ROOT}/|build/cython/)?(src/)?muenfast/")
 _DIRECTIVE = re.compile(r'#line \d+ "')
 _CONSTANTS = re.compile(r"static int __Pyx_InitCachedConstants\(.*\{")
 
@@ -57,8 +60,8 @@ def modules() -> list[str]:
 
 def build() -> None:
     shutil.rmtree(PLACE, ignore_errors=True)
-    COUNTERS.mkdir(parents=True)
-    TREE.mkdir()
+    for place in (COUNTERS, PROGRAMS, TREE):
+        place.mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, TREE)
     for name in ("src", "tools"):
@@ -89,8 +92,21 @@ def imported(**more: str) -> None:
         sys.exit(f"{run.stdout}{run.stderr}")
 
 
+def counted(data: Path) -> Iterator[tuple[str, int, int]]:
+    """File, line and how often it was executed, of a .gcda file."""
+    run = subprocess.run([os.environ.get("GCOV", "gcov"), "--json-format", "--stdout", str(data)], cwd=TREE,
+                         capture_output=True, text=True, check=True)
+    for document in run.stdout.splitlines():
+        for file in json.loads(document)["files"]:
+            name = _SOURCE.sub("src/muenfast/", file["file"])
+            if name.startswith("src/muenfast/") and name.endswith((".pyx", ".pxd", ".h")):
+                for line in file["lines"]:
+                    yield name, line["line_number"], line["count"]
+
+
 def figures() -> dict[str, dict[int, int]]:
-    """How often each line was executed, by file; a header's in all modules that include it."""
+    """How often each line was executed, by file; a header's in all modules that include it, and in the tests' programs,
+    where those have no other lines."""
     for data in TREE.glob("build/temp*/**/*.gcda"):
         data.unlink()
     imported(MUENFAST_COUNTERS_DUMP="1")
@@ -99,15 +115,13 @@ def figures() -> dict[str, dict[int, int]]:
     if len(written) != len(modules()):
         sys.exit(f"counts of {len(written)} modules, not {len(modules())}")
     for data in written:
-        run = subprocess.run([os.environ.get("GCOV", "gcov"), "--json-format", "--stdout", str(data)], cwd=TREE,
-                             capture_output=True, text=True, check=True)
-        for document in run.stdout.splitlines():
-            for file in json.loads(document)["files"]:
-                name = re.sub(r"^(build/cython/)?(src/)?muenfast/", "src/muenfast/", file["file"])
-                if name.startswith("src/muenfast/") and name.endswith((".pyx", ".pxd", ".h")):
-                    for line in file["lines"]:
-                        lines[name][line["line_number"]] += line["count"]
-    return lines
+        for name, number, count in counted(data):
+            lines[name][number] += count
+    for data in PROGRAMS.glob("*.gcda"):
+        for name, number, count in counted(data):
+            if number in lines[name]:
+                lines[name][number] += count
+    return {name: found for name, found in lines.items() if found}
 
 
 def ranges(numbers: list[int]) -> str:
@@ -136,7 +150,8 @@ def main() -> int:
     if words or not keep:
         # -O0 and counting take time: no test fails for that alone.
         status = subprocess.run([PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=600", *words],
-                                cwd=ROOT, check=False).returncode
+                                cwd=ROOT, env=os.environ | {"MUENFAST_COVERAGE_PROGRAMS": str(PROGRAMS)},
+                                check=False).returncode
     print(f"\n{'lines':>6} {'reached':>8}")
     total = reached = 0
     below = []
