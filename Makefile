@@ -65,7 +65,7 @@ ubsan: $(V)/.installed $(V)/.test-group ## the same with UndefinedBehaviorSaniti
 tsan: $(V)/.build-group ## the ring's core, called from C, with ThreadSanitizer; ARGS=10 seconds per scenario
 	@$(PY) tools/tsan.py $(ARGS)
 
-coverage: $(V)/.installed $(V)/.coverage-group ## lines that ring and block tests reach: .py, .pyx (line tracing), headers (gcov)
+coverage: $(V)/.installed $(V)/.test-group ## lines of .pyx, .pxd and .h that the tests reach, by gcov; ARGS="--keep --missing -k ring"
 	@$(PY) tools/coverage.py $(ARGS)
 
 torn: $(V)/.installed ## torn reads: 10^9 bytes under overruns, every element checked; ARGS="--bytes N"

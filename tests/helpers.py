@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sysconfig
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,11 @@ def compiler() -> list[str]:
 
 
 def compiled(name: str, place: Path, *options: str) -> Path:
-    """The program of tests/c/NAME.c, about headers of the package; made there."""
+    """The program of tests/c/NAME.c, about headers of the package; made there. `make coverage` counts what it reaches of
+    them (tools/coverage.py)."""
+    counts = os.environ.get("MUENFAST_COVERAGE_PROGRAMS")
+    if counts:
+        options += ("-O0", "--coverage", "-fprofile-update=atomic", "-dumpdir", f"{counts}/{uuid.uuid4()}-")
     subprocess.run([*compiler(), "-std=gnu11", "-Wall", "-Wextra", "-Werror", *options, f"-I{_ROOT / 'src/muenfast'}", "-o",
                     place / name, _ROOT / "tests/c" / f"{name}.c", "-lpthread"], check=True)
     return place / name
