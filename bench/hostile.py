@@ -18,19 +18,26 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from muenfast import measure
-from muenfast.blk import BlockDevice, BlockServer
-from muenfast.export import exports_from_lists
-from muenfast.measure import Pair, Row, _Child
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
-ATTACK = Path(__file__).resolve().parent.parent / "tools" / "hostile.py"
+from helpers import compiled  # noqa: E402
+
+from muenfast import measure  # noqa: E402
+from muenfast.blk import BlockDevice, BlockServer  # noqa: E402
+from muenfast.export import exports_from_lists  # noqa: E402
+from muenfast.measure import Pair, Row, _Child  # noqa: E402
+
+ATTACK = ROOT / "tools" / "hostile.py"
 # Of tools/hostile.py; "stop", "truncate" and what has them are of moments, and make the export begin anew.
-MODES = ("header", "counters", "epochs", "elements", "bell", "flood")
+MODES = ("header", "counters", "epochs", "elements", "bell", "ring", "flood")
+RINGS = "rings"         # and nothing else: tests/c/ringer.c alone
 BATCH = 512             # reads in a call
 STARTED = 0.7           # s, of a Python program
 SHM = Path("/dev/shm")
@@ -55,6 +62,7 @@ def rows_of(stack: ExitStack, pair: Pair, mode: str, seconds: float) -> list[Row
         for ending in ("", ".bell"):
             shutil.copyfile(SHM / f"{name}{ending}", SHM / f"{copy}{ending}")
     disk = stack.enter_context(BlockDevice(*near))
+    ringer = compiled("ringer", Path(stack.enter_context(tempfile.TemporaryDirectory())), "-O2") if mode == RINGS else None
     places = [random.randrange(disk.size // 4096) * 4096 for _ in range(BATCH)]
     buffer = bytearray(BATCH * 4096)
 
@@ -67,8 +75,11 @@ def rows_of(stack: ExitStack, pair: Pair, mode: str, seconds: float) -> list[Row
 
     def beside(names: list[str]) -> Callable[[], float]:
         def sample() -> float:
-            words = ["attack", "server", *names, mode, str(seconds + 2 * STARTED), str(random.getrandbits(32)), ""]
-            attacker = subprocess.Popen([sys.executable, str(ATTACK), *words], stdout=subprocess.PIPE)
+            words = [sys.executable, str(ATTACK), "attack", "server", *names, mode, str(seconds + 2 * STARTED),
+                     str(random.getrandbits(32)), ""]
+            if ringer is not None:
+                words = [str(ringer), *(f"{SHM / name}.bell" for name in names)]
+            attacker = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             try:
                 time.sleep(STARTED)
                 rate = reads()
@@ -88,18 +99,18 @@ def rows_of(stack: ExitStack, pair: Pair, mode: str, seconds: float) -> list[Row
 def main() -> None:
     parser = argparse.ArgumentParser(prog="hostile.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="*", metavar="MODE", help=f"(default: all of {', '.join(MODES)})")
+    parser.add_argument("mode", nargs="*", metavar="MODE", help=f"(default: all of {', '.join(MODES)} and {RINGS})")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.7, help="of a sample (default: 0.7)")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     for mode in arguments.mode:
-        if mode not in MODES:
-            parser.error(f"{mode}: the modes are {', '.join(MODES)}")
+        if mode not in (*MODES, RINGS):
+            parser.error(f"{mode}: the modes are {', '.join(MODES)} and {RINGS}")
     pair = Pair()
     rows: list[Row] = []
     os.sched_setaffinity(0, {pair.near})
-    for mode in arguments.mode or MODES:
+    for mode in arguments.mode or (*MODES, RINGS):
         with ExitStack() as stack:
             these = rows_of(stack, pair, mode, arguments.seconds)
             measure.take(these, arguments.rounds, lambda done, of: None)

@@ -24,6 +24,6 @@ def test_service_is_back_after_every_kind_of_attack(role: str, options: list[str
                           "--within", "20", *options], capture_output=True, text=True, timeout=170, check=False)
     assert (run.returncode, run.stderr) == (0, ""), run.stdout
     table = re.findall(rf"^{role}: (\w+) +(\d+) +([\d.]+) +([\d.]+)s", run.stdout, re.MULTILINE)
-    assert {mode for mode, *_ in table} == {"header", "counters", "epochs", "elements", "bell", "flood", "truncate", "stop",
-                                            "everything", *(["buffer"] if "--shm" in options else [])}
+    assert {mode for mode, *_ in table} == {"header", "counters", "epochs", "elements", "bell", "ring", "flood", "truncate",
+                                            "stop", "everything", *(["buffer"] if "--shm" in options else [])}
     assert all(int(phases) > 0 and float(hostile) > 0 for _, phases, hostile, _ in table)

@@ -476,6 +476,44 @@ def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str,
         bell.close()
 
 
+def test_what_a_reader_took_back_is_not_news(device: Device, files: Callable[[str, int], Files]) -> None:
+    """One that goes to and fro is given up as one that stands; one that comes to where another one stood has its time."""
+    file, bell_file = files("out", region(108, 16)), files("bell", BELL)
+    bell_map = bell_file.map(BELL, writable=True)
+    sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
+                    bell=bell_map)
+    sender.link(True)
+    with running(sender):
+        eventually(lambda: sender.active)
+        bell = Bell(bell_map)
+        with open(file.path, "rb") as header:
+            epoch = struct.unpack_from("<Q", header.read(64), 8)[0]
+        bell[Bell.RC], bell[Bell.EPOCH] = 0, epoch
+        for _ in range(15):
+            device.ours.send(GOOD)
+        eventually(lambda: sender.counters["waits"] == 1)
+        bell[Bell.EPOCH] = epoch ^ 1    # it leaves, and nothing is sent for longer than it would have been waited for
+        time.sleep(0.4)
+        before, begin = sender.counters["given_up"], time.monotonic()
+        bell[Bell.EPOCH] = epoch
+        eventually(lambda: sender.counters["given_up"] == before + 1)
+        assert time.monotonic() - begin >= 0.3 and sender.counters["tx_packets"] == 15
+        bell[Bell.RC] = 4               # one that takes something is waited for again, and goes back
+        for _ in range(25):
+            device.ours.send(GOOD)
+
+        def to_and_fro() -> bool:
+            bell[Bell.RC] = 3
+            time.sleep(0.002)
+            bell[Bell.RC] = 4
+            return sender.counters["given_up"] == before + 2
+
+        eventually(to_and_fro)
+        eventually(lambda: sender.counters["tx_packets"] == 40)
+        assert sender.counters["given_up"] == before + 2
+        bell.close()
+
+
 def test_what_is_not_taken_at_the_end_is_counted(device: Device, files: Callable[[str, int], Files]) -> None:
     """Of a reader that tells how far it is, after a moment in which it may still take it; nothing of any other."""
     file, bell_file = files("out", region(108, 64)), files("bell", BELL)

@@ -25,6 +25,13 @@ def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+def test_the_sanitizers_run_what_exercises_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file of tests is one of theirs, or left out by name, for a reason."""
+    sanitize = tool("sanitize", monkeypatch)
+    named = Counter([*sanitize.NAMES, *(name for names in sanitize.LEFT_OUT.values() for name in names)])
+    assert named == Counter(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py"))
+
+
 def test_every_mutation_still_has_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fence and re-check that `make mutants` removes stands where the table says, and its tests exist."""
     mutants = tool("mutants", monkeypatch)

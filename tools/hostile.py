@@ -1,8 +1,9 @@
 """usage: tools/hostile.py [--minutes N] [--seed S] [--role server|client|both] [--shm] [--phase SECONDS] [--within SECONDS]
 
 A hostile peer against muenfast's block server and against its client, for N (10) minutes, both at once. Phase by phase
-it does one thing that no protocol allows, or all of them, at full speed and for about SECONDS (5); then it becomes
-honest, and service has to be back within a second. The peer shares no code with muenfast (tests/peer.py).
+it does one thing that no protocol allows, or all of them, at full speed and for about SECONDS (5), or rings both bells as
+fast as a program in C can meanwhile (tests/c/ringer.c); then it becomes honest, and service has to be back within a
+second. The peer shares no code with muenfast (tests/peer.py).
 
 Hostile to the server: `muenfast blk` with two exports, of RAM, or with an odd seed one of a file; the peer is the client
 of that, a BlockDevice uses the other all the time and must notice nothing. Hostile to the client: a process with four
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import peer  # noqa: E402
+from helpers import compiled  # noqa: E402
 
 from muenfast import BlockDevice, MuenfastError, UsageError, control  # noqa: E402
 
@@ -50,7 +52,7 @@ BLOCKS = 256
 OURS = range(1, 128)    # blocks of the honest phases: no hostile request names one (0 is what zeroed slots name)
 HEAD = struct.Struct("<IiQII")
 REQUEST, RESPONSE = struct.Struct("<HHIQQQ"), struct.Struct("<HHIQ")
-MODES = ("header", "counters", "epochs", "elements", "bell", "flood", "truncate", "stop", "everything")
+MODES = ("header", "counters", "epochs", "elements", "bell", "ring", "flood", "truncate", "stop", "everything")
 BUFFER_MODES = (*MODES, "buffer")
 PATIENCE = 30.0         # seconds for an answer of our own programs
 MORE_MEMORY = 24 << 20  # bytes that a process may grow by after its first two phases
@@ -71,6 +73,25 @@ SHARED: Wire = ((peer.BUFFER_PROTOCOL, peer.BUFFER_REQUEST_BYTES, peer.BUFFER_RE
 
 # ------------------------------------------------------------------ the attack, a process of its own
 
+@contextlib.contextmanager
+def ringing(*bells: str) -> Iterator[None]:
+    """Meanwhile tests/c/ringer.c rings these files. It ends with us, in whatever way."""
+    with tempfile.TemporaryDirectory() as place:    # gone as soon as it runs: we may be killed
+        ringer = subprocess.Popen([compiled("ringer", Path(place), "-O2"), *bells], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True)
+        assert ringer.stdout is not None
+        begun = ringer.stdout.readline()
+    try:
+        if begun != "ready\n":
+            raise Failed("the ringer does not ring")
+        yield
+        if int(ringer.communicate(timeout=PATIENCE)[0]) == 0:
+            raise Failed("the ringer did not ring")
+    finally:
+        ringer.kill()
+        ringer.communicate()
+
+
 class Attack:
     """What the peer does to its own region and the bells. Every act is short; none returns anything."""
 
@@ -83,7 +104,8 @@ class Attack:
         self.memory = mmap.mmap(self.fd, 0)
         self.view = memoryview(self.memory)
         self.words = self.view[:64].cast("Q")
-        self.bell_fds = [os.open(peer.channel_path(name) + ".bell", os.O_RDWR) for name in (req, resp)]
+        self.bell_paths = [peer.channel_path(name) + ".bell" for name in (req, resp)]
+        self.bell_fds = [os.open(path, os.O_RDWR) for path in self.bell_paths]
         self.bells = [mmap.mmap(fd, 4096) for fd in self.bell_fds]
         self.requests = mmap.mmap(os.open(peer.channel_path(req), os.O_RDONLY), 0, prot=mmap.PROT_READ)
         self.cuts = [(self.fd, self.region), (self.fd, self.region), *((fd, 4096) for fd in self.bell_fds)]
@@ -204,6 +226,10 @@ class Attack:
             self.publish(dice.randrange(1, 5))
             time.sleep(0.001)
 
+    def ring(self) -> None:
+        """While the ringer is at it, see run()."""
+        getattr(self, self.dice.choice(self.mixed))()
+
     mixed: tuple[str, ...] = ("header", "counters", "epochs", "elements", "bell", "flood")
     stop = elements     # and who watches over us sends SIGSTOP at any moment
 
@@ -213,6 +239,14 @@ class Attack:
             self.truncate()
 
     def run(self, mode: str, seconds: float) -> None:
+        if mode == "ring":
+            with ringing(*self.bell_paths):
+                self.play(mode, seconds)
+        else:
+            self.play(mode, seconds)
+        print(self.published, flush=True)
+
+    def play(self, mode: str, seconds: float) -> None:
         act = getattr(self, mode)
         end = time.monotonic() + seconds
         while (now := time.monotonic()) < end:
@@ -221,7 +255,6 @@ class Attack:
                 act()
                 if paced:
                     time.sleep(0.0005)
-        print(self.published, flush=True)
 
 
 class BufferAttack(Attack):

@@ -213,6 +213,11 @@ MUTATIONS = [
     Mutation("wait: sequence read late", "reader_wait", "futex_wait_ns(&r.bell.seq, seen, limit)",
              "futex_wait_ns(&r.bell.seq, load_acquire32(&r.bell.seq), limit)", (), ("bell",)),
     Mutation("wait: who rings", "reader_wait", " and load_relaxed64(&r.bell.ringer) == epoch", "", RING),
+    *(Mutation(f"wait: in vain, {what}", function, old, new, ("tests/test_ringers.py",)) for what, function, old, new in (
+        ("a limit", "reader_deaf", "return r.vain >= VAIN_MOST + (r.batches - r.vain_from)", "return False"),
+        ("alone", "reader_wait", "            if now - before < limit and not reader_ready(r):\n"
+         "                r.vain += 1\n        else:", "        else:"),
+        ("together", "readers_wait", "heard[k].vain += 1", "pass"))),
     Mutation("guard: base once more", "guard_on_sigbus", " || atomic_load_explicit(&g->base, memory_order_relaxed) != base",
              "", (), ("guard", "guard-old")),
     # ------------------------------------------------------------ the server

@@ -2,7 +2,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from muenfast._jobs cimport faults, jobs
-from muenfast._ring cimport reader_ready, reader_t, reader_wait
+from muenfast._ring cimport reader_deaf, reader_ready, reader_t, reader_wait
 from muenfast._wire cimport (
     fence_seq_cst, load_acquire32, load_relaxed32, load_relaxed64, now_ns, sleep_ns, spin_habit, spin_in_vain,
     spin_once, spin_paid, spin_pays, store_relaxed32,
@@ -137,7 +137,7 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
         aio_wait(&f.aio, NULL, 0, ns)
         return
     epoch = load_relaxed64(&r.hdr.epoch)
-    if r.bell == NULL:
+    if r.bell == NULL or reader_deaf(r, now_ns()):
         if not reader_ready(r):
             aio_wait(&f.aio, NULL, 0, min(ns, AIO_LOOK_NS))
         return
@@ -148,6 +148,8 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
     fence_seq_cst()                     # pairs with ring(): the announcement before the last look
     if not reader_ready(r):
         aio_wait(&f.aio, &r.bell.seq, seen, ns)
+        if load_relaxed32(&r.bell.seq) != seen and not reader_ready(r):
+            r.vain += 1
 
 
 cdef inline void flights_rest(flights_t *f, reader_t *r, uint64_t grace_until, uint64_t ns,

@@ -333,9 +333,9 @@ cdef struct sender_t:
     uint32_t stop
     uint32_t link           # how often the link changed: odd, it is up; others store it
     uint32_t linked         # what of that was done
-    uint64_t full_rc        # the reader's progress when it was looked at last ...
-    uint64_t full_since     # ... and since when that is so; 0: the ring is not full
-    bint given_up           # full_rc is that of a reader that is waited for no longer
+    uint64_t full_rc        # the farthest that the reader was since the ring was full ...
+    uint64_t full_since     # ... and since when it was; 0: the ring is not full, or nobody is waited for
+    bint given_up           # who is not beyond full_rc is waited for no longer
     bint may_spin           # more than one CPU to run on
     loan_t *loan            # the ports'
     spin_habit spins
@@ -438,15 +438,21 @@ cdef ssize_t sender_discard(sender_t *s, port_t *p, uint64_t *cause) noexcept no
 cdef uint64_t sender_room(sender_t *s) noexcept nogil:
     """How many elements may be written now: as many as a round has, fewer, or 0 where the reader is to be waited for.
 
-    Trust: what the reader says of itself is advice. Nothing sensible, or nothing new for STUCK_NS, is as if it said nothing.
+    Trust: what the reader says of itself is advice. Nothing sensible, or nothing new for STUCK_NS, is as if it said nothing;
+    new is what lies behind all that it said since the ring was full, so that going to and fro is standing still.
     """
     cdef writer_t *w = &s.w
     cdef uint64_t rc, used, spare, now
-    if not s.pressed or w.bell == NULL or load_relaxed64(&w.bell.reader_epoch) != w.epoch:
+    if not s.pressed or w.bell == NULL:
+        return s.batch
+    if load_relaxed64(&w.bell.reader_epoch) != w.epoch:
+        s.full_since = 0            # who comes next has his own time
+        s.given_up = False
         return s.batch
     rc = load_relaxed64(&w.bell.reader_rc)
     used = w.wc - rc
-    if used > w.elements or s.given_up and rc == s.full_rc:
+    if used > w.elements or s.given_up and <int64_t>(rc - s.full_rc) <= 0:
+        s.full_since = 0
         return s.batch
     s.given_up = False
     spare = w.elements - used
@@ -457,7 +463,7 @@ cdef uint64_t sender_room(sender_t *s) noexcept nogil:
     now = now_ns()
     if s.full_since == 0:
         count64(&s.n.waits, 1)
-    if s.full_since == 0 or rc != s.full_rc:
+    if s.full_since == 0 or <int64_t>(rc - s.full_rc) > 0:
         s.full_rc = rc
         s.full_since = now
     elif now - s.full_since >= STUCK_NS:

@@ -88,6 +88,9 @@ cdef struct reader_t:
     uint64_t settle_ns      # how long a counter that seems to have gone back is waited for
     uint64_t unsettled      # times that happened within an epoch
     uint64_t given_up_ns    # the end of the last wait that was in vain
+    uint64_t vain_ns        # since when wake-ups in vain are counted
+    uint64_t vain           # how many there were since then
+    uint64_t vain_from      # `batches` at that time
     watch_t *watch          # polls for this reader while it is idle; NULL: it polls itself
     reader_t *watch_next    # under watch.lock, from here on
     reader_t **watch_link
@@ -127,6 +130,7 @@ cdef void reader_forgive(reader_t *r) noexcept nogil
 cdef void reader_goto(reader_t *r, uint64_t wc) noexcept nogil
 cdef void reader_drain(reader_t *r) noexcept nogil
 cdef bint reader_ready(const reader_t *r) noexcept nogil
+cdef bint reader_deaf(reader_t *r, uint64_t now) noexcept nogil
 cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil
 cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil
 cdef void bell_kick(bell_page *bell) noexcept nogil

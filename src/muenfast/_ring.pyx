@@ -39,6 +39,11 @@ cdef uint64_t POLL_FIRST_NS = 20_000
 cdef uint64_t POLL_ACTIVE_NS = 1_000_000
 cdef uint64_t POLL_IDLE_NS = 10_000_000
 cdef uint64_t IDLE_AFTER_NS = 1_000_000_000
+# A bell that woke its sleeper in vain this many times more than there were batches, since VAIN_NS ago at most, is not slept on
+# until that time is over (docs/decisions/023). An honest peer rings once for what it publishes, and in vain only where that
+# was found without.
+cdef uint64_t VAIN_NS = 100_000_000
+cdef uint64_t VAIN_MOST = 100
 # A counter below what it was is looked at again for this long before it means a restart: a plain peer may store it in
 # pieces (Python's struct.pack_into("<Q") zeroes the eight bytes first) and lose its CPU between two of them.
 cdef uint64_t SETTLE_NS = 10_000_000
@@ -524,17 +529,32 @@ cdef bint reader_ready(const reader_t *r) noexcept nogil:
     return epoch != r.epoch or load_acquire64(&r.hdr.wc) != r.rc
 
 
-cdef void watched_sleep(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
-    """Sleeps until the bell rings or the watch finds that there is something new or that stop[0] is set; at most ns.
+cdef bint reader_deaf(reader_t *r, uint64_t now) noexcept nogil:
+    """Whether the bell rang in vain too often lately: then it is not slept on, and the channel polled as one without.
+
+    Trust: a bell's words and wake-ups are anybody's who has the bell. This bounds what they cost who sleeps there, and the
+    neighbours that it serves in the same thread.
+    """
+    if now - r.vain_ns >= VAIN_NS:
+        r.vain_ns = now
+        r.vain = 0
+        r.vain_from = r.batches
+    return r.vain >= VAIN_MOST + (r.batches - r.vain_from)
+
+
+cdef void watched_sleep(reader_t *r, uint64_t ns, const uint32_t *stop, bint deaf) noexcept nogil:
+    """Sleeps until the bell rings (unless it is deaf to it) or the watch finds that there is something new or that stop[0] is
+    set; at most ns.
 
     While r is in the watch's list its owner is in here and changes none of its fields.
     """
     cdef watch_t *watch = r.watch
     cdef uint32_t seen
+    cdef bint listens = r.bell != NULL and not deaf
     r.watch_stop = stop
-    r.watch_futex = &r.nap if r.bell == NULL else &r.bell.seq
+    r.watch_futex = &r.bell.seq if listens else &r.nap
     seen = load_acquire32(r.watch_futex)
-    if r.bell != NULL:
+    if listens:
         store_relaxed32(&r.bell.waiters, 1)
         fence_seq_cst()                 # pairs with ring()
     pthread_mutex_lock(&watch.lock)
@@ -584,9 +604,9 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
     else polls: at most 1 ms apart while there was data within a second, 10 ms otherwise. An idle reader with a watch
     leaves polling to that.
     """
-    cdef uint64_t start, now, limit, epoch, step = POLL_FIRST_NS
+    cdef uint64_t start, now, limit, epoch, before, step = POLL_FIRST_NS
     cdef uint32_t seen
-    cdef bint idle, rings
+    cdef bint idle, rings, deaf
     if reader_ready(r):
         r.idle_since_ns = 0
         return True
@@ -610,35 +630,43 @@ cdef bint reader_wait(reader_t *r, uint64_t ns, const uint32_t *stop) noexcept n
         if load_relaxed32(stop) != 0 or now - start >= ns:
             return False
         epoch = load_relaxed64(&r.hdr.epoch)
-        rings = r.bell != NULL and epoch != 0 and load_relaxed64(&r.bell.ringer) == epoch
+        deaf = r.bell != NULL and reader_deaf(r, now)
+        rings = r.bell != NULL and not deaf and epoch != 0 and load_relaxed64(&r.bell.ringer) == epoch
         idle = now - r.idle_since_ns >= IDLE_AFTER_NS or r.epoch == 0
         if idle and r.watch != NULL and (rings or r.poll_ns == 0):
             count64(&r.sleeps, 1)
-            watched_sleep(r, ns - (now - start), stop)
+            before, limit = now, ns - (now - start)
+            watched_sleep(r, limit, stop, deaf)
             now = now_ns()
+            if rings and now - before < limit and not reader_ready(r):
+                r.vain += 1
             continue
         if rings:
             limit = SLEEP_NS
         elif r.poll_ns != 0:
             limit = r.poll_ns
-        elif not idle:
+        elif not idle and not deaf:
             limit = step
             step = step * 2 if step * 2 < POLL_ACTIVE_NS else POLL_ACTIVE_NS
         else:
-            limit = POLL_IDLE_NS
+            limit = POLL_IDLE_NS if idle else POLL_ACTIVE_NS
         if limit > ns - (now - start):
             limit = ns - (now - start)
         count64(&r.sleeps, 1)
-        if r.bell != NULL:
+        if r.bell != NULL and not deaf:
             seen = load_acquire32(&r.bell.seq)
             store_relaxed32(&r.bell.waiters, 1)
             fence_seq_cst()             # pairs with ring(): the announcement before the last look
             if reader_ready(r):
                 break
             futex_wait_ns(&r.bell.seq, seen, limit)
+            before = now
+            now = now_ns()
+            if now - before < limit and not reader_ready(r):
+                r.vain += 1
         else:
             sleep_ns(limit)
-        now = now_ns()
+            now = now_ns()
     r.idle_since_ns = 0
     return True
 
@@ -659,11 +687,12 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
     futex_waitv(2). No watch is made use of.
     """
     cdef futex_entry bells[128]         # FUTEX_LIST_MOST
+    cdef reader_t *heard[128]           # whose they are
     cdef reader_t *r
     cdef uint64_t start, now, limit, epoch, k, pause, step = POLL_FIRST_NS
     cdef unsigned int asleep
-    cdef int error
-    cdef bint idle
+    cdef int woken
+    cdef bint idle, deaf
     if any_ready(set):
         set.idle_since_ns = 0
         return True
@@ -691,12 +720,14 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         for k in range(set.n):
             r = set.readers[k]
             epoch = load_relaxed64(&r.hdr.epoch)
-            if r.bell != NULL:
+            deaf = r.bell != NULL and reader_deaf(r, now)
+            if r.bell != NULL and not deaf:
                 bells[asleep] = futex_entry_of(&r.bell.seq, load_acquire32(&r.bell.seq))
+                heard[asleep] = r
                 asleep += 1
                 store_relaxed32(&r.bell.waiters, 1)
-            if r.bell == NULL or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
-                pause = POLL_IDLE_NS if idle or r.epoch == 0 else step
+            if r.bell == NULL or deaf or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+                pause = POLL_IDLE_NS if idle or r.epoch == 0 else POLL_ACTIVE_NS if deaf else step
                 limit = min(limit, pause if r.poll_ns == 0 else r.poll_ns)
         fence_seq_cst()                 # pairs with ring(): the announcements before the last look
         if any_ready(set):
@@ -708,13 +739,17 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         if asleep == 0 or set.polls:
             sleep_ns(limit)
         else:
-            error = futex_wait_any_ns(bells, asleep, limit)
+            woken = futex_wait_any_ns(bells, asleep, limit)
             # EFAULT: a bell that was truncated, until the next load of its sequence puts private memory there. Whatever
             # else it is (ENOSYS, or what a system-call filter says) will be so again.
-            if error == -EFAULT:
+            if woken == -EFAULT:
                 sleep_ns(min(limit, POLL_ACTIVE_NS))
-            elif error < 0 and error != -EAGAIN and error != -EINTR and error != -ETIMEDOUT:
+            elif woken < 0 and woken != -EAGAIN and woken != -EINTR and woken != -ETIMEDOUT:
                 set.polls = True
+            elif (woken >= 0 or woken == -EAGAIN) and not any_ready(set):
+                for k in range(asleep):
+                    if <int>k == woken or load_relaxed32(&heard[k].bell.seq) != bells[k].seen:
+                        heard[k].vain += 1
         if not idle:
             step = min(step * 2, POLL_ACTIVE_NS)
         if any_ready(set):

@@ -32,6 +32,7 @@ cdef extern from "_atomics.h" nogil:
     int futex_wait_ns(uint32_t *word, uint32_t seen, uint64_t ns) noexcept
     int futex_wake_all(uint32_t *word) noexcept
     ctypedef struct futex_entry:
+        uint64_t seen
         uint64_t word
     futex_entry futex_entry_of(uint32_t *word, uint32_t seen) noexcept
     int futex_wait_any_ns(futex_entry *list, unsigned int n, uint64_t ns) noexcept
