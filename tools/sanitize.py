@@ -23,7 +23,8 @@ NAMES = (
     "wire", "ring", "ring_hostile", "ring_model", "ring_stress", "ringers", "quarantine", "threads", "buffers", "marks",
     "blk_server", "blk_client", "blk_group", "blk_life", "blk_shm", "aio", "blk_buffer", "buffer_client", "apart",
     "checksums", "checksums_buffer", "checksums_net", "files", "slow_disks", "user", "stores", "faults", "nbd", "attach",
-    "pump", "fuse_uring", "buffer_device", "packets", "packets_kernel", "net_frames", "net_offload", "net_marks")
+    "pump", "fuse_uring", "fuse_session", "refusals",
+    "buffer_device", "packets", "packets_kernel", "net_frames", "net_offload", "net_marks")
 LEFT_OUT = {
     "nothing compiled, or nothing that the others do not do": (
         "benchreport", "cli", "cost", "ctl", "ctl_device", "doctor", "guest", "imports", "messages", "model", "modprobe",
@@ -32,7 +33,7 @@ LEFT_OUT = {
     "C of their own, built without": ("attack", "copies", "memory_model", "smart"),
     "counts, times, memory or system calls of a process as it is": (
         "bench", "broker", "broker_states", "crash", "device", "durable", "hostile", "netbench", "oneway", "ringpeers",
-        "sandbox", "soak", "stops", "torn"),
+        "sandbox", "scaling", "soak", "stops", "torn"),
     "namespaces, tools and the kernel's programs; the engines are those of net_offload": ("bpf", "net"),
 }
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
