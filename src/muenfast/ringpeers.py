@@ -26,6 +26,8 @@ POLICY = ("one process per CPU, pinned, the sender on the last one; rings and th
           "ahead; polite: 128 pauses between two looks at an empty or full ring, tight: none; the ring from Python looks "
           "again at once; round trips: C looks after one pause, Python at once; what peers do stands in their names")
 SHAPES = ((64, 4096), (1522, 1024), (4120, 512))  # bytes of a message, elements of a ring
+# As large as the others: out of one of 256 KiB everything comes from the writer's second-level cache, at a third of the pace.
+LARGE = (64, 32768)
 BATCH = 64
 PAUSES = {"polite": 128, "tight": 0}
 _TRIP = 64  # bytes of a round trip's message
@@ -297,12 +299,15 @@ def _python(size: int, batch: int) -> str:
     return f"ring from Python, {'one by one' if batch == 1 else f'batches of {batch}'}: {size} B"
 
 
-def _engine(size: int, batch: int, polling: str) -> str:
-    return f"engine's loop, batch {batch}, {polling}: {size} B"
+def _engine(size: int, batch: int, polling: str, where: str = "") -> str:
+    return f"engine's loop, batch {batch}, {polling}: {size} B{where}"
 
 
-def _plain(size: int, polling: str) -> str:
-    return f"plain C, {polling}: {size} B"
+def _plain(size: int, polling: str, where: str = "") -> str:
+    return f"plain C, {polling}: {size} B{where}"
+
+
+IN_LARGE = " in 2 MiB"
 
 
 TRIP = "round trip of 64 B, both looking: "
@@ -314,10 +319,10 @@ FLOORS: tuple[tuple[str, str, float], ...] = (
     (_python(64, 64), f"{MANY}: 64 B", 100), (_python(1522, 64), f"{MANY}: 1522 B", 9),
     (_python(4120, 64), f"{MANY}: 4120 B", 4),
     (f"{TRIP}ring from Python", f"{TRIP}iceoryx2", 8),
-    *((_engine(64, 64, polling), _plain(64, polling), 4.0) for polling in PAUSES),
+    *((_engine(64, 64, polling, where), _plain(64, polling, where), 4.0) for where in ("", IN_LARGE) for polling in PAUSES),
     *((_engine(1522, 1, polling), _plain(1522, polling), 1.6) for polling in PAUSES),
     *((_engine(4120, 1, polling), _plain(4120, polling), 1.4) for polling in PAUSES),
-    (_engine(64, 64, "polite"), "copy: 64 B", 0.7),
+    (_engine(64, 64, "polite"), "copy: 64 B", 0.7), (_engine(64, 64, "polite", IN_LARGE), f"copy: 64 B{IN_LARGE}", 0.7),
     (_engine(1522, 64, "polite"), "copy: 1522 B", 0.88), (_engine(4120, 64, "polite"), "copy: 4120 B", 0.88))
 
 
@@ -467,6 +472,24 @@ def ring_peer_rows(scale: float = 1.0) -> list[Row]:
     return list(_rows(Pair(), scale))
 
 
+def _c_rows(pair: Pair, size: int, elements: int, volume: int, where: str = "") -> Iterator[Row]:
+    """The engine's loop beside plain C, a bare queue and copies. where: what tells these rows from others of that size."""
+    copy, queue = f"copy: {size} B{where}", f"bare queue, one by one, polite: {size} B{where}"
+    count = max(1000, min(volume // size, 20_000_000))
+    yield _row(copy, count, partial(_seconds, partial(measure._copy, pair, size, elements, volume), count),
+               cost=False)  # the best of several
+    yield _row(queue, count, partial(_seconds, partial(measure._queue, pair, size, elements, volume), count),
+               limits=(copy,))
+    for polling, pauses in PAUSES.items():
+        c_ring = partial(_c_ring, pair, size, elements, pauses=pauses, count=count)
+        yield _row(_plain(size, polling, where), count, partial(c_ring, batch=1, plain=True))
+        for batch in (1, BATCH):
+            name = _engine(size, batch, polling, where)
+            own = (_plain(size, polling, where), *((copy,) if polling == "polite" and batch > 1 else ()),
+                   *((queue,) if polling == "polite" and batch == 1 else ()))
+            yield _row(name, count, partial(c_ring, batch=batch, plain=False), limits=own)
+
+
 def _rows(pair: Pair, scale: float) -> Iterator[Row]:
     def limits(name: str) -> tuple[str, ...]:
         return tuple(limit for row, limit, _ in FLOORS if row == name)
@@ -476,7 +499,6 @@ def _rows(pair: Pair, scale: float) -> Iterator[Row]:
 
     volume = max(4096, int(400_000_000 * scale))
     for size, elements in SHAPES:
-        copy, queue = f"copy: {size} B", f"bare queue, one by one, polite: {size} B"
         for batch, count in ((1, many(1_000_000)), (BATCH, many(min(1e9 / size, 1e7)))):
             name = _python(size, batch)
             some = [f"{peer.name}: {size} B" for peer in PEERS if (peer.name == MANY) == (batch > 1)]
@@ -486,19 +508,8 @@ def _rows(pair: Pair, scale: float) -> Iterator[Row]:
         for peer in PEERS:
             count = many(peer.rate / 4)
             yield _row(f"{peer.name}: {size} B", count, partial(_transfer, pair, peer, size, count), missing=peer.missing)
-        count = max(1000, min(volume // size, 20_000_000))
-        yield _row(copy, count, partial(_seconds, partial(measure._copy, pair, size, elements, volume), count),
-                   cost=False)  # the best of several
-        yield _row(queue, count, partial(_seconds, partial(measure._queue, pair, size, elements, volume), count),
-                   limits=(copy,))
-        for polling, pauses in PAUSES.items():
-            c_ring = partial(_c_ring, pair, size, elements, pauses=pauses, count=count)
-            yield _row(_plain(size, polling), count, partial(c_ring, batch=1, plain=True))
-            for batch in (1, BATCH):
-                name = _engine(size, batch, polling)
-                own = (_plain(size, polling), *((copy,) if polling == "polite" and batch > 1 else ()),
-                       *((queue,) if polling == "polite" and batch == 1 else ()))
-                yield _row(name, count, partial(c_ring, batch=batch, plain=False), limits=own)
+        yield from _c_rows(pair, size, elements, volume)
+    yield from _c_rows(pair, *LARGE, volume, IN_LARGE)
     count = many(50_000)
     yield _row(f"{TRIP}plain C", count, partial(_trip, pair, _bench.plain_bounce, count), trip=True)
     yield _row(f"{TRIP}engine's loop", count, partial(_trip, pair, partial(_bench.ring_bounce, laps=None), count),
