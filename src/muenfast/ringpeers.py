@@ -26,7 +26,7 @@ POLICY = ("one process per CPU, pinned, the sender on the last one; rings and th
           "ahead; polite: 128 pauses between two looks at an empty or full ring, tight: none; the ring from Python looks "
           "again at once; round trips: C looks after one pause, Python at once; what peers do stands in their names")
 SHAPES = ((64, 4096), (1522, 1024), (4120, 512))  # bytes of a message, elements of a ring
-# As large as the others: out of one of 256 KiB everything comes from the writer's second-level cache, at a third of the pace.
+# As large as the others: out of one of 256 KiB everything comes from the writer's second-level cache, at a third of that.
 LARGE = (64, 32768)
 BATCH = 64
 PAUSES = {"polite": 128, "tight": 0}
