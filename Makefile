@@ -50,8 +50,8 @@ check: $(V)/.installed $(V)/.check-group ## style, types, stubs, Cython's hints 
 	@$(PY) -m mypy
 	@if [ -e "$$(echo $(V)/lib/*/site-packages/muenfast/attach/_fuse.*.so)" ]; then \
 		more=muenfast.attach._fuse; else more=--ignore-unused-allowlist; fi; \
-	$(PY) -m mypy.stubtest --allowlist tools/stubtest_allowlist.txt muenfast._ring muenfast._target muenfast._store muenfast._user \
-		muenfast._engine muenfast._blk muenfast._buffer muenfast._client muenfast._bufclient muenfast._packets \
+	$(PY) -m mypy.stubtest --allowlist tools/stubtest_allowlist.txt muenfast._inodes muenfast._ring muenfast._target muenfast._store \
+		muenfast._user muenfast._engine muenfast._blk muenfast._buffer muenfast._client muenfast._bufclient muenfast._packets \
 		muenfast._marks muenfast._net muenfast.attach._nbd $$more
 	@$(PY) tools/check_hints.py
 	@$(PY) -m pytest -q tests/test_packaging.py

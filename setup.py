@@ -57,8 +57,8 @@ if None in uring:
     print("muenfast: pkg-config finds no liburing (Debian: liburing-dev): slower files and block devices")
 
 extensions = [extension(f"muenfast.{name}", **(URING if name in ("_store", "_user", "_blk", "_buffer") else {}))
-              for name in ("_ring", "_target", "_store", "_user", "_engine", "_blk", "_buffer", "_client", "_bufclient",
-                           "_packets", "_marks", "_net", "_bench", "_netbench", "attach._nbd")]
+              for name in ("_inodes", "_ring", "_target", "_store", "_user", "_engine", "_blk", "_buffer", "_client",
+                           "_bufclient", "_packets", "_marks", "_net", "_bench", "_netbench", "attach._nbd")]
 fuse_cflags, fuse_libs = pkg_config("fuse3", "--cflags"), pkg_config("fuse3", "--libs")
 if fuse_cflags is not None and fuse_libs is not None:
     extensions.append(extension("muenfast.attach._fuse", cflags=fuse_cflags + URING["cflags"],

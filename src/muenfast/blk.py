@@ -94,10 +94,11 @@ class BlockServer(_Group):
         self._ended = threading.Event()
         with ExitStack() as stack:
             watch = self._watch(stack, len(configs))
-            for config in configs:
-                export = Export(config, watch=watch)
-                stack.callback(export.close)
-                self.exports.append(export)
+            with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)]):
+                for config in configs:
+                    export = Export(config, watch=watch)
+                    stack.callback(export.close)
+                    self.exports.append(export)
             sharing = [export for export in self.exports if export.could_share]
             if sharing and not sharing[0].shares:   # which is asked once: it reads the table of mounts
                 sharing = []
@@ -278,12 +279,13 @@ class BlockClients(_Group):
             one_each = all(each.buffer is None for each in channels)
             self._listeners = self._listen(stack, nbd, len(channels) if one_each else None)
             watch = self._watch(stack, len(channels))
-            for entry in channels:
-                connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
-                stack.callback(connection.close)
-                connection.resized = functools.partial(self._resized, connection)
-                self.connections.append(connection)
-                self.disks.append(AttachedDisk(BlockDevice(connection=connection)))
+            with shm.made_ahead([region for entry in channels for region in entry.wanted(serving=False)]):
+                for entry in channels:
+                    connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
+                    stack.callback(connection.close)
+                    connection.resized = functools.partial(self._resized, connection)
+                    self.connections.append(connection)
+                    self.disks.append(AttachedDisk(BlockDevice(connection=connection)))
             self._stack = stack.pop_all()
 
     @staticmethod

@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -61,6 +62,17 @@ def _contents(view: memoryview) -> str | None:
     if int.from_bytes(head[:8], sys.byteorder) == _TRANSPORT:
         return None
     return partition.contents(head)
+
+
+def wanted(locator: shm.Locator, *, writes: bool, create: int, bell: bool, permit: shm.Permit | None = None,
+           buffer: bool = False) -> Iterator[shm.Wanted]:
+    """What an End of these would make, for shm.made_ahead. Without what a strict one-way reader looks at first."""
+    if permit is not None or not locator.posix or not (writes or bell):
+        return
+    yield locator, create, writes
+    where = locator.bell if bell and not buffer else None
+    if where is not None:
+        yield where, BELL, True
 
 
 class End:

@@ -12,7 +12,7 @@ from typing import Any
 from muenfast import params, shm
 from muenfast._engine import CHECKSUM_MODES as CHECKSUM_MODES
 from muenfast._ring import layout
-from muenfast.channel import End
+from muenfast.channel import End, wanted
 from muenfast.errors import ClaimError, PeerError, UsageError
 
 _LAYOUT = layout()
@@ -118,6 +118,12 @@ class Channels:
                     ends.append(stack.enter_context(end))
             stack.pop_all()
             return tuple(ends)
+
+    def wanted(self, serving: bool) -> Iterator[shm.Wanted]:
+        """What open() makes where it is missing, for shm.made_ahead."""
+        for i, (_, locator) in enumerate(self.regions):
+            yield from wanted(locator, writes=i == 2 or serving == (i == 1), create=(*self.sizes, self.buffer_size)[i],
+                              bell=self.bells, permit=None if self.permits is None else self.permits[i], buffer=i == 2)
 
     def misfit(self, request: bool, header: tuple[int, int, int]) -> PeerError:
         """What to say of a channel whose (protocol, size, elements) do not fit this connection."""

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,7 +22,7 @@ from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
 from muenfast._ring import layout
 from muenfast.bpf import Way
-from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size
+from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size, wanted
 from muenfast.connection import CHECKSUM_MODES, MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
@@ -126,6 +126,12 @@ class InterfaceConfig:
         if self.size is not None:
             return self.size
         return network_region_size(self.element_size)
+
+    def wanted(self) -> Iterator[shm.Wanted]:
+        """What an interface makes where it is missing, for shm.made_ahead."""
+        for locator, permit, writes in ((self.inp, self.permits[0], False), (self.out, self.permits[1], True)):
+            if locator is not None:
+                yield from wanted(locator, writes=writes, create=self.region_size, bell=self.bells, permit=permit)
 
 
 # ------------------------------------------------------------------ from lists
@@ -690,10 +696,11 @@ class Interfaces:
         self.interfaces: list[Interface] = []
         with ExitStack() as stack:
             links = stack.enter_context(tuntap.Links())
-            for config in configs:
-                interface = Interface(config, links, Makers() if makers is None else makers)
-                stack.callback(interface.close)
-                self.interfaces.append(interface)
+            with shm.made_ahead([region for config in configs for region in config.wanted()]):
+                for config in configs:
+                    interface = Interface(config, links, Makers() if makers is None else makers)
+                    stack.callback(interface.close)
+                    self.interfaces.append(interface)
             for interface in self.interfaces:
                 interface.start()
             stack.callback(self._stop)      # all, before the first is waited for

@@ -13,7 +13,8 @@ each has a line, NAME JSON; a line is written before its name is there. A note i
 A record counts only while it is locked, so the kernel ends those of a dead process. Invariant: records are made,
 probed and swept only under an exclusive flock on the directory they are in; so a probe is never mistaken for a holder,
 and nobody sweeps a record between its making and its locking. Dropping one's own record needs no such lock.
-Whoever holds the directory's lock does no more than a few system calls, and others wait for it for 5 s at most.
+Whoever holds the directory's lock does no more than a few system calls, or a few for each of 16 regions (made_ahead), and
+others wait for it for 5 s at most.
 
 A region that was opened unseen (strict one-way readers) has no record at all: nothing here knows of it.
 
@@ -38,18 +39,22 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import posix_ipc  # type: ignore[import-not-found]
 
+from muenfast._inodes import allocate
 from muenfast.errors import ClaimError, PeerError, UsageError
+from muenfast.threads import spawn
 
 _SHM = "/dev/shm/"
 _RUN = "/run/muenfast"
 _TEMPORARY = ".muenfast-"
+_MODE = 0o600  # of a region, where nothing says otherwise
 _NAME_MAX = 240  # leaves room for ".bell" and the temporary prefix below NAME_MAX of 255
 
 _MUTEX_TIMEOUT = 5.0  # s: for the lock of a book-keeping directory
@@ -380,11 +385,13 @@ class _File:
             return False
         with contextlib.suppress(OSError), _named(path):
             self._append(line)
+            source = next(iter(self._paths))
             try:
-                os.link(next(iter(self._paths)), path)
+                os.link(source, path)
             except FileExistsError:
                 raise _Stands(path) from None
-            if _means(path, *self._inode, follow=False):
+            # A random number in its name: that one never is another file.
+            if "~" in source or _means(path, *self._inode, follow=False):
                 if record:
                     self._paths.add(path)
                 return True
@@ -646,20 +653,10 @@ def _create(locator: Locator, size: int, mode: int, writable: bool) -> tuple[int
         room = _room("regions")
         fd, source = _make_inode(stack, locator.path, size, mode)
         seen = os.fstat(fd)
-        note = os.path.join(room, _key(seen.st_dev, seen.st_ino))
-        with _mutex(room), contextlib.ExitStack() as undo:
-            presence = _Presence(room, seen, locator, writable)
-            undo.callback(presence.drop)
-            # Before the link: whenever the maker dies, the name is either not there or known as automatic.
-            undo.callback(_unlink, note)
-            undo.callback(_unlink, locator.path, seen)
-            with _named(note):
-                _note(note, {"name": locator.text, "path": locator.path, "auto": True, "boot": _boot()})
-            try:
-                _link(fd, source, locator.path)
-            except FileExistsError:
-                return None
-            undo.pop_all()
+        with _mutex(room):
+            presence = _linked(room, fd, source, seen, locator, writable)
+        if presence is None:
+            return None
         with contextlib.ExitStack() as undo:
             undo.callback(presence.leave)
             # By its name: read-only for a reader, and the name is what /proc/PID/maps shows.
@@ -675,10 +672,158 @@ def _create(locator: Locator, size: int, mode: int, writable: bool) -> tuple[int
             return own, presence
 
 
+def _linked(room: str, fd: int, source: str, seen: os.stat_result, locator: Locator, writable: bool) -> _Presence | None:
+    """Gives a new inode its name, as an automatic region that we use. None when somebody else was faster. Precondition: the
+    room's mutex is held. Raises OSError."""
+    note = os.path.join(room, _key(seen.st_dev, seen.st_ino))
+    presence = _Presence(room, seen, locator, writable)
+    try:
+        # Before the link: whenever the maker dies, the name is either not there or known as automatic.
+        with _named(note):
+            _note(note, {"name": locator.text, "path": locator.path, "auto": True, "boot": _boot()})
+        _link(fd, source, locator.path)
+    except BaseException as error:
+        with contextlib.ExitStack() as undo:
+            undo.callback(presence.drop)
+            undo.callback(_unlink, note)
+            undo.callback(_unlink, locator.path, seen)
+        if isinstance(error, FileExistsError) and error.filename == locator.path:
+            return None
+        raise
+    return presence
+
+
 def _note(path: str, state: dict[str, Any]) -> None:
-    # An old note of this key is about an inode that is no more: we have just been given its number.
-    _unlink(path)
-    _enter(path, state, record=False)
+    try:
+        _enter(path, state, record=False)
+    except FileExistsError:     # about an inode that is no more: we have just been given its number
+        _unlink(path)
+        _enter(path, state, record=False)
+
+
+# A region that is to be opened: its name, bytes where it is missing, whether to write.
+Wanted = tuple[Locator, int, bool]
+
+
+class _Ahead:
+    """Missing regions of one start, made CHUNK at a time for the first of them that is opened.
+
+    Their inodes are allocated by a thread meanwhile, for to clear that memory takes as long as all that the interpreter has
+    to do for them. Invariant: a region gets its name only once it is allocated in full, as everywhere. What cannot be had
+    here, for whatever reason, is not made here: Region.open() tries by itself, and tells.
+    """
+
+    CHUNK = 16
+    LEAST = 8   # regions, below which it gains nothing
+
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        """wanted: of POSIX names."""
+        there = set(os.listdir(_SHM))
+        missing = [each for each in wanted if each[0].text not in there]
+        self._chunks = [missing[k:k + self.CHUNK] for k in range(0, len(missing), self.CHUNK)]
+        self._to_come = {locator.path for locator, _, _ in missing}
+        self._made: dict[str, tuple[int, bool, os.stat_result, _Presence]] = {}
+        self._making = threading.Lock()                     # of all above
+        self._news = threading.Condition(threading.Lock())  # of what follows, the thread's
+        self._inodes: list[list[int]] = []
+        self._over = len(missing) < self.LEAST
+        self._thread: threading.Thread | None = None
+        if not self._over:
+            try:
+                self._thread = spawn(partial(self._allocate, tuple(self._chunks)), "regions")
+            except OSError:     # no thread is to be had: whoever needs one will say so
+                self._over = True
+
+    def _allocate(self, chunks: Sequence[Sequence[Wanted]]) -> None:
+        directory = os.fsencode(_SHM)
+        try:
+            for chunk in chunks:
+                if self._over:
+                    break
+                inodes = allocate(directory, [size for _, size, _ in chunk])
+                with self._news:
+                    self._inodes.append(inodes)
+                    self._news.notify_all()
+                if len(inodes) < len(chunk):
+                    break
+        finally:
+            with self._news:
+                self._over = True
+                self._news.notify_all()
+
+    def take(self, locator: Locator, size: int, writable: bool) -> tuple[os.stat_result, _Presence] | None:
+        """A region that was made for this, and our record there. None: it is not made here. Raises OSError."""
+        with self._making:
+            while locator.path in self._to_come and self._chunks:
+                chunk = self._chunks.pop(0)
+                self._to_come -= {each.path for each, _, _ in chunk}
+                with self._news:
+                    while not (self._inodes or self._over):
+                        self._news.wait()
+                    inodes = self._inodes.pop(0) if self._inodes else []
+                self._make(chunk, inodes)
+            found = self._made.get(locator.path)
+            if found is None or found[:2] != (size, writable):
+                return None
+            del self._made[locator.path]
+            return found[2:]
+
+    def _make(self, chunk: Sequence[Wanted], inodes: list[int]) -> None:
+        """Takes the inodes over. Raises OSError of the book-keeping."""
+        with contextlib.ExitStack() as stack:
+            for fd in inodes:
+                stack.callback(os.close, fd)
+            room = _room("regions")
+            with _mutex(room):
+                for (locator, size, writable), fd in zip(chunk, inodes, strict=False):
+                    seen = os.fstat(fd)
+                    if stat.S_IMODE(seen.st_mode) != _MODE:
+                        os.fchmod(fd, _MODE)
+                    presence = _linked(room, fd, f"/proc/self/fd/{fd}", seen, locator, writable)
+                    if presence is not None:
+                        self._made[locator.path] = size, writable, seen, presence
+
+    def close(self) -> None:
+        """Leaves what was not taken."""
+        with self._news:
+            self._over = True
+        if self._thread is not None:
+            self._thread.join()
+        with contextlib.ExitStack() as stack:
+            for fd in (fd for inodes in self._inodes for fd in inodes):
+                stack.callback(os.close, fd)
+            for _, _, _, presence in self._made.values():
+                stack.callback(presence.leave)
+
+
+_aheads: tuple[_Ahead, ...] = ()
+_aheads_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def made_ahead(wanted: Sequence[Wanted]) -> Iterator[None]:
+    """Within, Region.open() is faster with those of `wanted` (POSIX names) that it would make, where they are many.
+
+    In any thread; nothing else about it differs, but that regions are there earlier. Those that were not opened by the end
+    are left again.
+    """
+    global _aheads
+    ahead = _Ahead(wanted)
+    with _aheads_lock:
+        _aheads += ahead,
+    try:
+        yield
+    finally:
+        with _aheads_lock:
+            _aheads = tuple(other for other in _aheads if other is not ahead)
+        ahead.close()
+
+
+def _taken_ahead(locator: Locator, size: int, writable: bool) -> tuple[os.stat_result, _Presence] | None:
+    for ahead in _aheads:
+        if (found := ahead.take(locator, size, writable)) is not None:
+            return found
+    return None
 
 
 def _open(locator: Locator, writable: bool) -> int:
@@ -779,7 +924,7 @@ class Region:
         self._fd, self._presence = fd, presence
 
     @classmethod
-    def open(cls, locator: Locator, *, writable: bool, create: int | None = None, mode: int = 0o600,
+    def open(cls, locator: Locator, *, writable: bool, create: int | None = None, mode: int = _MODE,
              permit: Permit | None = None) -> Region:
         """Maps what locator names; with create, makes it of that many bytes and of that mode when it is missing.
 
@@ -793,20 +938,29 @@ class Region:
         empty = 0.0
         while True:
             with contextlib.ExitStack() as undo:
-                made = None
+                made = False
+                ahead = None if create is None or mode != _MODE else _taken_ahead(locator, create, writable)
+                if ahead is not None:
+                    undo.callback(ahead[1].leave)
                 try:
                     fd = _open(locator, writable)
                 except FileNotFoundError:
                     if create is None:
                         raise
-                    made = _create(locator, create, mode, writable)
-                    if made is None:
+                    if ahead is not None:   # removed meanwhile: once more
+                        continue
+                    own = _create(locator, create, mode, writable)
+                    if own is None:
                         _expire(deadline, locator.path)
                         continue
-                    fd, presence = made
+                    made, fd, presence = True, *own
                     undo.callback(presence.leave)
                 undo.callback(os.close, fd)
                 seen = os.fstat(fd)
+                if ahead is not None:
+                    if (seen.st_dev, seen.st_ino) != (ahead[0].st_dev, ahead[0].st_ino):
+                        continue
+                    made, presence = True, ahead[1]
                 if permit is not None:
                     permit.check(fd, locator.path)
                 if stat.S_ISREG(seen.st_mode) and seen.st_size == 0:
@@ -817,7 +971,7 @@ class Region:
                     continue
                 if not any(kind(seen.st_mode) for kind in (stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)):
                     raise OSError(errno.ENODEV, "not a file that can be mapped", locator.path)
-                if made is None:
+                if not made:
                     room = _room("regions")
                     with _mutex(room):
                         presence = _Presence(room, seen, locator, writable)
@@ -826,7 +980,7 @@ class Region:
                     if not _means(locator.path, seen.st_dev, seen.st_ino, follow=not locator.posix):
                         _expire(deadline, locator.path)
                         continue
-                region = cls(locator, writable, made is not None, fd, seen, presence)
+                region = cls(locator, writable, made, fd, seen, presence)
                 undo.pop_all()
                 return region
 
@@ -983,7 +1137,7 @@ def users(region_or_locator: Region | Locator) -> list[dict[str, Any]]:
         return _live(room, key)
 
 
-def make_region(locator: Locator, size: int, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+def make_region(locator: Locator, size: int, mode: int = _MODE, owner: tuple[int, int] | None = None) -> None:
     """Makes a region that stays until remove_region. owner: user and group whose it is from the first moment, None: ours.
     Raises FileExistsError, OSError, UsageError."""
     if size <= 0:

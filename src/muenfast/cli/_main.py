@@ -36,11 +36,26 @@ COMMANDS = {
 _JSON_ERRORS = "muenfast ctl"  # answers with --json are objects there, which say "ok"
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """As argparse makes one, which asks shutil for the width: to load that takes longer than to parse, and each option that
+    is added has a formatter look at it."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "0"))
+    except ValueError:
+        columns = 0
+    if columns <= 0:
+        try:
+            columns = os.get_terminal_size(1).columns
+        except OSError:
+            columns = 0
+    return argparse.HelpFormatter(prog, width=(columns or 80) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """Says misuse in one line, and takes an option once: of two, one would be ignored without a word."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(formatter_class=_formatter, **options)
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 

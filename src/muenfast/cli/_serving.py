@@ -10,10 +10,9 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 from muenfast import params
-from muenfast.threads import ending, spawn
+from muenfast.threads import ending
 
 log = logging.getLogger("muenfast")
 
@@ -89,20 +88,9 @@ def notify(state: str) -> None:
             log.warning("NOTIFY_SOCKET %s: %s", os.environ["NOTIFY_SOCKET"], error.strerror or error)
 
 
-def prepare() -> None:
-    """Begins to load what sweep() needs: regions are made meanwhile, which does not take the interpreter all the time."""
-    spawn(_doctor, "doctor")
-
-
-def _doctor() -> Any:
-    from muenfast import doctor  # late: to load it takes longer than to begin to serve
-
-    return doctor
-
-
 def sweep() -> None:
     """Takes away what dead processes left, whatever its names; clients are served, or servers asked, meanwhile."""
-    doctor = _doctor()
+    from muenfast import doctor  # late: to load it takes longer than to begin to serve
 
     doctor.sweep()
 

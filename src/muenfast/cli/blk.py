@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
-from muenfast.cli._serving import Stop, notify, patience, prepare, say_ready, sweep
+from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
@@ -32,7 +32,6 @@ _SERVER_MODULES = ("muenfast.doctor", "muenfast.serving", "muenfast.control", "m
                    "muenfast.backing.null", "muenfast.backing.file", "muenfast.backing.user")
 _CLIENT_MODULES = ("muenfast.doctor", "muenfast.blk", "muenfast.control", "muenfast.attach.nbd",
                    "muenfast.attach.sockets", "muenfast.broker.disks", "concurrent.futures.thread")
-_MANY = 8  # exports, whose regions take as long to make as modules to load
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
@@ -214,10 +213,7 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
     from muenfast.serving import ControlledServer
 
     with ExitStack() as stack:
-        if len(configs) >= _MANY and not closed:    # else there is nothing to do meanwhile, or all is loaded
-            prepare()
         server = stack.enter_context(ControlledServer(configs, threads=threads))
-        sweep()
         control = ControlServer({
             "status": Command(lambda: {"command": "blk", "entries": server.status()}),
             "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
@@ -225,6 +221,7 @@ def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | Non
             **server.commands(), **({"create": _refusing(server.commands()["create"])} if closed else {})})
         stack.callback(control.close)
         say_ready([_line(export) for export in server.exports])
+        sweep()     # which takes longer than all the rest, and nobody waits for it here
         stop.wait()
         notify("STOPPING=1")
         return 0
