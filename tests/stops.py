@@ -55,6 +55,10 @@ def state(pid: int) -> str:
         return "X"
 
 
+class _Ended(AssertionError):
+    """A thread that is watched is no more."""
+
+
 class _Watch:
     """All threads of a process, traced and watching one word."""
 
@@ -63,28 +67,34 @@ class _Watch:
         self._dr7 = 1 | kind << 16 | _LENGTH[length] << 18
         self.threads: list[int] = []
         for name in os.listdir(f"/proc/{pid}/task"):
-            _ptrace(_SEIZE, int(name))
-            self.threads.append(int(name))
+            with contextlib.suppress(ProcessLookupError):   # ended meanwhile, as that which sweeps does
+                _ptrace(_SEIZE, int(name))
+                self.threads.append(int(name))
 
     def _poke(self, tid: int, register: int, value: int) -> None:
         _ptrace(_POKEUSER, tid, _DEBUGREG + 8 * register, value)
 
     def arm(self) -> None:
-        for tid in self.threads:
-            _ptrace(_INTERRUPT, tid)
-            while self._wait(tid)[1] != _EVENT_STOP:
-                _ptrace(_CONT, tid)
+        for tid in list(self.threads):
+            try:
+                _ptrace(_INTERRUPT, tid)
+                while self._wait(tid)[1] != _EVENT_STOP:
+                    _ptrace(_CONT, tid)
+            except (ProcessLookupError, _Ended):
+                self.threads.remove(tid)
+                continue
             self._poke(tid, 0, self._address)
             self._poke(tid, 7, self._dr7)
             _ptrace(_CONT, tid)
 
     @staticmethod
     def _wait(tid: int, flags: int = 0) -> tuple[int, int]:
-        """(signal, event) of a thread that stopped, (0, 0) for none."""
+        """(signal, event) of a thread that stopped, (0, 0) for none. Raises _Ended."""
         found, status = os.waitpid(tid, _WALL | flags)
         if found == 0:
             return 0, 0
-        assert os.WIFSTOPPED(status), f"thread {tid} ended: {status:#x}"
+        if not os.WIFSTOPPED(status):
+            raise _Ended(f"thread {tid} ended: {status:#x}")
         return os.WSTOPSIG(status), status >> 16
 
     def hit(self, seconds: float) -> int:

@@ -533,11 +533,11 @@ def test_the_option(names: Callable[[str], str], program: Callable[..., Program]
     def threads() -> int:
         return len(os.listdir(f"/proc/{server.pid}/task"))
 
-    eventually(lambda: threads() == 4)      # main, control, watch, the crew; one that sweeps may end after `ready`
+    eventually(lambda: threads() == 5)      # main, control, watch, names, the crew; one that sweeps may end after `ready`
     with ExitStack() as stack:
         for i in range(3):
             device = stack.enter_context(BlockDevice(req[i], resp[i], timeout=20))
             device.pwrite(block(i), 0)
             assert device.pread(BLOCK_BYTES, 0) == block(i)
-    assert threads() == 4
+    assert threads() == 5
     assert server.end()[0] == 0

@@ -446,6 +446,88 @@ def test_list_regions(name: Locator) -> None:
     shm.remove_region(name)
 
 
+def many(count: int = 40) -> list[Locator]:
+    return [Locator.parse(f"muenfast-test-{os.getpid()}-many{k}-{time.monotonic_ns()}") for k in range(count)]
+
+
+def test_made_ahead(runtime: Path) -> None:
+    """Regions of many names are as they always are: allocated in full before they have a name, ours, automatic; what was
+    there is not touched, and what is not opened goes."""
+    locators = many()
+    there = Region.open(locators[3], writable=True, create=PAGE)
+    there.view[:4] = b"here"
+    wanted = [(locator, (k % 3 + 1) * PAGE, k % 2 == 0) for k, locator in enumerate(locators)]
+    opened = []
+    with shm.made_ahead(wanted):
+        for locator, size, writable in wanted[:30]:
+            opened.append(Region.open(locator, writable=writable, create=size))
+        with Region.open(locators[39], writable=True, create=7 * PAGE) as other:    # another size than was said before
+            assert other.size == PAGE and not other.created
+    for k, region in enumerate(opened):
+        seen = os.stat(region.locator.path)
+        assert region.created == (k != 3) and region.writable == (k % 2 == 0)
+        assert region.size == seen.st_size == (PAGE if k == 3 else (k % 3 + 1) * PAGE)
+        assert seen.st_blocks * 512 == seen.st_size and seen.st_mode & 0o777 == 0o600
+        assert [user["pid"] for user in shm.users(region)] == [os.getpid()] * (2 if k == 3 else 1)
+        assert region.locator.path in Path(f"/proc/{os.getpid()}/maps").read_text()
+    assert bytes(opened[3].view[:4]) == b"here"
+    assert {each["name"]: each["auto"] for each in shm.list_regions() if each["name"].startswith(OURS[0] + "many")} == {
+        locator.text: True for locator in locators[:30]}
+    for region in [*opened, there]:
+        region.close()
+
+
+def test_made_ahead_where_others_are_faster() -> None:
+    """Names that are taken, or taken away, while they are made."""
+    locators = many()
+    with shm.made_ahead([(locator, PAGE, True) for locator in locators]):
+        taken = Region.open(locators[5], writable=True, create=PAGE, mode=0o640)
+        first = Region.open(locators[0], writable=True, create=PAGE)    # and with it all of its lot
+        os.unlink(locators[1].path)
+        os.unlink(locators[2].path)
+        other = os.open(locators[2].path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.truncate(other, 3 * PAGE)
+        regions = [Region.open(locator, writable=True, create=PAGE) for locator in locators[1:5]]
+    os.close(other)
+    assert [region.size for region in regions] == [PAGE, 3 * PAGE, PAGE, PAGE]
+    assert [region.created for region in regions] == [True, False, True, True]
+    for region in (taken, first, *regions):
+        region.close()
+    os.unlink(locators[2].path)
+
+
+@pytest.mark.parametrize("what", ["no memory", "no thread"])
+def test_made_ahead_without(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be had, regions are made one by one, and who makes them tells why that fails."""
+    if what == "no memory":
+        monkeypatch.setattr(shm, "allocate", lambda directory, sizes: [])
+    else:
+        def refuse(target: Callable[[], None], name: str) -> threading.Thread:
+            raise OSError(errno.EAGAIN, "no thread")
+
+        monkeypatch.setattr(shm, "spawn", refuse)
+    locators = many()
+    with shm.made_ahead([(locator, PAGE, True) for locator in locators]):
+        regions = [Region.open(locator, writable=True, create=PAGE) for locator in locators]
+        with pytest.raises(OSError, match="cannot allocate"):
+            Region.open(Locator.parse(locators[0].text + "x"), writable=True, create=1 << 50)
+    assert all(region.created for region in regions)
+    for region in regions:
+        region.close()
+
+
+def test_inodes(tmp_path: Path) -> None:
+    """As many as can be had, in order, allocated in full."""
+    before = descriptors()
+    found = shm.allocate(b"/dev/shm", [PAGE, 3 * PAGE, 1 << 50, PAGE])
+    assert [(os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512, os.fstat(fd).st_nlink) for fd in found] == [
+        (PAGE, PAGE, 0), (3 * PAGE, 3 * PAGE, 0)]
+    for fd in found:
+        os.close(fd)
+    assert shm.allocate(os.fsencode(tmp_path / "none"), [PAGE]) == []
+    assert descriptors() == before
+
+
 def test_sweep(runtime: Path, name: Locator, start: Start) -> None:
     """A killed process's notes go at the next first opening; what is still meant or locked stays."""
     dying = [start(OPENER, name.text + "-gone"), start(OPENER, name.text),

@@ -47,6 +47,11 @@ static inline void store_relaxed32(uint32_t *p, uint32_t v) {
 static inline void store_release32(uint32_t *p, uint32_t v) {
     atomic_store_explicit(MF_ATOMIC(uint32_t, p), v, memory_order_release);
 }
+/* Puts v where `seen` stands; whether it did. */
+static inline int compare_exchange_acqrel32(uint32_t *p, uint32_t seen, uint32_t v) {
+    return atomic_compare_exchange_strong_explicit(MF_ATOMIC(uint32_t, p), &seen, v, memory_order_acq_rel,
+                                                   memory_order_relaxed);
+}
 static inline uint32_t exchange_acqrel32(uint32_t *p, uint32_t v) {
     return atomic_exchange_explicit(MF_ATOMIC(uint32_t, p), v, memory_order_acq_rel);
 }

@@ -573,7 +573,9 @@ cdef int server_step(server_t *s) noexcept nogil:
     cdef int idle = STEP_IDLE
     if f != NULL and server_finish(s):
         idle = STEP_WORKED
-    if load_relaxed32(&s.stop) != 0:
+    if take_nudge(&s.stop):
+        return SERVER_TICK
+    if stopping(&s.stop):
         if f != NULL and load_relaxed32(&s.stop) == STOP_NOW:
             aio_hasten(&f.aio)
         return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else idle

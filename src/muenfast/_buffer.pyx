@@ -535,7 +535,7 @@ cdef ring_status buffer_batch(buffer_server_t *s, uint64_t available) noexcept n
             waiting += 1
             k += 1
         if moved >= MEMORY_BYTES:
-            alive = buffer_answer(s, waiting) and load_relaxed32(&s.stop) == 0
+            alive = buffer_answer(s, waiting) and not stopping(&s.stop)
             if since != 0:
                 buffer_measured(s, waiting, since)
             waiting = moved = 0
@@ -780,7 +780,9 @@ cdef int buffer_step(buffer_server_t *s) noexcept nogil:
     cdef flights_t *f = NULL if s.files == NULL else &s.files.flights
     if f != NULL and buffer_finish(s):
         event = STEP_WORKED
-    if load_relaxed32(&s.stop) != 0:
+    if take_nudge(&s.stop):
+        return SERVER_TICK
+    if stopping(&s.stop):
         if f != NULL and load_relaxed32(&s.stop) == STOP_NOW:
             aio_hasten(&f.aio)
         return SERVER_STOPPED if f == NULL or f.aio.nflying == 0 else event

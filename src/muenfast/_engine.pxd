@@ -3,7 +3,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from muenfast._ring cimport Mapping, Watch, reader_t, writer_t
-from muenfast._wire cimport bell_page, fence_acquire, load_acquire32, load_relaxed64, now_ns
+from muenfast._wire cimport (bell_page, compare_exchange_acqrel32, fence_acquire, load_acquire32, load_relaxed32,
+                             load_relaxed64, now_ns)
 
 
 cdef enum:
@@ -81,7 +82,19 @@ cdef enum server_event:
 
 cdef enum:
     STOP_SOON = 1
+    STOP_NUDGED = 4         # run() is to return "tick" soon, and goes on: gives way to the two others, and is taken by step()
     STOP_NOW = 2            # what a user-space store does not end soon is left alone, and not answered: that is for its successor
+
+
+cdef inline bint stopping(const uint32_t *ending) noexcept nogil:
+    """Whether stop() was called."""
+    cdef uint32_t seen = load_relaxed32(ending)
+    return seen != 0 and seen != STOP_NUDGED
+
+
+cdef inline bint take_nudge(uint32_t *ending) noexcept nogil:
+    """Whether nudge() was called since this was asked last."""
+    return load_relaxed32(ending) == STOP_NUDGED and compare_exchange_acqrel32(ending, STOP_NUDGED, 0)
 
 
 cdef enum:                  # what step() returns when nothing happened that the caller logs
@@ -112,3 +125,4 @@ cdef class ServerEngine:
     cdef void succeed(self, ServerEngine other) noexcept
     cdef str taken_away(self)
     cdef void drop(self) noexcept
+    cdef void kick(self) noexcept

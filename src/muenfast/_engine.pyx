@@ -91,7 +91,8 @@ cdef class ServerEngine:
                 (<Mapping>m).drop()
 
     cdef int step(self) noexcept nogil:
-        """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event; SERVER_STOPPED once `ending` is set."""
+        """One look at the requests: STEP_WORKED, STEP_IDLE, or a server_event; SERVER_STOPPED once `ending` says so, and
+        SERVER_TICK after a nudge."""
         return SERVER_STOPPED
 
     cdef void wait(self, uint64_t ns) noexcept nogil:
@@ -144,8 +145,17 @@ cdef class ServerEngine:
         waited for AIO_END_NS at most; what they were about gets no answer then."""
         if self.ending == NULL:         # no engine: of the base class
             return
-        if now or load_relaxed32(self.ending) == 0:
+        if now or not stopping(self.ending):
             store_release32(self.ending, STOP_NOW if now else STOP_SOON)
+        self.kick()
+
+    def nudge(self):
+        """Makes run() return "tick" soon, once, though its time is not over; from any thread. Unless it is to stop."""
+        if self.ending != NULL and compare_exchange_acqrel32(self.ending, 0, STOP_NUDGED):
+            self.kick()
+
+    cdef void kick(self) noexcept:
+        """Wakes the thread that waits in run(), where it sleeps on a bell; elsewhere it looks by itself."""
         if self.r.bell != NULL:
             bell_kick(self.r.bell)
 

@@ -1,6 +1,6 @@
-"""Files without a name, allocated in full, many in one call: nothing of it needs the interpreter, and the kernel clears their
-memory while others run."""
-from libc.errno cimport EINTR
+"""What of directories Python has no calls for: files without a name, allocated in full, many in one call, for the kernel
+clears their memory while others run; and who is told when names change."""
+from libc.errno cimport EINTR, errno
 from libc.stdlib cimport free, malloc
 from posix.fcntl cimport O_CLOEXEC, O_RDWR, open as open_file
 from posix.unistd cimport close
@@ -45,3 +45,31 @@ def allocate(bytes directory, list sizes):
     finally:
         free(lengths)
         free(fds)
+
+
+cdef extern from "<sys/inotify.h>" nogil:
+    int inotify_init1(int flags)
+    int inotify_add_watch(int fd, const char *path, unsigned int mask)
+    int inotify_rm_watch(int fd, int watch)
+    int IN_CLOEXEC, IN_ATTRIB, IN_CREATE, IN_DELETE, IN_MODIFY, IN_MOVED_FROM, IN_MOVED_TO, IN_ONLYDIR
+
+
+def watch_names(bytes directory):
+    """(descriptor, watch) of an inotify(7) queue that tells whose name in `directory` was made, removed or moved, or who was
+    written to by write(2), or truncated. Raises OSError."""
+    cdef int fd = inotify_init1(IN_CLOEXEC), watch, error
+    if fd < 0:
+        raise OSError(errno, "inotify_init1")
+    watch = inotify_add_watch(fd, directory, IN_ATTRIB | IN_CREATE | IN_DELETE | IN_MODIFY | IN_MOVED_FROM | IN_MOVED_TO
+                              | IN_ONLYDIR)
+    if watch < 0:
+        error = errno
+        close(fd)
+        raise OSError(error, "inotify_add_watch")
+    return fd, watch
+
+
+def end_watch(int fd, int watch):
+    """Makes who reads the queue see a last event. Raises OSError."""
+    if inotify_rm_watch(fd, watch) < 0:
+        raise OSError(errno, "inotify_rm_watch")

@@ -4,7 +4,7 @@ from typing import Any, final
 from typing_extensions import Buffer, disjoint_base
 
 from muenfast._marks import MarkTable
-from muenfast._ring import Conduct
+from muenfast._ring import Conduct, Watch
 
 FRAMINGS: dict[str, int]
 MERGES: dict[str, int]
@@ -64,7 +64,7 @@ class Receiver(Pump):
     FIELDS: tuple[str, ...]
     def __init__(self, ports: Ports, memory: Buffer, *, framing: str, mtu: int, protocol: int, bell: Buffer | None = None,
                  poll: int | None = None, merge: Iterable[str] = (), tells: bool = True,
-                 checksum: str = "off") -> None: ...
+                 checksum: str = "off", watch: Watch | None = None) -> None: ...
     @property
     def checksum(self) -> str: ...
     @property

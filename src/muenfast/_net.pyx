@@ -1395,14 +1395,15 @@ cdef class Receiver(Pump):
     memory: the channel, read-only. framing: one of FRAMINGS. poll: microseconds between looks at a channel whose writer does
     not ring, None: adaptive. merge: what the devices take as super-packets, of MERGES. tells: whether it is the one that tells
     the writer, by the bell, how far it is, and whether it takes checksums. checksum: "off", "auto" (where the writer makes them)
-    or "require": elements without them are not taken.
+    or "require": elements without them are not taken. watch: polls for it while it is idle.
     """
     EVENTS = ("tick", "connected", "disconnected", "incompatible", "overrun", "stopped", "broken", "gone", "child")
     FIELDS = ("length", "protocol", "checksum")
     cdef receiver_t v
+    cdef Watch watch
 
     def __init__(self, Ports ports not None, memory, *, str framing, uint32_t mtu, protocol, bell=None, poll=None,
-                 merge=(), bint tells=True, checksum="off"):
+                 merge=(), bint tells=True, checksum="off", Watch watch=None):
         if self.ring is not None:
             raise UsageError("a Receiver is initialised once")
         self.v.checksums = checksum_mode(checksum)
@@ -1432,6 +1433,9 @@ cdef class Receiver(Pump):
         self.v.r.spin_ns = SPIN_NS
         self.v.r.yields = True
         self.v.r.poll_ns = 0 if poll is None else poll * 1000
+        if watch is not None:
+            self.watch = watch
+            self.v.r.watch = &watch.w
         if bell is not None:
             self.bell = hold(bell, True, sizeof(bell_page))
             self.v.r.bell = self.bell.as_bell()

@@ -542,6 +542,25 @@ cdef bint reader_deaf(reader_t *r, uint64_t now) noexcept nogil:
     return r.vain >= VAIN_MOST + (r.batches - r.vain_from)
 
 
+cdef void watch_add(watch_t *watch, reader_t *r) noexcept nogil:
+    """Precondition: watch.lock is held; watch_stop and watch_futex are set."""
+    if watch.first == NULL:
+        fetch_add_acqrel32(&watch.wanted, 1)
+        futex_wake_all(&watch.wanted)
+    else:
+        watch.first.watch_link = &r.watch_next
+    r.watch_next = watch.first
+    r.watch_link = &watch.first
+    watch.first = r
+
+
+cdef void watch_drop(reader_t *r) noexcept nogil:
+    """Precondition: watch.lock is held."""
+    r.watch_link[0] = r.watch_next
+    if r.watch_next != NULL:
+        r.watch_next.watch_link = r.watch_link
+
+
 cdef void watched_sleep(reader_t *r, uint64_t ns, const uint32_t *stop, bint deaf) noexcept nogil:
     """Sleeps until the bell rings (unless it is deaf to it) or the watch finds that there is something new or that stop[0] is
     set; at most ns.
@@ -558,22 +577,13 @@ cdef void watched_sleep(reader_t *r, uint64_t ns, const uint32_t *stop, bint dea
         store_relaxed32(&r.bell.waiters, 1)
         fence_seq_cst()                 # pairs with ring()
     pthread_mutex_lock(&watch.lock)
-    if watch.first == NULL:
-        fetch_add_acqrel32(&watch.wanted, 1)
-        futex_wake_all(&watch.wanted)
-    else:
-        watch.first.watch_link = &r.watch_next
-    r.watch_next = watch.first
-    r.watch_link = &watch.first
-    watch.first = r
+    watch_add(watch, r)
     pthread_mutex_unlock(&watch.lock)
     # A wake-up that comes before the sleep is repeated with the watch's next look.
     if not reader_ready(r) and load_relaxed32(stop) == 0:
         futex_wait_ns(r.watch_futex, seen, ns)
     pthread_mutex_lock(&watch.lock)
-    r.watch_link[0] = r.watch_next
-    if r.watch_next != NULL:
-        r.watch_next.watch_link = r.watch_link
+    watch_drop(r)
     pthread_mutex_unlock(&watch.lock)
 
 
@@ -679,20 +689,33 @@ cdef bint any_ready(const waitset_t *set) noexcept nogil:
     return False
 
 
+cdef watch_t *common_watch(const waitset_t *set) noexcept nogil:
+    """The watch that all readers of a set leave polling to while they are idle; NULL: they do not, or not all."""
+    cdef watch_t *watch = NULL if set.n == 0 or set.polls else set.readers[0].watch
+    cdef const reader_t *r
+    cdef uint64_t k
+    for k in range(set.n):
+        r = set.readers[k]
+        if r.watch != watch or r.poll_ns != 0:
+            return NULL
+    return watch
+
+
 cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
     """As reader_wait, for all readers of one thread together: waits until one is ready or its watch_stop is set, at most
     ns nanoseconds; whether one is.
 
     Sleeps on all bells at once. Readers whose writer does not ring are polled, as all are where the system has no
-    futex_waitv(2). No watch is made use of.
+    futex_waitv(2), or once all are idle left to their watch.
     """
+    cdef watch_t *watch
     cdef futex_entry bells[128]         # FUTEX_LIST_MOST
-    cdef reader_t *heard[128]           # whose they are
+    cdef reader_t *heard[128]           # whose they are; NULL: of one that the watch wakes
     cdef reader_t *r
     cdef uint64_t start, now, limit, epoch, k, pause, step = POLL_FIRST_NS
     cdef unsigned int asleep
     cdef int woken
-    cdef bint idle, deaf
+    cdef bint idle, deaf, listens
     if any_ready(set):
         set.idle_since_ns = 0
         return True
@@ -715,18 +738,28 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         if now - start >= ns:
             return False
         idle = now - set.idle_since_ns >= IDLE_AFTER_NS
-        limit = min(SLEEP_NS, ns - (now - start))
+        watch = common_watch(set) if idle else NULL
+        limit = ns - (now - start)
+        if watch == NULL:
+            limit = min(SLEEP_NS, limit)
         asleep = 0
         for k in range(set.n):
             r = set.readers[k]
             epoch = load_relaxed64(&r.hdr.epoch)
             deaf = r.bell != NULL and reader_deaf(r, now)
-            if r.bell != NULL and not deaf:
+            listens = r.bell != NULL and not deaf
+            if listens:
                 bells[asleep] = futex_entry_of(&r.bell.seq, load_acquire32(&r.bell.seq))
                 heard[asleep] = r
                 asleep += 1
                 store_relaxed32(&r.bell.waiters, 1)
-            if r.bell == NULL or deaf or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
+            if watch != NULL:
+                r.watch_futex = &r.bell.seq if listens else &r.nap
+                if not listens:
+                    bells[asleep] = futex_entry_of(&r.nap, load_acquire32(&r.nap))
+                    heard[asleep] = NULL
+                    asleep += 1
+            elif r.bell == NULL or deaf or set.polls or epoch == 0 or load_relaxed64(&r.bell.ringer) != epoch:
                 pause = POLL_IDLE_NS if idle or r.epoch == 0 else POLL_ACTIVE_NS if deaf else step
                 limit = min(limit, pause if r.poll_ns == 0 else r.poll_ns)
         fence_seq_cst()                 # pairs with ring(): the announcements before the last look
@@ -736,6 +769,11 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         count64(&set.sleeps, 1)
         for k in range(set.n):
             count64(&set.readers[k].sleeps, 1)
+        if watch != NULL:               # a wake-up that comes before the sleep is repeated with the watch's next look
+            pthread_mutex_lock(&watch.lock)
+            for k in range(set.n):
+                watch_add(watch, set.readers[k])
+            pthread_mutex_unlock(&watch.lock)
         if asleep == 0 or set.polls:
             sleep_ns(limit)
         else:
@@ -748,8 +786,13 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
                 set.polls = True
             elif (woken >= 0 or woken == -EAGAIN) and not any_ready(set):
                 for k in range(asleep):
-                    if <int>k == woken or load_relaxed32(&heard[k].bell.seq) != bells[k].seen:
+                    if heard[k] != NULL and (<int>k == woken or load_relaxed32(&heard[k].bell.seq) != bells[k].seen):
                         heard[k].vain += 1
+        if watch != NULL:
+            pthread_mutex_lock(&watch.lock)
+            for k in range(set.n):
+                watch_drop(set.readers[k])
+            pthread_mutex_unlock(&watch.lock)
         if not idle:
             step = min(step * 2, POLL_ACTIVE_NS)
         if any_ready(set):

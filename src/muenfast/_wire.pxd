@@ -12,6 +12,7 @@ cdef extern from "_atomics.h" nogil:
     void store_relaxed32(uint32_t *p, uint32_t v) noexcept
     void store_release32(uint32_t *p, uint32_t v) noexcept
     uint32_t exchange_acqrel32(uint32_t *p, uint32_t v) noexcept
+    bint compare_exchange_acqrel32(uint32_t *p, uint32_t seen, uint32_t v) noexcept
     uint32_t fetch_add_acqrel32(uint32_t *p, uint32_t v) noexcept
     uint64_t fetch_add_relaxed64(uint64_t *p, uint64_t v) noexcept
     void count64(uint64_t *p, uint64_t n) noexcept

@@ -26,6 +26,7 @@ from muenfast.connection import IN_PYTHON, MOST_POLL, Channels, blame, channels_
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
+from muenfast.lookout import Lookout, lookout
 from muenfast.threads import spawn
 
 if TYPE_CHECKING:
@@ -62,6 +63,14 @@ class _Group:
         stack.callback(watch.stop)
         return watch
 
+    @staticmethod
+    def _lookout(stack: ExitStack, parts: int) -> Lookout | None:
+        """One thread that tells all parts of their names; a single part looks itself."""
+        found = None if parts < 2 else lookout()
+        if found is not None:
+            stack.callback(found.close)
+        return found
+
     def close(self) -> None:
         """Closes all parts, the last first. In a child of fork(), where they are the parent's, nothing happens."""
         if os.getpid() == self._process:
@@ -93,10 +102,10 @@ class BlockServer(_Group):
         self.exports: list[Export] = []
         self._ended = threading.Event()
         with ExitStack() as stack:
-            watch = self._watch(stack, len(configs))
+            watch, names = self._watch(stack, len(configs)), self._lookout(stack, len(configs))
             with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)]):
                 for config in configs:
-                    export = Export(config, watch=watch)
+                    export = Export(config, watch=watch, lookout=names)
                     stack.callback(export.close)
                     self.exports.append(export)
             sharing = [export for export in self.exports if export.could_share]

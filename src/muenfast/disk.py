@@ -20,11 +20,11 @@ from muenfast._ring import Watch
 from muenfast.channel import End
 from muenfast.connection import BLOCK, IN_PYTHON, Channels, channels_from_lists
 from muenfast.errors import BrokenChannelError, MuenfastError, Offences, PeerError, PeerLog, UsageError
+from muenfast.lookout import UNTOLD, Pace
 
 log = logging.getLogger("muenfast")
 
-_TICK = 0.2  # seconds between looks at names, claims and policies
-_PER_LOOK = 5  # ticks between looks at the server's claim while nothing is asked
+_CLAIM = 0.9  # seconds between looks at the server's claim while nothing is asked
 _SILENCE = 5.0  # seconds without an answer before that is said, where no policy names another time
 _BACK_AT_ONCE = 1.0  # seconds that a server has for another size, or to begin, before its absence is said
 _ENDS = ("request", "response", "buffer")  # what Channels.open returns, and engines call them
@@ -168,9 +168,11 @@ class Connection:
     def _follow(self) -> None:
         lost_since = stuck_since = 0.0
         progress = -1
-        ticks = 0
+        looked = 0.0
+        pace = Pace(True, UNTOLD)
         while not self._stop.is_set():
-            state = self.client.run(_TICK)
+            state = self.client.run(pace.seconds)
+            pace.looked(state == "ready" and not self.client.in_flight and self.client.progress == progress)
             now = time.monotonic()
             self._offences.look(self.client.conduct)
             if state == "answered":
@@ -203,9 +205,9 @@ class Connection:
                     stuck_since, self._dead, self._stuck = 0.0, False, False
                     continue
                 self._look(gone=False)
-                ticks += 1
-                if self.client.state != "ready" or (ticks % _PER_LOOK and not self.client.in_flight):
+                if self.client.state != "ready" or not self.client.in_flight and now - looked < _CLAIM:
                     continue
+                looked = now
                 if self.client.in_flight:
                     stuck_since = stuck_since or now
                 else:

@@ -22,11 +22,11 @@ from muenfast.backing.faults import Fault, faults_from_list
 from muenfast.channel import End
 from muenfast.connection import BLOCK, IN_PYTHON, PATIENCE, Channels, Options, blame, channels_from_lists, place
 from muenfast.errors import BrokenChannelError, Offences, PeerLog, UsageError
+from muenfast.lookout import LEAST, Lookout, Pace
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
 
-_TICK = 0.2  # seconds between looks at names
 _PATIENCE = 2.0  # seconds before a wait for a disk is said
 LEAST_TIMEOUT, MOST_TIMEOUT = 1, 1200  # seconds, of a user-space store
 MOST_POOL = 64  # JOBS_WORKERS of _jobs.h
@@ -205,12 +205,18 @@ class _Change:
 class Export:
     """What is served over one pair of channels: a disk, or with a buffer any number; open from construction to close().
 
-    watch: polls for it while it is idle. Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
+    watch: polls for it while it is idle. lookout: tells of its names. Raises UsageError, ClaimError, PeerError, OSError;
+    nothing is left behind then.
     """
 
-    def __init__(self, config: ExportConfig, *, watch: Watch | None = None) -> None:
+    def __init__(self, config: ExportConfig, *, watch: Watch | None = None, lookout: Lookout | None = None) -> None:
         self.config = config
         self._watch = watch
+        locators = [locator for _, locator in config.channels.regions]
+        told = lookout is not None and lookout.covers(locators)
+        # Somebody's Python may be late with what it was told long ago.
+        self._pace = Pace(told and all(device.kind != "py" for device in config.devices))
+        self._quiet = False     # nothing was found by the last look
         self._stack = ExitStack()
         with ExitStack() as stack:
             option = config.channels.options.device
@@ -225,6 +231,9 @@ class Export:
             self._sizes = self._measured()
             self._open()
             stack.callback(self._leave)
+            if lookout is not None and told:
+                lookout.add(locators, self._nudge)
+                stack.callback(lookout.remove, locators, self._nudge)
             self._stack = stack.pop_all()
         self._stop = threading.Event()
         self._ended = threading.Event()
@@ -366,7 +375,9 @@ class Export:
                 if self._closed:
                     self._follow()
                     continue
-                event = self.server.run(_TICK)
+                event = self.server.run(self._pace.seconds)
+                if event != "tick":
+                    self._pace.hurry()
                 if event == "stopped":
                     self._follow()      # unless it ends
                     continue
@@ -378,7 +389,8 @@ class Export:
                         self._follow()
                 except Exception as error:  # nobody else would hear of it, and the export goes on
                     self._peer.warning("cannot look after its channels: %s", error)
-                    self._stop.wait(_TICK)
+                    self._stop.wait(LEAST)
+                self._pace.looked(self._quiet)
         finally:
             self._ended.set()
             self._refuse()
@@ -401,6 +413,11 @@ class Export:
         elif event == "incompatible":
             self._peer.warning("%s", self.config.channels.misfit(True, self.server.fault))
 
+    def _nudge(self) -> None:
+        """One of its names may mean something else."""
+        self._pace.hurry()
+        self.server.nudge()
+
     def _blame(self) -> None:
         """Says what the client gets wrong, or lacks."""
         self._offences.look(self.server.conduct)
@@ -420,6 +437,7 @@ class Export:
         An active request channel may be a dead client's: where nothing comes from it and a name means another region
         by now, we follow; where the name is merely gone, its client may still be there, unless the memory is gone too.
         """
+        self._quiet = False
         for backing in self.backings:
             backing.tell()
         self._blame()
@@ -433,6 +451,7 @@ class Export:
             log.error("export %s: %s", self.name, BrokenChannelError(
                 self._ends[("request", "response", "buffer").index(broken)].locator.text))
         stale = [end for end in self._ends if end.replaced()]
+        self._quiet = not broken and not stale and self._batches == before
         if broken:
             return bool(stale) or not any(end.region.truncated() for end in self._ends)
         if not stale or self.server.connected and self._batches != before:
@@ -451,7 +470,7 @@ class Export:
                 if str(error) != complaint:
                     complaint = str(error)
                     log.warning("export %s: waiting for its channels: %s", self.name, error)
-            self._stop.wait(_TICK)
+            self._stop.wait(LEAST)
 
     def _reopened(self) -> bool:
         """Closes the engine, does what change() wants, and opens another one, in the channels' memory of now; False where
@@ -602,6 +621,7 @@ class Crew:
         self._starts = dict.fromkeys(exports, 0)
         self._group = Group()
         self._name = f"exports {exports[0].name} ..."
+        self._pace = Pace(all(export._pace.told for export in exports))
         self._said = PeerLog(self._name)
 
     def start(self) -> None:
@@ -638,16 +658,19 @@ class Crew:
     def _serve_all(self) -> None:
         looked = time.monotonic()
         while self._exports:
-            self._run(_TICK)
+            self._run(self._pace.seconds)
             now = time.monotonic()
-            if now - looked < _TICK:
+            if now - looked < self._pace.seconds:
                 continue
             looked = now
+            quiet = True
             for k, export in enumerate(list(self._exports.values()), 1):
                 if export.server in self._exports:      # not gone by what happened just before
                     self._look(export)
+                    quiet = quiet and export._quiet
                 if k % self.LOOKS == 0:
                     self._run(0.0)
+            self._pace.looked(quiet)
 
     def _run(self, seconds: float) -> None:
         for server, event in self._group.run(seconds):
@@ -655,6 +678,10 @@ class Crew:
                 self._happened(self._exports[server], event)
 
     def _happened(self, export: Export, event: str) -> None:
+        self._pace.hurry()
+        if event == "tick":     # it was nudged
+            self._look(export)
+            return
         if event == "stopped":
             self._part(export)
             if export._stop.is_set():

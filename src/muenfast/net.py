@@ -20,12 +20,13 @@ from typing import Any
 from muenfast import params, pathmtu, shm, tuntap
 from muenfast._marks import MarkTable
 from muenfast._net import LEAST_MTU, MOST_MTU, Ports, Receiver, Sender, element_size
-from muenfast._ring import layout
+from muenfast._ring import Watch, layout
 from muenfast.bpf import Way
 from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size, wanted
 from muenfast.connection import CHECKSUM_MODES, MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
+from muenfast.lookout import LEAST, UNTOLD, Pace
 from muenfast.marks import LEAST_MARKS
 from muenfast.ports import Children, Makers, Port
 from muenfast.threads import spawn
@@ -43,7 +44,6 @@ MARKS: dict[str, tuple[Way, ...]] = {"auto": tuple(Way), **{way.value: (way,) fo
 _FLAGS = ("net_hdr", "eth_dev")
 _HEADER: int = layout()["header_size"]
 _IPV6_MTU = 1280    # RFC 8200
-_TICK = 0.2  # seconds between looks at names
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +297,7 @@ class _Half:
         self._swap = threading.Lock()       # the engine is taken, or made anew
         self._broken = False
         self._batches = -1
+        self._pace = Pace(interface.paths is None, UNTOLD)
         self._missed = False
         self.writer = 0         # the process that writes what we read, as far as it is known; else 0
         config = interface.config
@@ -355,7 +356,8 @@ class _Half:
         assert end is not None
         engine = Receiver(interface.ports, end.view, framing=config.framing, mtu=config.mtu,
                           protocol=config.reader_protocol, bell=end.bell_view, poll=config.poll,
-                          merge=interface.own.device.merges, tells=self._tells(end), checksum=config.checksum)
+                          merge=interface.own.device.merges, tells=self._tells(end), checksum=config.checksum,
+                          watch=interface.watch)
         engine.conduct.patience = config.patience
         return engine
 
@@ -368,7 +370,8 @@ class _Half:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            event = self.engine.run(_TICK)
+            event = self.engine.run(self._pace.seconds)
+            before = self._batches
             if event == "gone":
                 self.interface.removed()
                 return
@@ -385,9 +388,10 @@ class _Half:
                     self.look_at_writer()
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
+                self._pace.looked(event == "tick" and self._batches == before)
             except Exception as error:  # nobody else would hear of it, and the interface goes on
                 self._peer.warning("cannot look after its channels: %s", error)
-                self._stop.wait(_TICK)
+                self._stop.wait(LEAST)
 
     def _happened(self, event: str) -> None:
         if event in ("connected", "disconnected", "incompatible"):
@@ -446,7 +450,7 @@ class _Half:
             if not self._broken:
                 self._broken = True
                 log.error("interface %s: %s", self.interface.config.name, BrokenChannelError(self.locator.text))
-            self._stop.wait(_TICK / 10)
+            self._stop.wait(LEAST / 10)
             return self.end.replaced() or not self.end.region.truncated()
         if isinstance(self.engine, Receiver):
             before, self._batches = self._batches, self.engine.batches
@@ -514,8 +518,8 @@ class Interface:
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, config: InterfaceConfig, links: tuntap.Links, makers: Makers) -> None:
-        self.config, self._makers = config, makers
+    def __init__(self, config: InterfaceConfig, links: tuntap.Links, makers: Makers, watch: Watch | None = None) -> None:
+        self.config, self._makers, self.watch = config, makers, watch
         self.up = False
         self.gone = False
         self._carrier = threading.Lock()    # of what the device was told last
@@ -696,9 +700,15 @@ class Interfaces:
         self.interfaces: list[Interface] = []
         with ExitStack() as stack:
             links = stack.enter_context(tuntap.Links())
+            watch = None
+            if len(configs) > 1:        # one thread polls for all while they are idle
+                watch = Watch()
+                thread = spawn(watch.run, "watch")
+                stack.callback(thread.join)
+                stack.callback(watch.stop)
             with shm.made_ahead([region for config in configs for region in config.wanted()]):
                 for config in configs:
-                    interface = Interface(config, links, Makers() if makers is None else makers)
+                    interface = Interface(config, links, Makers() if makers is None else makers, watch)
                     stack.callback(interface.close)
                     self.interfaces.append(interface)
             for interface in self.interfaces:

@@ -40,6 +40,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "fsync": (74, 82), "fdatasync": (75, 83), "syncfs": (306, 267), "sync_file_range": (277, 84),
     "copy_file_range": (326, 285), "fadvise64": (221, 223), "flock": (73, 32), "fcntl": (72, 25), "dup": (32, 23),
     "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59), "utimensat": (280, 88),
+    "inotify_init1": (294, 26), "inotify_add_watch": (254, 27), "inotify_rm_watch": (255, 28),
     "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11), "flistxattr": (196, 13),
     "umask": (95, 166), "mmap": (9, 222), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226),
     "madvise": (28, 233), "brk": (12, 214), "msync": (26, 227), "mincore": (27, 232), "mlock": (149, 228),

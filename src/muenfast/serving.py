@@ -17,6 +17,7 @@ from muenfast.connection import Options, channels_from_lists, place
 from muenfast.control import Command
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.export import Export, ExportConfig, check_devices, of_store
+from muenfast.lookout import Lookout
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
@@ -86,6 +87,7 @@ class ControlledServer(BlockServer):
         self._over = False
         self._created: list[Export] = []
         self._poller: Watch | None = None
+        self._names: Lookout | None = None
         super().__init__(configs, threads=threads)
         with ExitStack() as stack:
             stack.push(self._stack)         # entered last, left first: what was created goes before what was there
@@ -195,10 +197,10 @@ class ControlledServer(BlockServer):
                 raise UsageError("there is an export of that name", option="NAME", value=name,
                                  hint=f"`muenfast ctl destroy {name}` ends it")
             self._check_regions(regions)
-            watch = self._watching()
+            watch, names = self._watching()
             self._coming[name] = regions
         try:
-            export = Export(config, watch=watch)
+            export = Export(config, watch=watch, lookout=names)
             try:
                 export.start()
             except BaseException:
@@ -226,15 +228,17 @@ class ControlledServer(BlockServer):
                     raise UsageError(f"a region is one channel or the buffer of one connection; export {name} has it",
                                      option=option, index=index, value=text)
 
-    def _watching(self) -> Watch:
-        """One thread polls for all that were created, while they are idle. Precondition: `_books` is held."""
+    def _watching(self) -> tuple[Watch, Lookout | None]:
+        """One thread polls for all that were created, while they are idle, and one is told of their names. Precondition:
+        `_books` is held."""
         if self._poller is None:
+            self._names = self._lookout(self._own, 2)
             watch = Watch()
             thread = spawn(watch.run, "watch of created exports")
             self._own.callback(thread.join)
             self._own.callback(watch.stop)
             self._poller = watch
-        return self._poller
+        return self._poller, self._names
 
     def destroy(self, which: str | None = None, *, force: bool = False) -> list[dict[str, Any]]:
         """Ends an export, None: all, for good: its client is told. Their entries. Raises UsageError where there is none, or

@@ -51,7 +51,7 @@ from muenfast._inodes import allocate
 from muenfast.errors import ClaimError, PeerError, UsageError
 from muenfast.threads import spawn
 
-_SHM = "/dev/shm/"
+DIRECTORY = "/dev/shm/"   # of POSIX shared memory
 _RUN = "/run/muenfast"
 _TEMPORARY = ".muenfast-"
 _MODE = 0o600  # of a region, where nothing says otherwise
@@ -115,7 +115,7 @@ class Locator:
             check(text not in (".", ".."), "'.' and '..' are not names")
             check(len(encoded) <= _NAME_MAX, f"a name must not be longer than {_NAME_MAX} bytes")
             check(not text.startswith(_TEMPORARY), f"names that begin with {_TEMPORARY} are reserved")
-            return cls(text, _SHM + text, True)
+            return cls(text, DIRECTORY + text, True)
         check(not text.endswith("/"), "a path must name a file")
         directory, _, last = text.rpartition("/")
         name, at, numbers = last.rpartition("@")
@@ -530,12 +530,12 @@ def _sweep() -> None:
 def _temporaries() -> list[str]:
     """This user's temporary files below /dev/shm, a living maker's too."""
     found = []
-    for entry in sorted(os.listdir(_SHM)) if os.path.isdir(_SHM) else ():
+    for entry in sorted(os.listdir(DIRECTORY)) if os.path.isdir(DIRECTORY) else ():
         if entry.startswith(_TEMPORARY):
             with contextlib.suppress(FileNotFoundError):
-                seen = os.lstat(_SHM + entry)
+                seen = os.lstat(DIRECTORY + entry)
                 if stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid():
-                    found.append(_SHM + entry)
+                    found.append(DIRECTORY + entry)
     return found
 
 
@@ -718,7 +718,7 @@ class _Ahead:
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         """wanted: of POSIX names."""
-        there = set(os.listdir(_SHM))
+        there = set(os.listdir(DIRECTORY))
         missing = [each for each in wanted if each[0].text not in there]
         self._chunks = [missing[k:k + self.CHUNK] for k in range(0, len(missing), self.CHUNK)]
         self._to_come = {locator.path for locator, _, _ in missing}
@@ -735,7 +735,7 @@ class _Ahead:
                 self._over = True
 
     def _allocate(self, chunks: Sequence[Sequence[Wanted]]) -> None:
-        directory = os.fsencode(_SHM)
+        directory = os.fsencode(DIRECTORY)
         try:
             for chunk in chunks:
                 if self._over:
@@ -808,6 +808,9 @@ def made_ahead(wanted: Sequence[Wanted]) -> Iterator[None]:
     are left again.
     """
     global _aheads
+    if len(wanted) < _Ahead.LEAST:      # nor does one look whether they are there
+        yield
+        return
     ahead = _Ahead(wanted)
     with _aheads_lock:
         _aheads += ahead,
@@ -832,7 +835,7 @@ def _open(locator: Locator, writable: bool) -> int:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.
         return os.open(locator.path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     try:
-        return int(posix_ipc.SharedMemory(locator.path[len(_SHM) - 1:], read_only=not writable).fd)
+        return int(posix_ipc.SharedMemory(locator.path[len(DIRECTORY) - 1:], read_only=not writable).fd)
     except posix_ipc.ExistentialError:
         number = errno.ENOENT
     except posix_ipc.PermissionsError:
@@ -1188,7 +1191,7 @@ def list_regions() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     room = _room("regions")
     with _mutex(room):
-        for name in sorted(os.listdir(_SHM)):
+        for name in sorted(os.listdir(DIRECTORY)):
             try:
                 path = Locator.parse(name).path
                 seen = os.lstat(path)
