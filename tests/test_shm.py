@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from muenfast import shm
+from muenfast import connection, inodes, shm
+from muenfast.cli import blk
 from muenfast.errors import ClaimError, PeerError, UsageError
 from muenfast.shm import Locator, Region
 
@@ -500,12 +501,12 @@ def test_made_ahead_where_others_are_faster() -> None:
 def test_made_ahead_without(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it cannot be had, regions are made one by one, and who makes them tells why that fails."""
     if what == "no memory":
-        monkeypatch.setattr(shm, "allocate", lambda directory, sizes: [])
+        monkeypatch.setattr(inodes, "allocate", lambda directory, sizes: [])
     else:
         def refuse(target: Callable[[], None], name: str) -> threading.Thread:
             raise OSError(errno.EAGAIN, "no thread")
 
-        monkeypatch.setattr(shm, "spawn", refuse)
+        monkeypatch.setattr(inodes, "spawn", refuse)
     locators = many()
     with shm.made_ahead([(locator, PAGE, True) for locator in locators]):
         regions = [Region.open(locator, writable=True, create=PAGE) for locator in locators]
@@ -516,15 +517,43 @@ def test_made_ahead_without(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         region.close()
 
 
+def test_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made for names that are all missing, used where it is what they need, and closed else."""
+    assert blk._REGION_SIZE == connection.REGION_SIZE
+    names = [locator.text for locator in many(20)]
+    assert inodes.stock_of(names[:3], PAGE) is None                     # too few
+    assert inodes.stock_of([*names[:5], "/a/path"], PAGE) is None
+    with Region.open(Locator.parse(names[2]), writable=True, create=PAGE):
+        assert inodes.stock_of(names, PAGE) is None
+    wanted = [each for name in names for each in ((Locator.parse(name), 2 * PAGE, True),
+                                                  (Locator.parse(name + ".bell"), PAGE, True))]
+    for size in (2 * PAGE, PAGE):
+        stock = inodes.stock_of(names, size)
+        assert stock is not None
+        with monkeypatch.context() as patch, shm.made_ahead(wanted, stock):
+            if size == 2 * PAGE:
+                patch.setattr(inodes, "allocate", lambda directory, sizes: pytest.fail("they are there"))
+            regions = [Region.open(locator, writable=True, create=size) for locator, size, _ in wanted]
+        assert [region.size for region in regions] == [2 * PAGE, PAGE] * 20
+        assert stock.take() == []
+        for region in regions:
+            region.close()
+    stock = inodes.stock_of(names, PAGE)
+    assert stock is not None
+    with shm.made_ahead(wanted[:2], stock):
+        pass
+    assert stock.take() == []
+
+
 def test_inodes(tmp_path: Path) -> None:
     """As many as can be had, in order, allocated in full."""
     before = descriptors()
-    found = shm.allocate(b"/dev/shm", [PAGE, 3 * PAGE, 1 << 50, PAGE])
+    found = inodes.allocate(b"/dev/shm", [PAGE, 3 * PAGE, 1 << 50, PAGE])
     assert [(os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512, os.fstat(fd).st_nlink) for fd in found] == [
         (PAGE, PAGE, 0), (3 * PAGE, 3 * PAGE, 0)]
     for fd in found:
         os.close(fd)
-    assert shm.allocate(os.fsencode(tmp_path / "none"), [PAGE]) == []
+    assert inodes.allocate(os.fsencode(tmp_path / "none"), [PAGE]) == []
     assert descriptors() == before
 
 
@@ -694,7 +723,8 @@ while True:
 # Claims "before", forks a child that goes on without exec, claims "after", and waits to be killed.
 FORKS = """if True:
     import os, time
-    from muenfast import shm
+    from muenfast import connection, inodes, shm
+from muenfast.cli import blk
     before = shm.claim("before", "a thing")
     child = os.fork()
     if child == 0:

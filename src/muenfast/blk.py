@@ -26,6 +26,7 @@ from muenfast.connection import IN_PYTHON, MOST_POLL, Channels, blame, channels_
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
+from muenfast.inodes import Stock
 from muenfast.lookout import Lookout, lookout
 from muenfast.threads import spawn
 
@@ -88,12 +89,12 @@ class BlockServer(_Group):
     """Several exports in one process; serving from construction to close().
 
     threads: most threads for exports in RAM (`Export.shares`); the others have one each. None: four for each CPU it may
-    run on. More exports than that share them, at most 128 one thread.
+    run on. More exports than that share them, at most 128 one thread. stock: what was got ready for their regions.
 
     Raises UsageError, ClaimError, PeerError, OSError.
     """
 
-    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None) -> None:
+    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None) -> None:
         super().__init__()
         if threads is None:
             threads = _THREADS_PER_CPU * len(os.sched_getaffinity(0))
@@ -103,7 +104,7 @@ class BlockServer(_Group):
         self._ended = threading.Event()
         with ExitStack() as stack:
             watch, names = self._watch(stack, len(configs)), self._lookout(stack, len(configs))
-            with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)]):
+            with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)], stock):
                 for config in configs:
                     export = Export(config, watch=watch, lookout=names)
                     stack.callback(export.close)

@@ -41,17 +41,15 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any
 
 import posix_ipc  # type: ignore[import-not-found]
 
-from muenfast._inodes import allocate
 from muenfast.errors import ClaimError, PeerError, UsageError
-from muenfast.threads import spawn
+from muenfast.inodes import DIRECTORY as DIRECTORY
+from muenfast.inodes import LEAST, LOT, Stock
 
-DIRECTORY = "/dev/shm/"   # of POSIX shared memory
 _RUN = "/run/muenfast"
 _TEMPORARY = ".muenfast-"
 _MODE = 0o600  # of a region, where nothing says otherwise
@@ -379,12 +377,25 @@ class _File:
         self._end += len(line)
         self._lines += 1
 
+    def write(self, lines: Sequence[bytes]) -> bool:
+        """For names that link() gives it. False: that needs another file. Raises OSError."""
+        if self._fd < 0 or self._lines + len(lines) > self.MOST:
+            return False
+        self._append(b"".join(lines))
+        self._lines += len(lines) - 1
+        return True
+
     def add(self, path: str, line: bytes, *, record: bool) -> bool:
         """Gives it one more name; False: that needs another file. record: not a note. Raises FileExistsError."""
-        if self._fd < 0 or self._lines >= self.MOST:
-            return False
         with contextlib.suppress(OSError), _named(path):
-            self._append(line)
+            return self.write([line]) and self.link(path, record=record)
+        return False
+
+    def link(self, path: str, *, record: bool) -> bool:
+        """As add(), of a line that is written."""
+        if not self._paths:
+            return False
+        with contextlib.suppress(OSError):
             source = next(iter(self._paths))
             try:
                 os.link(source, path)
@@ -429,10 +440,14 @@ class _Stands(Exception):
     """A name is taken."""
 
 
+def _line(name: str, info: dict[str, Any]) -> bytes:
+    return os.fsencode(name) + b" " + json.dumps(info).encode() + b"\n"
+
+
 def _enter(path: str, info: dict[str, Any], *, record: bool) -> _File | None:
     """Makes a record or (None) a note. Precondition: the room's mutex is held. Raises FileExistsError, OSError."""
     room, _, name = path.rpartition("/")
-    line = os.fsencode(name) + b" " + json.dumps(info).encode() + b"\n"
+    line = _line(name, info)
     with _files_lock:
         file = _files.get(room)
         try:
@@ -453,15 +468,38 @@ def _enter(path: str, info: dict[str, Any], *, record: bool) -> _File | None:
     return None
 
 
+def _written(room: str, lines: Sequence[bytes]) -> _File | None:
+    """The file that takes the next records of room, with these lines in it. None: there is none with room for them.
+    Precondition: the room's mutex is held."""
+    with _files_lock:
+        file = _files.get(room)
+        with contextlib.suppress(OSError):
+            if file is not None and file.pid == os.getpid() and file.write(lines):
+                return file
+    return None
+
+
+def _link_written(file: _File, path: str, *, record: bool) -> bool:
+    """Whether a name of which file has the line was made. Not where we were forked meanwhile: the child has it, too.
+    Precondition: the room's mutex is held. Raises FileExistsError."""
+    with _files_lock:
+        try:
+            return _files.get(path.rpartition("/")[0]) is file and file.link(path, record=record)
+        except _Stands:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+
+
 class _Record:
     """A name that says who we are, and that we live: of a locked file until drop() or our end."""
 
     __slots__ = ("_file", "_path", "pid")
 
-    def __init__(self, path: str, info: dict[str, Any]) -> None:
-        """Precondition: the room's mutex is held, and no file stands at path."""
+    def __init__(self, path: str, info: dict[str, Any], file: _File | None = None) -> None:
+        """file: that has its line. Precondition: the room's mutex is held, and no file stands at path."""
         self._path, self.pid = path, os.getpid()
-        self._file = _enter(path, info, record=True)
+        if file is None or not _link_written(file, path, record=True):
+            file = _enter(path, info, record=True)
+        self._file = file
         _held[path] = self.pid
 
     def drop(self) -> None:
@@ -572,16 +610,35 @@ def _auto(room: str, key: str, sweep: bool = True) -> str | None:
     return None
 
 
+class _Draft:
+    """What is to be a record that one Region uses an inode, and a note that it is an automatic one."""
+
+    __slots__ = ("info", "key", "locator", "name")
+
+    def __init__(self, seen: os.stat_result, locator: Locator, writable: bool) -> None:
+        self.key, self.locator = _key(seen.st_dev, seen.st_ino), locator
+        self.name = f"{self.key}~{os.getpid()}-{os.urandom(8).hex()}"
+        self.info = _identity(f"region {locator.text}", {"name": locator.text, "writable": writable})
+        self.info["key"] = self.key
+
+    @property
+    def note(self) -> dict[str, Any]:
+        return {"name": self.locator.text, "path": self.locator.path, "auto": True, "boot": _boot()}
+
+    @property
+    def lines(self) -> tuple[bytes, bytes]:
+        return _line(self.name, self.info), _line(self.key, self.note)
+
+
 class _Presence:
     """That one Region uses an inode. Precondition of making one: the room's mutex is held."""
 
     __slots__ = ("_key", "_record", "_room")
 
-    def __init__(self, room: str, seen: os.stat_result, locator: Locator, writable: bool) -> None:
-        self._room, self._key = room, _key(seen.st_dev, seen.st_ino)
-        info = _identity(f"region {locator.text}", {"name": locator.text, "writable": writable})
-        info["key"] = self._key
-        self._record = _Record(os.path.join(room, f"{self._key}~{os.getpid()}-{os.urandom(8).hex()}"), info)
+    def __init__(self, room: str, draft: _Draft, file: _File | None = None) -> None:
+        """file: that has the draft's line."""
+        self._room, self._key = room, draft.key
+        self._record = _Record(f"{room}/{draft.name}", draft.info, file)
 
     def drop(self) -> None:
         """Leaves without looking whether somebody else is still there. Idempotent."""
@@ -654,7 +711,7 @@ def _create(locator: Locator, size: int, mode: int, writable: bool) -> tuple[int
         fd, source = _make_inode(stack, locator.path, size, mode)
         seen = os.fstat(fd)
         with _mutex(room):
-            presence = _linked(room, fd, source, seen, locator, writable)
+            presence = _linked(room, fd, source, seen, _Draft(seen, locator, writable))
         if presence is None:
             return None
         with contextlib.ExitStack() as undo:
@@ -672,15 +729,16 @@ def _create(locator: Locator, size: int, mode: int, writable: bool) -> tuple[int
             return own, presence
 
 
-def _linked(room: str, fd: int, source: str, seen: os.stat_result, locator: Locator, writable: bool) -> _Presence | None:
-    """Gives a new inode its name, as an automatic region that we use. None when somebody else was faster. Precondition: the
-    room's mutex is held. Raises OSError."""
-    note = os.path.join(room, _key(seen.st_dev, seen.st_ino))
-    presence = _Presence(room, seen, locator, writable)
+def _linked(room: str, fd: int, source: str, seen: os.stat_result, draft: _Draft,
+            file: _File | None = None) -> _Presence | None:
+    """Gives a new inode its name, as an automatic region that we use. None when somebody else was faster. file: that has
+    the draft's lines. Precondition: the room's mutex is held. Raises OSError."""
+    locator, note = draft.locator, f"{room}/{draft.key}"
+    presence = _Presence(room, draft, file)
     try:
         # Before the link: whenever the maker dies, the name is either not there or known as automatic.
         with _named(note):
-            _note(note, {"name": locator.text, "path": locator.path, "auto": True, "boot": _boot()})
+            _note(note, draft, file)
         _link(fd, source, locator.path)
     except BaseException as error:
         with contextlib.ExitStack() as undo:
@@ -693,12 +751,15 @@ def _linked(room: str, fd: int, source: str, seen: os.stat_result, locator: Loca
     return presence
 
 
-def _note(path: str, state: dict[str, Any]) -> None:
-    try:
-        _enter(path, state, record=False)
-    except FileExistsError:     # about an inode that is no more: we have just been given its number
-        _unlink(path)
-        _enter(path, state, record=False)
+def _note(path: str, draft: _Draft, file: _File | None) -> None:
+    for _ in range(2):
+        try:
+            if file is None or not _link_written(file, path, record=False):
+                _enter(path, draft.note, record=False)
+            return
+        except FileExistsError:     # about an inode that is no more: we have just been given its number
+            _unlink(path)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
 
 # A region that is to be opened: its name, bytes where it is missing, whether to write.
@@ -706,94 +767,68 @@ Wanted = tuple[Locator, int, bool]
 
 
 class _Ahead:
-    """Missing regions of one start, made CHUNK at a time for the first of them that is opened.
+    """Missing regions of one start, made a lot at a time for the first of them that is opened.
 
     Their inodes are allocated by a thread meanwhile, for to clear that memory takes as long as all that the interpreter has
     to do for them. Invariant: a region gets its name only once it is allocated in full, as everywhere. What cannot be had
-    here, for whatever reason, is not made here: Region.open() tries by itself, and tells.
+    here is not made here: Region.open() tries by itself, and tells why it fails.
     """
 
-    CHUNK = 16
-    LEAST = 8   # regions, below which it gains nothing
-
-    def __init__(self, wanted: Sequence[Wanted]) -> None:
-        """wanted: of POSIX names."""
+    def __init__(self, wanted: Sequence[Wanted], stock: Stock | None) -> None:
+        """wanted: of POSIX names. stock: taken over, and of use where it is just what they need."""
         there = set(os.listdir(DIRECTORY))
         missing = [each for each in wanted if each[0].text not in there]
-        self._chunks = [missing[k:k + self.CHUNK] for k in range(0, len(missing), self.CHUNK)]
-        self._to_come = {locator.path for locator, _, _ in missing}
+        self._lots = [missing[k:k + LOT] for k in range(0, len(missing), LOT)]
+        if stock is not None and stock.lots != tuple(tuple(size for _, size, _ in lot) for lot in self._lots):
+            stock.close()
+            stock = None
+        if stock is None and len(missing) >= LEAST:
+            stock = Stock([size for _, size, _ in missing])
+        self._stock = stock
+        self._to_come = set() if stock is None else {locator.path for locator, _, _ in missing}
         self._made: dict[str, tuple[int, bool, os.stat_result, _Presence]] = {}
-        self._making = threading.Lock()                     # of all above
-        self._news = threading.Condition(threading.Lock())  # of what follows, the thread's
-        self._inodes: list[list[int]] = []
-        self._over = len(missing) < self.LEAST
-        self._thread: threading.Thread | None = None
-        if not self._over:
-            try:
-                self._thread = spawn(partial(self._allocate, tuple(self._chunks)), "regions")
-            except OSError:     # no thread is to be had: whoever needs one will say so
-                self._over = True
-
-    def _allocate(self, chunks: Sequence[Sequence[Wanted]]) -> None:
-        directory = os.fsencode(DIRECTORY)
-        try:
-            for chunk in chunks:
-                if self._over:
-                    break
-                inodes = allocate(directory, [size for _, size, _ in chunk])
-                with self._news:
-                    self._inodes.append(inodes)
-                    self._news.notify_all()
-                if len(inodes) < len(chunk):
-                    break
-        finally:
-            with self._news:
-                self._over = True
-                self._news.notify_all()
+        self._making = threading.Lock()     # of all above
 
     def take(self, locator: Locator, size: int, writable: bool) -> tuple[os.stat_result, _Presence] | None:
         """A region that was made for this, and our record there. None: it is not made here. Raises OSError."""
         with self._making:
-            while locator.path in self._to_come and self._chunks:
-                chunk = self._chunks.pop(0)
-                self._to_come -= {each.path for each, _, _ in chunk}
-                with self._news:
-                    while not (self._inodes or self._over):
-                        self._news.wait()
-                    inodes = self._inodes.pop(0) if self._inodes else []
-                self._make(chunk, inodes)
+            while locator.path in self._to_come:
+                assert self._stock is not None
+                lot = self._lots.pop(0)
+                self._to_come -= {each.path for each, _, _ in lot}
+                self._make(lot, self._stock.take())
             found = self._made.get(locator.path)
             if found is None or found[:2] != (size, writable):
                 return None
             del self._made[locator.path]
             return found[2:]
 
-    def _make(self, chunk: Sequence[Wanted], inodes: list[int]) -> None:
+    def _make(self, lot: Sequence[Wanted], inodes: list[int]) -> None:
         """Takes the inodes over. Raises OSError of the book-keeping."""
         with contextlib.ExitStack() as stack:
             for fd in inodes:
                 stack.callback(os.close, fd)
             room = _room("regions")
+            drafts = []
+            for (locator, _, writable), fd in zip(lot, inodes, strict=False):
+                seen = os.fstat(fd)
+                if stat.S_IMODE(seen.st_mode) != _MODE:
+                    os.fchmod(fd, _MODE)
+                drafts.append((seen, _Draft(seen, locator, writable)))
             with _mutex(room):
-                for (locator, size, writable), fd in zip(chunk, inodes, strict=False):
-                    seen = os.fstat(fd)
-                    if stat.S_IMODE(seen.st_mode) != _MODE:
-                        os.fchmod(fd, _MODE)
-                    presence = _linked(room, fd, f"/proc/self/fd/{fd}", seen, locator, writable)
+                file = _written(room, [line for _, draft in drafts for line in draft.lines])
+                for (locator, size, writable), fd, (seen, draft) in zip(lot, inodes, drafts, strict=False):
+                    presence = _linked(room, fd, f"/proc/self/fd/{fd}", seen, draft, file)
                     if presence is not None:
                         self._made[locator.path] = size, writable, seen, presence
 
     def close(self) -> None:
         """Leaves what was not taken."""
-        with self._news:
-            self._over = True
-        if self._thread is not None:
-            self._thread.join()
         with contextlib.ExitStack() as stack:
-            for fd in (fd for inodes in self._inodes for fd in inodes):
-                stack.callback(os.close, fd)
             for _, _, _, presence in self._made.values():
                 stack.callback(presence.leave)
+            if self._stock is not None:
+                stack.callback(self._stock.close)
 
 
 _aheads: tuple[_Ahead, ...] = ()
@@ -801,17 +836,19 @@ _aheads_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def made_ahead(wanted: Sequence[Wanted]) -> Iterator[None]:
+def made_ahead(wanted: Sequence[Wanted], stock: Stock | None = None) -> Iterator[None]:
     """Within, Region.open() is faster with those of `wanted` (POSIX names) that it would make, where they are many.
 
     In any thread; nothing else about it differs, but that regions are there earlier. Those that were not opened by the end
-    are left again.
+    are left again. stock: what was got ready for them; closed by the end.
     """
     global _aheads
-    if len(wanted) < _Ahead.LEAST:      # nor does one look whether they are there
+    if len(wanted) < LEAST:     # nor does one look whether they are there
+        if stock is not None:
+            stock.close()
         yield
         return
-    ahead = _Ahead(wanted)
+    ahead = _Ahead(wanted, stock)
     with _aheads_lock:
         _aheads += ahead,
     try:
@@ -977,7 +1014,7 @@ class Region:
                 if not made:
                     room = _room("regions")
                     with _mutex(room):
-                        presence = _Presence(room, seen, locator, writable)
+                        presence = _Presence(room, _Draft(seen, locator, writable))
                         undo.callback(presence.leave)
                     # From here on no leaver takes the name away. If one did before, we start over.
                     if not _means(locator.path, seen.st_dev, seen.st_ino, follow=not locator.posix):
