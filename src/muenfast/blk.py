@@ -23,6 +23,7 @@ from muenfast import shm
 from muenfast._ring import Watch
 from muenfast.backing import DEFAULT_POOL, DEFAULT_TIMEOUT, Device
 from muenfast.connection import IN_PYTHON, MOST_POLL, Channels, blame, channels_from_lists
+from muenfast.cpus import Cpus, inherited
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
@@ -89,13 +90,16 @@ class BlockServer(_Group):
     """Several exports in one process; serving from construction to close().
 
     threads: most threads for exports in RAM (`Export.shares`); the others have one each. None: four for each CPU it may
-    run on. More exports than that share them, at most 128 one thread. stock: what was got ready for their regions.
+    run on. More exports than that share them, at most 128 one thread. stock: what was got ready for their regions. cpus:
+    that these threads are pinned to, in turn; none: none is.
 
     Raises UsageError, ClaimError, PeerError, OSError.
     """
 
-    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None) -> None:
+    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None,
+                 cpus: Sequence[int] = ()) -> None:
         super().__init__()
+        self._cpus = Cpus(cpus)
         if threads is None:
             threads = _THREADS_PER_CPU * len(os.sched_getaffinity(0))
         elif threads < 1:
@@ -114,10 +118,12 @@ class BlockServer(_Group):
                 sharing = []
             count = min(len(sharing), max(threads, math.ceil(len(sharing) / Crew.MOST)))
             crews = [crew for k in range(count) if len(crew := sharing[k::count]) > 1]
-            for export in set(self.exports).difference(*crews):
+            alone = set(self.exports).difference(*crews)
+            for export in filter(alone.__contains__, self.exports):
+                export.cpu = self._cpus.next()
                 export.start()
             for exports in crews:
-                Crew(exports).start()
+                Crew(exports, self._cpus.next()).start()
             stack.callback(self._stop)      # all, before the first is waited for
             self._stack = stack.pop_all()
 
@@ -262,14 +268,16 @@ class BlockClients(_Group):
 
     disks: one for each connection until ready() knows how many each has. attach: one of ATTACHMENTS, afterwards what
     "auto" came to. nbd: paths of Unix sockets, one per disk: each is an NBD export from then on, too. fuse_uring: when
-    the device's requests come by FUSE over io_uring: "auto", "kernel" (where its parameter says so) or "off". root: of what
-    takes privileges for block devices, None: this process does it.
+    the device's requests come by FUSE over io_uring: "auto", "kernel" (where its parameter says so) or "off". root: of
+    what takes privileges for block devices, None: this process does it. cpus: the threads of each connection, and of its
+    front ends, are pinned to one of them, in turn; none: they are not.
     """
 
     def __init__(self, channels: Sequence[Channels], *, attach: str = "auto", nbd: Sequence[str] | None = None,
                  on_peer_loss: OnPeerLoss | None = None, same_store: bool = False, fuse_uring: str = "auto",
-                 root: Root | None = None) -> None:
+                 root: Root | None = None, cpus: Sequence[int] = ()) -> None:
         super().__init__()
+        given = Cpus(cpus)
         self.attach = _front_end(attach, root)
         self._root = root
         self._fuse_uring = fuse_uring
@@ -291,7 +299,8 @@ class BlockClients(_Group):
             watch = self._watch(stack, len(channels))
             with shm.made_ahead([region for entry in channels for region in entry.wanted(serving=False)]):
                 for entry in channels:
-                    connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch)
+                    connection = Connection(entry, timeout=0, on_peer_loss=on_peer_loss, same_store=same_store, watch=watch,
+                                            cpu=given.next())
                     stack.callback(connection.close)
                     connection.resized = functools.partial(self._resized, connection)
                     self.connections.append(connection)
@@ -343,10 +352,11 @@ class BlockClients(_Group):
         self.disks = disks
         self._stack.callback(self._detach_all)
         for disk in self.disks:
-            if self.attach != "none":
-                self._attach(disk)
-            if disk.listener is not None:
-                self._nbd(disk).listen(disk.listener)
+            with inherited(disk.device.connection.cpu, f"disk {disk.device.channels.name}"):
+                if self.attach != "none":
+                    self._attach(disk)
+                if disk.listener is not None:
+                    self._nbd(disk).listen(disk.listener)
         with self._books:
             self._attached = True
             self._start_resizing()

@@ -19,6 +19,7 @@ from muenfast._client import Client, Disk
 from muenfast._ring import Watch
 from muenfast.channel import End
 from muenfast.connection import BLOCK, IN_PYTHON, Channels, channels_from_lists
+from muenfast.cpus import pin
 from muenfast.errors import BrokenChannelError, MuenfastError, Offences, PeerError, PeerLog, UsageError
 from muenfast.lookout import UNTOLD, Pace
 
@@ -59,7 +60,8 @@ class OnPeerLoss:
 class Connection:
     """The using side of one connection, and the thread that looks after it. Its disks are BlockDevices.
 
-    channels: where. wants: number of a disk that must be there. The rest: as BlockDevice, which most programs need only.
+    channels: where. wants: number of a disk that must be there. cpu: its thread is pinned to. The rest: as BlockDevice,
+    which most programs need only.
     resized: called by its thread once disks have another size; must not wait.
     """
 
@@ -67,8 +69,8 @@ class Connection:
 
     def __init__(self, channels: Channels, *, timeout: float | None = 10.0, on_peer_loss: OnPeerLoss | None = None,
                  same_store: bool = False, depth: int | None = None, watch: Watch | None = None,
-                 wants: int = 0) -> None:
-        self.channels = channels
+                 wants: int = 0, cpu: int | None = None) -> None:
+        self.channels, self.cpu = channels, cpu
         self._policy = on_peer_loss or OnPeerLoss()
         self._same_store = same_store
         self._watch = watch
@@ -160,6 +162,7 @@ class Connection:
 
     def _run(self) -> None:
         try:
+            pin(self.cpu, f"disk {self.channels.name}")
             self._follow()
         except BaseException as error:  # without this thread every request would wait for ever
             log.exception("disk %s", self.channels.name)
@@ -665,7 +668,8 @@ class BlockDevice:
         disk = disks[self.device] if self.device < len(disks) else None
         found: dict[str, Any] = {
             "role": "client", "req": channels.req.text, "resp": channels.resp.text, "size": self.size,
-            "state": self.connection.state, "read_only": disk is not None and self.read_only, "failure": self.failure,
+            "state": self.connection.state, "cpu": self.connection.cpu,
+            "read_only": disk is not None and self.read_only, "failure": self.failure,
             "in_flight": 0 if disk is None else disk.in_flight,
             "checksum": self.connection.checksum, "offences": self.client.conduct.offences,
             "counters": self.client.counters | (disk.counters if disk is not None else {}),

@@ -21,6 +21,7 @@ from muenfast.backing import DEFAULT_DEVICE, DEFAULT_POOL, DEFAULT_TIMEOUT, Back
 from muenfast.backing.faults import Fault, faults_from_list
 from muenfast.channel import End
 from muenfast.connection import BLOCK, IN_PYTHON, PATIENCE, Channels, Options, blame, channels_from_lists, place
+from muenfast.cpus import pin
 from muenfast.errors import BrokenChannelError, Offences, PeerLog, UsageError
 from muenfast.lookout import LEAST, Lookout, Pace
 from muenfast.threads import spawn
@@ -205,12 +206,14 @@ class _Change:
 class Export:
     """What is served over one pair of channels: a disk, or with a buffer any number; open from construction to close().
 
-    watch: polls for it while it is idle. lookout: tells of its names. Raises UsageError, ClaimError, PeerError, OSError;
-    nothing is left behind then.
+    watch: polls for it while it is idle. lookout: tells of its names. cpu: its thread is pinned to. Raises
+    UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, config: ExportConfig, *, watch: Watch | None = None, lookout: Lookout | None = None) -> None:
+    def __init__(self, config: ExportConfig, *, watch: Watch | None = None, lookout: Lookout | None = None,
+                 cpu: int | None = None) -> None:
         self.config = config
+        self.cpu = cpu
         self._watch = watch
         locators = [locator for _, locator in config.channels.regions]
         told = lookout is not None and lookout.covers(locators)
@@ -371,6 +374,7 @@ class Export:
 
     def _serve(self) -> None:
         try:
+            pin(self.cpu, f"export {self.name}")
             while not self._stop.is_set():
                 if self._closed:
                     self._follow()
@@ -576,7 +580,7 @@ class Export:
                  "device": ",".join(device.text for device in self.config.devices), "size": self.size,
                  "disks": {device.text: f"{os.major(backing.disk)}:{os.minor(backing.disk)}"
                            for device, backing in zip(self.config.devices, self.backings, strict=True) if backing.disk},
-                 "read_only": self.read_only, "state": self.state,
+                 "read_only": self.read_only, "state": self.state, "cpu": self.cpu,
                  "checksum": self.checksum, "counters": self.server.counters, "offences": self.server.conduct.offences,
                  "waiting": waiting, "devices": devices,
                  "in_flight": waiting + sum(way["depth"] for each in devices for way in each["directions"].values())}
@@ -616,7 +620,11 @@ class Crew:
     MOST_STARTS = 4
     LOOKS = 8  # at names, some system calls each, before everybody has a turn
 
-    def __init__(self, exports: Sequence[Export]) -> None:
+    def __init__(self, exports: Sequence[Export], cpu: int | None = None) -> None:
+        """cpu: its thread is pinned to, and that of each export that leaves it."""
+        self._cpu = cpu
+        for export in exports:
+            export.cpu = cpu
         self._exports: dict[Server | BufferServer, Export] = {export.server: export for export in exports}
         self._starts = dict.fromkeys(exports, 0)
         self._group = Group()
@@ -640,6 +648,7 @@ class Crew:
 
     def _serve(self) -> None:
         try:
+            pin(self._cpu, self._name)
             for server in self._exports:
                 assert isinstance(server, Server)
                 self._group.add(server)

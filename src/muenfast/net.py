@@ -25,6 +25,7 @@ from muenfast.bpf import Way
 from muenfast.channel import NETWORK_PROTOCOL, End, network_region_size, wanted
 from muenfast.connection import CHECKSUM_MODES, MOST_POLL, PATIENCE, blame, place
 from muenfast.control import Command
+from muenfast.cpus import Cpus, pin
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
 from muenfast.lookout import LEAST, UNTOLD, Pace
 from muenfast.marks import LEAST_MARKS
@@ -297,6 +298,7 @@ class _Half:
         self._swap = threading.Lock()       # the engine is taken, or made anew
         self._broken = False
         self._batches = -1
+        self.cpu = interface.cpus.next()
         self._pace = Pace(interface.paths is None, UNTOLD)
         self._missed = False
         self.writer = 0         # the process that writes what we read, as far as it is known; else 0
@@ -369,6 +371,7 @@ class _Half:
         self._thread = spawn(self._run, f"{self.interface.config.name} {way}")
 
     def _run(self) -> None:
+        pin(self.cpu, f"interface {self.interface.config.name}")
         while not self._stop.is_set():
             event = self.engine.run(self._pace.seconds)
             before = self._batches
@@ -518,8 +521,10 @@ class Interface:
     Raises UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
     """
 
-    def __init__(self, config: InterfaceConfig, links: tuntap.Links, makers: Makers, watch: Watch | None = None) -> None:
+    def __init__(self, config: InterfaceConfig, links: tuntap.Links, makers: Makers, watch: Watch | None = None,
+                 cpus: Cpus | None = None) -> None:
         self.config, self._makers, self.watch = config, makers, watch
+        self.cpus = cpus or Cpus(())
         self.up = False
         self.gone = False
         self._carrier = threading.Lock()    # of what the device was told last
@@ -641,6 +646,7 @@ class Interface:
                 "flags": "" if config.framing == "raw" else config.framing, "netns": config.netns, "poll": config.poll,
                 "pmtu": None if config.pmtu is None else config.pmtu.text, "offload": config.offload,
                 "marks": None if self.own.attached is None else self.own.attached.way.value,
+                "cpus": [half.cpu for half in self._halves if half.cpu is not None],
                 "state": "gone" if self.gone else "up" if self.up else "down", "carrier": self.carrier,
                 "peer": None if self.receiver is None else self.receiver.writer or None,
                 "writer": {"enabled": config.out is not None, "active": sender.active,
@@ -688,16 +694,19 @@ class Interfaces:
         with muenfast.Interfaces(muenfast.interfaces_from_lists("net0,net1")) as interfaces:
             interfaces.wait()
 
-    makers: of what takes privileges, None: this process does it. Raises UsageError, ClaimError, PeerError, OSError (EPERM
+    makers: of what takes privileges, None: this process does it. cpus: the threads of all, two for each interface, are
+    pinned to them in turn; none: they are not. Raises UsageError, ClaimError, PeerError, OSError (EPERM
     without CAP_NET_ADMIN).
     """
 
-    def __init__(self, configs: Sequence[InterfaceConfig], makers: Makers | None = None) -> None:
+    def __init__(self, configs: Sequence[InterfaceConfig], makers: Makers | None = None, *,
+                 cpus: Sequence[int] = ()) -> None:
         if isinstance(configs, str) or not all(isinstance(config, InterfaceConfig) for config in configs):
             raise UsageError("interfaces are a list of InterfaceConfig, as interfaces_from_lists() returns", value=configs)
         self._process = os.getpid()
         self._ended = threading.Event()
         self.interfaces: list[Interface] = []
+        given = Cpus(cpus)
         with ExitStack() as stack:
             links = stack.enter_context(tuntap.Links())
             watch = None
@@ -708,7 +717,7 @@ class Interfaces:
                 stack.callback(watch.stop)
             with shm.made_ahead([region for config in configs for region in config.wanted()]):
                 for config in configs:
-                    interface = Interface(config, links, Makers() if makers is None else makers, watch)
+                    interface = Interface(config, links, Makers() if makers is None else makers, watch, given)
                     stack.callback(interface.close)
                     self.interfaces.append(interface)
             for interface in self.interfaces:

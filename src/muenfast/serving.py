@@ -77,7 +77,8 @@ class ControlledServer(BlockServer):
     under way for each export, and none of them waits for another export's. close() waits for all.
     """
 
-    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None) -> None:
+    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None,
+                 cpus: Sequence[int] = ()) -> None:
         self._since = time.monotonic()
         self._books = threading.Condition(threading.Lock())     # of what follows, and `exports`; held for moments only
         self._named: dict[int, tuple[str, Export]] = {}
@@ -89,7 +90,7 @@ class ControlledServer(BlockServer):
         self._created: list[Export] = []
         self._poller: Watch | None = None
         self._names: Lookout | None = None
-        super().__init__(configs, threads=threads, stock=stock)
+        super().__init__(configs, threads=threads, stock=stock, cpus=cpus)
         with ExitStack() as stack:
             stack.push(self._stack)         # entered last, left first: what was created goes before what was there
             self._own = stack.enter_context(ExitStack())
@@ -201,7 +202,7 @@ class ControlledServer(BlockServer):
             watch, names = self._watching()
             self._coming[name] = regions
         try:
-            export = Export(config, watch=watch, lookout=names)
+            export = Export(config, watch=watch, lookout=names, cpu=self._cpus.next())
             try:
                 export.start()
             except BaseException:

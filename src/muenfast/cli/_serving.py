@@ -72,6 +72,15 @@ def patience(arguments: argparse.Namespace) -> int:
     return params.number("--quarantine", None, arguments.quarantine, least=0, most=1 << 62, what="a number of broken rules")
 
 
+def cpus(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """--cpus."""
+    if arguments.cpus is None:
+        return ()
+    from muenfast.cpus import cpus_from_list
+
+    return cpus_from_list("--cpus", arguments.cpus)
+
+
 def notify(state: str) -> None:
     """sd_notify(3): tells systemd, where it started us (NOTIFY_SOCKET). A socket that cannot be reached is only said:
     the variable may have been inherited, and disks do not depend on it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
-from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
+from muenfast.cli._serving import Stop, cpus, notify, patience, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
@@ -100,6 +100,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
                                     "most 1000 while active, 10000 idle)")
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
+    add("--cpus", metavar="L", help="CPUs, N or N-M, that the engines' threads are pinned to, in turn (default: they run "
+                                    "anywhere)")
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; "
          "waiting is polling, and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")
@@ -151,9 +153,9 @@ def run(arguments: argparse.Namespace) -> int:
         threads = _threads(arguments)
         if not lists_given:
             waiting(arguments)
-            return export_disks([], stop, threads)
+            return export_disks([], stop, threads, pinned=cpus(arguments))
         lists |= {name: getattr(arguments, name) for name in ("device", "read_only", "pool", "timeout", "inject")}
-        return export_disks(exports_from_lists(**lists), stop, threads, stock=stock)
+        return export_disks(exports_from_lists(**lists), stop, threads, stock=stock, pinned=cpus(arguments))
 
 
 def _stock(arguments: argparse.Namespace) -> Stock | None:
@@ -189,7 +191,7 @@ def _as_declared(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) ->
         part, only, broker = declared(arguments, role, stack)
         return attach_disks(arguments, part.channels(only), stop, broker)
     part, only, _ = declared(arguments, Role(_DECIDED, _SERVER_MODULES, _bounds), stack)
-    return export_disks(part.exports(only), stop, _threads(arguments), closed=True)
+    return export_disks(part.exports(only), stop, _threads(arguments), closed=True, pinned=cpus(arguments))
 
 
 def _bounds(part: Declared, only: list[str] | None) -> tuple[Files, bool]:
@@ -223,15 +225,15 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None, *, closed: bool = False,
-                 stock: Stock | None = None) -> int:
-    """The server; until stop. threads, stock: see BlockServer. closed: there are to be no other exports: `muenfast ctl`
-    creates none."""
+                 stock: Stock | None = None, pinned: Sequence[int] = ()) -> int:
+    """The server; until stop. threads, stock, pinned (cpus): see BlockServer. closed: there are to be no other exports:
+    `muenfast ctl` creates none."""
     from muenfast import __version__
     from muenfast.control import Command, ControlServer
     from muenfast.serving import ControlledServer
 
     with ExitStack() as stack:
-        server = stack.enter_context(ControlledServer(configs, threads=threads, stock=stock))
+        server = stack.enter_context(ControlledServer(configs, threads=threads, stock=stock, cpus=pinned))
         control = ControlServer({
             "status": Command(lambda: {"command": "blk", "entries": server.status()}),
             "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
@@ -296,7 +298,8 @@ def attach_disks(arguments: argparse.Namespace, channels: Sequence[Channels], st
         clients = stack.enter_context(BlockClients(channels, attach=attach, nbd=sockets, on_peer_loss=policy,
                                                    same_store=bool(arguments.same_store),
                                                    fuse_uring=arguments.fuse_uring or "auto",
-                                                   root=None if broker is None else _root(broker)))
+                                                   root=None if broker is None else _root(broker),
+                                                   cpus=cpus(arguments)))
         watched = Watched(broker, "the disks go on; their partitions and sizes are not followed, and their watchdogs take "
                                   "them away as this process ends: start it again when they are out of use")
         control = ControlServer({

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import modules, params
 from muenfast.cli import blk, net
-from muenfast.cli._serving import Stop, patience
+from muenfast.cli._serving import Stop, cpus, patience
 from muenfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
         if call.generation == 1:
             if client:
                 return blk.attach_disks(arguments, [_channels(each, **waiting) for each in connections], stop)
-            return blk.export_disks(_exports(connections, call.spelled["device"], **waiting), stop)
+            return blk.export_disks(_exports(connections, call.spelled["device"], **waiting), stop, pinned=cpus(arguments))
         lists = {**_inline(call.values), **waiting}
         if client:
             return blk.attach_disks(arguments, channels_from_lists(**lists), stop)
-        return blk.export_disks(exports_from_lists(**lists, device=call.values["device_name"]), stop)
+        return blk.export_disks(exports_from_lists(**lists, device=call.values["device_name"]), stop,
+                                pinned=cpus(arguments))
 
 
 def _interfaces(arguments: argparse.Namespace, values: Mapping[str, str]) -> int:
@@ -68,7 +69,7 @@ def _interfaces(arguments: argparse.Namespace, values: Mapping[str, str]) -> int
             values["name"], inp=values.get("in"), out=values.get("out"), reader_protocol=values.get("reader_protocol"),
             writer_protocol=values.get("writer_protocol"), mtu=values.get("mtu"), pmtu=values.get("pmtu"),
             flags=values.get("flags"), poll=poll, bells=not arguments.strict_oneway,
-            patience=patience(arguments), module=True, options=called), stop)
+            patience=patience(arguments), module=True, options=called), stop, pinned=cpus(arguments))
 
 
 def _exports(connections: Sequence[modules.Connection], called: str, **waiting: Any) -> list[ExportConfig]:

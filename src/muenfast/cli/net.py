@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
-from muenfast.cli._serving import Stop, notify, patience, say_ready, sweep
+from muenfast.cli._serving import Stop, cpus, notify, patience, say_ready, sweep
 from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
 
@@ -91,6 +91,8 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
                                     "most 1000 while active, 10000 idle)")
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
+    add("--cpus", metavar="L", help="CPUs, N or N-M, that the engines' threads are pinned to, in turn (default: they run "
+                                    "anywhere)")
     add("--strict-oneway", action="store_true", default=None,
         help="no bell: nothing but the channels is shared, and the writers of such that exist by then see nothing of us "
              "that the kernel does not show (docs/security.md); waiting is polling, and a slow reader is overrun")
@@ -107,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     if by_policy(arguments):
         with Stop() as stop, ExitStack() as stack:
             part, only, broker = declared(arguments, _ROLE, stack)
-            return serve(part.interfaces(only), stop, broker)
+            return serve(part.interfaces(only), stop, broker, cpus(arguments))
     if arguments.name is None:
         raise UsageError("required: the interfaces to make", option="--name", hint="muenfast net --help tells more")
     with Stop() as stop:    # before modules are imported: an interrupt would be lost there
@@ -122,17 +124,19 @@ def run(arguments: argparse.Namespace) -> int:
         return serve(interfaces_from_lists(**lists, options=Options(), poll=poll, bells=not arguments.strict_oneway,
                                            peer=bool(arguments.peer), up=bool(arguments.up),
                                            offload=not arguments.no_offload, marks=arguments.marks or "auto",
-                                           patience=patience(arguments), checksum=arguments.checksum or "off"), stop)
+                                           patience=patience(arguments), checksum=arguments.checksum or "off"), stop,
+                     pinned=cpus(arguments))
 
 
-def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None = None) -> int:
-    """Makes the interfaces, by the broker if there is one; until stop, or all were removed (status 1)."""
+def serve(configs: Sequence[InterfaceConfig], stop: Stop, broker: Broker | None = None, pinned: Sequence[int] = ()) -> int:
+    """Makes the interfaces, by the broker if there is one; until stop, or all were removed (status 1). pinned: CPUs."""
     from muenfast import __version__
     from muenfast.control import Command, ControlServer
     from muenfast.net import Interfaces
 
     with ExitStack() as stack:
-        interfaces = stack.enter_context(Interfaces(configs, None if broker is None else _makers(broker)))
+        interfaces = stack.enter_context(Interfaces(configs, None if broker is None else _makers(broker),
+                                                    cpus=pinned))
         if not all(config.unseen for config in configs):    # those have no books, and look at no directory
             sweep()
         watched = Watched(broker, "the marks of its interfaces went with it, so that this one ends, too: start it again")
@@ -242,6 +246,8 @@ def _lines(entry: dict[str, Any], statistics: bool) -> list[str]:
              f"  in/out: {word(entry['in'] or '')}:{word(entry['out'] or '')}", f"  mtu: {entry['mtu']}",
              f"  flags: {entry['flags'] or '(none)'}",
              f"  poll: {'adaptive' if entry['poll'] is None else 'every {} µs'.format(entry['poll'])}"]
+    if entry.get("cpus"):
+        lines.append(f"  cpus: {','.join(map(str, entry['cpus']))}")
     for name in ("writer", "reader"):
         end = entry[name]
         lines.append(f"  {name} is {'enabled' if end['enabled'] else 'disabled'}")

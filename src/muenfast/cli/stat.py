@@ -123,6 +123,8 @@ def _show(entry: dict[str, Any]) -> None:
     flags = " read-only" if entry.get("read_only") else ""
     if entry.get("checksum", "off") != "off":
         flags += f" checksums {entry['checksum']}"
+    if entry.get("cpu") is not None:
+        flags += f" on CPU {entry['cpu']}"
     print(f"  {entry['role']} {entry['req']} {entry['resp']} {entry.get('device', '-')} {entry['size']} bytes{flags}: "
           f"{_state(entry)}")
     devices = _counted(entry)
