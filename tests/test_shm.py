@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from muenfast import connection, inodes, shm
+from muenfast import channel, connection, inodes, shm
 from muenfast.cli import blk
 from muenfast.errors import ClaimError, PeerError, UsageError
 from muenfast.shm import Locator, Region
@@ -525,14 +525,14 @@ def test_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inodes.stock_of([*names[:5], "/a/path"], PAGE) is None
     with Region.open(Locator.parse(names[2]), writable=True, create=PAGE):
         assert inodes.stock_of(names, PAGE) is None
-    wanted = [each for name in names for each in ((Locator.parse(name), 2 * PAGE, True),
-                                                  (Locator.parse(name + ".bell"), PAGE, True))]
+    wanted = [each for name in names
+              for each in channel.wanted(Locator.parse(name), writes=True, create=2 * PAGE, bell=True)]
     for size in (2 * PAGE, PAGE):
         stock = inodes.stock_of(names, size)
         assert stock is not None
         with monkeypatch.context() as patch, shm.made_ahead(wanted, stock):
             if size == 2 * PAGE:
-                patch.setattr(inodes, "allocate", lambda directory, sizes: pytest.fail("they are there"))
+                patch.setattr(shm, "Stock", lambda sizes: pytest.fail("there is one"))
             regions = [Region.open(locator, writable=True, create=size) for locator, size, _ in wanted]
         assert [region.size for region in regions] == [2 * PAGE, PAGE] * 20
         assert stock.take() == []
@@ -723,8 +723,7 @@ while True:
 # Claims "before", forks a child that goes on without exec, claims "after", and waits to be killed.
 FORKS = """if True:
     import os, time
-    from muenfast import connection, inodes, shm
-from muenfast.cli import blk
+    from muenfast import shm
     before = shm.claim("before", "a thing")
     child = os.fork()
     if child == 0:
