@@ -444,7 +444,7 @@ def test_stat_json(served: Served) -> None:
     assert set(answer) == {"ok", "pid", "command", "monotonic", "entries"}
     entry, other = answer["entries"]
     assert {"id", "name", "role", "req", "resp", "device", "size", "disks", "read_only", "state", "checksum", "counters",
-            "offences", "waiting", "in_flight", "devices"} == set(entry) == set(other)
+            "cpu", "offences", "waiting", "in_flight", "devices"} == set(entry) == set(other)
     for each, merged in ((entry, {"merged"}), (mine, set())):
         (device,) = each["devices"]
         assert (device["size"], device["block_size"]) == (1 << 20, BLOCK)

@@ -107,12 +107,15 @@ class BlockServer(_Group):
         self.exports: list[Export] = []
         self._ended = threading.Event()
         with ExitStack() as stack:
-            watch, names = self._watch(stack, len(configs)), self._lookout(stack, len(configs))
+            watch = self._watch(stack, len(configs))
             with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)], stock):
                 for config in configs:
-                    export = Export(config, watch=watch, lookout=names)
+                    export = Export(config, watch=watch)
                     stack.callback(export.close)
                     self.exports.append(export)
+            names = self._lookout(stack, len(configs))      # not before: it would tell of all that was just made
+            for export in self.exports:
+                export.heed(names)
             sharing = [export for export in self.exports if export.could_share]
             if sharing and not sharing[0].shares:   # which is asked once: it reads the table of mounts
                 sharing = []

@@ -206,19 +206,15 @@ class _Change:
 class Export:
     """What is served over one pair of channels: a disk, or with a buffer any number; open from construction to close().
 
-    watch: polls for it while it is idle. lookout: tells of its names. cpu: its thread is pinned to. Raises
-    UsageError, ClaimError, PeerError, OSError; nothing is left behind then.
+    watch: polls for it while it is idle. cpu: its thread is pinned to. Raises UsageError, ClaimError, PeerError, OSError;
+    nothing is left behind then.
     """
 
-    def __init__(self, config: ExportConfig, *, watch: Watch | None = None, lookout: Lookout | None = None,
-                 cpu: int | None = None) -> None:
+    def __init__(self, config: ExportConfig, *, watch: Watch | None = None, cpu: int | None = None) -> None:
         self.config = config
         self.cpu = cpu
         self._watch = watch
-        locators = [locator for _, locator in config.channels.regions]
-        told = lookout is not None and lookout.covers(locators)
-        # Somebody's Python may be late with what it was told long ago.
-        self._pace = Pace(told and all(device.kind != "py" for device in config.devices))
+        self._pace = Pace(False)
         self._quiet = False     # nothing was found by the last look
         self._stack = ExitStack()
         with ExitStack() as stack:
@@ -234,9 +230,6 @@ class Export:
             self._sizes = self._measured()
             self._open()
             stack.callback(self._leave)
-            if lookout is not None and told:
-                lookout.add(locators, self._nudge)
-                stack.callback(lookout.remove, locators, self._nudge)
             self._stack = stack.pop_all()
         self._stop = threading.Event()
         self._ended = threading.Event()
@@ -300,6 +293,17 @@ class Export:
     def shares(self) -> bool:
         """could_share, and POSIX shared memory is memory here."""
         return self.could_share and shm.filesystem("/dev/shm") in ("tmpfs", "ramfs")
+
+    def heed(self, lookout: Lookout | None) -> None:
+        """Has it tell of the channels' names. Precondition: nobody serves yet: what has changed before is seen by the first
+        looks."""
+        locators = [locator for _, locator in self.config.channels.regions]
+        if lookout is None or not lookout.covers(locators):
+            return
+        # Somebody's Python may be late with what it was told long ago, which is looked for.
+        self._pace = Pace(all(device.kind != "py" for device in self.config.devices))
+        lookout.add(locators, self._nudge)
+        self._stack.callback(lookout.remove, locators, self._nudge)
 
     def start(self) -> None:
         """Begins to serve, in a thread of its own. Raises OSError where none is to be had."""

@@ -202,8 +202,9 @@ class ControlledServer(BlockServer):
             watch, names = self._watching()
             self._coming[name] = regions
         try:
-            export = Export(config, watch=watch, lookout=names, cpu=self._cpus.next())
+            export = Export(config, watch=watch, cpu=self._cpus.next())
             try:
+                export.heed(names)
                 export.start()
             except BaseException:
                 export.close()
