@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from muenfast import channel, connection, inodes, shm
-from muenfast.cli import blk
+from muenfast import inodes, shm
 from muenfast.errors import ClaimError, PeerError, UsageError
 from muenfast.shm import Locator, Region
 
@@ -517,32 +516,18 @@ def test_made_ahead_without(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         region.close()
 
 
-def test_stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made for names that are all missing, used where it is what they need, and closed else."""
-    assert blk._REGION_SIZE == connection.REGION_SIZE
-    names = [locator.text for locator in many(20)]
-    assert inodes.stock_of(names[:3], PAGE) is None                     # too few
-    assert inodes.stock_of([*names[:5], "/a/path"], PAGE) is None
-    with Region.open(Locator.parse(names[2]), writable=True, create=PAGE):
-        assert inodes.stock_of(names, PAGE) is None
-    wanted = [each for name in names
-              for each in channel.wanted(Locator.parse(name), writes=True, create=2 * PAGE, bell=True)]
-    for size in (2 * PAGE, PAGE):
-        stock = inodes.stock_of(names, size)
-        assert stock is not None
-        with monkeypatch.context() as patch, shm.made_ahead(wanted, stock):
-            if size == 2 * PAGE:
-                patch.setattr(shm, "Stock", lambda sizes: pytest.fail("there is one"))
-            regions = [Region.open(locator, writable=True, create=size) for locator, size, _ in wanted]
-        assert [region.size for region in regions] == [2 * PAGE, PAGE] * 20
-        assert stock.take() == []
-        for region in regions:
-            region.close()
-    stock = inodes.stock_of(names, PAGE)
-    assert stock is not None
-    with shm.made_ahead(wanted[:2], stock):
-        pass
-    assert stock.take() == []
+def test_stock() -> None:
+    """Lots in order, each allocated in full; what was not taken goes."""
+    before = descriptors()
+    stock = inodes.Stock([[PAGE, 2 * PAGE], [3 * PAGE], [1 << 50], [PAGE]])
+    for sizes in ([PAGE, 2 * PAGE], [3 * PAGE], [], []):    # the third is more than there is, and the last one behind it
+        lot = stock.take()
+        assert [os.fstat(fd).st_size for fd in lot] == sizes
+        for fd in lot:
+            os.close(fd)
+    stock.close()
+    inodes.Stock([[PAGE] * 4] * 4).close()
+    assert descriptors() == before
 
 
 def test_inodes(tmp_path: Path) -> None:

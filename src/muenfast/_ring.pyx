@@ -689,14 +689,15 @@ cdef bint any_ready(const waitset_t *set) noexcept nogil:
     return False
 
 
-cdef watch_t *common_watch(const waitset_t *set) noexcept nogil:
-    """The watch that all readers of a set leave polling to while they are idle; NULL: they do not, or not all."""
+cdef watch_t *common_watch(const waitset_t *set, bint idle) noexcept nogil:
+    """The watch that all readers of a set leave polling to; NULL: they do not, or not all are idle. idle: whether they are,
+    as those are anyway that nobody writes to."""
     cdef watch_t *watch = NULL if set.n == 0 or set.polls else set.readers[0].watch
     cdef const reader_t *r
     cdef uint64_t k
     for k in range(set.n):
         r = set.readers[k]
-        if r.watch != watch or r.poll_ns != 0:
+        if r.watch != watch or r.poll_ns != 0 or not idle and r.epoch != 0:
             return NULL
     return watch
 
@@ -738,7 +739,7 @@ cdef bint readers_wait(waitset_t *set, uint64_t ns) noexcept nogil:
         if now - start >= ns:
             return False
         idle = now - set.idle_since_ns >= IDLE_AFTER_NS
-        watch = common_watch(set) if idle else NULL
+        watch = common_watch(set, idle)
         limit = ns - (now - start)
         if watch == NULL:
             limit = min(SLEEP_NS, limit)

@@ -27,7 +27,6 @@ from muenfast.cpus import Cpus, inherited
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
-from muenfast.inodes import Stock
 from muenfast.lookout import Lookout, lookout
 from muenfast.threads import spawn
 
@@ -90,13 +89,13 @@ class BlockServer(_Group):
     """Several exports in one process; serving from construction to close().
 
     threads: most threads for exports in RAM (`Export.shares`); the others have one each. None: four for each CPU it may
-    run on. More exports than that share them, at most 128 one thread. stock: what was got ready for their regions. cpus:
-    that these threads are pinned to, in turn; none: none is.
+    run on. More exports than that share them, at most 128 one thread. cpus: that these threads are
+    pinned to, in turn; none: none is.
 
     Raises UsageError, ClaimError, PeerError, OSError.
     """
 
-    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None,
+    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None,
                  cpus: Sequence[int] = ()) -> None:
         super().__init__()
         self._cpus = Cpus(cpus)
@@ -108,7 +107,7 @@ class BlockServer(_Group):
         self._ended = threading.Event()
         with ExitStack() as stack:
             watch = self._watch(stack, len(configs))
-            with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)], stock):
+            with shm.made_ahead([region for config in configs for region in config.channels.wanted(serving=True)]):
                 for config in configs:
                     export = Export(config, watch=watch)
                     stack.callback(export.close)

@@ -15,12 +15,12 @@ from typing import Any
 from muenfast import partition, shm
 from muenfast._ring import Reader, Writer, layout
 from muenfast.errors import ClaimError, UsageError
-from muenfast.inodes import BELL as BELL
 
 log = logging.getLogger("muenfast")
 
 _HEADER: int = layout()["header_size"]
 _TRANSPORT: int = layout()["transport"]
+BELL = 4096  # bytes of a bell region: one page
 NETWORK_PROTOCOL = 2  # of an interface's channels where none is named
 # Elements of an interface's channel that is made because it is missing: a window of long packets, as far as that stays in
 # caches.

@@ -729,6 +729,8 @@ class Crew:
         try:
             if export._moved():
                 self._alone(export, "its channels are to be followed")
+                if export.server not in self._exports:
+                    export._nudge()     # its thread follows them at once
         except Exception as error:  # nobody else would hear of it, and the export goes on
             export._peer.warning("cannot look after its channels: %s", error)
 

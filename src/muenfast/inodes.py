@@ -1,7 +1,4 @@
-"""Memory of regions that are to be made, got ready by a thread while others do what takes the interpreter.
-
-Light to load: a program may begin with it before it knows more than how many regions it will want.
-"""
+"""Memory of regions that are to be made, got ready by a thread while others do what takes the interpreter."""
 
 from __future__ import annotations
 
@@ -13,28 +10,25 @@ from functools import partial
 from muenfast._inodes import allocate
 from muenfast.threads import spawn
 
-DIRECTORY = "/dev/shm/"     # of POSIX shared memory
-LOT = 16        # regions that are made under one lock of the books
-LEAST = 8       # regions, below which it gains nothing
-BELL = 4096     # bytes of a bell region: one page
+DIRECTORY = "/dev/shm/"  # of POSIX shared memory
+LEAST = 8   # regions, below which it gains nothing
 
 
 class Stock:
-    """New inodes in /dev/shm, without names and allocated in full, in lots of so many bytes each, in order.
+    """New inodes in /dev/shm, without names and allocated in full, lot by lot.
 
     A lot may be short, and so is every one behind it: what cannot be had ahead is to be made, or refused, by whoever wants
     it. Until close() what was not taken stays allocated.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        """sizes: bytes of each inode."""
-        self.lots = tuple(tuple(sizes[k:k + LOT]) for k in range(0, len(sizes), LOT))
+    def __init__(self, lots: Sequence[Sequence[int]]) -> None:
+        """lots: bytes of each inode of each."""
         self._news = threading.Condition(threading.Lock())  # of what follows
         self._ready: list[list[int]] = []
         self._over = False
         self._thread: threading.Thread | None = None
         try:
-            self._thread = spawn(partial(self._allocate, self.lots), "regions")
+            self._thread = spawn(partial(self._allocate, tuple(lots)), "regions")
         except OSError:         # no thread is to be had: whoever needs one will say so
             self._over = True
 
@@ -71,11 +65,3 @@ class Stock:
         while self._ready:
             for fd in self._ready.pop():
                 os.close(fd)
-
-
-def stock_of(names: Sequence[str], size: int) -> Stock | None:
-    """For channels of `size` bytes and their bells, by the names of both regions of each connection in turn; None where it
-    is of no use: some are there already, or are no names of POSIX shared memory."""
-    if 2 * len(names) < LEAST or any("/" in name for name in names) or not set(names).isdisjoint(os.listdir(DIRECTORY)):
-        return None
-    return Stock([size, BELL] * len(names))

@@ -35,7 +35,7 @@ class Pace:
 
     def looked(self, quiet: bool) -> None:
         """quiet: nothing has happened since the last look."""
-        self.seconds = min(self._most, self.seconds * 1.5) if quiet and self.told else LEAST
+        self.seconds = min(self._most, self.seconds * 2) if quiet and self.told else LEAST
 
     def hurry(self) -> None:
         self.seconds = LEAST

@@ -17,7 +17,6 @@ from muenfast.connection import Options, channels_from_lists, place
 from muenfast.control import Command
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.export import Export, ExportConfig, check_devices, of_store
-from muenfast.inodes import Stock
 from muenfast.lookout import Lookout
 from muenfast.threads import spawn
 
@@ -77,7 +76,7 @@ class ControlledServer(BlockServer):
     under way for each export, and none of them waits for another export's. close() waits for all.
     """
 
-    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None, stock: Stock | None = None,
+    def __init__(self, configs: Sequence[ExportConfig], *, threads: int | None = None,
                  cpus: Sequence[int] = ()) -> None:
         self._since = time.monotonic()
         self._books = threading.Condition(threading.Lock())     # of what follows, and `exports`; held for moments only
@@ -90,7 +89,7 @@ class ControlledServer(BlockServer):
         self._created: list[Export] = []
         self._poller: Watch | None = None
         self._names: Lookout | None = None
-        super().__init__(configs, threads=threads, stock=stock, cpus=cpus)
+        super().__init__(configs, threads=threads, cpus=cpus)
         with ExitStack() as stack:
             stack.push(self._stack)         # entered last, left first: what was created goes before what was there
             self._own = stack.enter_context(ExitStack())

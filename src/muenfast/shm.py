@@ -48,10 +48,11 @@ import posix_ipc  # type: ignore[import-not-found]
 
 from muenfast.errors import ClaimError, PeerError, UsageError
 from muenfast.inodes import DIRECTORY as DIRECTORY
-from muenfast.inodes import LEAST, LOT, Stock
+from muenfast.inodes import LEAST, Stock
 
 _RUN = "/run/muenfast"
 _TEMPORARY = ".muenfast-"
+_LOT = 16   # regions that are made under one lock of the books
 _MODE = 0o600  # of a region, where nothing says otherwise
 _NAME_MAX = 240  # leaves room for ".bell" and the temporary prefix below NAME_MAX of 255
 
@@ -774,18 +775,13 @@ class _Ahead:
     here is not made here: Region.open() tries by itself, and tells why it fails.
     """
 
-    def __init__(self, wanted: Sequence[Wanted], stock: Stock | None) -> None:
-        """wanted: of POSIX names. stock: taken over, and of use where it is just what they need."""
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        """wanted: of POSIX names."""
         there = set(os.listdir(DIRECTORY))
         missing = [each for each in wanted if each[0].text not in there]
-        self._lots = [missing[k:k + LOT] for k in range(0, len(missing), LOT)]
-        if stock is not None and stock.lots != tuple(tuple(size for _, size, _ in lot) for lot in self._lots):
-            stock.close()
-            stock = None
-        if stock is None and len(missing) >= LEAST:
-            stock = Stock([size for _, size, _ in missing])
-        self._stock = stock
-        self._to_come = set() if stock is None else {locator.path for locator, _, _ in missing}
+        self._lots = [missing[k:k + _LOT] for k in range(0, len(missing), _LOT)]
+        self._stock = None if len(missing) < LEAST else Stock([[size for _, size, _ in lot] for lot in self._lots])
+        self._to_come = set() if self._stock is None else {locator.path for locator, _, _ in missing}
         self._made: dict[str, tuple[int, bool, os.stat_result, _Presence]] = {}
         self._making = threading.Lock()     # of all above
 
@@ -836,19 +832,17 @@ _aheads_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def made_ahead(wanted: Sequence[Wanted], stock: Stock | None = None) -> Iterator[None]:
+def made_ahead(wanted: Sequence[Wanted]) -> Iterator[None]:
     """Within, Region.open() is faster with those of `wanted` (POSIX names) that it would make, where they are many.
 
     In any thread; nothing else about it differs, but that regions are there earlier. Those that were not opened by the end
-    are left again. stock: what was got ready for them; closed by the end.
+    are left again.
     """
     global _aheads
     if len(wanted) < LEAST:     # nor does one look whether they are there
-        if stock is not None:
-            stock.close()
         yield
         return
-    ahead = _Ahead(wanted, stock)
+    ahead = _Ahead(wanted)
     with _aheads_lock:
         _aheads += ahead,
     try:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from muenfast.broker import Broker
     from muenfast.control import Command
     from muenfast.declared import Declared
-    from muenfast.inodes import Stock
     from muenfast.sandbox import Files
 
 SERVER_ONLY = ("device", "read_only", "pool", "timeout", "inject", "threads", "control")
@@ -33,7 +32,6 @@ _SERVER_MODULES = ("muenfast.doctor", "muenfast.serving", "muenfast.control", "m
                    "muenfast.backing.null", "muenfast.backing.file", "muenfast.backing.user")
 _CLIENT_MODULES = ("muenfast.doctor", "muenfast.blk", "muenfast.control", "muenfast.attach.nbd",
                    "muenfast.attach.sockets", "muenfast.broker.disks", "concurrent.futures.thread")
-_REGION_SIZE = 1 << 20     # connection.REGION_SIZE, which takes longer to load than to parse this
 CLIENT_ONLY = ("attach", "nbd", "on_peer_loss", "same_store", "fuse_uring")
 
 
@@ -135,10 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         without = "" if arguments.client or arguments.control else "muenfast blk --control begins without channels, "
         raise UsageError("required: the channels of each connection", option=", ".join(missing),
                          hint=f"{without}muenfast blk --help tells more")
-    with Stop() as stop, ExitStack() as stack:  # before modules are imported: an interrupt would be lost there
-        stock = _stock(arguments)
-        if stock is not None:
-            stack.callback(stock.close)
+    with Stop() as stop:    # before modules are imported: an interrupt would be lost there
         from muenfast.blk import channels_from_lists, exports_from_lists
         from muenfast.connection import Options
 
@@ -155,19 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
             waiting(arguments)
             return export_disks([], stop, threads, pinned=cpus(arguments))
         lists |= {name: getattr(arguments, name) for name in ("device", "read_only", "pool", "timeout", "inject")}
-        return export_disks(exports_from_lists(**lists), stop, threads, stock=stock, pinned=cpus(arguments))
-
-
-def _stock(arguments: argparse.Namespace) -> Stock | None:
-    """Of a server with channels as they are by default: their memory is cleared while modules are loaded, which takes as
-    long. Whether they are what they seem is seen once they are parsed."""
-    if arguments.client or arguments.strict_oneway or None in (arguments.req, arguments.resp) or \
-            (arguments.shm, arguments.size) != (None, None):
-        return None
-    from muenfast.inodes import stock_of
-
-    pairs = zip(arguments.req.split(","), arguments.resp.split(","), strict=False)
-    return stock_of([name for pair in pairs for name in pair], _REGION_SIZE)
+        return export_disks(exports_from_lists(**lists), stop, threads, pinned=cpus(arguments))
 
 
 def _as_declared(arguments: argparse.Namespace, stop: Stop, stack: ExitStack) -> int:
@@ -225,15 +208,15 @@ def waiting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def export_disks(configs: Sequence[ExportConfig], stop: Stop, threads: int | None = None, *, closed: bool = False,
-                 stock: Stock | None = None, pinned: Sequence[int] = ()) -> int:
-    """The server; until stop. threads, stock, pinned (cpus): see BlockServer. closed: there are to be no other exports:
+                 pinned: Sequence[int] = ()) -> int:
+    """The server; until stop. threads, pinned (cpus): see BlockServer. closed: there are to be no other exports:
     `muenfast ctl` creates none."""
     from muenfast import __version__
     from muenfast.control import Command, ControlServer
     from muenfast.serving import ControlledServer
 
     with ExitStack() as stack:
-        server = stack.enter_context(ControlledServer(configs, threads=threads, stock=stock, cpus=pinned))
+        server = stack.enter_context(ControlledServer(configs, threads=threads, cpus=pinned))
         control = ControlServer({
             "status": Command(lambda: {"command": "blk", "entries": server.status()}),
             "ping": Command(lambda: {"command": "blk", "version": __version__, "uptime": round(server.uptime, 3),
