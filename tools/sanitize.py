@@ -21,13 +21,14 @@ RUNTIME = {"address": "libasan.so", "undefined": "libubsan.so"}
 # What exercises a compiled core; tests/test_tools.py holds that each file of tests stands here or below.
 NAMES = (
     "wire", "ring", "ring_hostile", "ring_model", "ring_stress", "ringers", "quarantine", "threads", "buffers", "marks",
+    "lookout",
     "blk_server", "blk_client", "blk_group", "blk_life", "blk_shm", "aio", "blk_buffer", "buffer_client", "apart",
     "checksums", "checksums_buffer", "checksums_net", "files", "slow_disks", "user", "stores", "faults", "nbd", "attach",
     "pump", "fuse_uring", "fuse_session", "refusals",
     "buffer_device", "packets", "packets_kernel", "net_frames", "net_offload", "net_marks")
 LEFT_OUT = {
     "nothing compiled, or nothing that the others do not do": (
-        "benchreport", "cli", "cost", "ctl", "ctl_device", "doctor", "guest", "imports", "messages", "model", "modprobe",
+        "benchreport", "cli", "cost", "cpus", "ctl", "ctl_device", "doctor", "guest", "imports", "messages", "model", "modprobe",
         "modules", "net_lists", "netcfg", "packaging", "params", "partition", "partitioned", "peer", "policy", "recovery",
         "security", "shm", "stat", "tools", "units"),
     "C of their own, built without": ("attack", "copies", "memory_model", "smart"),
