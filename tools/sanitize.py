@@ -28,8 +28,8 @@ NAMES = (
     "buffer_device", "packets", "packets_kernel", "net_frames", "net_offload", "net_marks")
 LEFT_OUT = {
     "nothing compiled, or nothing that the others do not do": (
-        "benchreport", "cli", "cost", "cpus", "ctl", "ctl_device", "doctor", "guest", "imports", "messages", "model", "modprobe",
-        "modules", "net_lists", "netcfg", "packaging", "params", "partition", "partitioned", "peer", "policy", "recovery",
+        "benchreport", "cli", "cost", "cpus", "ctl", "ctl_device", "doctor", "guest", "imports", "messages", "model",
+        "modprobe", "modules", "net_lists", "netcfg", "packaging", "params", "partition", "partitioned", "peer", "policy", "recovery",
         "security", "shm", "stat", "tools", "units"),
     "C of their own, built without": ("attack", "copies", "memory_model", "smart"),
     "counts, times, memory or system calls of a process as it is": (
