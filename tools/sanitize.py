@@ -29,8 +29,8 @@ NAMES = (
 LEFT_OUT = {
     "nothing compiled, or nothing that the others do not do": (
         "benchreport", "cli", "cost", "cpus", "ctl", "ctl_device", "doctor", "guest", "imports", "messages", "model",
-        "modprobe", "modules", "net_lists", "netcfg", "packaging", "params", "partition", "partitioned", "peer", "policy", "recovery",
-        "security", "shm", "stat", "tools", "units"),
+        "modprobe", "modules", "net_lists", "netcfg", "packaging", "params", "partition", "partitioned", "peer", "policy",
+        "recovery", "security", "shm", "stat", "tools", "units"),
     "C of their own, built without": ("attack", "copies", "memory_model", "smart"),
     "counts, times, memory or system calls of a process as it is": (
         "bench", "broker", "broker_states", "crash", "device", "durable", "hostile", "netbench", "oneway", "ringpeers",
