@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from helpers import compiled, eventually
-from net_peer import PROTOCOL, eth_element, ipv4, net_element, udp
+from net_peer import PROTOCOL, checked, eth_element, ipv4, net_element, udp
 from peer import EPOCH, RESERVED, ChannelReader, ChannelWriter, Result
 from sums import ACCEPT, crc32c, flip
 from test_net_frames import A4, B4, Device, Files, device, files, region, running
+from test_net_offload import super_packet
 
 from muenfast import UsageError
 from muenfast._net import Receiver, Sender, element_size
@@ -103,6 +104,30 @@ def test_an_element_with_its_checksum(framing: str, device: Device, files: Calla
             element, covered = framed(framing, packet)
             assert eventually(lambda: reader.read()[1]) == sealed(element, covered, number, reader._epoch)
         reader.close()
+
+
+def test_each_segment_of_a_super_packet_has_its_own(files: Callable[[str, int], Files]) -> None:
+    size = element_size("net_hdr", 576) + SUM
+    length = region(size, 16)
+    file, device, payload = files("out", length), Device(offload=True), bytes(range(250)) * 10
+    sender = Sender(device.ports, file.map(length, writable=True), framing="net_hdr", mtu=576, protocol=PROTOCOL,
+                    checksum="require")
+    sender.link(True)
+    with running(sender):
+        eventually(lambda: sender.active)
+        reader = ChannelReader(file.path, PROTOCOL, size)
+        reader.read()
+        device.ours.send(super_packet(4, payload, 500))
+        found = b""
+        for number in range(5):
+            element = eventually(lambda: reader.read()[1])
+            packet = element[8:8 + int.from_bytes(element[4:6], "little")]
+            assert element == sealed(net_element(packet, size - SUM), 8 + len(packet), number, reader._epoch)
+            assert checked(packet)
+            found += packet[40:]
+        assert found == payload
+        reader.close()
+    device.close()
 
 
 @pytest.mark.parametrize(("framing", "merge"), [("net_hdr", ()), ("net_hdr", ("udp", "tcp4")), ("eth_dev", ()),

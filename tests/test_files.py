@@ -188,6 +188,20 @@ def test_a_file_that_is_cut_short(serve: Callable[..., Client], tmp_path: Path) 
     assert answers[20].data == bytes(BLOCK)
 
 
+def test_what_the_kernel_refuses_is_an_error(threads: bool, tmp_path: Path) -> None:
+    """Of that request; here a descriptor that is not open for writing."""
+    (tmp_path / "disk").write_bytes(b"x" * (8 * BLOCK))
+    with open(tmp_path / "disk", "rb") as file:
+        client = Client(Store.in_file(file.fileno(), 8 * BLOCK), threads=threads)
+        try:
+            client.send(Event(WRITE, 0, 0, 1, 1, block(1)), Event(READ, 0, 1, 1, 2))
+            answers = client.answers(2)
+        finally:
+            client.close()
+    assert answers[1].error == -errno.EBADF
+    assert answers[2].error == 0 and answers[2].data == b"x" * BLOCK
+
+
 def test_direct_io(tmp_path: Path) -> None:
     """Files are read and written past the page cache where their file system lets them be, in the store's own unit."""
     for size in (1 << 20, (1 << 20) + 512):

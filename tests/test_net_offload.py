@@ -354,6 +354,19 @@ def test_a_path_mtu_fragments(sending: Made) -> None:
     assert sender.counters["tx_dropped"] == 0
 
 
+def test_segments_below_a_path_mtu_go_out_whole(sending: Made) -> None:
+    """A super-packet of a mark with a limit: split as without it where each of its segments is below."""
+    device, sender, reader = sending(Device(offload=True, way="front"), mtu=1500, paths=entries(m7=600))
+    payload = bytes(k * 11 & 0xFF for k in range(5000))
+    device.ours.send(vnet(TCP4, 48, 500, 28, 16) + struct.pack("<IHBB", 7, 0, 4, 0) + tcp(4, payload))
+    found = packets(reader, 10)
+    assert b"".join(packet[40:] for packet in found) == payload
+    assert all(checked(packet) for packet in found)
+    counters = eventually(lambda: sender.counters["tx_packets"] == 10 and sender.counters)
+    assert counters["split"] == {"supers": 1, "segments": 10} and counters["tx_dropped"] == 0
+    assert counters["path_mtu"] == {"fragmented": 0, "fragments": 0, "news": 0}
+
+
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_path_mtu_is_told(sending: Made, version: int) -> None:
     """IPv4 with DF and IPv6: the packet goes nowhere, and its sender hears of the limit; of a super-packet once."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and waits until every thread of it stands: until then it may go on answering."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+                           for task in Path(f"/proc/{pid}/task").iterdir()))
 
 
 class Traffic:
@@ -397,11 +405,12 @@ def test_what_no_flush_covers(serve: Serve, lists: dict[str, str], clients: Atta
     threads = []
     try:
         with mmap.mmap(-1, BLOCK) as page:
-            os.pwritev(fd, [page], 0)
+            os.pwritev(fd, [page], 2 * MIB)     # no place of partition tables: those are looked at then
         assert disk.unflushed
         os.fsync(fd)
         assert not disk.unflushed
-        os.kill(server.pid, signal.SIGSTOP)
+        eventually(lambda: disk.in_flight == 0)     # an answer is there before its request is off the books
+        stop(server.pid)
         threads.append(begin(os.preadv))
         assert not disk.unflushed
         threads.append(begin(os.pwritev))
