@@ -33,6 +33,7 @@ MACHINE = {"test_attach", "test_broker", "test_buffer_device", "test_crash", "te
            "test_doctor", "test_fuse_uring::TestFrontEnd", "test_modprobe::test_the_client_makes_a_device_appear",
            "test_nbd::test_beside_a_block_device", "test_partitioned", "test_policy::test_a_disk_between_two_users",
            "test_policy::test_only_what_is_declared", "test_recovery", "test_sandbox::TestWithin", "test_soak",
+           "test_units::test_systemd_runs_them",
            "test_user::test_an_overlay_survives_its_server", "test_user::test_file_systems",
            "test_user::test_parts_under_ext4"}
 # What takes longest begins first, so that no worker is left with it in the end: scopes, and files that have several.

@@ -104,10 +104,14 @@ out = "out"
 addr = "10.9.0.1/24"
 up = true
 """
+# What others have mounted stays mounted for them as long as it is here, too.
 # The first process of the namespaces makes a machine's folders, and becomes systemd. Interpreter and packages are at /mnt,
 # too, for ProtectHome= and PrivateTmp= hide them from units where they are below /root or /tmp.
 MACHINE = """set -e
 mount --make-rprivate /
+while read -r source place kind _; do
+    case $source:$kind in /dev/loop*|/dev/muendisk*|*:fuse*) umount "$place" 2>/dev/null || :;; esac
+done </proc/mounts
 mount -t proc proc /proc
 for place in /run /dev/shm /mnt /srv; do mount -t tmpfs tmpfs $place; done
 while umount /sys/fs/cgroup 2>/dev/null || umount -R /sys/fs/cgroup 2>/dev/null; do :; done

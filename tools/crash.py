@@ -496,16 +496,22 @@ def looped(file: int, name: bytes) -> Iterator[str]:
 
 
 class Checker:
-    """One state at a time, on a file in memory."""
+    """One state at a time, each on a file in memory of its own: whoever had a mount namespace made meanwhile keeps the file
+    system mounted there after we unmounted it, and what it writes at its end would be in the next state."""
 
-    def __init__(self, place: Path, file: bool, size: int) -> None:
+    def __init__(self, place: Path, file: bool) -> None:
         self.place, self.file = place, file
         self.place.mkdir()
-        self.image = os.memfd_create("crash", os.MFD_CLOEXEC)
-        os.ftruncate(self.image, size)
 
     def check(self, durable: bytearray, sectors: dict[int, bytes], load: Load, place: int) -> list[str]:
         """What is wrong with the state."""
+        self.image = os.memfd_create("crash", os.MFD_CLOEXEC)
+        try:
+            return self._check(durable, sectors, load, place)
+        finally:
+            os.close(self.image)
+
+    def _check(self, durable: bytearray, sectors: dict[int, bytes], load: Load, place: int) -> list[str]:
         os.pwrite(self.image, durable, 0)
         for offset, data in sectors.items():
             os.pwrite(self.image, data, offset)
@@ -566,7 +572,7 @@ def judge(stack: Stack, load: Load, options: argparse.Namespace) -> Verdict:
         """Every CHECKERS-th of the states that are due."""
         status = 1
         try:
-            checker = Checker(stack.place / f"check{k}", stack.file, stack.size)
+            checker = Checker(stack.place / f"check{k}", stack.file)
             due, number = 0.0, 0
             for n, (durable, sectors, place, kind) in enumerate(states(log, stack.size, where, options.seed)):
                 if enough.is_set():
