@@ -374,3 +374,42 @@ def test_an_aborted_front_end_under_traffic(serve: Serve, lists: dict[str, str],
     traffic.end()
     eventually(lambda: not made.engine.attended and front.disk.in_flight == 0)
     assert made.clients.disks[0].device.pread(BLOCK, 0) is not None
+
+
+def test_what_no_flush_covers(serve: Serve, lists: dict[str, str], clients: Attach) -> None:
+    """A flush that fails costs somebody's data only where a change was answered since the last good one, or is under way:
+    a read that the server has, or the flush's own answer on its way, is none."""
+    server = serve(lists, "ram:8M")
+    made = clients(lists)
+    disk = made.clients.disks[0].front.disk
+    fd = os.open(made.devices[0], os.O_RDWR | os.O_DIRECT)
+
+    def begin(call: Callable[[int, list[mmap.mmap], int], int]) -> threading.Thread:
+        def run() -> None:
+            with mmap.mmap(-1, BLOCK) as page:
+                assert call(fd, [page], 4 * MIB) == BLOCK
+        before = disk.in_flight
+        thread = threading.Thread(target=run)
+        thread.start()
+        eventually(lambda: disk.in_flight == before + 1)
+        return thread
+
+    threads = []
+    try:
+        with mmap.mmap(-1, BLOCK) as page:
+            os.pwritev(fd, [page], 0)
+        assert disk.unflushed
+        os.fsync(fd)
+        assert not disk.unflushed
+        os.kill(server.pid, signal.SIGSTOP)
+        threads.append(begin(os.preadv))
+        assert not disk.unflushed
+        threads.append(begin(os.pwritev))
+        assert disk.unflushed
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+        for thread in threads:
+            thread.join(20)
+        os.close(fd)
+    assert not any(thread.is_alive() for thread in threads)
+    assert disk.unflushed

@@ -30,6 +30,7 @@ static fuzz_region buffer;
 static T_shared_t shared;
 static uint64_t used[64];
 static uint32_t broken;
+static uint64_t filled, filled_end; /* what the server put into the buffer while the client was at work lies between these */
 #endif
 static T_client_t c;
 static T_queue_t queues[DEVICES];
@@ -138,7 +139,8 @@ FUZZ_QUIET static void scan(void) {
                    asked[k].q.buffer_offset + asked[k].q.length <= q->buffer_offset ||
                    q->buffer_offset + q->length <= asked[k].q.buffer_offset, "two requests have one place in the buffer");
         const uint8_t *data = buffer.theirs + q->buffer_offset;
-        payload = payload && !broken;
+        payload = payload && !broken; /* a place that a forged answer freed may be the next one's before it is filled */
+        payload = payload && (filled_end <= q->buffer_offset || q->buffer_offset + q->length <= filled);
 #else
         EXPECT(a->q.valid == 1 && a->q.error == 0, "an event that is not valid");
         if (i->kind == E_IO_SYNC)
@@ -240,7 +242,11 @@ static void serve(struct asked *a, uint8_t how) {
     case REQUEST_MAX_REQUESTS: value = how >> 4; break;
     }
     if (a->q.kind == REQUEST_READ && error == 0 && a->q.buffer_offset <= buffer.length && a->q.length <= buffer.length - a->q.buffer_offset)
+    {
         memset(buffer.theirs + a->q.buffer_offset, pattern, a->q.length);
+        filled = a->q.buffer_offset < filled ? a->q.buffer_offset : filled;
+        filled_end = a->q.buffer_offset + a->q.length > filled_end ? a->q.buffer_offset + a->q.length : filled_end;
+    }
 #else
     value = block_counts[0] * (BLOCK / SECTOR_SIZE);
     if (kind_of(&a->q) < 0 && (how & 15) > 4)
@@ -509,6 +515,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memset(asked, 0, sizeof asked);
     for (int turns = 0; fuzz_left() != 0 && turns < 120; turns++) {
         uint8_t what = fuzz_u8();
+#ifdef SHARED
+        filled = UINT64_MAX;
+        filled_end = 0;
+#endif
         if (what < 100)
             server_acts();
         else if (what < 140)

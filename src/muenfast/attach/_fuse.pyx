@@ -427,6 +427,7 @@ cdef struct disk_t:
     uint64_t unsent             # replies the kernel refused: the request was aborted meanwhile
     uint64_t changes            # writes, discards and zeros answered, well or not ...
     uint64_t flushed            # ... and how many of them the last good flush covers
+    uint64_t changing           # writes, discards and zeros the target has, not yet counted in `changes`
     uint64_t *watched           # first block and end of each range, sorted and apart
     unsigned n_watched
     int event                   # eventfd, readable once a watched block was written
@@ -477,6 +478,7 @@ cdef void count(disk_t *d, const io_t *io) noexcept nogil:
             d.flushed = max(d.flushed, (<const request_t *>io.user).covers)
     elif io.kind != IO_READ:
         d.changes += 1
+        d.changing -= 1
     if io.error != 0:
         d.errors += 1
     elif io.kind == IO_READ or io.kind == IO_WRITE:
@@ -720,8 +722,14 @@ cdef void prepare(request_t *r, fuse_req_t req, uint32_t kind, uint64_t block, u
 
 cdef void hand_over(disk_t *d, io_t *first, unsigned n) noexcept nogil:
     """Gives n requests to the target; they may be done, and reused, before this returns."""
+    cdef const io_t *io = first
+    cdef unsigned i, changing = 0
+    for i in range(n):
+        changing += io.kind != IO_READ and io.kind != IO_SYNC
+        io = io.next
     pthread_mutex_lock(&d.lock)
     d.in_flight += n
+    d.changing += changing
     pthread_mutex_unlock(&d.lock)
     d.submit(d.ctx, first)
 
@@ -1680,7 +1688,7 @@ cdef class FuseDisk:
         cdef disk_t *d = self._open()
         pthread_mutex_lock(&d.lock)
         try:
-            return d.changes != d.flushed or d.in_flight != 0
+            return d.changes != d.flushed or d.changing != 0
         finally:
             pthread_mutex_unlock(&d.lock)
 
