@@ -97,12 +97,22 @@ class _Watch:
             raise _Ended(f"thread {tid} ended: {status:#x}")
         return os.WSTOPSIG(status), status >> 16
 
+    def _look(self, tid: int) -> tuple[int, int]:
+        """As _wait(), at once. A thread that has ended, as that which sweeps does, is dropped, but for the process's own."""
+        try:
+            return self._wait(tid, os.WNOHANG)
+        except _Ended:
+            if tid == self.pid:
+                raise
+            self.threads.remove(tid)
+            return 0, 0
+
     def hit(self, seconds: float) -> int:
         """The thread that touched the word; it stands right behind that."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            for tid in self.threads:
-                number, event = self._wait(tid, os.WNOHANG)
+            for tid in list(self.threads):
+                number, event = self._look(tid)
                 if number == signal.SIGTRAP and event == 0 and _ptrace(_PEEKUSER, tid, _DEBUGREG + 48) & 1:
                     self._poke(tid, 6, 0)
                     return tid
@@ -117,8 +127,10 @@ class _Watch:
         others = [tid for tid in self.threads if tid != caught]
         while others:       # any of them may be the one that takes the signal, and the rest stops only after that
             for tid in list(others):
-                number, event = self._wait(tid, os.WNOHANG)
-                if event == _EVENT_STOP:
+                number, event = self._look(tid)
+                if tid not in self.threads:
+                    others.remove(tid)
+                elif event == _EVENT_STOP:
                     others.remove(tid)
                     self._release(tid)
                 elif number:
