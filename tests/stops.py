@@ -98,7 +98,7 @@ class _Watch:
         return os.WSTOPSIG(status), status >> 16
 
     def _look(self, tid: int) -> tuple[int, int]:
-        """As _wait(), at once. A thread that has ended, as that which sweeps does, is dropped, but for the process's own."""
+        """As _wait(), at once. A thread that has ended, as that which sweeps does, is dropped; not the first one."""
         try:
             return self._wait(tid, os.WNOHANG)
         except _Ended:
