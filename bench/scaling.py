@@ -402,7 +402,7 @@ def written(path: Path, text: str) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--scale", type=float, default=1.0, help="of the usual work of a sample (default: 1)")
     parser.add_argument("--start", metavar="FILE", help="JSON of `muenfast bench start`: its curves, too")
     parser.add_argument("--json", metavar="FILE", help="everything that was measured")
