@@ -43,9 +43,12 @@ def test_what_the_kernel_says() -> None:
 
 
 def test_in_turn() -> None:
-    given = Cpus((4, 2))
-    assert [given.next() for _ in range(3)] == [4, 2, 4]
+    given = Cpus((ALLOWED[-1], ALLOWED[0]))
+    assert [given.next() for _ in range(3)] == [ALLOWED[-1], ALLOWED[0], ALLOWED[-1]]
     assert Cpus(()).next() is None
+    for number in (-1, 1 << 14, 1 << 80):
+        with pytest.raises(UsageError, match=f"cpus, entry 1 '{number}'"):
+            Cpus((ALLOWED[0], number))
 
 
 def test_pinned_and_back(caplog: pytest.LogCaptureFixture) -> None:

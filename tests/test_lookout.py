@@ -64,6 +64,19 @@ def test_what_a_queue_says() -> None:
     assert Lookout._changed(event(0x100, b"a") + event(0x4000, b"")) is None
 
 
+def test_a_directory_that_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[Locator]) -> None:
+    """Everybody is told, once, and close() has nothing to end."""
+    place, told = tmp_path / "names", threading.Event()
+    place.mkdir()
+    monkeypatch.setattr(shm, "DIRECTORY", str(place))
+    watch = Lookout()
+    watch.add(names, told.set)
+    place.rmdir()
+    assert told.wait(10)
+    watch.close()
+    assert "names" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_one_that_is_told_and_fails(names: list[Locator], caplog: pytest.LogCaptureFixture) -> None:
     """The others are told all the same."""
     said = threading.Event()

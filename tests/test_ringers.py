@@ -132,6 +132,21 @@ def test_a_bell_of_a_block_connection(names: Callable[[str], str], ringer: Path,
         assert all(slept[who] > IN_VAIN for who in victims), (slept, over)
 
 
+def test_a_bell_of_a_channel_that_is_not_active(names: Callable[[str], str], ringer: Path, tmp_path: Path) -> None:
+    """An export with a thread of its own, which has a watch, and nobody has ever written its requests: the ringer alone is
+    there. Nothing says that this bell is rung in earnest."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    req, resp = [names("a-req"), names("b-req")], [names("a-resp"), names("b-resp")]
+    devices = ",".join(str(tmp_path / name) for name in ("a", "b"))
+    with BlockServer(exports_from_lists(",".join(req), ",".join(resp), device=devices)) as server:
+        before = [int(entry["counters"]["sleeps"]) for entry in server.status()]
+        with storm(ringer, channel_path(req[0]) + ".bell") as over:
+            pass
+        slept = [int(entry["counters"]["sleeps"]) - then for entry, then in zip(server.status(), before, strict=True)]
+    assert all(count <= over.looks for count in slept), (slept, over)
+
+
 def test_a_bell_of_a_network_interface(device: Device, files: Callable[[str, int], Files], ringer: Path) -> None:
     """At the receiver; and its interface's own sender rings nobody for it."""
     size, mtu = element_size("net_hdr", 200), 200

@@ -1,6 +1,7 @@
 """What an engine has under way on files: operations of the client's requests, out of order, by io_uring or threads."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from muenfast._engine cimport STOP_NUDGED, stopping
 from muenfast._jobs cimport faults, jobs
 from muenfast._ring cimport reader_deaf, reader_ready, reader_t, reader_wait
 from muenfast._wire cimport (
@@ -118,11 +119,11 @@ cdef inline void flights_free(flights_t *f, const flight_t *t) noexcept nogil:
 cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint32_t *stop) noexcept nogil:
     """Returns when something is done, or a request has come that could be taken, after ns nanoseconds at the latest.
 
-    stop: nothing is taken any more. Precondition: something is under way.
+    stop: nothing is taken any more once stop() was called; a nudge ends the wait. Precondition: something is under way.
     """
     cdef uint64_t epoch, start, passed
     cdef uint32_t seen
-    cdef bint takes = not f.blocked and not f.leaving and load_relaxed32(stop) == 0
+    cdef bint takes = not f.blocked and not f.leaving and not stopping(stop)
     if r.may_spin and spin_pays(&f.spins):
         start = now_ns()
         passed = 0
@@ -133,7 +134,9 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
                 return
             passed = now_ns() - start
         spin_in_vain(&f.spins)
-    if not takes or load_relaxed32(stop) != 0:
+    if load_relaxed32(stop) == STOP_NUDGED:
+        return
+    if not takes or stopping(stop):
         aio_wait(&f.aio, NULL, 0, ns)
         return
     epoch = load_relaxed64(&r.hdr.epoch)
@@ -145,8 +148,8 @@ cdef inline void flights_wait(flights_t *f, reader_t *r, uint64_t ns, const uint
         ns = min(ns, AIO_LOOK_NS)
     seen = load_acquire32(&r.bell.seq)
     store_relaxed32(&r.bell.waiters, 1)
-    fence_seq_cst()                     # pairs with ring(): the announcement before the last look
-    if not reader_ready(r):
+    fence_seq_cst()                     # pairs with ring(), and with nudge(): the announcement before the last look
+    if not reader_ready(r) and load_relaxed32(stop) != STOP_NUDGED:
         aio_wait(&f.aio, &r.bell.seq, seen, ns)
         if load_relaxed32(&r.bell.seq) != seen and not reader_ready(r):
             r.vain += 1

@@ -69,10 +69,15 @@ def cpus_from_list(option: str, text: str) -> tuple[int, ...]:
 
 
 class Cpus:
-    """Gives threads their CPUs, in turn."""
+    """Gives threads their CPUs, in turn. Raises UsageError for what is no number of a CPU that this process may run on."""
 
     def __init__(self, cpus: Iterable[int]) -> None:
         self._cpus = tuple(cpus)
+        allowed = os.sched_getaffinity(0) if self._cpus else set()
+        for index, cpu in enumerate(self._cpus):
+            if cpu not in allowed:
+                raise UsageError("an entry is the number of a CPU that this process may run on", option="cpus", index=index,
+                                 value=cpu, hint=f"choose among {_spans(allowed)}")
         self._given = 0
         self._lock = threading.Lock()
 

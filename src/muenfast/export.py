@@ -679,6 +679,7 @@ class Crew:
             quiet = True
             for k, export in enumerate(list(self._exports.values()), 1):
                 if export.server in self._exports:      # not gone by what happened just before
+                    self._starts[export] = 0            # and not for a nudge, which a client can bring about
                     self._look(export)
                     quiet = quiet and export._quiet
                 if k % self.LOOKS == 0:
@@ -725,7 +726,6 @@ class Crew:
             log.error("export %s is not served any more: %s", export.name, error.strerror)
 
     def _look(self, export: Export) -> None:
-        self._starts[export] = 0
         try:
             if export._moved():
                 self._alone(export, "its channels are to be followed")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from muenfast import shm
 from muenfast._inodes import end_watch, watch_names
@@ -79,7 +80,10 @@ class Lookout:
 
     def _run(self) -> None:
         while not self._over:
-            names = self._changed(os.read(self._fd, _BYTES))
+            queue = os.read(self._fd, _BYTES)
+            names = self._changed(queue)
+            # The last one: of close(), or the directory was unmounted.
+            self._over = self._over or any(mask & _IGNORED for mask, _ in self._events(queue))
             with self._lock:
                 told = [self._told.get(name, ()) for name in (self._told if names is None else names)]
                 for tell in {tell for each in told for tell in each}:
@@ -90,21 +94,29 @@ class Lookout:
             time.sleep(_PAUSE)
 
     @staticmethod
-    def _changed(events: bytes) -> set[str] | None:
+    def _events(queue: bytes) -> Iterator[tuple[int, str]]:
+        """(mask, name) of each."""
+        at = 0
+        while at < len(queue):
+            _, mask, _, length = _EVENT.unpack_from(queue, at)
+            at += _EVENT.size
+            yield mask, os.fsdecode(queue[at:at + length].partition(b"\0")[0])
+            at += length
+
+    @staticmethod
+    def _changed(queue: bytes) -> set[str] | None:
         """None: any may have."""
-        found, at = set(), 0
-        while at < len(events):
-            _, mask, _, length = _EVENT.unpack_from(events, at)
+        found = set()
+        for mask, name in Lookout._events(queue):
             if mask & (_OVERFLOW | _IGNORED):
                 return None
-            at += _EVENT.size
-            found.add(os.fsdecode(events[at:at + length].partition(b"\0")[0]))
-            at += length
+            found.add(name)
         return found
 
     def close(self) -> None:
         self._over = True
-        end_watch(self._fd, self._watch)
+        with contextlib.suppress(OSError):      # EINVAL: the kernel ended it, and the thread with it
+            end_watch(self._fd, self._watch)
         self._thread.join()
         os.close(self._fd)
 

@@ -298,6 +298,7 @@ class _Half:
         self._swap = threading.Lock()       # the engine is taken, or made anew
         self._broken = False
         self._batches = -1
+        self._progress = 0      # at the last look
         self.cpu = interface.cpus.next()
         self._pace = Pace(interface.paths is None, UNTOLD)
         self._missed = False
@@ -374,7 +375,6 @@ class _Half:
         pin(self.cpu, f"interface {self.interface.config.name}")
         while not self._stop.is_set():
             event = self.engine.run(self._pace.seconds)
-            before = self._batches
             if event == "gone":
                 self.interface.removed()
                 return
@@ -391,10 +391,15 @@ class _Half:
                     self.look_at_writer()
                 if event in ("tick", "broken") and self._moved():
                     self._follow()
-                self._pace.looked(event == "tick" and self._batches == before)
+                before, self._progress = self._progress, self._moved_so_far()
+                self._pace.looked(event == "tick" and self._progress == before)
             except Exception as error:  # nobody else would hear of it, and the interface goes on
                 self._peer.warning("cannot look after its channels: %s", error)
                 self._stop.wait(LEAST)
+
+    def _moved_so_far(self) -> int:
+        """Grows as packets come, or go."""
+        return self.engine.batches if isinstance(self.engine, Receiver) else int(self.engine.counters["tx_packets"])
 
     def _happened(self, event: str) -> None:
         if event in ("connected", "disconnected", "incompatible"):

@@ -234,7 +234,8 @@ class ControlledServer(BlockServer):
         """One thread polls for all that were created, while they are idle, and one is told of their names. Precondition:
         `_books` is held."""
         if self._poller is None:
-            self._names = self._lookout(self._own, 2)
+            if self._names is None:     # else there was no thread for the watch, the last time
+                self._names = self._lookout(self._own, 2)
             watch = Watch()
             thread = spawn(watch.run, "watch of created exports")
             self._own.callback(thread.join)
