@@ -245,10 +245,10 @@ def test_a_port_is_removed_once_nobody_uses_it() -> None:
     thread = threading.Thread(target=lambda: [None for _ in iter(lambda: sender.run(20), "stopped")])
     thread.start()
     try:
-        at_once = []
-        for _ in range(100):    # it may have been woken, and be done, before we look
+        at_once, end = [], time.monotonic() + 20
+        while len(at_once) < 100 or (all(at_once) and time.monotonic() < end):
             device.ports.add(1, device.fd)
-            time.sleep(0.001)
+            time.sleep(0.001)   # it may have been woken, and be done, before we look; or not wait yet
             at_once.append(device.ports.remove(1, 0))
             assert at_once[-1] or device.ports.remove(1)
         assert not all(at_once)
