@@ -254,7 +254,7 @@ def test_no_thread_for_one_that_is_to_leave(exports: Exports, monkeypatch: pytes
 
 
 def test_who_starts_anew_too_often(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than four times between two looks at names; that a client has left is no start."""
+    """More than four times between two looks at names that were due; that a client has left is no start."""
     export = exports.serve(1, 1).exports[0]
     sent: list[str] = []
     monkeypatch.setattr(Crew, "_alone", lambda _self, _export, why: sent.append(why))
@@ -264,7 +264,7 @@ def test_who_starts_anew_too_often(exports: Exports, monkeypatch: pytest.MonkeyP
             crew._happened(export, event)
         assert sent == []
         crew._look(export)
-    for event in ("connected", "disconnected") * 2 + ("incompatible",) * 2:
+    for event in ("connected", "disconnected") * 2 + ("tick",) + ("incompatible",) * 2:
         crew._happened(export, event)
     assert sent == []
     crew._happened(export, "connected")

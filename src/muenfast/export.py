@@ -679,7 +679,6 @@ class Crew:
             quiet = True
             for k, export in enumerate(list(self._exports.values()), 1):
                 if export.server in self._exports:      # not gone by what happened just before
-                    self._starts[export] = 0            # and not for a nudge, which a client can bring about
                     self._look(export)
                     quiet = quiet and export._quiet
                 if k % self.LOOKS == 0:
@@ -693,8 +692,8 @@ class Crew:
 
     def _happened(self, export: Export, event: str) -> None:
         self._pace.hurry()
-        if event == "tick":     # it was nudged
-            self._look(export)
+        if event == "tick":     # it was nudged, which its client can bring about
+            self._look(export, nudged=True)
             return
         if event == "stopped":
             self._part(export)
@@ -725,7 +724,9 @@ class Crew:
             export._ended.set()
             log.error("export %s is not served any more: %s", export.name, error.strerror)
 
-    def _look(self, export: Export) -> None:
+    def _look(self, export: Export, *, nudged: bool = False) -> None:
+        if not nudged:
+            self._starts[export] = 0
         try:
             if export._moved():
                 self._alone(export, "its channels are to be followed")
