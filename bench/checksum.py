@@ -14,11 +14,12 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from functools import partial
+
+from workers import in_turns, started
 
 SIZE, BLOCK = 64 << 20, 4096
 SLICE = 0.03     # seconds of one sample, at least
@@ -83,29 +84,20 @@ def main() -> None:
     parser.add_argument("--other", metavar="PYTHON")
     parser.add_argument("--work", metavar="MODE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: two at least, of which there is a spread")
     if arguments.work:
         work(arguments.shm, arguments.work)
         return
     ways = {"off": (sys.executable, "off"), "auto": (sys.executable, "auto")}
     if arguments.other:
         ways = {"other build": (arguments.other, "none"), **ways}
-    taken: dict[str, dict[str, list[float]]] = {way: {row: [] for row in ROWS} for way in ways}
     with ExitStack() as stack:
         workers = {}
         for way, (python, mode) in ways.items():
             words = [python, __file__, "--work", mode, *(["--shm"] if arguments.shm else [])]
-            workers[way] = worker = stack.enter_context(
-                subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            assert worker.stdin is not None and worker.stdout is not None
-            stack.callback(worker.stdin.close)
-            worker.stdout.readline()
-        for _ in range(arguments.rounds):
-            for row in ROWS:
-                for way, worker in workers.items():
-                    assert worker.stdin is not None and worker.stdout is not None
-                    worker.stdin.write(row + "\n")
-                    worker.stdin.flush()
-                    taken[way][row].append(float(worker.stdout.readline()))
+            workers[way] = started(stack, words)
+        taken = in_turns(workers, list(ROWS), arguments.rounds)
     first = next(iter(ways))
     for row in ROWS:
         print(row)

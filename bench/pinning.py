@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from workers import in_turns, started
+
 SIZE, BLOCK = 64 << 20, 4096
 SLICE = 0.1     # seconds of one sample, at least
 ROWS = {f"{what} 4 KiB, depth {depth}": (what, depth) for depth in (1, 8, 32) for what in ("read", "write")}
@@ -56,12 +58,13 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: two at least, of which there is a spread")
     if arguments.work:
         work(*arguments.work)
         return
     cpus = sorted(os.sched_getaffinity(0))
     ways = {"anywhere": ("", ""), "one CPU": (str(cpus[0]), str(cpus[0])), "two CPUs": (str(cpus[0]), str(cpus[-1]))}
-    taken: dict[str, dict[str, list[float]]] = {way: {row: [] for row in ROWS} for way in ways}
     with ExitStack() as stack:
         workers = {}
         for number, (way, (near, far)) in enumerate(ways.items()):
@@ -73,19 +76,8 @@ def main() -> None:
             assert server.stdout is not None
             if "ready\n" not in server.stdout:
                 sys.exit("the server is not ready")
-            workers[way] = worker = stack.enter_context(subprocess.Popen(
-                [sys.executable, __file__, "--work", near, req, resp], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True))
-            assert worker.stdin is not None and worker.stdout is not None
-            stack.callback(worker.stdin.close)
-            worker.stdout.readline()
-        for _ in range(arguments.rounds):
-            for row in ROWS:
-                for way, worker in workers.items():
-                    assert worker.stdin is not None and worker.stdout is not None
-                    worker.stdin.write(row + "\n")
-                    worker.stdin.flush()
-                    taken[way][row].append(float(worker.stdout.readline()))
+            workers[way] = started(stack, [sys.executable, __file__, "--work", near, req, resp])
+        taken = in_turns(workers, list(ROWS), arguments.rounds)
     for row in ROWS:
         print(row)
         for way in ways:

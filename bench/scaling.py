@@ -28,13 +28,27 @@ from typing import Any
 
 import numpy
 
-from muenfast import _bench, measure
+from muenfast import measure
 from muenfast.blk import BlockDevice
-from muenfast.measure import BATCHES, Pair, Row, _both, _Child, _copy, _Laps, _ring, _serve, _shared
+from muenfast.measure import (
+    BATCHES,
+    Pair,
+    Row,
+    _bounce,
+    _Child,
+    _copy,
+    _Laps,
+    _ring,
+    _ring_bounce,
+    _serve,
+    _shared,
+    _wake_bounce,
+)
 
 RING = 2 << 20          # bytes of a ring: one that fits the second-level caches moves a third as much (docs/scaling.md)
 SIZES = (64, 128, 256, 512, 1522, 4120, 16384)      # bytes of an element
 TRIPS = (64, 128, 256, 512, 1024, 1522, 2048, 4120)
+SLOTS = 64              # elements of a round trip's rings
 BEFORE = 512            # bytes until a core that reads lines in their order has the next ones fetched ahead
 FOOTPRINTS = (128, 256, 512, 1024, 2048, 4096)      # KiB
 DEPTHS = (1, 2, 3, 4, 8, 16, 32, 64)
@@ -189,17 +203,10 @@ def cost_rows(pair: Pair, scale: float) -> Iterator[Row]:
     """What single things cost: names are those of `muenfast bench ring` and `wake`."""
     polled, slept = max(100, int(20_000 * scale)), max(100, int(2000 * scale))
 
-    def bounce(count: int, laps: Any) -> float:
-        words = _shared(4096 + 2 * _bench.HEADER)
-        return _both(pair, lambda leads: _bench.bounce(words, 0, 1, count, leads, laps))
-
-    def futex(count: int, laps: Any) -> float:
-        words = _shared(4096)
-        return _both(pair, lambda leads: _bench.wake_bounce(words, count, leads, laps))
-
-    yield Row("cache line round trip", "ns", _Laps(bounce, polled).mean, less=True, kind="limit")
-    yield Row("futex round trip", "ns", _Laps(futex, slept).half, less=True, kind="limit")
-    yield Row("ring round trip 64 B, both asleep", "ns", _Laps(partial(_trip, pair, 64, True), slept).half, less=True)
+    yield Row("cache line round trip", "ns", _Laps(partial(_bounce, pair, 0, 1), polled).mean, less=True, kind="limit")
+    yield Row("futex round trip", "ns", _Laps(partial(_wake_bounce, pair), slept).half, less=True, kind="limit")
+    asleep = _Laps(partial(_ring_bounce, pair, 64, SLOTS, True), slept)
+    yield Row("ring round trip 64 B, both asleep", "ns", asleep.half, less=True)
     for kib in FOOTPRINTS:
         yield Row(f"copy through {kib} KiB", "ns for 4 KiB", partial(_copied, pair, kib, scale), less=True, kind="limit")
 
@@ -212,20 +219,13 @@ def _copied(pair: Pair, kib: int, scale: float) -> float:
     return 1e9 / _copy(pair, 4096, kib // 4, _volume(scale))
 
 
-def _trip(pair: Pair, size: int, bells: bool, count: int, laps: Any) -> float:
-    ends = [_shared(_bench.HEADER + size * 64) for _ in range(2)]
-    rings = [_shared(4096) if bells else None for _ in range(2)]
-    return _both(pair, lambda leads: _bench.ring_bounce(ends[leads], ends[not leads], size, count, leads, laps,
-                                                        rings[leads], rings[not leads]))
-
-
 def ring_rows(pair: Pair, scale: float) -> Iterator[Row]:
     for size in SIZES:
         elements = RING // size
         for batch in _batches(elements):
             yield Row(_ring_name(size, batch), "elements/s", partial(_ring, pair, size, elements, batch, _volume(scale)))
     for size in TRIPS:
-        laps = _Laps(partial(_trip, pair, size, False), max(100, int(20_000 * scale)))
+        laps = _Laps(partial(_ring_bounce, pair, size, SLOTS, False), max(100, int(20_000 * scale)))
         yield Row(_trip_name(size), "ns", laps.mean, less=True)
 
 
@@ -238,8 +238,7 @@ def block_rows(stack: ExitStack, pair: Pair, scale: float) -> Iterator[Row]:
         shared = buffer if way == "buffer" else None
         stack.callback(_Child(pair.far, partial(_serve, req, resp, DISK, buffer=shared)).close)
         disk = stack.enter_context(BlockDevice(req, resp, shm=shared))
-        for at in range(0, DISK, len(room)):
-            disk.pwrite(room, at)
+        disk.pwrite(room, 0)        # so that each of its pages is there
 
         def moved(disk: BlockDevice, unit: int, depth: int, word: str) -> float:
             count = max(2 * depth, int(min(8000 * min(depth, 4), (48 << 20) // unit) * scale))

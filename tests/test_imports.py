@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "ports": {"errors", "threads", "netns", "marks", "bpf", "control", "names", "_marks", "_net", "tuntap"},
     "connection": {"errors", "params", "shm", "_ring", "_engine", "channel"},
     "modules": {"errors", "params", "shm", "connection"},
-    "lookout": {"shm", "threads", "_inodes"},
+    "lookout": {"shm", "threads", "_inodes", "_ring"},
     "export": {"errors", "params", "shm", "_ring", "channel", "_store", "_blk", "_buffer", "backing", "connection",
                "threads", "lookout", "cpus"},
     "disk": {"cpus", "errors", "params", "shm", "_ring", "channel", "_client", "_bufclient", "connection", "lookout"},

@@ -446,8 +446,9 @@ class Bell:
         self.words.release()
 
 
-def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str, int], Files]) -> None:
-    """Nothing is overrun then; a reader that takes nothing is given up, one that tells nonsense is not waited for."""
+@contextmanager
+def told(device: Device, files: Callable[[str, int], Files]) -> Iterator[tuple[Sender, Bell, int]]:
+    """A sender of 16 elements that runs, the bell by which its reader tells that it is at the first one, and the epoch."""
     file, bell_file = files("out", region(108, 16)), files("bell", BELL)
     bell_map = bell_file.map(BELL, writable=True)
     sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
@@ -459,6 +460,13 @@ def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str,
         with open(file.path, "rb") as header:
             epoch = struct.unpack_from("<Q", header.read(64), 8)[0]
         bell[Bell.RC], bell[Bell.EPOCH] = 0, epoch
+        yield sender, bell, epoch
+        bell.close()
+
+
+def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str, int], Files]) -> None:
+    """Nothing is overrun then; a reader that takes nothing is given up, one that tells nonsense is not waited for."""
+    with told(device, files) as (sender, bell, _):
         for _ in range(40):
             device.ours.send(GOOD)
         eventually(lambda: sender.counters["waits"] >= 1)
@@ -473,22 +481,11 @@ def test_a_reader_that_tells_is_waited_for(device: Device, files: Callable[[str,
             device.ours.send(GOOD)
         eventually(lambda: sender.counters["tx_packets"] == 80)
         assert sender.counters["given_up"] == 1
-        bell.close()
 
 
 def test_what_a_reader_took_back_is_not_news(device: Device, files: Callable[[str, int], Files]) -> None:
     """One that goes to and fro is given up as one that stands; one that comes to where another one stood has its time."""
-    file, bell_file = files("out", region(108, 16)), files("bell", BELL)
-    bell_map = bell_file.map(BELL, writable=True)
-    sender = Sender(device.ports, file.map(region(108, 16), writable=True), framing="net_hdr", mtu=100, protocol=PROTOCOL,
-                    bell=bell_map)
-    sender.link(True)
-    with running(sender):
-        eventually(lambda: sender.active)
-        bell = Bell(bell_map)
-        with open(file.path, "rb") as header:
-            epoch = struct.unpack_from("<Q", header.read(64), 8)[0]
-        bell[Bell.RC], bell[Bell.EPOCH] = 0, epoch
+    with told(device, files) as (sender, bell, epoch):
         for _ in range(15):
             device.ours.send(GOOD)
         eventually(lambda: sender.counters["waits"] == 1)
@@ -511,7 +508,6 @@ def test_what_a_reader_took_back_is_not_news(device: Device, files: Callable[[st
         eventually(to_and_fro)
         eventually(lambda: sender.counters["tx_packets"] == 40)
         assert sender.counters["given_up"] == before + 2
-        bell.close()
 
 
 def test_what_is_not_taken_at_the_end_is_counted(device: Device, files: Callable[[str, int], Files]) -> None:

@@ -27,7 +27,7 @@ from muenfast.cpus import Cpus, inherited
 from muenfast.disk import BlockDevice, Connection, OnPeerLoss
 from muenfast.errors import UsageError
 from muenfast.export import LEAST_TIMEOUT, MOST_TIMEOUT, Crew, Export, ExportConfig, exports_from_lists, of_store
-from muenfast.lookout import Lookout, lookout
+from muenfast.lookout import Lookout, lookout, watching
 from muenfast.threads import spawn
 
 if TYPE_CHECKING:
@@ -56,13 +56,7 @@ class _Group:
     @staticmethod
     def _watch(stack: ExitStack, parts: int) -> Watch | None:
         """One thread that polls for all parts while they are idle; a single part polls itself."""
-        if parts < 2:
-            return None
-        watch = Watch()
-        thread = spawn(watch.run, "watch")
-        stack.callback(thread.join)
-        stack.callback(watch.stop)
-        return watch
+        return None if parts < 2 else watching(stack)
 
     @staticmethod
     def _lookout(stack: ExitStack, parts: int) -> Lookout | None:

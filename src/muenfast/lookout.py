@@ -1,4 +1,5 @@
-"""Who is told that a name in /dev/shm may mean something else, so that nobody has to look as long as nothing changes."""
+"""Who looks for others while they are idle: at names in /dev/shm, which may mean something else, and at channels that are
+polled."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 
 from muenfast import shm
 from muenfast._inodes import end_watch, watch_names
+from muenfast._ring import Watch
 from muenfast.threads import spawn
 
 log = logging.getLogger("muenfast")
@@ -128,3 +131,12 @@ def lookout() -> Lookout | None:
     except OSError as error:
         log.info("nobody tells when names in /dev/shm change (%s): one looks", error.strerror)
         return None
+
+
+def watching(stack: ExitStack, name: str = "watch") -> Watch:
+    """A thread of that name that polls for whoever is given it and is idle, until the stack is left. Raises OSError."""
+    watch = Watch()
+    thread = spawn(watch.run, name)
+    stack.callback(thread.join)
+    stack.callback(watch.stop)
+    return watch

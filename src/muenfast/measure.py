@@ -252,23 +252,27 @@ def _both(pair: Pair, call: Callable[[bool], float]) -> float:
     return float(pair.run(lambda: call(False), lambda: call(True)))
 
 
+def _bounce(pair: Pair, size: int, slots: int, count: int, laps: mmap.mmap | None) -> float:
+    words = _shared(4096 + 2 * (size * slots + _HEADER))
+    return _both(pair, lambda leads: _bench.bounce(words, size, slots, count, leads, laps))
+
+
+def _ring_bounce(pair: Pair, size: int, slots: int, bells: bool, count: int, laps: mmap.mmap | None) -> float:
+    ends = [_shared(_HEADER + size * slots) for _ in range(2)]
+    rings = [_shared(4096) if bells else None for _ in range(2)]
+    return _both(pair, lambda leads: _bench.ring_bounce(ends[leads], ends[not leads], size, count, leads, laps,
+                                                        rings[leads], rings[not leads]))
+
+
+def _wake_bounce(pair: Pair, count: int, laps: mmap.mmap | None) -> float:
+    words = _shared(4096)
+    return _both(pair, lambda leads: _bench.wake_bounce(words, count, leads, laps))
+
+
 def _round_trips(pair: Pair, scale: float) -> Iterator[Row]:
     polled, slept = max(100, int(50_000 * scale)), max(100, int(2000 * scale))
 
-    def bounce(size: int, slots: int, count: int, laps: mmap.mmap | None) -> float:
-        words = _shared(4096 + 2 * (size * slots + _HEADER))
-        return _both(pair, lambda leads: _bench.bounce(words, size, slots, count, leads, laps))
-
-    def ring(size: int, slots: int, bells: bool, count: int, laps: mmap.mmap | None) -> float:
-        ends = [_shared(_HEADER + size * slots) for _ in range(2)]
-        rings = [_shared(4096) if bells else None for _ in range(2)]
-        return _both(pair, lambda leads: _bench.ring_bounce(ends[leads], ends[not leads], size, count, leads, laps,
-                                                            rings[leads], rings[not leads]))
-
-    def wake(count: int, laps: mmap.mmap | None) -> float:
-        words = _shared(4096)
-        return _both(pair, lambda leads: _bench.wake_bounce(words, count, leads, laps))
-
+    bounce, ring, wake = (partial(each, pair) for each in (_bounce, _ring_bounce, _wake_bounce))
     yield from _lap_rows("cache line round trip", _Laps(partial(bounce, 0, 1), polled), kind="limit")
     for size in (64, 4120):
         for slots, word in ((1, "1 slot"), (64, "64 slots")):

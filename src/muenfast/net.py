@@ -27,7 +27,7 @@ from muenfast.connection import CHECKSUM_MODES, MOST_POLL, PATIENCE, blame, plac
 from muenfast.control import Command
 from muenfast.cpus import Cpus, pin
 from muenfast.errors import BrokenChannelError, ClaimError, Offences, PeerError, PeerLog, UsageError
-from muenfast.lookout import LEAST, UNTOLD, Pace
+from muenfast.lookout import LEAST, UNTOLD, Pace, watching
 from muenfast.marks import LEAST_MARKS
 from muenfast.ports import Children, Makers, Port
 from muenfast.threads import spawn
@@ -714,12 +714,7 @@ class Interfaces:
         given = Cpus(cpus)
         with ExitStack() as stack:
             links = stack.enter_context(tuntap.Links())
-            watch = None
-            if len(configs) > 1:        # one thread polls for all while they are idle
-                watch = Watch()
-                thread = spawn(watch.run, "watch")
-                stack.callback(thread.join)
-                stack.callback(watch.stop)
+            watch = None if len(configs) < 2 else watching(stack)   # one thread polls for all while they are idle
             with shm.made_ahead([region for config in configs for region in config.wanted()]):
                 for config in configs:
                     interface = Interface(config, links, Makers() if makers is None else makers, watch, given)

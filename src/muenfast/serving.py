@@ -17,8 +17,7 @@ from muenfast.connection import Options, channels_from_lists, place
 from muenfast.control import Command
 from muenfast.errors import MuenfastError, UsageError
 from muenfast.export import Export, ExportConfig, check_devices, of_store
-from muenfast.lookout import Lookout
-from muenfast.threads import spawn
+from muenfast.lookout import Lookout, watching
 
 log = logging.getLogger("muenfast")
 
@@ -236,11 +235,7 @@ class ControlledServer(BlockServer):
         if self._poller is None:
             if self._names is None:     # else there was no thread for the watch, the last time
                 self._names = self._lookout(self._own, 2)
-            watch = Watch()
-            thread = spawn(watch.run, "watch of created exports")
-            self._own.callback(thread.join)
-            self._own.callback(watch.stop)
-            self._poller = watch
+            self._poller = watching(self._own, "watch of created exports")
         return self._poller, self._names
 
     def destroy(self, which: str | None = None, *, force: bool = False) -> list[dict[str, Any]]:

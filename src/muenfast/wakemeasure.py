@@ -3,7 +3,6 @@ many system calls to wake the other side a batch costs, as the writers and the e
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -11,7 +10,7 @@ from functools import partial
 from muenfast import _bench, control
 from muenfast.disk import BlockDevice
 from muenfast.errors import MuenfastError
-from muenfast.measure import Pair, Row, _both, _Laps, _shared
+from muenfast.measure import Pair, Row, _Laps, _ring_bounce, _shared, _wake_bounce
 from muenfast.startmeasure import Program, lists
 
 POLICY = ("one process per CPU, pinned; both sides sleep as soon as there is nothing to read; of the engines: their own "
@@ -33,18 +32,9 @@ def wake_rows(scale: float = 1.0) -> Iterator[list[Row]]:
 def _rows(stack: ExitStack, pair: Pair, scale: float) -> Iterator[Row]:
     slept = max(100, int(2000 * scale))
 
-    def ring(count: int, laps: mmap.mmap | None) -> float:
-        ends = [_shared(_bench.HEADER + _SIZE * _SLOTS) for _ in range(2)]
-        bells = [_shared(4096) for _ in range(2)]
-        return _both(pair, lambda leads: _bench.ring_bounce(ends[leads], ends[not leads], _SIZE, count, leads, laps,
-                                                            bells[leads], bells[not leads]))
-
-    def futex(count: int, laps: mmap.mmap | None) -> float:
-        words = _shared(4096)
-        return _both(pair, lambda leads: _bench.wake_bounce(words, count, leads, laps))
-
     # Medians and no means: one of a thousand is disturbed by milliseconds, which is not what waking costs.
-    bare, ours = _Laps(futex, slept), _Laps(ring, slept)
+    bare = _Laps(partial(_wake_bounce, pair), slept)
+    ours = _Laps(partial(_ring_bounce, pair, _SIZE, _SLOTS, True), slept)
     names = [f"{name}, median" for name in ("futex round trip", f"ring round trip {_SIZE} B, both asleep")]
     yield Row(names[0], "ns", bare.half, less=True, kind="limit", notes=bare.notes)
     yield Row(names[1], "ns", ours.half, limit=names[0], less=True, notes=ours.notes)

@@ -72,6 +72,11 @@ def patience(arguments: argparse.Namespace) -> int:
     return params.number("--quarantine", None, arguments.quarantine, least=0, most=1 << 62, what="a number of broken rules")
 
 
+def add_cpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpus", metavar="L", help="CPUs, N or N-M, that the engines' threads are pinned to, in turn "
+                                                    "(default: they run anywhere)")
+
+
 def cpus(arguments: argparse.Namespace) -> tuple[int, ...]:
     """--cpus."""
     if arguments.cpus is None:

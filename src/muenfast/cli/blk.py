@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
-from muenfast.cli._serving import Stop, cpus, notify, patience, say_ready, sweep
+from muenfast.cli._serving import Stop, add_cpus, cpus, notify, patience, say_ready, sweep
 from muenfast.cli._text import export_line, word
 from muenfast.errors import UsageError
 
@@ -98,8 +98,7 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
                                     "most 1000 while active, 10000 idle)")
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
-    add("--cpus", metavar="L", help="CPUs, N or N-M, that the engines' threads are pinned to, in turn (default: they run "
-                                    "anywhere)")
+    add_cpus(parser)
     add("--strict-oneway", action="store_true", help="no bell: nothing but the channels is shared; "
          "waiting is polling, and a server that returns is trusted with --same-store only")
     add("-v", "--verbose", action="store_true", help="say each connection and disconnection")

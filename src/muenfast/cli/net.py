@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from muenfast import params
 from muenfast.cli._declared import Role, Watched, add_policy_options, by_policy, declared
-from muenfast.cli._serving import Stop, cpus, notify, patience, say_ready, sweep
+from muenfast.cli._serving import Stop, add_cpus, cpus, notify, patience, say_ready, sweep
 from muenfast.cli._text import word
 from muenfast.errors import MuenfastError, UsageError
 
@@ -91,8 +91,7 @@ def add_waiting_options(parser: argparse.ArgumentParser) -> None:
                                     "most 1000 while active, 10000 idle)")
     add("--quarantine", metavar="N", help="how many rules a peer may break in a second: with more, nothing is taken from "
                                           "it until it begins anew; 0: it may break any (default: 10000)")
-    add("--cpus", metavar="L", help="CPUs, N or N-M, that the engines' threads are pinned to, in turn (default: they run "
-                                    "anywhere)")
+    add_cpus(parser)
     add("--strict-oneway", action="store_true", default=None,
         help="no bell: nothing but the channels is shared, and the writers of such that exist by then see nothing of us "
              "that the kernel does not show (docs/security.md); waiting is polling, and a slow reader is overrun")
